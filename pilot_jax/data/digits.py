@@ -65,12 +65,18 @@ def pool_indices(pool: str) -> np.ndarray:
     return np.sort(order[edges[k]:edges[k + 1]])
 
 
-def _stamp(glyph: np.ndarray, degrees: float, size: int) -> np.ndarray:
-    """Ink coverage [CELL, CELL] of an 8×8 digit scaled to `size` pixels and rotated."""
-    big = Image.fromarray((glyph * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+@functools.cache
+def _glyph(index: int, size: int) -> Image.Image:
+    """Handwriting image `index` scaled to `size` pixels, in the middle of a cell."""
+    glyph = Image.fromarray((handwriting()[0][index] * 255).astype(np.uint8))
     cell = Image.new("L", (CELL, CELL))
-    cell.paste(big, ((CELL - size) // 2, (CELL - size) // 2))
-    return np.asarray(cell.rotate(degrees, Image.Resampling.BILINEAR), np.float32) / 255.0
+    cell.paste(glyph.resize((size, size), Image.Resampling.BICUBIC), ((CELL - size) // 2, (CELL - size) // 2))
+    return cell
+
+
+def _stamp(index: int, degrees: float, size: int) -> np.ndarray:
+    """Ink coverage [CELL, CELL] of handwriting image `index`, scaled and rotated."""
+    return np.asarray(_glyph(index, size).rotate(degrees, Image.Resampling.BILINEAR), np.float32) / 255.0
 
 
 def draw_scene(rng: np.random.Generator, pool: str, style: Style | None, *, most: int = 4,
@@ -82,7 +88,7 @@ def draw_scene(rng: np.random.Generator, pool: str, style: Style | None, *, most
         most: at most so many digits; their number is uniform in 1..most.
         distinct: no digit value and no ink twice, so that questions have one answer.
     """
-    images, labels = handwriting()
+    _, labels = handwriting()
     members = pool_indices(pool)
     if style is None:
         paper = rng.integers(215, 256, 3)
@@ -94,14 +100,14 @@ def draw_scene(rng: np.random.Generator, pool: str, style: Style | None, *, most
     inks = rng.choice(list(INKS), count, replace=not distinct)
     chosen: list[int] = []
     while len(chosen) < count:
-        index = int(rng.choice(members))
+        index = int(members[rng.integers(len(members))])
         if not distinct or labels[index] not in [labels[i] for i in chosen]:
             chosen.append(index)
     canvas = np.empty((CANVAS, CANVAS, 3), np.float32)
     canvas[:] = paper
     digits = []
     for cell, ink, index in zip(cells, inks, chosen, strict=True):
-        cover = _stamp(images[index], slant + rng.uniform(-spread, spread), int(rng.integers(13, 16)))
+        cover = _stamp(index, slant + rng.uniform(-spread, spread), int(rng.integers(13, 16)))
         row, column = divmod(int(cell), GRID)
         window = canvas[row * CELL:(row + 1) * CELL, column * CELL:(column + 1) * CELL]
         colour = np.clip(np.asarray(INKS[ink]) + shift, 0, 255)

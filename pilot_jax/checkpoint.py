@@ -1,0 +1,94 @@
+"""Run state on disk, with orbax: `checkpoints/server` (shared scope only) and `checkpoints/clients/<id>` (the rest)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jax
+import numpy as np
+
+from pilot_jax.errors import InputError
+from pilot_jax.federation.population import ClientState, to_host
+from pilot_jax.federation.roles import Roles
+
+
+def _write(path: Path, tree: Any) -> None:
+    import orbax.checkpoint as ocp
+
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    # Orbax renames a finished temporary folder into place; the old checkpoint goes only when that has happened.
+    aside = path.with_name(path.name + ".old")
+    if aside.exists():
+        shutil.rmtree(aside)
+    if path.exists():
+        path.rename(aside)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path.absolute(), tree)
+        checkpointer.wait_until_finished()
+    if aside.exists():
+        shutil.rmtree(aside)
+
+
+def _read(path: Path) -> Any:
+    import orbax.checkpoint as ocp
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    if not path.is_dir():
+        raise InputError(f"{path}: no such checkpoint. The run has not been saved yet, or is not a run directory.")
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return to_host(checkpointer.restore(path.absolute()))
+
+
+def file_name(client: str) -> str:
+    """A client's id as a folder name: no separators, no way out of the folder."""
+    return quote(client, safe="").replace(".", "%2E")
+
+
+def save_population(folder: Path, names: Iterable[str], population: Iterable[ClientState], roles: Roles) -> None:
+    """Write every client's adapters: the shared scope to `server`, the rest to `clients/<id>`."""
+    names, population = list(names), list(population)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "server", {file_name(n): roles.select(c.adapters, "shared") for n, c in
+                               zip(names, population, strict=True)} | {"_": np.zeros(1)})
+    (folder / "clients").mkdir(exist_ok=True)
+    for name, client in zip(names, population, strict=True):
+        rest = roles.select(client.adapters, "local") | roles.select(client.adapters, "received")
+        _write(folder / "clients" / file_name(name), rest | {"_": np.zeros(1)})  # orbax refuses an empty tree
+    index = {name: {"stage": c.stage, "rounds": c.rounds} for name, c in zip(names, population, strict=True)}
+    (folder / "population.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def load_population(folder: Path, names: Iterable[str]) -> tuple[ClientState, ...]:
+    """What `save_population` wrote, for `names` in order."""
+    index_file = folder / "population.json"
+    if not index_file.is_file():
+        raise InputError(f"{index_file} does not exist. Give the directory of a finished run.")
+    index = json.loads(index_file.read_text(encoding="utf-8"))
+    server = _read(folder / "server")
+    out = []
+    for name in names:
+        if name not in index:
+            raise InputError(f"{index_file}: client {name!r} is not in this run. Known: {', '.join(index)}.")
+        rest = _read(folder / "clients" / file_name(name))
+        adapters = {**server[file_name(name)], **rest}
+        adapters.pop("_", None)
+        out.append(ClientState(adapters, index[name]["stage"], index[name]["rounds"]))
+    return tuple(out)
+
+
+def adapters_sha256(names: Iterable[str], population: Iterable[ClientState]) -> str:
+    """One hash over every client's final adapters, in a fixed order: equal hashes mean equal runs."""
+    digest = hashlib.sha256()
+    for name, client in sorted(zip(names, population, strict=True), key=lambda pair: pair[0]):
+        digest.update(name.encode())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(client.adapters):
+            digest.update(jax.tree_util.keystr(path).encode())
+            digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
+    return digest.hexdigest()

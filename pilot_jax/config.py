@@ -1,0 +1,198 @@
+"""The configuration: every key with its default, unit and bounds. Unknown keys are refused, with the nearest known."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pilot_jax.errors import InputError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class LoraConfig(_Section):
+    rank: int = Field(8, ge=1, description="R; the paper: 64 at 7B")
+    alpha: float = Field(16.0, gt=0, description="the update is (alpha / rank)·BA; the paper: 128")
+
+
+class ModelConfig(_Section):
+    path: str = Field("embedded", description="Hugging Face LLaVA directory, or 'embedded' for the shipped base")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on CPU, else bfloat16")
+    remat: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
+    lora: LoraConfig = LoraConfig()
+
+
+class DigitsConfig(_Section):
+    scenario: Literal["a", "b"] = Field("a", description="a: 3 tasks × 3 clients; b: 4 tasks × 5, uneven sizes")
+    train: int = Field(384, ge=1, description="training samples of a (full-size) client")
+    validation: int = Field(16, ge=1, description="validation samples per client")
+    test: int = Field(48, ge=1, description="test samples per client")
+    seed: int = Field(0, ge=0, description="of the scenes; the handwriting pools are fixed")
+
+
+class DataConfig(_Section):
+    path: str = Field("digits", description="LLaVA JSON/JSONL file or folder; 'digits' for the embedded scenes")
+    image_root: str | None = Field(None, description="folder that `image` is relative to; default: images/ beside path")
+    template: str = Field("vicuna_v1", description="conversation template: vicuna_v1 | vicuna_short")
+    partition: Literal["given", "equal", "dirichlet"] = Field(
+        "given", description="given: the samples' `client`; equal, dirichlet: split each task's samples among clients")
+    dirichlet_alpha: float = Field(1.0, gt=0, description="smaller is more uneven client sizes")
+    max_length: int = Field(2048, ge=8, description="tokens, image included; longer samples are refused")
+    digits: DigitsConfig = DigitsConfig()
+
+
+class ParticipationEntry(_Section):
+    round: int = Field(ge=1)
+    clients: list[str]
+
+
+class FederationConfig(_Section):
+    clients: int | None = Field(None, ge=1, description="K for partition equal/dirichlet; 'given' takes it from data")
+    rounds: int = Field(3, ge=1, description="R")
+    clients_per_round: int | None = Field(None, ge=1, description="cohort size S; default: everyone")
+    participation: Literal["uniform"] | list[ParticipationEntry] = Field(
+        "uniform", description="uniform sampling, or who takes part in which round (rounds not listed: everyone)")
+    local_epochs: int = Field(1, ge=1, description="E, passes over a client's data per phase")
+    local_steps: int | None = Field(None, ge=1, description="steps per phase; overrides local_epochs")
+    schedule: Literal["first_time", "every_round"] = Field(
+        "first_time", description="stage 1 in a client's first round only, or in each")
+
+
+class AtaConfig(_Section):
+    preset: Literal["default", "notes"] = Field(
+        "default", description="notes: softmax, temperature 1, self included, whatever the keys below say")
+    neighbors: int = Field(3, ge=1, description="M, nearest other clients")
+    weighting: Literal["softmax", "inverse_distance", "share"] = "softmax"
+    temperature: Literal["auto"] | float = Field("auto", description="τ; auto: mean distance to the M neighbours")
+    space: Literal["factors", "product"] = Field("factors", description="distances over A and B, or over BA")
+    include_self: bool = True
+    size_weighted: bool = Field(False, description="weights times the clients' data sizes")
+
+    @model_validator(mode="after")
+    def _positive_temperature(self) -> AtaConfig:
+        if self.temperature != "auto" and not self.temperature > 0:
+            raise ValueError("temperature must be 'auto' or > 0")
+        return self
+
+
+class StrategyConfig(_Section):
+    name: Literal["pilot", "fedavg", "local"] = "pilot"
+    init: Literal["preserve", "copy"] = Field("preserve", description="preserve: step 0 computes the base model")
+    ata: AtaConfig = AtaConfig()
+
+
+class TrainConfig(_Section):
+    batch_size: int = Field(8, ge=1, description="B, samples per client step")
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.03, ge=0, le=1, description="share of a client's own steps")
+    lr_connector: float = Field(2e-3, gt=0, description="peak rate of every connector adapter; 2e-5 at 7B")
+    lr_lora_stage1: float = Field(2e-3, gt=0, description="peak rate of LoRA in stage 1; 2e-5 at 7B")
+    lr_lora_stage2: float = Field(2e-3, gt=0, description="peak rate of LoRA in stage 2; 4e-5 at 7B")
+    lambda_d: float = Field(0.1, ge=0, description="λ0, weight of the difference loss")
+    lambda_b: float = Field(0.1, ge=0, description="λ1, weight of the balance loss")
+    lambda_z: float = Field(0.01, ge=0, description="λ2, weight of the router z-loss")
+    ld_mode: Literal["token_cosine", "raw", "flat"] = "token_cosine"
+    ld_center: bool = Field(False, description="centre each image's tokens before L_d (ablation)")
+
+
+class EvalConfig(_Section):
+    every: int = Field(0, ge=0, description="score the validation split every so many rounds; 0: never")
+    batch_size: int = Field(16, ge=1, description="prompts decoded at once, per client")
+    max_new_tokens: int = Field(32, ge=1)
+    metrics: dict[str, Literal["exact", "iou"]] = Field(
+        {"grounding": "iou"}, description="score per task: exact match (default), or box IoU ≥ 0.5")
+
+
+class SystemConfig(_Section):
+    seed: int = Field(0, ge=0, description="of initialisation, sampling and batch order")
+    client_chunk: int = Field(3, ge=1, description="clients trained at once")
+    unroll: int = Field(1, ge=1, description="decoder layers unrolled in the scan")
+    compilation_cache: str | None = Field(None, description="folder for compiled programs; default: none")
+
+
+class Config(_Section):
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    federation: FederationConfig = FederationConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    system: SystemConfig = SystemConfig()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _message(error: dict[str, Any], source: str) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(Config)
+        leaf = {k.rsplit(".", 1)[-1]: k for k in known}
+        near = difflib.get_close_matches(key, known, 1, 0.6)
+        near = near or [leaf[k] for k in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, 1, 0.6)]
+        hint = f" Did you mean '{near[0]}'?" if near else " See the configs folder for the known keys."
+        return f"{source}: {key}: unknown key.{hint}"
+    return f"{source}: {key}: {error['msg']} (got {error.get('input')!r})."
+
+
+def parse_config(raw: Any, source: str = "config") -> Config:
+    """A checked `Config` from nested dicts.
+
+    Raises:
+        InputError: naming the key, with the nearest known one for a misspelling.
+    """
+    if not isinstance(raw, dict):
+        raise InputError(f"{source}: a config is a mapping of sections, this is a {type(raw).__name__}.")
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise InputError("\n".join(_message(e, source) for e in error.errors())) from None
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML config; each override is "section.key=value" with a YAML value.
+
+    Raises:
+        InputError: no such file, not YAML, or a bad key or value.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML config.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML ({error}).") from None
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: a config is a mapping of sections, this is a {type(raw).__name__}.")
+    for override in overrides or []:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set {override}: expected section.key=value.")
+        node = raw
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            if not isinstance(node.setdefault(parent, {}), dict):
+                raise InputError(f"--set {override}: {parent} is not a section.")
+            node = node[parent]
+        try:
+            node[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {override}: not a YAML value ({error}).") from None
+    return parse_config(raw, str(path))

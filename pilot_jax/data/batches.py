@@ -1,0 +1,148 @@
+"""Samples as fixed-shape arrays, and the order in which a client's steps visit them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pilot_jax.data.conversations import Encoded, encode
+from pilot_jax.data.images import image_features
+from pilot_jax.data.llava import Sample
+from pilot_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from pilot_jax.models.pretrained import PretrainedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Right-padded prompts for generation: input_ids, attention_mask [n, L], features [n, N, D], answers."""
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    features: np.ndarray
+    answers: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientData:
+    """One client's private data, tokenised and featurised.
+
+    `train` holds input_ids, attention_mask int32 [n, L]; target_positions, target_ids int32 [n, A] and
+    target_weights float32 [n, A] (position p predicts target_ids, weight 0 pads); has_image float32 [n];
+    features [n, N, D].
+    """
+
+    name: str
+    task: str
+    train: dict[str, np.ndarray]
+    evaluation: dict[str, Prompts]  # per split
+
+    @property
+    def size(self) -> int:
+        """n_k."""
+        return len(self.train["input_ids"])
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _training_arrays(encoded: list[Encoded], features: np.ndarray, has_image: np.ndarray, length: int,
+                     answers: int) -> dict[str, np.ndarray]:
+    n = len(encoded)
+    ids, mask = np.zeros((n, length), np.int32), np.zeros((n, length), np.int32)
+    positions, targets = np.zeros((n, answers), np.int32), np.zeros((n, answers), np.int32)
+    weights = np.zeros((n, answers), np.float32)
+    for row, item in enumerate(encoded):
+        size = len(item.input_ids)
+        ids[row, :size], mask[row, :size] = item.input_ids, 1
+        supervised = np.flatnonzero(item.supervised)
+        positions[row, :len(supervised)] = supervised - 1
+        targets[row, :len(supervised)] = item.input_ids[supervised]
+        weights[row, :len(supervised)] = 1
+    return {"input_ids": ids, "attention_mask": mask, "target_positions": positions, "target_ids": targets,
+            "target_weights": weights, "has_image": has_image.astype(np.float32), "features": features}
+
+
+def build_prompts(model: PretrainedModel, tokenizer, samples: list[Sample], template: str, features: np.ndarray,
+                  length: int | None = None) -> Prompts:
+    """Prompts (all but the last answer) padded to a multiple of 8, or to `length`."""
+    n_image = model.config.num_image_tokens
+    encoded = [encode(tokenizer, s.turns[:-1], template, n_image).input_ids for s in samples]
+    longest = max(len(e) for e in encoded)
+    length = _round_up(longest, 8) if length is None else length
+    ids, mask = np.zeros((len(samples), length), np.int32), np.zeros((len(samples), length), np.int32)
+    for row, item in enumerate(encoded):
+        ids[row, :len(item)], mask[row, :len(item)] = item, 1
+    return Prompts(ids, mask, features, tuple(s.answer for s in samples))
+
+
+def build_clients(model: PretrainedModel, tokenizer, samples: list[Sample], template: str,
+                  max_length: int) -> list[ClientData]:
+    """Every client's data, ordered by client name. All clients share L and A, so one program trains them all.
+
+    Raises:
+        InputError: a client without training samples or with several tasks; a sample that is too long or has
+            nothing to learn from.
+    """
+    n_image = model.config.num_image_tokens
+    features = image_features(model, samples)
+    encoded = [encode(tokenizer, s.turns, template, n_image) for s in samples]
+    for sample, item in zip(samples, encoded, strict=True):
+        if len(item.input_ids) > max_length:
+            raise InputError(f"{sample.source}: {len(item.input_ids)} tokens, data.max_length is {max_length}. "
+                             "Shorten the sample or raise the limit.")
+        if not item.supervised.any():
+            raise InputError(f"{sample.source}: no answer tokens to learn from.")
+    train_rows = [i for i, s in enumerate(samples) if s.split == "train"]
+    length = _round_up(max((len(encoded[i].input_ids) for i in train_rows), default=8), 8)
+    answers = _round_up(max((int(encoded[i].supervised.sum()) for i in train_rows), default=4), 4)
+    prompt_length = _round_up(max(int(np.flatnonzero(e.supervised)[-1]) + 1 for e in encoded), 8)
+
+    rows_of: dict[str, list[int]] = {}
+    for i, sample in enumerate(samples):
+        rows_of.setdefault(sample.client, []).append(i)
+    clients = []
+    for name in sorted(rows_of):
+        rows = rows_of[name]
+        tasks = sorted({samples[i].task for i in rows})
+        if len(tasks) != 1:
+            raise InputError(f"client {name!r} has samples of several tasks ({', '.join(tasks)}). "
+                             "Pilot gives each client one task: split it into one client per task.")
+        mine = [i for i in rows if samples[i].split == "train"]
+        if not mine:
+            raise InputError(f"client {name!r} has no training sample. Give it some or remove it from data.path.")
+        has_image = np.asarray([samples[i].image is not None for i in mine])
+        train = _training_arrays([encoded[i] for i in mine], features[mine], has_image, length, answers)
+        evaluation = {}
+        for split in ("validation", "test"):
+            chosen = [i for i in rows if samples[i].split == split]
+            if chosen:
+                evaluation[split] = build_prompts(model, tokenizer, [samples[i] for i in chosen], template,
+                                                  features[chosen], prompt_length)
+        clients.append(ClientData(name, tasks[0], train, evaluation))
+    return clients
+
+
+def num_steps(size: int, batch_size: int, epochs: int, local_steps: int | None) -> int:
+    """S_k: a client's own number of steps in a phase."""
+    return local_steps if local_steps is not None else epochs * -(-size // batch_size)
+
+
+def visiting_order(rng: np.random.Generator, size: int, batch_size: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sample indices int32 [steps, B] and which of them are real, bool [steps, B].
+
+    Each epoch is a fresh shuffle; its last batch is short rather than filled from the next epoch.
+    """
+    per_epoch = -(-size // batch_size)
+    order = np.zeros((-(-steps // per_epoch) * per_epoch, batch_size), np.int32)
+    real = np.zeros(order.shape, bool)
+    for start in range(0, len(order), per_epoch):
+        flat = np.zeros(per_epoch * batch_size, np.int32)
+        flat[:size] = rng.permutation(size)
+        order[start:start + per_epoch] = flat.reshape(per_epoch, batch_size)
+        real[start:start + per_epoch] = (np.arange(per_epoch * batch_size) < size).reshape(per_epoch, batch_size)
+    return order[:steps], real[:steps]

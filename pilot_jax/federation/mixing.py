@@ -1,0 +1,194 @@
+"""Aggregation as mixing matrices: functions of (uploads, sizes, tasks) to a row-stochastic matrix, and its application.
+
+FedAvg is 1·nᵀ/Σn, local training is I, the per-task mean is [T, S], and ATA (paper §3.4) a k-nearest-neighbour
+softmax. Uploads are pytrees whose leaves carry the cohort axis S first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def identity(cohort: int) -> jax.Array:
+    """Local training: everyone keeps their own. [S, S]."""
+    return jnp.eye(cohort)
+
+
+def mean(sizes: jax.Array) -> jax.Array:
+    """FedAvg (McMahan et al., 2017): every row is n/Σn. sizes [S] → [S, S]."""
+    weights = jnp.asarray(sizes, jnp.float32)
+    return jnp.broadcast_to(weights / jnp.sum(weights), (len(weights), len(weights)))
+
+
+def per_task_mean(sizes: jax.Array, tasks: jax.Array, num_tasks: int) -> jax.Array:
+    """Mean of each task's clients weighted by n_k. sizes, tasks int [S] → [T, S]; a task without a client: zeros."""
+    members = jax.nn.one_hot(tasks, num_tasks).T * jnp.asarray(sizes, jnp.float32)
+    total = jnp.sum(members, axis=1, keepdims=True)
+    return members / jnp.where(total > 0, total, 1.0)
+
+
+def apply(matrix: jax.Array, uploads: Any) -> Any:
+    """matrix [M, S] times leaves [S, …] → leaves [M, …], in float32."""
+    return jax.tree.map(
+        lambda leaf: jnp.einsum("ms,s...->m...", matrix, leaf.astype(jnp.float32),
+                                precision=jax.lax.Precision.HIGHEST).astype(leaf.dtype), uploads)
+
+
+def effective_neighbors(matrix: jax.Array) -> jax.Array:
+    """exp(entropy) of each row: how many clients a client really borrows from, itself included. [S, S] → [S]."""
+    safe = jnp.where(matrix > 0, matrix, 1.0)
+    return jnp.exp(-jnp.sum(matrix * jnp.log(safe), axis=1))
+
+
+def _sum_squares(x: jax.Array) -> jax.Array:
+    """Σx² over all axes but the first, one axis at a time: float32 sums of short rows lose nothing that matters."""
+    x = x * x
+    while x.ndim > 1:
+        x = jnp.sum(x, axis=-1)
+    return x
+
+
+@jax.jit
+def factor_distances(uploads: Any) -> jax.Array:
+    """d_kj = ‖Θ_k − Θ_j‖₂ over all leaves, [S, S] float32, from exact differences.
+
+    |a|² + |b|² − 2ab would cancel: LoRA trees share most of their value.
+    """
+    leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(uploads)]
+
+    def row(k: jax.Array) -> jax.Array:
+        return jnp.sqrt(sum(_sum_squares(leaf - leaf[k]) for leaf in leaves))
+
+    return jax.lax.map(row, jnp.arange(leaves[0].shape[0]))
+
+
+def _targets(uploads: Mapping) -> list[tuple[jax.Array, jax.Array]]:
+    """(A [S, layers, R, d_in], B [S, layers, d_out, R]) of each LoRA target."""
+    return [(pair["a"].astype(jnp.float32), pair["b"].astype(jnp.float32)) for pair in uploads["layers"].values()]
+
+
+def _dot(spec: str, *operands: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, *operands, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.jit
+def product_distances(uploads: Mapping) -> jax.Array:
+    """d_kj = √Σ ‖B_k A_k − B_j A_j‖_F² over targets and layers, [S, S]; BA (without α/r) is never formed.
+
+    With ΔB = B_k − B_j and ΔA = A_k − A_j the difference is ΔB·A_k + B_j·ΔA, whose squared norm needs R×R arrays:
+    ‖ΔB·A_k‖² + ‖B_j·ΔA‖² + 2⟨ΔBᵀB_j, A_kΔAᵀ⟩.
+    """
+    targets = _targets(uploads)
+
+    def row(k: jax.Array) -> jax.Array:
+        total = 0.0
+        for a, b in targets:
+            a_k, delta_a, delta_b = a[k], a[k] - a, b[k] - b
+            first = _dot("sldr,slde->slre", delta_b, delta_b) * _dot("lri,lei->lre", a_k, a_k)
+            second = _dot("sldr,slde->slre", b, b) * _dot("slri,slei->slre", delta_a, delta_a)
+            cross = _dot("sldr,slde->slre", delta_b, b) * _dot("lri,slei->slre", a_k, delta_a)
+            total = total + jnp.sum(first + second + 2 * cross, axis=(1, 2, 3))
+        return jnp.sqrt(jnp.maximum(total, 0.0)).at[k].set(0.0)
+
+    return jax.lax.map(row, jnp.arange(targets[0][0].shape[0]))
+
+
+DISTANCES = {"factors": factor_distances, "product": product_distances}
+
+
+@partial(jax.jit, static_argnames=("neighbors", "weighting", "temperature", "include_self", "size_weighted"))
+def ata_weights(distances: jax.Array, sizes: jax.Array, client_ids: jax.Array | None = None, *, neighbors: int,
+                weighting: str = "softmax", temperature: str | float = "auto", include_self: bool = True,
+                size_weighted: bool = False) -> jax.Array:
+    """Adaptive Text-adapter Aggregation: w_kj over the M nearest others and k itself, rows sum to 1. [S, S].
+
+    Args:
+        distances: [S, S] float32. sizes: n_k [S]. client_ids: int [S], break ties; default the position.
+        neighbors: M ≥ 1; more than S − 1 means all others.
+        weighting: softmax: ∝ exp(−d/τ). inverse_distance: ∝ 1/d, self weighing as much as its nearest neighbour.
+            share: self ∝ n_k, neighbours ∝ 1/d.
+            Where a neighbour is at d = 0, 1/d takes its limit: all weight on the clients at d = 0, equally.
+        temperature: τ, or "auto": the client's mean distance to its M neighbours (equal weights where that is 0).
+        include_self: whether k belongs to its own neighbourhood. A lone client always does.
+        size_weighted: multiply by n_j before normalising.
+    """
+    if neighbors < 1:
+        raise ValueError("strategy.ata.neighbors must be at least 1")
+    cohort = distances.shape[0]
+    if cohort == 1:
+        return jnp.ones((1, 1))
+    m = min(neighbors, cohort - 1)
+    ids = jnp.arange(cohort) if client_ids is None else client_ids
+    sizes = jnp.asarray(sizes, jnp.float32)
+    is_self = jnp.eye(cohort, dtype=bool)
+    others = jnp.where(is_self, jnp.inf, distances)
+
+    def rank(row: jax.Array) -> jax.Array:
+        order = jnp.lexsort((ids, row))
+        return jnp.zeros(cohort, jnp.int32).at[order].set(jnp.arange(cohort, dtype=jnp.int32))
+
+    near = jax.vmap(rank)(others) < m  # [S, S], M true in each row, never the diagonal
+    member = near | is_self if include_self else near
+    d = jnp.where(is_self, 0.0, distances)
+    if weighting == "softmax":
+        if temperature == "auto":
+            tau = jnp.sum(jnp.where(near, d, 0.0), axis=1, keepdims=True) / m
+        else:
+            tau = jnp.full((cohort, 1), temperature, jnp.float32)
+        score = jnp.where(tau > 0, -d / jnp.where(tau > 0, tau, 1.0), 0.0)
+        score = jnp.where(member, score, -jnp.inf)
+        raw = jnp.exp(score - jnp.max(score, axis=1, keepdims=True))  # the shift cancels when rows are normalised
+    elif weighting in ("inverse_distance", "share"):
+        touching = jnp.any(near & (d == 0), axis=1, keepdims=True)
+        inverse = jnp.where(near & (d > 0), 1.0 / jnp.where(d > 0, d, 1.0), 0.0)
+        own = jnp.max(inverse, axis=1, keepdims=True) if weighting == "inverse_distance" else sizes[:, None]
+        raw = jnp.where(touching, jnp.where(d == 0, 1.0, 0.0), jnp.where(is_self, own, inverse))
+    else:
+        raise ValueError(f"ATA weighting {weighting!r} is not known")
+    raw = jnp.where(member, raw, 0.0)
+    if size_weighted:
+        raw = raw * sizes[None, :]
+    return raw / jnp.sum(raw, axis=1, keepdims=True)
+
+
+def ata(uploads: Mapping, sizes: jax.Array, client_ids: jax.Array | None = None, *, neighbors: int,
+        space: str = "factors", **options: Any) -> tuple[jax.Array, jax.Array]:
+    """(weights, distances), both [S, S], for LoRA uploads; options as in `ata_weights`."""
+    distances = DISTANCES[space](uploads)
+    return ata_weights(distances, sizes, client_ids, neighbors=neighbors, **options), distances
+
+
+@jax.jit
+def product_gap(matrix: jax.Array, uploads: Mapping) -> jax.Array:
+    """‖Σ_j w_kj B_jA_j − B̄_kĀ_k‖ / ‖Σ_j w_kj B_jA_j‖ per row: what mixing A and B as factors leaves out. [M, S] → [M].
+
+    By the Gram of the S + 1 low-rank terms, R×R at a time; 0 where nothing has been learnt yet.
+    """
+    targets = _targets(uploads)
+
+    def row(w: jax.Array) -> jax.Array:
+        gap = whole = 0.0
+        for a, b in targets:
+            mean_a, mean_b = (_dot("s,s...->...", w, x)[None] for x in (a, b))
+            a_all, b_all = jnp.concatenate([a, mean_a]), jnp.concatenate([b, mean_b])
+            signed = jnp.append(w, -1.0)
+            inner = jnp.sum(_dot("sldr,tlde->lsrte", b_all, b_all) * _dot("slri,tlei->lsrte", a_all, a_all),
+                            axis=(0, 2, 4))
+            gap = gap + signed @ inner @ signed
+            whole = whole + w @ inner[:-1, :-1] @ w
+        return jnp.where(whole > 0, jnp.sqrt(jnp.maximum(gap, 0.0) / jnp.where(whole > 0, whole, 1.0)), 0.0)
+
+    return jax.lax.map(row, matrix)
+
+
+def check_rows(matrix: np.ndarray) -> None:
+    """Every row of a mixing matrix sums to 1 (or to 0, where a task has no participant)."""
+    sums = np.asarray(matrix).sum(axis=1)
+    if not np.all((np.abs(sums - 1) < 1e-4) | (sums == 0)):
+        raise AssertionError(f"rows of a mixing matrix sum to {sums}")

@@ -1,0 +1,73 @@
+"""Who owns which parameter. One table drives gradients, optimizer labels, uploads, byte counts and checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+Mode = Literal["trained", "frozen", "-"]
+Scope = Literal["base", "shared", "local", "received"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """One row: a top-level subtree of a client's adapters (or, with scope base, of the model)."""
+
+    subtree: str
+    modes: Mapping[str, Mode]  # by stage; "-" is not used in it
+    scope: Scope
+    aggregated_by: str  # ata | per_task_mean | mean | never
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    rows: tuple[Role, ...]
+
+    @property
+    def adapter_rows(self) -> tuple[Role, ...]:
+        return tuple(row for row in self.rows if row.scope != "base")
+
+    def names(self, *, scope: Scope | None = None, stage: str | None = None, mode: Mode | None = None) -> tuple[str, ...]:
+        """Adapter subtrees with the given scope and/or the given mode in `stage`."""
+        return tuple(
+            row.subtree for row in self.adapter_rows
+            if (scope is None or row.scope == scope) and (mode is None or row.modes[stage] == mode))
+
+    def check(self, adapters: Mapping[str, Any]) -> None:
+        """Every subtree has exactly one row, and every row a subtree."""
+        known = [row.subtree for row in self.adapter_rows]
+        if len(set(known)) != len(known) or set(known) != set(adapters):
+            raise AssertionError(f"adapters {sorted(adapters)} are not covered exactly once by roles {sorted(known)}")
+
+    def select(self, adapters: Mapping[str, Any], scope: Scope) -> dict[str, Any]:
+        """The subtrees of one scope. `select(adapters, "shared")` is an upload, and nothing else can be one."""
+        return {name: adapters[name] for name in self.names(scope=scope)}
+
+    def split(self, adapters: Mapping[str, Any], stage: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(trained, frozen) subtrees of `stage`. Gradients are taken of the first part alone."""
+        trained, frozen = self.names(stage=stage, mode="trained"), self.names(stage=stage, mode="frozen")
+        return {n: adapters[n] for n in trained}, {n: adapters[n] for n in frozen}
+
+    def labels(self, trained: Mapping[str, Any]) -> dict[str, Any]:
+        """Optimizer labels for `optax.partition`: "lora" or "connector" at every trained leaf."""
+        return {name: jax.tree.map(lambda _, n=name: "lora" if n == "text_adapter" else "connector", tree)
+                for name, tree in trained.items()}
+
+
+BASE_ROWS = (
+    Role("vision_tower", {"plain": "frozen", "stage1": "frozen", "stage2": "frozen"}, "base", "never"),
+    Role("language_model", {"plain": "frozen", "stage1": "frozen", "stage2": "frozen"}, "base", "never"),
+)
+
+
+def num_parameters(tree: Any) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of the tree when sent: float32, whatever it is held in."""
+    return 4 * num_parameters(tree)

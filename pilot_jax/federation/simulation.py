@@ -1,0 +1,251 @@
+"""A whole run: load, check, train all rounds, evaluate, write the run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from pilot_jax import checkpoint
+from pilot_jax.config import Config
+from pilot_jax.data.batches import build_clients, num_steps
+from pilot_jax.data.conversations import check_template
+from pilot_jax.data.images import load_tokenizer
+from pilot_jax.data.llava import Sample, read_samples
+from pilot_jax.data.partition import partition
+from pilot_jax.errors import InputError
+from pilot_jax.evaluation.evaluate import Examinee, base_examinee, scores
+from pilot_jax.federation.population import ClientState, to_host
+from pilot_jax.federation.roles import Roles
+from pilot_jax.federation.rounds import Federation, State, cohort, run_round
+from pilot_jax.federation.strategies import Strategy, make_strategy
+from pilot_jax.metrics import CompileClock, MetricsFile
+from pilot_jax.models.pretrained import load
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished (or restored) run."""
+
+    config: Config
+    federation: Federation
+    tokenizer: Any
+    population: tuple[ClientState, ...]
+    summary: dict[str, Any]
+    records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def client(self, name: str) -> int:
+        """Index of a client by name."""
+        names = [c.name for c in self.federation.clients]
+        if name not in names:
+            raise InputError(f"client {name!r} is not in this run. Known: {', '.join(names)}.")
+        return names.index(name)
+
+
+def load_samples(config: Config) -> list[Sample]:
+    """The samples of `data.path`, each with its client."""
+    if config.data.path == "digits":
+        from pilot_jax.data.digits import scenario_clients, scene_samples
+
+        d = config.data.digits
+        samples = list(scene_samples(scenario_clients(d.scenario, d.train, d.validation, d.test), d.seed))
+    else:
+        samples = read_samples(config.data.path, config.data.image_root)
+    return partition(samples, config.data.partition, config.federation.clients, config.data.dirichlet_alpha,
+                     config.system.seed)
+
+
+def _check_names(config: Config, names: list[str], tasks: list[str]) -> None:
+    wanted = config.federation.clients
+    if config.data.partition == "given" and wanted is not None and wanted != len(names):
+        raise InputError(f"federation.clients: {wanted}, but data.path {config.data.path} has {len(names)} clients. "
+                         "Drop the key or set data.partition.")
+    unknown = sorted(set(config.eval.metrics) - set(tasks) - {"grounding"})
+    if unknown:
+        raise InputError(f"eval.metrics: unknown task {unknown[0]!r}. The data have {', '.join(tasks)}.")
+    for round_ in range(1, config.federation.rounds + 1):
+        cohort(config, tuple(names), round_)  # refuses unknown names before anything is trained
+
+
+def prepare(config: Config, strategy: Strategy | None = None) -> tuple[Federation, Any]:
+    """Load model and data, check them against the config. Nothing is written."""
+    check_template(config.data.template)
+    samples = load_samples(config)
+    names, tasks = sorted({s.client for s in samples}), sorted({s.task for s in samples})
+    _check_names(config, names, tasks)
+    lora = config.model.lora
+    model = load(config.model.path, dtype=None if config.model.dtype == "auto" else config.model.dtype,
+                 lora_scale=lora.alpha / lora.rank, remat=config.model.remat, unroll=config.system.unroll)
+    tokenizer = load_tokenizer(model.directory)
+    clients = build_clients(model, tokenizer, samples, config.data.template, config.data.max_length)
+    strategy = strategy or make_strategy(config.strategy, config.federation.schedule)
+    return Federation(config, strategy, model, tuple(clients), tuple(tasks)), tokenizer
+
+
+def initial_adapters(fed: Federation) -> dict[str, Any]:
+    """What every client starts from; LoRA's A from fold_in(root, "init"), one for all."""
+    key = jax.random.fold_in(jax.random.key(fed.config.system.seed), 0x696E6974)  # "init"
+    adapters = fed.strategy.initial_adapters(key, fed.model.base["projector"], fed.model.config,
+                                             fed.config.model.lora.rank, len(fed.tasks))
+    fed.strategy.roles().check(adapters)
+    return to_host(adapters)
+
+
+def initial_state(fed: Federation) -> State:
+    adapters = initial_adapters(fed)
+    server = to_host(fed.strategy.initial_server_state(fed.strategy.roles().select(adapters, "shared")
+                                                       | fed.strategy.roles().select(adapters, "received")))
+    return State(tuple(ClientState(adapters) for _ in fed.clients), server)
+
+
+def total_client_steps(fed: Federation) -> int:
+    """Client steps of the whole run, known before it starts."""
+    config, seen, total = fed.config, set(), 0
+    for round_ in range(1, config.federation.rounds + 1):
+        for c in cohort(config, tuple(x.name for x in fed.clients), round_):
+            steps = num_steps(fed.clients[c].size, config.train.batch_size, config.federation.local_epochs,
+                              config.federation.local_steps)
+            total += steps * len(fed.strategy.stages(c not in seen, round_))
+            seen.add(c)
+    return total
+
+
+def examinee(fed: Federation, index: int, state: ClientState, split: str) -> Examinee | None:
+    """A client's personalised model on its own `split`: what it last downloaded plus its local-only state."""
+    client = fed.clients[index]
+    if split not in client.evaluation:
+        return None
+    if state.stage == "none":
+        return base_examinee(fed.model, client.task, client.evaluation[split])
+    roles: Roles = fed.strategy.roles()
+    used = roles.names(stage=state.stage, mode="trained") + roles.names(stage=state.stage, mode="frozen")
+    return Examinee({n: state.adapters[n] for n in used}, state.stage, fed.task_index(index), client.task,
+                    client.evaluation[split])
+
+
+def evaluate(fed: Federation, tokenizer: Any, population: tuple[ClientState, ...] | None,
+             split: str = "test") -> dict[str, float]:
+    """Score of each client that has `split` samples; `population` None: of the untouched base model."""
+    chosen = {}
+    for i, client in enumerate(fed.clients):
+        if population is not None:
+            one = examinee(fed, i, population[i], split)
+        else:
+            one = base_examinee(fed.model, client.task, client.evaluation[split]) if split in client.evaluation else None
+        if one is not None:
+            chosen[client.name] = one
+    width = min(fed.config.system.client_chunk, len(fed.clients))
+    values = scores(fed.model, tokenizer, list(chosen.values()), fed.config.eval, width)
+    return dict(zip(chosen, values, strict=True))
+
+
+def _mean(values: list[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _by_task(fed: Federation, by_client: dict[str, float]) -> dict[str, float | None]:
+    return {t: _mean([by_client[c.name] for c in fed.clients if c.task == t and c.name in by_client])
+            for t in fed.tasks}
+
+
+def _summary(fed: Federation, state: State, tokenizer: Any, clock: CompileClock, began: float,
+             train_compile: float) -> dict[str, Any]:
+    by_client, base = evaluate(fed, tokenizer, state.population), evaluate(fed, tokenizer, None)
+    names = [c.name for c in fed.clients]
+    device = jax.local_devices()[0].memory_stats() or {}
+    host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "strategy": fed.strategy.name, "seed": fed.config.system.seed, "rounds": fed.config.federation.rounds,
+        "clients": names, "tasks": list(fed.tasks),
+        "score_mean": _mean(list(by_client.values())), "score_by_task": _by_task(fed, by_client),
+        "score_by_client": by_client,
+        "score_base": _mean(list(base.values())), "score_base_by_task": _by_task(fed, base),
+        "score_base_by_client": base,
+        "bytes_up": state.bytes_up, "bytes_down": state.bytes_down, "client_steps": state.client_steps,
+        # Compilation apart: it is reported beside, and would otherwise hide the speed of long runs.
+        "client_steps_per_second": state.client_steps / max(state.train_seconds - train_compile, 1e-9),
+        "wall_seconds": time.perf_counter() - began, "compile_seconds": clock.seconds,
+        "peak_memory_bytes": int(device.get("peak_bytes_in_use", host_peak)),
+        "adapters_sha256": checkpoint.adapters_sha256(names, state.population),
+    }
+
+
+def simulate(config: Config, *, out: str | Path | None = None, strategy: Strategy | None = None,
+             progress: Callable[[Federation], Callable[[dict], None]] | None = None) -> Run:
+    """Run a federation.
+
+    Args:
+        out: the run directory, which must not exist or be empty; None writes nothing.
+        strategy: an object of your own instead of `config.strategy.name`.
+        progress: makes, from the federation, a function that is called with progress events.
+
+    Raises:
+        InputError: bad config, data or checkpoint; nothing has been written then.
+    """
+    began = time.perf_counter()
+    clock = CompileClock()
+    if config.system.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.system.compilation_cache).expanduser()))
+    folder = None if out is None else Path(out)
+    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"--out: {folder} exists and is not an empty folder. Choose another; nothing was written.")
+    fed, tokenizer = prepare(config, strategy)
+    show = progress(fed) if progress else (lambda event: None)
+    if folder is not None:
+        (folder / "mixing").mkdir(parents=True)
+        (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    record = MetricsFile(None if folder is None else folder / "metrics.jsonl")
+    names = [c.name for c in fed.clients]
+
+    def save_mixing(round_: int, label: str, arrays: dict) -> None:
+        if folder is not None:
+            np.savez(folder / "mixing" / f"round_{round_:04d}_{label}.npz", **arrays)
+
+    state, roles, train_compile = initial_state(fed), fed.strategy.roles(), 0.0
+    try:
+        for round_ in range(1, config.federation.rounds + 1):
+            before = clock.seconds
+            state = run_round(fed, state, round_, show, record, save_mixing)
+            train_compile += clock.seconds - before
+            if config.eval.every and round_ % config.eval.every == 0:
+                by_client = evaluate(fed, tokenizer, state.population, "validation")
+                for name, value in by_client.items():
+                    record({"round": round_, "split": "validation", "client": name,
+                            "task": fed.clients[names.index(name)].task, "score": value})
+                if by_client:
+                    show({"kind": "score", "text": f"round {round_}: validation score "
+                          f"{_mean(list(by_client.values())):.3f}"})
+        show({"kind": "note", "text": "evaluating on the test split …"})
+        summary = _summary(fed, state, tokenizer, clock, began, train_compile)
+        if folder is not None:
+            (folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    finally:
+        # Also after Ctrl-C: `state` is always as of the last complete round.
+        if folder is not None and state.client_steps:
+            checkpoint.save_population(folder / "checkpoints", names, state.population, roles)
+        record.close()
+        clock.stop()
+    return Run(config, fed, tokenizer, state.population, summary, record.records)
+
+
+def restore(folder: str | Path) -> Run:
+    """A finished run from its directory."""
+    from pilot_jax.config import load_config
+
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file() or not (folder / "checkpoints").is_dir():
+        raise InputError(f"{folder}: not a run directory (no config.yaml or checkpoints). Give what `run` wrote.")
+    config = load_config(folder / "config.yaml")
+    fed, tokenizer = prepare(config)
+    population = checkpoint.load_population(folder / "checkpoints", [c.name for c in fed.clients])
+    summary_file = folder / "summary.json"
+    summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {}
+    return Run(config, fed, tokenizer, population, summary)

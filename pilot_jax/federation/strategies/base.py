@@ -1,0 +1,87 @@
+"""What a strategy is: an ownership table, a schedule, starting adapters, and an aggregation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pilot_jax.config import StrategyConfig
+from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, num_bytes
+from pilot_jax.models.config import VlmConfig
+from pilot_jax.models.lora import init_lora
+
+
+class Aggregated(NamedTuple):
+    """What the server makes of a phase's uploads.
+
+    downloads: shared subtrees with leaves [S, …], row s for client s; received subtrees with leaves that all
+    clients get alike. mixing: what to log, among it `weights` [S, S] and, for ATA, `distances`.
+    """
+
+    downloads: dict[str, Any]
+    server_state: dict[str, Any]
+    mixing: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """Base of all strategies: ordinary projector + LoRA, trained in plain LLaVA mode.
+
+    Pilot trains R + 1 phases in R rounds; so does everyone, by a second phase in a client's first round.
+    """
+
+    config: StrategyConfig
+    schedule: str = "first_time"
+
+    first_stages = ("plain", "plain")  # a client's first round
+    later_stages = ("plain",)  # its other rounds: a suffix of the first
+    scope = "shared"
+    aggregated_by = "mean"
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__.lower()
+
+    def stages(self, first_time: bool, round_: int) -> tuple[str, ...]:
+        """The phases of a client's round. A baseline's extra phase falls into round 1, where everyone is new: later
+        on, a phase of newcomers alone would replace everyone's model by theirs."""
+        return self.first_stages if round_ == 1 or self.schedule == "every_round" else self.later_stages
+
+    def roles(self) -> Roles:
+        return Roles((*BASE_ROWS,
+                      Role("text_adapter", {"plain": "trained"}, self.scope, self.aggregated_by),
+                      Role("projector", {"plain": "trained"}, self.scope, self.aggregated_by)))
+
+    def initial_adapters(self, key: jax.Array, projector: Mapping, model: VlmConfig, rank: int,
+                         num_tasks: int) -> dict[str, Any]:
+        """What every client starts from. The same for all: LoRA distances would otherwise measure the random start."""
+        return {"text_adapter": init_lora(key, model.text, rank), "projector": float32(projector)}
+
+    def initial_server_state(self, adapters: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def fetch(self, adapters: dict[str, Any], server_state: Mapping[str, Any], task: int) -> dict[str, Any]:
+        """A client's adapters at the start of a phase: what it has, and what the server now holds for it."""
+        return adapters
+
+    def aggregate(self, uploads: Mapping[str, Any], sizes: np.ndarray, tasks: np.ndarray, client_ids: np.ndarray,
+                  server_state: Mapping[str, Any]) -> Aggregated:
+        """uploads: the shared subtrees, leaves [S, …]; sizes, tasks, client_ids: int [S].
+
+        `server_state["round"]` is the current round, from 1.
+        """
+        raise NotImplementedError
+
+    def sent_bytes(self, adapters: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+        """(up, down) bytes per subtree for one client and phase, as float32."""
+        up = {name: num_bytes(tree) for name, tree in self.roles().select(adapters, "shared").items()}
+        return up, dict(up)
+
+
+def float32(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)

@@ -1,0 +1,91 @@
+"""What a run tells: `metrics.jsonl`, and progress on the terminal (live, or plain lines where there is none)."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class MetricsFile:
+    """Appends one JSON object per line; every line is complete on disk before the next begins."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = None if path is None else path.open("a", encoding="utf-8")
+        self.records: list[dict[str, Any]] = []
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class CompileClock:
+    """Seconds spent in XLA compilation, and how many programs it made, since its creation."""
+
+    def __init__(self) -> None:
+        import jax
+
+        self.seconds, self.programs = 0.0, 0
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+    def _hear(self, event: str, duration: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            self.seconds += duration
+            self.programs += 1
+
+    def stop(self) -> None:
+        import jax
+
+        jax.monitoring.unregister_event_duration_listener(self._hear)
+
+
+class ProgressDisplay:
+    """Round, phase, loss, client-steps/s and time left. Called with the records that `rounds` emits."""
+
+    def __init__(self, total_steps: int, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._total, self._before = total_steps, 0
+        self._started = time.perf_counter()
+        self._bar = None
+        if self.console.is_terminal:
+            self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
+                                 console=self.console, transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("compiling …", total=total_steps)
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "chunk":
+            done = self._before + event["steps"]
+            if self._bar is not None:
+                self._bar.update(self._task, completed=done, description=self._line(event, done))
+            elif event["clients"] == event["of"]:
+                self.console.print(self._line(event, done), highlight=False)
+        elif event["kind"] == "phase":
+            self._before += event["client_steps"]
+            if self._bar is not None:
+                self.console.print(
+                    f"round {event['round']} {event['phase']}: loss {event['loss']:.3f}, effective neighbours "
+                    f"{event['effective_neighbors']:.2f}, {event['seconds']:.1f} s", highlight=False)
+        else:
+            self.console.print(event["text"], highlight=False)
+
+    def _line(self, event: dict[str, Any], done: int) -> str:
+        seconds = time.perf_counter() - self._started
+        speed = done / seconds
+        left = (self._total - done) / speed
+        return (f"round {event['round']} {event['phase']} client {event['clients']}/{event['of']} "
+                f"loss {event['loss']:.3f} {speed:.1f} client-steps/s, {left:.0f} s left")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
