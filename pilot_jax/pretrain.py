@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import yaml
 
 from pilot_jax.data import digit_tasks, digits
 from pilot_jax.data.conversations import encode
@@ -40,6 +41,28 @@ class PretrainConfig:
     batch: int = 32
     lr: float = 2e-3
     seed: int = 0
+
+
+def load_pretrain_config(path: str | Path) -> PretrainConfig:
+    """Read a YAML mapping of `PretrainConfig`'s fields.
+
+    Raises:
+        InputError: unreadable, unknown keys, or values that are not positive numbers.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as YAML ({error}).") from None
+    known = {f.name: type(f.default) for f in dataclasses.fields(PretrainConfig)}
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected a mapping of {', '.join(known)}.")
+    for key, value in raw.items():
+        if key not in known:
+            raise InputError(f"{path}: {key}: unknown key. Known: {', '.join(known)}.")
+        if not isinstance(value, known[key]) or isinstance(value, bool) or value < (key != "seed"):
+            raise InputError(f"{path}: {key}: expected a positive {known[key].__name__}, got {value!r}.")
+    return PretrainConfig(**raw)
 
 
 def build_tokenizer(vocab: int):
@@ -198,12 +221,15 @@ def _pretrain_language(module: Vlm, tower: dict, tokenizer, config: PretrainConf
     c, n = module.config, module.config.num_image_tokens
     width = c.vision.hidden_size
     projector = {
-        "linear_1": {"kernel": jax.random.normal(keys[0], (width, c.text.hidden_size)) * width**-0.5,
+        "linear_1": {"kernel": jax.random.normal(keys[0], (width, c.text.hidden_size)) * 0.6 * width**-0.5,
                      "bias": jnp.zeros(c.text.hidden_size)},
-        "linear_2": {"kernel": jax.random.normal(keys[1], (c.text.hidden_size,) * 2) * c.text.hidden_size**-0.5 * 0.1,
+        "linear_2": {"kernel": jax.random.normal(keys[1], (c.text.hidden_size,) * 2) * 0.6 * c.text.hidden_size**-0.5,
                      "bias": jnp.zeros(c.text.hidden_size)}}
     ids = jnp.zeros((1, n + 2), jnp.int32)
     decoder = module.init(keys[2], ids, jnp.ones_like(ids), None, method="logits")["params"]["decoder"]
+    # Words that no caption holds keep the rows they start with, and the head stays frozen in the federation: rows
+    # of unit norm can be told apart there, rows of norm 0.2 cannot (their logits could never leave each other).
+    decoder = decoder | {name: decoder[name] * (0.1 / 0.02) for name in ("embedding", "head")}
     params = {"projector": projector, "decoder": decoder}
     length = n + 48
 

@@ -16,13 +16,13 @@ import numpy as np
 
 from pilot_jax import checkpoint
 from pilot_jax.config import Config
-from pilot_jax.data.batches import build_clients, num_steps
+from pilot_jax.data.batches import build_clients, build_prompts, num_steps
 from pilot_jax.data.conversations import check_template
-from pilot_jax.data.images import load_tokenizer
+from pilot_jax.data.images import image_features, load_tokenizer
 from pilot_jax.data.llava import Sample, read_samples
 from pilot_jax.data.partition import partition
 from pilot_jax.errors import InputError
-from pilot_jax.evaluation.evaluate import Examinee, base_examinee, scores
+from pilot_jax.evaluation.evaluate import Examinee, answers, base_examinee, scores
 from pilot_jax.federation.population import ClientState, to_host
 from pilot_jax.federation.roles import Roles
 from pilot_jax.federation.rounds import Federation, State, cohort, run_round
@@ -164,7 +164,7 @@ def _summary(fed: Federation, state: State, tokenizer: Any, clock: CompileClock,
     host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "strategy": fed.strategy.name, "seed": fed.config.system.seed, "rounds": fed.config.federation.rounds,
-        "clients": names, "tasks": list(fed.tasks),
+        "clients": names, "tasks": list(fed.tasks), "task_by_client": {c.name: c.task for c in fed.clients},
         "score_mean": _mean(list(by_client.values())), "score_by_task": _by_task(fed, by_client),
         "score_by_client": by_client,
         "score_base": _mean(list(base.values())), "score_base_by_task": _by_task(fed, base),
@@ -249,3 +249,18 @@ def restore(folder: str | Path) -> Run:
     summary_file = folder / "summary.json"
     summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {}
     return Run(config, fed, tokenizer, population, summary)
+
+
+def answer(run: Run, client: str, image: Path, prompt: str, max_new_tokens: int = 64) -> str:
+    """What `client`'s personalised model says about an image."""
+    fed, index = run.federation, run.client(client)
+    one = fed.clients[index]
+    turns = (("human", f"<image>\n{prompt}"), ("gpt", ""))
+    sample = Sample("prompt", image, turns, one.task, one.name, "test", str(image))
+    prompts = build_prompts(fed.model, run.tokenizer, [sample], run.config.data.template,
+                            image_features(fed.model, [sample]))
+    state = run.population[index]
+    asked = dataclasses.replace(fed.clients[index], evaluation={"test": prompts})
+    fed = dataclasses.replace(fed, clients=(*fed.clients[:index], asked, *fed.clients[index + 1:]))
+    settings = run.config.eval.model_copy(update={"max_new_tokens": max_new_tokens, "batch_size": 1})
+    return answers(fed.model, run.tokenizer, [examinee(fed, index, state, "test")], settings, 1)[0][0]

@@ -1,0 +1,201 @@
+"""The command line. Commands only: the work is in the modules they call. Exit 0 done, 1 failed run, 2 bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pilot_jax.errors import InputError
+
+app = typer.Typer(name="pilot-jax", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Federated multimodal instruction tuning in JAX: Pilot, its baselines, its ablations.")
+data_app = typer.Typer(no_args_is_help=True, help="Make or check data sets.")
+app.add_typer(data_app, name="data")
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML config, see configs/.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: section.key=value. Repeatable.")]
+RunPath = Annotated[Path, typer.Argument(help="A run directory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def run(config: ConfigPath, overrides: Overrides = None,
+        out: Annotated[Path | None, typer.Option(help="Run directory, new; default runs/<config>-<time>.")] = None) -> None:
+    """Simulate a federation and write its run directory."""
+    import time
+
+    from pilot_jax.config import load_config
+    from pilot_jax.federation.simulation import Federation, simulate, total_client_steps
+    from pilot_jax.metrics import ProgressDisplay
+
+    settings = load_config(config, overrides)
+    folder = out or Path("runs") / f"{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    displays: list[ProgressDisplay] = []
+
+    def progress(fed: Federation) -> ProgressDisplay:
+        import jax
+
+        total = total_client_steps(fed)
+        display = ProgressDisplay(total)
+        display.console.print(
+            f"{fed.strategy.name}: {len(fed.clients)} clients, {len(fed.tasks)} tasks ({', '.join(fed.tasks)}), "
+            f"{settings.federation.rounds} rounds, {total} client steps on {jax.devices()[0].device_kind} → {folder}",
+            highlight=False)
+        displays.append(display)
+        return display
+
+    try:
+        result = simulate(settings, out=folder, progress=progress)
+    except KeyboardInterrupt:
+        typer.echo(f"\nInterrupted. What the last complete round learnt is in {folder}.", err=True)
+        raise typer.Exit(130) from None
+    except FloatingPointError as error:
+        typer.echo(f"Failed: {error}", err=True)
+        raise typer.Exit(1) from None
+    finally:
+        for display in displays:
+            display.close()
+    _print_scores(result.summary)
+    typer.echo(f"Run directory: {folder}")
+
+
+def _print_scores(summary: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Score on held-out data, each client's own model")
+    for column, justify in (("task", "left"), ("client", "left"), ("base", "right"), (summary["strategy"], "right")):
+        table.add_column(column, justify=justify)
+
+    def shown(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3f}"
+
+    for task in summary["tasks"]:
+        for client in summary["clients"]:
+            if summary["task_by_client"][client] == task and client in summary["score_by_client"]:
+                table.add_row(task, client, shown(summary["score_base_by_client"][client]),
+                              shown(summary["score_by_client"][client]))
+        table.add_row(task, "mean", shown(summary["score_base_by_task"][task]), shown(summary["score_by_task"][task]),
+                      style="bold", end_section=True)
+    table.add_row("all", "mean", shown(summary["score_base"]), shown(summary["score_mean"]), style="bold")
+    Console(width=None if sys.stdout.isatty() else 80).print(table)
+    typer.echo(f"{summary['client_steps']} client steps, {summary['client_steps_per_second']:.1f}/s; "
+               f"{summary['bytes_up'] / 1e6:.1f} MB up, {summary['bytes_down'] / 1e6:.1f} MB down; "
+               f"{summary['wall_seconds']:.0f} s, of which compiling {summary['compile_seconds']:.0f} s; "
+               f"peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
+
+
+@app.command()
+def roles(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Who owns which parameter: trained, frozen, sent, aggregated; with sizes. Allocates nothing."""
+    from pilot_jax.config import load_config
+    from pilot_jax.federation.ownership import ownership_table
+
+    rows = ownership_table(load_config(config, overrides))
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Who owns which parameter (per client; bytes as float32)")
+    for column in rows[0]:
+        table.add_column(column, justify="right" if column in ("parameters", "bytes") else "left")
+    for entry in rows:
+        table.add_row(*(f"{v:,}" if isinstance(v, int) else v for v in entry.values()))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+@app.command()
+def evaluate(run_dir: RunPath, split: Annotated[str, typer.Option(help="test or validation.")] = "test",
+             as_json: AsJson = False) -> None:
+    """Score every client's personalised model on its own data."""
+    from pilot_jax.federation.simulation import evaluate as score
+    from pilot_jax.federation.simulation import restore
+
+    if split not in ("test", "validation"):
+        raise InputError(f"--split: {split!r}, expected test or validation.")
+    done = restore(run_dir)
+    by_client = score(done.federation, done.tokenizer, done.population, split)
+    if not by_client:
+        raise InputError(f"data.path: no client has {split} samples.")
+    mean = sum(by_client.values()) / len(by_client)
+    if as_json:
+        typer.echo(json.dumps({"split": split, "score_mean": mean, "score_by_client": by_client}, indent=1))
+        return
+    for client, value in by_client.items():
+        typer.echo(f"{client:<24} {value:.3f}")
+    typer.echo(f"{'mean':<24} {mean:.3f}")
+
+
+@app.command()
+def generate(run_dir: RunPath, client: Annotated[str, typer.Option(help="Whose model answers.")],
+             image: Annotated[Path, typer.Option(help="Image file.")],
+             prompt: Annotated[str, typer.Option(help="The question.")],
+             max_new_tokens: Annotated[int, typer.Option(min=1)] = 64) -> None:
+    """Answer a question about an image with one client's model."""
+    from pilot_jax.federation.simulation import answer, restore
+
+    if not image.is_file():
+        raise InputError(f"--image: {image} does not exist.")
+    typer.echo(answer(restore(run_dir), client, image, prompt, max_new_tokens))
+
+
+@app.command()
+def pretrain(config: ConfigPath, out: Annotated[Path, typer.Argument(help="New Hugging Face LLaVA directory.")]) -> None:
+    """Train the embedded base on captions of digit scenes."""
+    from pilot_jax.pretrain import load_pretrain_config
+    from pilot_jax.pretrain import pretrain as train
+
+    train(out, load_pretrain_config(config), typer.echo)
+    typer.echo(f"Base model: {out}")
+
+
+@data_app.command("digits")
+def data_digits(out: Annotated[Path, typer.Argument(help="New folder.")],
+                scenario: Annotated[str, typer.Option(help="a: 3 tasks × 3 clients; b: 4 × 5.")] = "a",
+                train: Annotated[int, typer.Option(min=1)] = 384, validation: Annotated[int, typer.Option(min=1)] = 16,
+                test: Annotated[int, typer.Option(min=1)] = 48, seed: Annotated[int, typer.Option(min=0)] = 0) -> None:
+    """Write the embedded digit scenes as a LLaVA data set."""
+    from pilot_jax.data.digits import SCENARIOS, scenario_clients, scene_samples
+    from pilot_jax.data.llava import write_samples
+
+    if scenario not in SCENARIOS:
+        raise InputError(f"--scenario: {scenario!r}, expected one of {', '.join(SCENARIOS)}.")
+    count = write_samples(scene_samples(scenario_clients(scenario, train, validation, test), seed), out)
+    typer.echo(f"{count} samples in {out / 'data.json'}, images in {out / 'images'}")
+
+
+@data_app.command("check")
+def data_check(path: Annotated[Path, typer.Argument(help="LLaVA JSON/JSONL file or folder.")],
+               image_root: Annotated[Path | None, typer.Option(help="Folder that `image` is relative to.")] = None) -> None:
+    """Read a LLaVA data set as `run` would, images included, and count what is in it."""
+    from collections import Counter
+
+    from pilot_jax.data.images import read_image
+    from pilot_jax.data.llava import read_samples
+
+    samples = read_samples(path, image_root)
+    for sample in samples:
+        if sample.image is not None:
+            read_image(sample)
+    for (task, client, split), count in sorted(Counter((s.task, s.client, s.split) for s in samples).items()):
+        typer.echo(f"{task:<16} {client or '(no client)':<20} {split:<12} {count:>7}")
+    typer.echo(f"{len(samples)} samples, all readable")
+
+
+def main() -> None:
+    """Entry point: bad input ends in one message and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        app()
+    except InputError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)

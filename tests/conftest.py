@@ -1,0 +1,80 @@
+"""Shared fixtures: small random checkpoints written by transformers, and a small federation."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+import pilot_jax
+from pilot_jax.config import parse_config
+from pilot_jax.federation import simulation
+
+jax.config.update("jax_numpy_rank_promotion", "allow")
+
+TINY_TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+TINY_VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
+               "image_size": 16, "patch_size": 8}
+IMAGE_TOKEN = 5
+
+
+def write_llava(folder, *, vision=None, text=None, **options):
+    """A random LLaVA checkpoint written by transformers; returns the torch model."""
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**(TINY_VISION | (vision or {}))).to_dict(),
+        text_config=LlamaConfig(**(TINY_TEXT | (text or {}))).to_dict(),
+        image_token_index=IMAGE_TOKEN, **options)
+    model = LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():  # random biases and norms too, so that a mix-up shows
+        for name, parameter in model.named_parameters():
+            std = 0.3 if parameter.ndim == 1 else 0.15
+            parameter.copy_(torch.randn_like(parameter) * std + (1.0 if "norm" in name and "weight" in name else 0.0))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """(torch model, pilot_jax model) of one tiny random checkpoint."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return write_llava(folder), pilot_jax.load(folder)
+
+
+def small_config(**sections):
+    """A federation of real parts, small enough for a test: the shipped base, few scenes, few steps."""
+    raw = {
+        "model": {"lora": {"rank": 4, "alpha": 8}},
+        "data": {"template": "vicuna_short", "digits": {"train": 10, "validation": 2, "test": 2}},
+        "federation": {"rounds": 1, "local_steps": 2},
+        "train": {"batch_size": 4},
+        "eval": {"max_new_tokens": 4, "batch_size": 2},
+    }
+    for name, section in sections.items():
+        for key, value in section.items():
+            old = raw.setdefault(name, {}).get(key)
+            raw[name][key] = {**old, **value} if isinstance(old, dict) else value
+    return parse_config(raw)
+
+
+@pytest.fixture(scope="session")
+def federation():
+    """(federation, tokenizer, initial state) of `small_config()`."""
+    fed, tokenizer = simulation.prepare(small_config())
+    return fed, tokenizer, simulation.initial_state(fed)
+
+
+def tree_max_difference(a, b) -> float:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    return max(float(np.max(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64))))
+               for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))

@@ -1,0 +1,197 @@
+"""Models against transformers and peft, float32, ≤ 1e-4 (the issue's bound; seen: about 1e-6)."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from conftest import IMAGE_TOKEN, write_llava
+from safetensors.torch import load_file, save_file
+
+import pilot_jax
+from pilot_jax.models.llama import Decoder
+from pilot_jax.models.lora import init_lora
+from pilot_jax.models.pretrained import model_directory
+from pilot_jax.models.vlm import Vlm, causal_mask, positions_of, variables
+
+TOLERANCE = 1e-4
+
+
+def inputs(tokens: int, size: int = 16, vocab: int = 64, length: int = 18, batch: int = 3):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(6, vocab, (batch, length))
+    ids[:, 2:2 + tokens] = IMAGE_TOKEN
+    return ids, np.ones_like(ids), rng.normal(size=(batch, 3, size, size)).astype(np.float32)
+
+
+def torch_logits(model, ids, mask, pixels):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask),
+                     pixel_values=None if pixels is None else torch.tensor(pixels)).logits.numpy()
+
+
+CASES = {
+    "default": {},
+    "full features keep CLS": {"vision_feature_select_strategy": "full"},
+    "gelu tower, last layer": {"vision": {"hidden_act": "gelu"}, "vision_feature_layer": -1},
+    "first layer, no projector bias": {"vision_feature_layer": 1, "multimodal_projector_bias": False},
+    "no GQA, wide heads": {"text": {"num_key_value_heads": 4, "head_dim": 16}},
+    "other RoPE base": {"text": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}},
+    "tied head": {"text": {"tie_word_embeddings": True}, "tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_llava_logits_and_greedy_tokens(tmp_path, name):
+    reference = write_llava(tmp_path, **CASES[name])
+    model = pilot_jax.load(tmp_path)
+    ids, mask, pixels = inputs(model.config.num_image_tokens)
+    with torch.no_grad():
+        features = reference.model.get_image_features(
+            torch.tensor(pixels), vision_feature_layer=reference.config.vision_feature_layer,
+            vision_feature_select_strategy=reference.config.vision_feature_select_strategy)
+        projected = torch.stack(list(features.pooler_output)).numpy()
+    from pilot_jax.models.connector import mlp
+
+    ours = mlp(model.base["projector"], model.features(pixels))
+    np.testing.assert_allclose(ours, projected.reshape(ours.shape), atol=TOLERANCE)
+    expected = torch_logits(reference, ids, mask, pixels)
+    assert np.ptp(expected) > 0.5  # logits that differ, or agreement would mean nothing
+    np.testing.assert_allclose(model.logits(ids, mask, pixels), expected, atol=TOLERANCE)
+    with torch.no_grad():
+        tokens = reference.generate(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask),
+                                    pixel_values=torch.tensor(pixels), max_new_tokens=20, do_sample=False,
+                                    eos_token_id=63, pad_token_id=63)[:, ids.shape[1]:].numpy()
+    ours = model.generate(ids, mask, pixels, max_new_tokens=20, eos_id=63)
+    np.testing.assert_array_equal(ours[:, :tokens.shape[1]], tokens)
+
+
+def test_clip_features(tiny):
+    reference, model = tiny
+    pixels = inputs(4)[2]
+    with torch.no_grad():
+        states = reference.model.vision_tower(torch.tensor(pixels), output_hidden_states=True).hidden_states
+    np.testing.assert_allclose(model.features(pixels), states[-2][:, 1:].numpy(), atol=TOLERANCE)
+
+
+def test_text_only_and_right_padding(tiny):
+    reference, model = tiny
+    ids, mask, _ = inputs(0)
+    mask[1, 11:] = 0
+    seen = mask.astype(bool)
+    np.testing.assert_allclose(np.asarray(model.logits(ids, mask))[seen], torch_logits(reference, ids, mask, None)[seen],
+                               atol=TOLERANCE)
+
+
+def test_padded_prompts_generate_what_each_alone_does(tiny):
+    _, model = tiny
+    ids, mask, pixels = inputs(4)
+    mask[1, 13:] = 0
+    both = model.generate(ids, mask, pixels, max_new_tokens=8, eos_id=63)
+    alone = model.generate(ids[1:2, :13], mask[1:2, :13], pixels[1:2], max_new_tokens=8, eos_id=63)
+    np.testing.assert_array_equal(both[1], alone[0])
+
+
+def test_older_key_layout_loads_alike(tmp_path, tiny):
+    """The layout of transformers 4: `vision_tower.vision_model.…`, `model.language_model.…` without inner `model`."""
+    write_llava(tmp_path)
+    file = tmp_path / "model.safetensors"
+    renamed = {}
+    for key, value in load_file(file).items():
+        key = key.replace("vision_tower.", "model.vision_tower.vision_model.", 1)
+        key = key.replace("language_model.model.", "model.language_model.", 1)
+        key = key.replace("language_model.lm_head", "lm_head", 1)
+        renamed["model." + key if key.startswith("multi_modal") else key] = value.clone()
+    save_file(renamed, file)
+    ids, mask, pixels = inputs(4)
+    np.testing.assert_array_equal(pilot_jax.load(tmp_path).logits(ids, mask, pixels), tiny[1].logits(ids, mask, pixels))
+
+
+def test_lora_against_peft(tiny):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    reference, model = tiny
+    rank, alpha, text = 4, 12, model.config.text
+    llama = LlamaForCausalLM(reference.config.text_config).eval()
+    llama.model.load_state_dict(reference.model.language_model.state_dict())
+    llama.lm_head.load_state_dict(reference.lm_head.state_dict())
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    peft = get_peft_model(llama, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)).eval()
+    lora = jax.tree.map(lambda a: np.random.default_rng(1).normal(size=a.shape).astype(np.float32) * 0.2,
+                        init_lora(jax.random.key(0), text, rank))
+    with torch.no_grad():
+        for i, layer in enumerate(peft.base_model.model.model.layers):
+            for name, pair in lora["layers"].items():
+                block = layer.self_attn if name in "qkvo" else layer.mlp
+                module = getattr(block, f"{name}_proj")
+                module.lora_A["default"].weight.copy_(torch.tensor(pair["a"][i]))
+                module.lora_B["default"].weight.copy_(torch.tensor(pair["b"][i]))
+    ids, mask, _ = inputs(0)
+    expected = peft(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.detach().numpy()
+    module = Vlm(model.config, lora_scale=alpha / rank)
+    ours = module.apply(variables(model.base, {"text_adapter": lora}), jnp.asarray(ids), jnp.asarray(mask), None,
+                        method="logits")
+    plain = model.logits(ids, mask)
+    assert np.abs(np.asarray(plain) - expected).max() > 0.1  # the adapter matters
+    np.testing.assert_allclose(ours, expected, atol=TOLERANCE)
+
+
+def test_shipped_base_is_what_transformers_loads():
+    from transformers import AutoTokenizer, LlavaForConditionalGeneration
+
+    folder = model_directory("embedded")
+    assert sum(f.stat().st_size for f in folder.iterdir()) <= 6e6
+    reference = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model = pilot_jax.load("embedded")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "USER: " + "<image>" * model.config.num_image_tokens + "\ndescribe the picture. ASSISTANT:"
+    ids = np.asarray([tokenizer(text)["input_ids"]])
+    pixels = np.random.default_rng(0).normal(size=(1, 3, 48, 48)).astype(np.float32)
+    mask = np.ones_like(ids)
+    np.testing.assert_allclose(model.logits(ids, mask, pixels), torch_logits(reference, ids, mask, pixels),
+                               atol=TOLERANCE)
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["model_type"] == "llava"
+
+
+def test_remat_and_unroll_change_nothing(tiny):
+    """Gradients of the decoder with and without rematerialisation and unrolling."""
+    _, model = tiny
+    lora = init_lora(jax.random.key(0), model.config.text, 2)
+    ids, mask, _ = inputs(0)
+    x = jax.random.normal(jax.random.key(1), (*ids.shape, 32))
+
+    def gradient(remat, unroll):
+        decoder = Decoder(model.config.text, 1.0, jnp.float32, remat, unroll)
+
+        def loss(lora):
+            out, _ = decoder.apply({"params": model.base["decoder"], "lora": lora}, x, positions_of(jnp.asarray(mask)),
+                                   causal_mask(jnp.asarray(mask)), method="hidden")
+            return jnp.sum(jnp.sin(out))
+
+        return jax.grad(loss)(lora)
+
+    plain, other = gradient(False, 1), gradient(True, 2)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_logits_are_causal(tiny):
+    """The gradient of a position's logits to later embeddings is exactly zero."""
+    _, model = tiny
+    ids, mask, _ = inputs(0)
+    decoder = Decoder(model.config.text)
+    x = jax.random.normal(jax.random.key(1), (*ids.shape, 32))
+
+    def early(x):
+        out, _ = decoder.apply({"params": model.base["decoder"]}, x, positions_of(jnp.asarray(mask)),
+                               causal_mask(jnp.asarray(mask)), method="hidden")
+        return jnp.sum(out[:, :7] ** 2)
+
+    gradient = jax.grad(early)(x)
+    assert np.all(np.asarray(gradient[:, 7:]) == 0) and np.abs(gradient[:, :7]).max() > 0
