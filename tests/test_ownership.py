@@ -1,0 +1,169 @@
+"""Who trains, freezes, uploads and aggregates what: the statements of the method, checked on the running code."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import small_config
+
+from pilot_jax.config import StrategyConfig
+from pilot_jax.federation import rounds, simulation
+from pilot_jax.federation.client import Phase, client_loss
+from pilot_jax.federation.objectives import stage_loss
+from pilot_jax.federation.strategies import STRATEGIES, make_strategy
+from pilot_jax.models.vlm import variables
+
+TABLE = {  # DESIGN §3, written out again: subtree → (stage 1, stage 2, scope, aggregated by)
+    "vision_tower": ("frozen", "frozen", "base", "never"),
+    "language_model": ("frozen", "frozen", "base", "never"),
+    "text_adapter": ("trained", "trained", "shared", "ata"),
+    "task": ("trained", "trained", "shared", "per_task_mean"),
+    "client": ("trained", "frozen", "local", "never"),
+    "task_bank": ("-", "frozen", "received", "never"),
+    "cross_task": ("-", "trained", "local", "never"),
+    "router": ("-", "trained", "local", "never"),
+}
+
+
+def batch_of(fed, client, rows=slice(0, 4)):
+    return {k: jnp.asarray(v[rows]) for k, v in fed.clients[client].train.items()}
+
+
+def test_pilot_table():
+    rows = make_strategy(StrategyConfig(), "first_time").roles().rows
+    assert {r.subtree: (r.modes["stage1"], r.modes["stage2"], r.scope, r.aggregated_by) for r in rows} == TABLE
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_leaf_has_exactly_one_owner(name):
+    fed, _ = simulation.prepare(small_config(strategy={"name": name}))
+    adapters = simulation.initial_adapters(fed)  # checks the cover
+    with pytest.raises(AssertionError, match="not covered"):
+        fed.strategy.roles().check(adapters | {"stray": np.zeros(1)})
+    for stage in set(fed.strategy.first_stages):
+        trained, frozen = fed.strategy.roles().split(adapters, stage)
+        assert not set(trained) & set(frozen)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_step_zero_is_the_base_model(federation, stage):
+    """preserve: untrained adapters compute the base's loss, in stage 1 and in stage 2."""
+    fed, _, state = federation
+    train = fed.config.train.model_copy(update={"lambda_d": 0.0, "lambda_b": 0.0, "lambda_z": 0.0})
+    for client in (0, 4, 8):
+        batch = batch_of(fed, client)
+        logits, _ = fed.model.module.apply(variables(fed.model.base, {"projector": fed.model.base["projector"]}),
+                                           batch, "plain", method="target_logits")
+        base = stage_loss(logits, {}, batch, "plain", train)[0]
+        phase = Phase(fed.model.module, fed.strategy.roles(), stage, train)
+        adapters = jax.tree.map(jnp.asarray, state.population[client].adapters)
+        ours, _ = client_loss(phase, fed.model.base, adapters, {}, batch, fed.task_index(client))
+        assert float(base) > 0.5
+        np.testing.assert_allclose(ours, base, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_every_trained_leaf_gets_a_gradient_within_two_steps(federation, stage):
+    fed, _, state = federation
+    phase = Phase(fed.model.module, fed.strategy.roles(), stage, fed.config.train)
+    adapters = jax.tree.map(jnp.asarray, state.population[4].adapters)
+    trained, frozen = fed.strategy.roles().split(adapters, stage)
+    seen = jax.tree.map(lambda leaf: False, trained)
+    for _ in range(2):
+        grads = jax.grad(lambda t: client_loss(phase, fed.model.base, t, frozen, batch_of(fed, 4),
+                                               fed.task_index(4))[0])(trained)
+        assert set(grads) == set(trained) and not set(grads) & set(frozen)
+        seen = jax.tree.map(lambda s, g: s or bool(jnp.any(g != 0)), seen, grads)
+        trained = jax.tree.map(lambda p, g: p - 0.1 * g, trained, grads)
+    missing = [jax.tree_util.keystr(p) for p, s in jax.tree_util.tree_leaves_with_path(seen) if not s]
+    assert not missing
+
+
+@pytest.mark.parametrize(("stage", "terms"), [("stage1", ("difference",)), ("stage2", ("balance", "z"))])
+def test_only_cross_entropy_reaches_lora(federation, stage, terms):
+    fed, _, state = federation
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(lambda x: jnp.asarray(x + 0.05 * rng.normal(size=x.shape), jnp.float32),
+                            state.population[0].adapters)
+    phase = Phase(fed.model.module, fed.strategy.roles(), stage, fed.config.train)
+
+    def term(lora, name):
+        return client_loss(phase, fed.model.base, {**adapters, "text_adapter": lora}, {}, batch_of(fed, 0), 0)[1][name]
+
+    for name in terms:
+        grads = jax.grad(term)(adapters["text_adapter"], name)
+        assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(grads)), name
+    grads = jax.grad(term)(adapters["text_adapter"], "ce")
+    assert all(np.any(np.asarray(g) != 0) for g in jax.tree.leaves(grads))
+
+
+def poison(tree):
+    return jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), tree)
+
+
+def test_nothing_local_can_be_uploaded(federation):
+    """Local-only and received leaves poisoned with NaN: the upload stays finite, and so does what all receive."""
+    fed, _, state = federation
+    roles = fed.strategy.roles()
+    uploads = []
+    for client in state.population:
+        dirty = {n: t if n in ("text_adapter", "task") else poison(t) for n, t in client.adapters.items()}
+        upload = roles.select(dirty, "shared")
+        assert set(upload) == {"text_adapter", "task"}
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(upload))
+        uploads.append(upload)
+    stacked = jax.tree.map(lambda *x: np.stack(x), *uploads)
+    out = fed.strategy.aggregate(stacked, np.arange(1, 10), np.asarray([fed.task_index(i) for i in range(9)]),
+                                 np.arange(9), {**state.server, "round": 1})
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(out.downloads))
+    assert set(out.downloads) == {"text_adapter", "task", "task_bank"}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_round_moves_what_the_table_says(name):
+    """After a whole round: base bit-identical; shared subtrees agree across clients just as their aggregation says."""
+    fed, _ = simulation.prepare(small_config(strategy={"name": name}))
+    base_before = jax.tree.map(np.array, fed.model.base)
+    start = simulation.initial_state(fed)
+    saved = {}
+    end = rounds.run_round(fed, start, 1, lambda e: None, lambda r: None,
+                           lambda r, label, arrays: saved.update({label: arrays}))
+    assert all(np.array_equal(a, b) for a, b in
+               zip(jax.tree.leaves(base_before), jax.tree.leaves(fed.model.base), strict=True))
+    first, second, other = end.population[0].adapters, end.population[1].adapters, end.population[3].adapters
+
+    def equal(a, b):
+        return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+    if name == "pilot":
+        assert set(saved) == {"stage1", "stage2"}
+        assert equal(first["task"], second["task"]) and not equal(first["task"], other["task"])
+        assert equal(first["task_bank"], other["task_bank"])
+        for local in ("client", "cross_task", "router", "text_adapter"):
+            assert not equal(first[local], second[local]), local
+    elif name == "fedavg":
+        assert equal(first, second) and equal(first, other)
+        assert not equal(first, start.population[0].adapters)
+    else:
+        assert not equal(first["text_adapter"], second["text_adapter"]) and end.bytes_up == end.bytes_down == 0
+
+
+def test_bytes_are_those_of_the_selection(federation):
+    fed, _, state = federation
+    adapters = state.population[0].adapters
+    up, down = fed.strategy.sent_bytes(adapters)
+    count = lambda name: 4 * sum(x.size for x in jax.tree.leaves(adapters[name]))  # noqa: E731
+    assert up == {"text_adapter": count("text_adapter"), "task": count("task")}
+    assert down == {"text_adapter": count("text_adapter"), "task_bank": 3 * count("task")}
+
+
+def test_initial_lora_is_one_for_all_and_copies_start_equal():
+    fed, _ = simulation.prepare(small_config(strategy={"init": "copy"}))
+    state = simulation.initial_state(fed)
+    first, last = state.population[0].adapters, state.population[8].adapters
+    assert np.array_equal(first["text_adapter"]["layers"]["q"]["a"], last["text_adapter"]["layers"]["q"]["a"])
+    assert np.all(first["text_adapter"]["layers"]["q"]["b"] == 0)
+    for a, b in zip(jax.tree.leaves(first["task"]), jax.tree.leaves(first["client"]), strict=True):
+        assert np.array_equal(a, b)
