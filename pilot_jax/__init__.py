@@ -22,7 +22,7 @@ _PUBLIC = {
     "InputError": "pilot_jax.errors",
     "mixing": "pilot_jax.federation.mixing",
 }
-__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604
+__all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str):

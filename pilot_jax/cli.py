@@ -25,7 +25,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None,
-        out: Annotated[Path | None, typer.Option(help="Run directory, new; default runs/<config>-<time>.")] = None) -> None:
+        out: Annotated[Path | None, typer.Option(help="New run directory; default runs/<config>-<time>.")] = None,
+        ) -> None:
     """Simulate a federation and write its run directory."""
     import time
 
@@ -147,7 +148,8 @@ def generate(run_dir: RunPath, client: Annotated[str, typer.Option(help="Whose m
 
 
 @app.command()
-def pretrain(config: ConfigPath, out: Annotated[Path, typer.Argument(help="New Hugging Face LLaVA directory.")]) -> None:
+def pretrain(config: ConfigPath,
+             out: Annotated[Path, typer.Argument(help="New Hugging Face LLaVA directory.")]) -> None:
     """Train the embedded base on captions of digit scenes."""
     from pilot_jax.pretrain import load_pretrain_config
     from pilot_jax.pretrain import pretrain as train
@@ -173,7 +175,8 @@ def data_digits(out: Annotated[Path, typer.Argument(help="New folder.")],
 
 @data_app.command("check")
 def data_check(path: Annotated[Path, typer.Argument(help="LLaVA JSON/JSONL file or folder.")],
-               image_root: Annotated[Path | None, typer.Option(help="Folder that `image` is relative to.")] = None) -> None:
+               image_root: Annotated[Path | None, typer.Option(help="Folder that `image` is relative to.")] = None,
+               ) -> None:
     """Read a LLaVA data set as `run` would, images included, and count what is in it."""
     from collections import Counter
 

@@ -93,8 +93,8 @@ class TrainConfig(_Section):
     weight_decay: float = Field(0.0, ge=0)
     warmup: float = Field(0.03, ge=0, le=1, description="share of a client's own steps")
     lr_connector: float = Field(2e-3, gt=0, description="peak rate of every connector adapter; 2e-5 at 7B")
-    lr_lora_stage1: float = Field(2e-3, gt=0, description="peak rate of LoRA in stage 1; 2e-5 at 7B")
-    lr_lora_stage2: float = Field(2e-3, gt=0, description="peak rate of LoRA in stage 2; 4e-5 at 7B")
+    lr_lora_stage1: float = Field(5e-3, gt=0, description="peak rate of LoRA in stage 1; 2e-5 at 7B")
+    lr_lora_stage2: float = Field(5e-3, gt=0, description="peak rate of LoRA in stage 2; 4e-5 at 7B")
     lambda_d: float = Field(0.1, ge=0, description="λ0, weight of the difference loss")
     lambda_b: float = Field(0.1, ge=0, description="λ1, weight of the balance loss")
     lambda_z: float = Field(0.01, ge=0, description="λ2, weight of the router z-loss")
@@ -113,7 +113,7 @@ class EvalConfig(_Section):
 class SystemConfig(_Section):
     seed: int = Field(0, ge=0, description="of initialisation, sampling and batch order")
     client_chunk: int = Field(3, ge=1, description="clients trained at once")
-    unroll: int = Field(1, ge=1, description="decoder layers unrolled in the scan")
+    unroll: int = Field(4, ge=1, description="decoder layers unrolled in the scan: faster on CPU, longer to compile")
     compilation_cache: str | None = Field(None, description="folder for compiled programs; default: none")
 
 

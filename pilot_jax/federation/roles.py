@@ -31,7 +31,8 @@ class Roles:
     def adapter_rows(self) -> tuple[Role, ...]:
         return tuple(row for row in self.rows if row.scope != "base")
 
-    def names(self, *, scope: Scope | None = None, stage: str | None = None, mode: Mode | None = None) -> tuple[str, ...]:
+    def names(self, *, scope: Scope | None = None, stage: str | None = None,
+              mode: Mode | None = None) -> tuple[str, ...]:
         """Adapter subtrees with the given scope and/or the given mode in `stage`."""
         return tuple(
             row.subtree for row in self.adapter_rows

@@ -136,10 +136,7 @@ def evaluate(fed: Federation, tokenizer: Any, population: tuple[ClientState, ...
     """Score of each client that has `split` samples; `population` None: of the untouched base model."""
     chosen = {}
     for i, client in enumerate(fed.clients):
-        if population is not None:
-            one = examinee(fed, i, population[i], split)
-        else:
-            one = base_examinee(fed.model, client.task, client.evaluation[split]) if split in client.evaluation else None
+        one = examinee(fed, i, population[i] if population is not None else ClientState({}), split)
         if one is not None:
             chosen[client.name] = one
     width = min(fed.config.system.client_chunk, len(fed.clients))

@@ -154,11 +154,11 @@ def load_base(directory: str | Path, dtype: str = "float32") -> tuple[VlmConfig,
 
 def _never_run(name: str, config: VlmConfig) -> bool:
     layer = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name)
-    return (layer is not None and int(layer[1]) >= config.vision.num_layers
+    return ((layer is not None and int(layer[1]) >= config.vision.num_layers)
             or name.startswith("vision_tower.post_layernorm.")
             or name == "vision_tower.embeddings.position_ids"
             or name.endswith("rotary_emb.inv_freq")
-            or name == "lm_head.weight" and config.text.tie_word_embeddings)
+            or (name == "lm_head.weight" and config.text.tie_word_embeddings))
 
 
 def _check_finite(tree: dict, directory: Path) -> None:

@@ -1,0 +1,29 @@
+# Each target does its own set-up. Needs Python ≥ 3.11 and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: quickstart test lint clean
+
+$(VENV)/.run: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.run
+	$(PY) -m pip install --quiet "torch==2.13.0"
+	$(PY) -m pip install --quiet -e ".[test]"
+	touch $@
+
+quickstart: $(VENV)/.run  ## 9 clients, 3 tasks, 3 rounds of Pilot on the digit scenes
+	$(VENV)/bin/pilot-jax run configs/quickstart.yaml
+
+test: $(VENV)/.test  ## style, then every test
+	$(PY) -m ruff check .
+	$(PY) -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.test
+	$(PY) -m ruff check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,175 @@
+"""The command line as a user meets it: exit codes, messages, and what is (not) written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import small_config
+
+from pilot_jax import cli
+
+ROOT = Path(__file__).parent.parent
+QUICK = str(ROOT / "configs" / "quickstart.yaml")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run a command in an empty folder; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["pilot-jax", *map(str, args)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out = capsys.readouterr()
+        return caught.value.code or 0, out.out, out.err
+
+    return run
+
+
+def sample(**changes):
+    entry = {"id": "1", "task": "t", "client": "c",
+             "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    return {k: v for k, v in (entry | changes).items() if v is not None}
+
+
+def write(folder, name, content):
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder / name
+
+
+def with_image(name):
+    return sample(image=name, conversations=[{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}])
+
+
+def broken_image(folder):
+    write(folder, "x.png", "no")
+    return write(folder, "d.json", [with_image("x.png")])
+
+
+BAD = {
+    "no such config": (lambda d: ["run", d / "none.yaml"], ["none.yaml", "cannot be read"]),
+    "config is not YAML": (lambda d: ["run", write(d, "c.yaml", "a: [")], ["c.yaml", "not valid YAML"]),
+    "unknown key": (lambda d: ["run", QUICK, "--set", "federation.round=2"],
+                    ["quickstart.yaml", "federation.round", "unknown key", "Did you mean 'federation.rounds'"]),
+    "unknown section": (lambda d: ["run", write(d, "c.yaml", "trian: {}")], ["trian", "Did you mean 'train'"]),
+    "M = 0": (lambda d: ["run", QUICK, "--set", "strategy.ata.neighbors=0"],
+              ["strategy.ata.neighbors", "greater than or equal to 1", "got 0"]),
+    "temperature 0": (lambda d: ["run", QUICK, "--set", "strategy.ata.temperature=0"],
+                      ["strategy.ata", "temperature must be 'auto' or > 0"]),
+    "unknown strategy": (lambda d: ["run", QUICK, "--set", "strategy.name=fedpilot"], ["strategy.name", "'pilot'"]),
+    "malformed override": (lambda d: ["run", QUICK, "--set", "rounds"], ["--set rounds", "section.key=value"]),
+    "unknown template": (lambda d: ["run", QUICK, "--set", "data.template=alpaca"],
+                         ["data.template", "'alpaca'", "vicuna_v1"]),
+    "unknown task": (lambda d: ["run", QUICK, "--set", "eval.metrics={segmentation: iou}"],
+                     ["eval.metrics", "unknown task 'segmentation'", "caption, ocr, vqa"]),
+    "unknown client in participation": (
+        lambda d: ["run", QUICK, "--set", "federation.participation=[{round: 2, clients: [bob]}]",
+                   "--set", "data.digits.train=2"], ["federation.participation", "round 2", "bob", "caption_0"]),
+    "no data": (lambda d: ["run", QUICK, "--set", f"data.path={d / 'nothing.json'}"], ["data.path", "nothing.json"]),
+    "data is not JSON": (lambda d: ["run", QUICK, "--set", f"data.path={write(d, 'd.json', '[{')}"],
+                         ["d.json", "not valid JSON"]),
+    "missing image": (lambda d: ["run", QUICK, "--set", f"data.path={write(d, 'd.json', [with_image('no.png')])}"],
+                      ["d.json[0]", "image", "no.png does not exist", "data.image_root"]),
+    "broken image": (
+        lambda d: ["run", QUICK, "--set", f"data.path={broken_image(d)}"],
+        ["d.json[0]", "x.png cannot be decoded"]),
+    "empty client": (
+        lambda d: ["run", QUICK, "--set", "data.path=" + str(
+            write(d, "d.json", [sample(), sample(client="e", split="test")]))],
+        ["client 'e'", "no training sample"]),
+    "client of two tasks": (
+        lambda d: ["run", QUICK, "--set", f"data.path={write(d, 'd.json', [sample(), sample(task='u')])}"],
+        ["client 'c'", "several tasks (t, u)"]),
+    "sample without client": (
+        lambda d: ["run", QUICK, "--set", f"data.path={write(d, 'd.json', [sample(client=None)])}"],
+        ["d.json[0]", "client", "data.partition"]),
+    "sample too long": (
+        lambda d: ["run", QUICK, "--set", f"data.path={write(d, 'd.json', [sample()])}", "--set", "data.max_length=8"],
+        ["d.json[0]", "data.max_length is 8"]),
+    "checkpoint that is not LLaVA": (
+        lambda d: ["run", QUICK, "--set", f"model.path={write(d, 'config.json', {'model_type': 'llama'}).parent}"],
+        ["config.json", "model_type is 'llama'", "expected 'llava'"]),
+    "no checkpoint": (lambda d: ["run", QUICK, "--set", f"model.path={d / 'nowhere'}"], ["model.path", "nowhere"]),
+    "not a run": (lambda d: ["evaluate", d], ["not a run directory"]),
+    "generate without image": (lambda d: ["generate", d, "--client", "c", "--image", d / "i.png", "--prompt", "q"],
+                               ["--image", "i.png does not exist"]),
+    "digits into an existing folder": (lambda d: ["data", "digits", d], ["exists already"]),
+    "pretrain key": (lambda d: ["pretrain", write(d, "p.yaml", "widht: 3"), d / "o"], ["p.yaml", "widht", "unknown"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_message(call, tmp_path, name):
+    args, wanted = BAD[name]
+    args = args(tmp_path)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    code, _, err = call(*args)
+    assert code == 2
+    for text in wanted:
+        assert text in err, err
+    assert "Traceback" not in err and err.startswith("Error: ")
+    assert sorted(p.name for p in tmp_path.iterdir()) == before  # nothing half-written
+
+
+def test_used_run_directory_is_refused(call, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "summary.json").write_text("{}")
+    code, _, err = call("run", QUICK, "--out", tmp_path / "old")
+    assert code == 2 and "not an empty folder" in err
+    assert [p.name for p in (tmp_path / "old").iterdir()] == ["summary.json"]
+
+
+def test_roles_prints_the_table_of_the_readme(call):
+    code, out, _ = call("roles", QUICK)
+    assert code == 0
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for line in out.strip().splitlines()[1:]:
+        assert line.strip() in readme, line
+    code, out, _ = call("roles", QUICK, "--json")
+    rows = {row["subtree"]: row for row in json.loads(out)}
+    # LoRA: R·(d_in + d_out) per linear: q, k, v, o 128→128; gate, up 128→352; down 352→128; 4 layers, R = 8
+    assert rows["text_adapter"]["parameters"] == 4 * 8 * (4 * 256 + 3 * 480)
+    assert rows["task"]["parameters"] == 2 * (128 * 128 + 128)
+
+
+def test_run_evaluate_generate_and_check(call, tmp_path):
+    """The commands in a row, on data written by `data digits`, with the images read back from disk."""
+    code, out, _ = call("data", "digits", tmp_path / "scenes", "--train", 4, "--validation", 1, "--test", 2)
+    assert code == 0 and "63 samples" in out
+    code, out, _ = call("data", "check", tmp_path / "scenes")
+    assert code == 0 and "63 samples, all readable" in out
+    raw = small_config(federation={"local_steps": 1}).model_dump(mode="json")
+    raw["data"]["path"] = str(tmp_path / "scenes")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw))
+    code, out, _ = call("run", tmp_path / "c.yaml", "--out", tmp_path / "run")
+    assert code == 0 and "client-steps/s" in out and "caption_0" in out and "9 clients" in out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    code, out, _ = call("evaluate", tmp_path / "run", "--json")
+    assert code == 0 and json.loads(out)["score_by_client"] == summary["score_by_client"]
+    image = next((tmp_path / "scenes" / "images").glob("ocr_1-test*"))
+    code, out, _ = call("generate", tmp_path / "run", "--client", "ocr_1", "--image", image, "--prompt", "read.")
+    assert code == 0 and out.strip()
+    code, _, err = call("generate", tmp_path / "run", "--client", "bob", "--image", image, "--prompt", "read.")
+    assert code == 2 and "client 'bob' is not in this run" in err
+
+
+def test_pretrain_writes_a_loadable_base(call, tmp_path):
+    """A very short pretraining: the written directory loads, and nothing is left beside it."""
+    (tmp_path / "p.yaml").write_text("{vision_steps: 2, language_steps: 2, batch: 4, width: 32, layers: 1, heads: 2}")
+    code, out, _ = call("pretrain", tmp_path / "p.yaml", tmp_path / "base")
+    assert code == 0 and "held-out handwriting" in out
+    import pilot_jax
+
+    assert pilot_jax.load(tmp_path / "base").config.vision.hidden_size == 32
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "p.yaml"]
+
+
+def test_import_and_help_do_not_load_jax():
+    code = "import sys, pilot_jax, pilot_jax.cli; sys.exit('jax' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,149 @@
+"""Conversations, LLaVA files, partitions, and the digit scenes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pilot_jax.data import digit_tasks, digits
+from pilot_jax.data.conversations import encode
+from pilot_jax.data.images import load_image_processor, load_tokenizer
+from pilot_jax.data.llava import Sample, read_samples, write_samples
+from pilot_jax.data.partition import partition
+from pilot_jax.errors import InputError
+from pilot_jax.evaluation.scores import box_iou, exact, iou
+from pilot_jax.models.pretrained import model_directory
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(model_directory("embedded"))
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "vicuna_short"])
+@pytest.mark.parametrize("turns", [
+    (("human", "<image>\nread the digits."), ("gpt", "7 3")),
+    (("human", "where?\n<image>"), ("gpt", "[0.33, 0.00]"), ("human", "sure?"), ("gpt", "yes, ünïcode ✓")),
+    (("human", "no image here"), ("gpt", "USER: a template ASSISTANT: inside")),
+])
+def test_ids_equal_the_whole_text_and_labels_equal_the_answers(tokenizer, template, turns):
+    encoded = encode(tokenizer, turns, template, 4)
+    system = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+              "detailed, and polite answers to the user's questions. ") if template == "vicuna_v1" else ""
+    text = system
+    for who, value in turns:
+        if who == "human":
+            had = "<image>" in value
+            value = value.replace("<image>", "").strip()
+            text += "USER: " + ("<image>" * 4 + "\n" if had else "") + value + " ASSISTANT:"
+        else:
+            text += " " + value + "</s>"
+    np.testing.assert_array_equal(encoded.input_ids, tokenizer(text)["input_ids"])
+    answers = "".join(" " + value + "</s>" for who, value in turns if who == "gpt")
+    assert tokenizer.decode(encoded.input_ids[encoded.supervised]) == answers
+
+
+def test_tokenizer_round_trips_any_text(tokenizer):
+    for text in ("the colour is red", "Ωμέγα 42 🙂", "[0.33, 0.00, 0.67, 0.33]"):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_handwriting_pools_partition_all_images():
+    pools = [set(digits.pool_indices(p).tolist()) for p in digits.POOLS]
+    assert sum(map(len, pools)) == len(set().union(*pools)) == 1797
+
+
+def test_scenes_say_what_they_show():
+    """Boxes hold ink, positions match cells, and a split draws from its own pool alone."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        scene = digits.draw_scene(rng, "test", digits.client_style(1))
+        pixels = np.asarray(scene.image, np.float32)
+        paper = np.asarray(digits.client_style(1).paper)
+        assert len({d.value for d in scene.digits}) == len({d.ink for d in scene.digits}) == len(scene.digits)
+        assert [d.cell for d in scene.digits] == sorted(d.cell for d in scene.digits)
+        for digit in scene.digits:
+            x0, y0, x1, y1 = (round(v * digits.CANVAS) for v in digit.box)
+            assert np.abs(pixels[y0:y1, x0:x1] - paper).max() > 60
+            assert divmod(digit.cell, 3) == (y0 // 16, x0 // 16)
+
+
+def test_client_draws_depend_on_no_other_client():
+    specs = digits.scenario_clients("a", 3, 1, 1)
+    everyone = {s.id: s for s in digits.scene_samples(specs, 0)}
+    alone = list(digits.scene_samples([specs[4]], 0))
+    for sample in alone:
+        assert everyone[sample.id].turns == sample.turns
+        np.testing.assert_array_equal(np.asarray(everyone[sample.id].image), np.asarray(sample.image))
+
+
+def test_scenario_b_is_uneven_and_has_four_tasks():
+    specs = digits.scenario_clients("b", 40, 2, 2)
+    assert len(specs) == 20 and {s.task for s in specs} == set(digit_tasks.TASKS)
+    assert sorted({s.sizes["train"] for s in specs}) == [10, 18, 25, 32, 40]
+
+
+def test_written_scenes_read_back(tmp_path):
+    samples = list(digits.scene_samples(digits.scenario_clients("a", 2, 1, 1), 0))
+    assert write_samples(samples, tmp_path / "scenes") == len(samples) == 36
+    back = read_samples(tmp_path / "scenes")
+    for a, b in zip(samples, back, strict=True):
+        assert (a.id, a.turns, a.task, a.client, a.split) == (b.id, b.turns, b.task, b.client, b.split)
+    with Image.open(back[5].image) as image:
+        np.testing.assert_array_equal(np.asarray(samples[5].image), np.asarray(image))
+    with pytest.raises(InputError, match="exists already"):
+        write_samples(samples, tmp_path / "scenes")
+
+
+def test_pretraining_pixels_are_the_processors():
+    from pilot_jax.pretrain import _pixels
+
+    scene = digits.draw_scene(np.random.default_rng(0), "pretrain", None)
+    processor = load_image_processor(model_directory("embedded"))
+    expected = processor(images=[scene.image], return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    np.testing.assert_allclose(_pixels([scene])[0], expected, atol=1e-5)
+
+
+def plain_samples(count):
+    return [Sample(str(i), None, (("human", "q"), ("gpt", "a")), ("x", "y")[i % 2], "", "train", f"f[{i}]")
+            for i in range(count)]
+
+
+@pytest.mark.parametrize("how", ["equal", "dirichlet"])
+def test_partition_deals_every_sample_once(how):
+    out = partition(plain_samples(40), how, 6, 0.5, 0)
+    assert sorted(s.id for s in out) == sorted(str(i) for i in range(40))
+    sizes = {c: sum(s.client == c for s in out) for c in {s.client for s in out}}
+    assert len(sizes) == 6 and min(sizes.values()) >= 1
+    if how == "equal":
+        assert max(sizes.values()) - min(sizes.values()) <= 2
+    with pytest.raises(InputError, match="multiple of the 2 tasks"):
+        partition(plain_samples(40), how, 5, 0.5, 0)
+
+
+@pytest.mark.parametrize(("entry", "message"), [
+    ({"conversations": []}, "conversations"),
+    ({"conversations": [{"from": "gpt", "value": "x"}]}, "expected 'human'"),
+    ({"conversations": [{"from": "human", "value": "x"}]}, "must be an answer"),
+    ({"image": "../a.png", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]},
+     "inside data.image_root"),
+    ({"image": "a.png", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]},
+     "does not exist"),
+    ({"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]}, "has no image"),
+    ({"split": "dev", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "x"}]}, "split"),
+])
+def test_bad_entries_name_file_entry_and_key(tmp_path, entry, message):
+    file = tmp_path / "bad.json"
+    file.write_text(json.dumps([entry]))
+    with pytest.raises(InputError, match=message) as caught:
+        read_samples(file)
+    assert f"{file}[0]" in str(caught.value)
+
+
+def test_scores():
+    assert exact(" It  is Red", "it is red") == 1 and exact("red", "blue") == 0
+    assert box_iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)  # 1 shared of 4 + 4 − 1
+    assert iou("[0.0, 0.0, 1.0, 1.0]", "box 0 0 1 0.6") == 1 and iou("none", "0 0 1 1") == 0
