@@ -97,8 +97,8 @@ def test_vmapped_unequal_clients_equal_a_readable_loop(uneven, stage, optimizer)
     assert [r["step"] for r in records] == [2, 6, 4]
     for client in range(3):
         expected, losses = readable_update(fed, adapters, client, stage, stage)
-        # SGD is linear in the gradient and agrees to 1e-5 everywhere. AdamW divides by √v, so an entry whose gradient is
-        # of rounding size may move by as much as the rate: 1e-5 holds for 99.5 % of its entries, the rest are bounded.
+        # SGD is linear in the gradient and agrees to 1e-5 everywhere. AdamW divides by √v, so an entry whose gradient
+        # is of rounding size may move by as much as the rate: 1e-5 holds for 99.5 % of entries, the rest are bounded.
         for name in expected:
             for a, b in zip(jax.tree.leaves(together[client][name]), jax.tree.leaves(expected[name]), strict=True):
                 gap = np.abs(a - b)

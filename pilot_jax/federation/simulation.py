@@ -197,8 +197,8 @@ def simulate(config: Config, *, out: str | Path | None = None, strategy: Strateg
     fed, tokenizer = prepare(config, strategy)
     show = progress(fed) if progress else (lambda event: None)
     if config.strategy.name == "pilot" and config.strategy.init == "copy":
-        show({"kind": "note", "text": "warning: strategy.init: copy starts ψ_t and ψ_s equal; L_d is symmetric in them, "
-              "so they stay equal and never separate. 'preserve' does not have this."})
+        show({"kind": "note", "text": "warning: strategy.init: copy starts ψ_t and ψ_s equal; L_d is symmetric in "
+              "them, so they stay equal and never separate. 'preserve' does not have this."})
     if folder is not None:
         (folder / "mixing").mkdir(parents=True)
         (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
