@@ -161,7 +161,7 @@ def pretrain(config: ConfigPath,
 @data_app.command("digits")
 def data_digits(out: Annotated[Path, typer.Argument(help="New folder.")],
                 scenario: Annotated[str, typer.Option(help="a: 3 tasks × 3 clients; b: 4 × 5.")] = "a",
-                train: Annotated[int, typer.Option(min=1)] = 384, validation: Annotated[int, typer.Option(min=1)] = 16,
+                train: Annotated[int, typer.Option(min=1)] = 480, validation: Annotated[int, typer.Option(min=1)] = 16,
                 test: Annotated[int, typer.Option(min=1)] = 48, seed: Annotated[int, typer.Option(min=0)] = 0) -> None:
     """Write the embedded digit scenes as a LLaVA data set."""
     from pilot_jax.data.digits import SCENARIOS, scenario_clients, scene_samples

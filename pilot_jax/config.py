@@ -30,7 +30,7 @@ class ModelConfig(_Section):
 
 class DigitsConfig(_Section):
     scenario: Literal["a", "b"] = Field("a", description="a: 3 tasks × 3 clients; b: 4 tasks × 5, uneven sizes")
-    train: int = Field(384, ge=1, description="training samples of a (full-size) client")
+    train: int = Field(480, ge=1, description="training samples of a (full-size) client")
     validation: int = Field(16, ge=1, description="validation samples per client")
     test: int = Field(48, ge=1, description="test samples per client")
     seed: int = Field(0, ge=0, description="of the scenes; the handwriting pools are fixed")
