@@ -53,7 +53,9 @@ def run(config: ConfigPath, overrides: Overrides = None,
     try:
         result = simulate(settings, out=folder, progress=progress)
     except KeyboardInterrupt:
-        typer.echo(f"\nInterrupted. What the last complete round learnt is in {folder}.", err=True)
+        saved = (folder / "checkpoints").is_dir()
+        kept = f"What the last complete round learnt is in {folder}" if saved else "No complete round, nothing saved"
+        typer.echo(f"\nInterrupted. {kept}.", err=True)
         raise typer.Exit(130) from None
     except FloatingPointError as error:
         typer.echo(f"Failed: {error}", err=True)

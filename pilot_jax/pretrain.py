@@ -77,7 +77,7 @@ def build_tokenizer(vocab: int):
     texts = []
     for _ in range(3000):
         scene = digits.draw_scene(rng, "pretrain", None)
-        texts += ["USER: \n".join(["", ""]), *digit_tasks.pretraining_caption(rng, scene)]
+        texts += ["USER: \n", *digit_tasks.pretraining_caption(rng, scene)]
         wording = int(rng.integers(5))
         texts += [f" {text} ASSISTANT:" for task in digit_tasks.TASKS.values() for text in task(rng, scene, wording)]
     tokenizer = Tokenizer(models.BPE(unk_token=None))
@@ -163,7 +163,7 @@ def _optimizer(peak: float, steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(_schedule(peak, steps), weight_decay=0.01))
 
 
-def _train(loss: Callable, params, batches: Iterator, config: PretrainConfig, steps: int, peak: float,
+def _train(loss: Callable, params, batches: Iterator, steps: int, peak: float,
            report: Callable[[str], None], name: str):
     optimizer = _optimizer(peak, steps)
 
@@ -206,7 +206,7 @@ def _pretrain_vision(module: Vlm, config: PretrainConfig, report: Callable[[str]
         return jnp.mean(ce(out["digit"], value) + ce(out["ink"], ink)), jnp.sum(hits * seen) / jnp.sum(seen)
 
     batches = iter(lambda: _vision_batch(rng, "pretrain", config.batch), None)
-    params = _train(loss, {"tower": tower, "heads": heads}, batches, config, config.vision_steps, config.lr / 2, report,
+    params = _train(loss, {"tower": tower, "heads": heads}, batches, config.vision_steps, config.lr / 2, report,
                     "vision")
     held_out = _vision_batch(np.random.default_rng(1), "validation", 256)
     report(f"vision: digit accuracy on held-out handwriting {float(jax.jit(loss)(params, held_out)[1]):.3f}")
@@ -244,7 +244,7 @@ def _pretrain_language(module: Vlm, tower: dict, tokenizer, config: PretrainConf
         return jnp.sum(ce * weight) / jnp.sum(weight), jnp.mean(exact)
 
     batches = iter(lambda: _caption_batch(rng, "pretrain", config.batch, tokenizer, n, length), None)
-    params = _train(loss, params, batches, config, config.language_steps, config.lr, report, "language")
+    params = _train(loss, params, batches, config.language_steps, config.lr, report, "language")
     held_out = _caption_batch(np.random.default_rng(2), "validation", 256, tokenizer, n, length)
     report(f"language: captions right on held-out handwriting {float(jax.jit(loss)(params, held_out)[1]):.3f}")
     return params

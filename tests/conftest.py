@@ -15,8 +15,6 @@ import pilot_jax
 from pilot_jax.config import parse_config
 from pilot_jax.federation import simulation
 
-jax.config.update("jax_numpy_rank_promotion", "allow")
-
 TINY_TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
              "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
