@@ -91,6 +91,7 @@ class TrainConfig(_Section):
     batch_size: int = Field(8, ge=1, description="B, samples per client step")
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = Field(0.0, ge=0)
+    adam_epsilon: float = Field(1e-8, gt=0, description="ε of AdamW's m / (√v + ε)")
     warmup: float = Field(0.03, ge=0, le=1, description="share of a client's own steps")
     lr_connector: float = Field(2e-3, gt=0, description="peak rate of every connector adapter; 2e-5 at 7B")
     lr_lora_stage1: float = Field(5e-3, gt=0, description="peak rate of LoRA in stage 1; 2e-5 at 7B")

@@ -81,29 +81,32 @@ def readable_update(fed, adapters, client, stage, label):
             first[name] = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first[name], g)
             second[name] = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, second[name], g)
             params[name] = jax.tree.map(
-                lambda p, m, v, r=rate, t=i + 1: p - r * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8),
+                lambda p, m, v, r=rate, t=i + 1: p - r * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + train.adam_epsilon),
                 params[name], first[name], second[name])
     return {**adapters, **params}, losses
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+# SGD is linear in the gradient, and so, to first order, is AdamW where ε is well above the gradients' rounding: both
+# agree at every entry. At the usual ε = 1e-8 an entry whose true gradient is 0 is moved by its rounding alone, as much
+# as the rate, here and in the loop: nothing could agree there.
+OPTIMIZERS = {
+    "sgd": {"optimizer": "sgd", "lr_connector": 0.05, "lr_lora_stage1": 0.05, "lr_lora_stage2": 0.05},
+    "adamw": {"adam_epsilon": 1e-3},
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_vmapped_unequal_clients_equal_a_readable_loop(uneven, stage, optimizer):
     fed, adapters = uneven
-    if optimizer == "sgd":
-        fed = with_train(fed, optimizer="sgd", lr_connector=0.05, lr_lora_stage1=0.05, lr_lora_stage2=0.05)
+    fed = with_train(fed, **OPTIMIZERS[optimizer])
     everyone = {i: adapters for i in range(3)}
     together, records = rounds.train_phase(fed, everyone, 1, stage, stage, lambda event: None)
     assert [r["step"] for r in records] == [2, 6, 4]
     for client in range(3):
         expected, losses = readable_update(fed, adapters, client, stage, stage)
-        # SGD is linear in the gradient and agrees to 1e-5 everywhere. AdamW divides by √v, so an entry whose gradient
-        # is of rounding size may move by as much as the rate: 1e-5 holds for 99.5 % of entries, the rest are bounded.
         for name in expected:
-            for a, b in zip(jax.tree.leaves(together[client][name]), jax.tree.leaves(expected[name]), strict=True):
-                gap = np.abs(a - b)
-                assert (gap.max() if optimizer == "sgd" else np.quantile(gap, 0.995)) <= 1e-5, (name, gap.max())
-                assert gap.max() <= 2e-3, (name, gap.max())
+            assert tree_max_difference(together[client][name], expected[name]) <= 1e-5, name
         assert records[client]["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
         assert records[client]["last_loss"] == pytest.approx(losses[-1], rel=1e-3)
         moved = tree_max_difference(together[client]["text_adapter"], adapters["text_adapter"])

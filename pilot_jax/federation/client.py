@@ -46,7 +46,7 @@ def make_optimizer(train: TrainConfig, stage: str, labels: Mapping[str, Any],
         schedule = partial(_schedule, peak, train.warmup, total_steps)
         if train.optimizer == "sgd":
             return optax.sgd(schedule)
-        return optax.adamw(schedule, weight_decay=train.weight_decay)
+        return optax.adamw(schedule, eps=train.adam_epsilon, weight_decay=train.weight_decay)
 
     lora = train.lr_lora_stage2 if stage == "stage2" else train.lr_lora_stage1
     return optax.partition({"lora": one(lora), "connector": one(train.lr_connector)}, labels)
