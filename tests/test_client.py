@@ -81,7 +81,8 @@ def readable_update(fed, adapters, client, stage, label):
             first[name] = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first[name], g)
             second[name] = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, second[name], g)
             params[name] = jax.tree.map(
-                lambda p, m, v, r=rate, t=i + 1: p - r * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + train.adam_epsilon),
+                lambda p, m, v, r=rate, t=i + 1:
+                p - r * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + train.adam_epsilon),
                 params[name], first[name], second[name])
     return {**adapters, **params}, losses
 
