@@ -24,22 +24,26 @@ IMAGE_TOKEN = 5
 
 
 def write_llava(folder, *, vision=None, text=None, **options):
-    """A random LLaVA checkpoint written by transformers; returns the torch model."""
+    """A random LLaVA checkpoint written by transformers; returns the torch model.
+
+    `vision` and `text` override the tiny shapes; their `model_type` chooses the family (default CLIP and Llama).
+    """
     import torch
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**(TINY_VISION | (vision or {}))).to_dict(),
-        text_config=LlamaConfig(**(TINY_TEXT | (text or {}))).to_dict(),
-        image_token_index=IMAGE_TOKEN, **options)
+    save = options.pop("save", {})
+    parts = {"vision_config": {"model_type": "clip_vision_model"} | TINY_VISION | (vision or {}),
+             "text_config": {"model_type": "llama"} | TINY_TEXT | (text or {})}
+    config = LlavaConfig(**{name: AutoConfig.for_model(**raw).to_dict() for name, raw in parts.items()},
+                         image_token_index=IMAGE_TOKEN, **options)
     model = LlavaForConditionalGeneration(config).eval()
     with torch.no_grad():  # random biases and norms too, so that a mix-up shows
         for name, parameter in model.named_parameters():
             std = 0.3 if parameter.ndim == 1 else 0.15
             parameter.copy_(torch.randn_like(parameter) * std + (1.0 if "norm" in name and "weight" in name else 0.0))
-    model.save_pretrained(folder)
-    return model
+    model.to(save.pop("dtype", torch.float32)).save_pretrained(folder, **save)
+    return model.float()
 
 
 @pytest.fixture(scope="session")

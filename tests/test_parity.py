@@ -43,6 +43,23 @@ CASES = {
     "no GQA, wide heads": {"text": {"num_key_value_heads": 4, "head_dim": 16}},
     "other RoPE base": {"text": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}},
     "tied head": {"text": {"tie_word_embeddings": True}, "tie_word_embeddings": True},
+    "linear RoPE": {"text": {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}}},
+    "llama3 RoPE": {"text": {"head_dim": 16, "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 50.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64}}},
+    "Llama with biases": {"text": {"attention_bias": True, "mlp_bias": True}},
+    "Mistral": {"text": {"model_type": "mistral", "sliding_window": None, "head_dim": 16}},
+    "Mistral, window 7": {"text": {"model_type": "mistral", "sliding_window": 7}},
+    "Qwen2": {"text": {"model_type": "qwen2"}},
+    "Qwen2, window 5 in its upper layer": {"text": {
+        "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}},
+    "SigLIP": {"vision": {"model_type": "siglip_vision_model"}, "vision_feature_select_strategy": "full"},
+    "SigLIP, first token dropped, a rest of 3 pixels": {"vision": {"model_type": "siglip_vision_model",
+                                                                   "image_size": 19}},
+    "two feature layers": {"vision_feature_layer": [-2, 1]},
+    "embeddings and last layer": {"vision_feature_layer": [0, -1], "vision_feature_select_strategy": "full"},
+    "SigLIP and Qwen2, two layers": {"vision": {"model_type": "siglip_vision_model"}, "text": {"model_type": "qwen2"},
+                                     "vision_feature_layer": [-1, -3], "vision_feature_select_strategy": "full"},
 }
 
 
@@ -50,7 +67,8 @@ CASES = {
 def test_llava_logits_and_greedy_tokens(tmp_path, name):
     reference = write_llava(tmp_path, **CASES[name])
     model = pilot_jax.load(tmp_path)
-    ids, mask, pixels = inputs(model.config.num_image_tokens)
+    size = model.config.vision.image_size
+    ids, mask, pixels = inputs(model.config.num_image_tokens, size)
     with torch.no_grad():
         features = reference.model.get_image_features(
             torch.tensor(pixels), vision_feature_layer=reference.config.vision_feature_layer,

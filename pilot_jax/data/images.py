@@ -58,7 +58,7 @@ def read_image(sample: Sample) -> Image.Image:
 def image_features(model: PretrainedModel, samples: list[Sample], batch: int = 64) -> np.ndarray:
     """H_v of each sample's image, [len(samples), N, D] in the model's dtype; zeros where a sample has none."""
     c = model.config
-    out = np.zeros((len(samples), c.num_image_tokens, c.vision.hidden_size), jnp.dtype(model.module.dtype))
+    out = np.zeros((len(samples), c.num_image_tokens, c.vision.feature_size), jnp.dtype(model.module.dtype))
     shown = [i for i, sample in enumerate(samples) if sample.image is not None]
     processor = load_image_processor(model.directory) if shown else None
     for start in range(0, len(shown), batch):

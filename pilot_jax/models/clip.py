@@ -1,4 +1,8 @@
-"""CLIP's vision tower (Radford et al., 2021, arXiv 2103.00020): pixels to patch features of one chosen layer."""
+"""Vision towers, CLIP (Radford et al., 2021, arXiv 2103.00020) and SigLIP (Zhai et al., 2023, arXiv 2303.15343).
+
+Pixels to patch features of the chosen layers. SigLIP has no CLS token and no norm before the encoder, and its patch
+embedding has a bias; the encoder layers are the same.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +16,17 @@ from pilot_jax.models.config import VisionConfig
 def _activation(name: str, x: jax.Array) -> jax.Array:
     if name == "quick_gelu":
         return x * jax.nn.sigmoid(1.702 * x)
-    return jax.nn.gelu(x, approximate=False)
+    return jax.nn.gelu(x, approximate=name == "gelu_pytorch_tanh")
 
 
 class VisionBlock(nn.Module):
     """Pre-norm encoder layer. x [B, P, D] → [B, P, D], P = patches + CLS."""
 
     config: VisionConfig
+    keep: bool = False  # hand every layer's output back, for features of several layers
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         c, (batch, length, width) = self.config, x.shape
         heads, head_dim = c.num_heads, width // c.num_heads
         dense = lambda features, name: nn.Dense(features, dtype=x.dtype, name=name)  # noqa: E731
@@ -36,18 +41,18 @@ class VisionBlock(nn.Module):
         x = x + dense(width, "out")(attended)
         h = norm("norm2")(x).astype(x.dtype)
         x = x + dense(width, "fc2")(_activation(c.hidden_act, dense(c.intermediate_size, "fc1")(h)))
-        return x, None
+        return x, x if self.keep else None
 
 
 class VisionTower(nn.Module):
     """Frozen feature extractor f of the paper: H_v = f(X_v).
 
-    pixels [B, H, W, 3] (normalised by the checkpoint's image processor) → features [B, N, D] of layer
-    `config.num_layers` (the selected layer is the last one run), without post-norm, CLS dropped or kept.
+    pixels [B, H, W, 3] (normalised by the checkpoint's image processor) → features [B, N, D]: the outputs of
+    `config.feature_layers` side by side, without post-norm, the first token dropped or kept.
     """
 
     config: VisionConfig
-    drop_cls: bool
+    drop_first: bool
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -55,14 +60,24 @@ class VisionTower(nn.Module):
         c, p = self.config, self.config.patch_size
         side = c.image_size // p
         batch = pixels.shape[0]
-        # A convolution whose stride is its kernel is a matmul over flattened patches.
-        patches = pixels.astype(self.dtype).reshape(batch, side, p, side, p, 3).transpose(0, 1, 3, 2, 4, 5)
-        x = nn.Dense(c.hidden_size, use_bias=False, dtype=self.dtype, name="patch_embed")(
+        # A convolution whose stride is its kernel is a matmul over flattened patches; a rest that fills no patch
+        # (384 pixels in patches of 14) is not seen.
+        pixels = pixels[:, :side * p, :side * p].astype(self.dtype)
+        patches = pixels.reshape(batch, side, p, side, p, 3).transpose(0, 1, 3, 2, 4, 5)
+        x = nn.Dense(c.hidden_size, use_bias=c.family == "siglip", dtype=self.dtype, name="patch_embed")(
             patches.reshape(batch, side * side, p * p * 3))
-        cls = self.param("class_embed", nn.initializers.normal(0.02), (c.hidden_size,)).astype(self.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(cls, (batch, 1, c.hidden_size)), x], axis=1)
+        if c.has_cls:
+            cls = self.param("class_embed", nn.initializers.normal(0.02), (c.hidden_size,)).astype(self.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(cls, (batch, 1, c.hidden_size)), x], axis=1)
         x = x + self.param("position_embed", nn.initializers.normal(0.02), x.shape[1:]).astype(self.dtype)
-        x = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=jnp.float32, name="pre_norm")(x).astype(self.dtype)
-        layers = nn.scan(VisionBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers)
-        x, _ = layers(c, name="layers")(x)
-        return x[:, 1:] if self.drop_cls else x
+        if c.family == "clip":
+            x = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=jnp.float32, name="pre_norm")(x).astype(self.dtype)
+        features = x
+        if c.num_layers:
+            several = len(c.feature_layers) > 1
+            layers = nn.scan(VisionBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers)
+            features, outputs = layers(c, several, name="layers")(x)
+            if several:
+                states = jnp.concatenate([x[None], outputs])
+                features = jnp.concatenate([states[i] for i in c.feature_layers], axis=-1)
+        return features[:, 1:] if self.drop_first else features

@@ -5,28 +5,61 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any, Literal
 
 from pilot_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
+    """A CLIP or SigLIP tower. `feature_layers` index hidden states: 0 the embeddings, i the output of layer i."""
+
+    family: Literal["clip", "siglip"]
     image_size: int  # pixels, square
     patch_size: int  # pixels, square
-    hidden_size: int  # D
+    hidden_size: int
     intermediate_size: int
-    num_layers: int  # encoder layers that are run: those above the selected feature layer are never loaded
+    feature_layers: tuple[int, ...]  # their outputs, side by side, are H_v
     num_heads: int
-    hidden_act: str  # quick_gelu | gelu
+    hidden_act: str  # quick_gelu | gelu | gelu_pytorch_tanh
     layer_norm_eps: float
+
+    @property
+    def num_layers(self) -> int:
+        """Encoder layers that are run: those above the last selected one are never loaded."""
+        return max(self.feature_layers)
 
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def has_cls(self) -> bool:
+        return self.family == "clip"
+
+    @property
+    def feature_size(self) -> int:
+        """D."""
+        return self.hidden_size * len(self.feature_layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: kind default, linear (positions divided by `factor`) or llama3 (by wavelength)."""
+
+    theta: float = 10000.0
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
+    """A decoder of the Llama kind: Llama, Vicuna, Mistral, Qwen2."""
+
+    family: str  # Hugging Face's model_type
     vocab_size: int  # V
     hidden_size: int  # C
     intermediate_size: int
@@ -35,9 +68,12 @@ class TextConfig:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope_theta: float
+    rope: RopeConfig
     tie_word_embeddings: bool
     max_positions: int
+    biases: tuple[str, ...] = ()  # the linears that have one
+    sliding_window: int | None = None  # tokens, the query's own included
+    sliding_layers: tuple[bool, ...] = ()  # which layers have the window
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -59,18 +95,35 @@ class VlmConfig:
     vision: VisionConfig
     text: TextConfig
     image_token_id: int
-    drop_cls: bool  # vision_feature_select_strategy: default drops CLS, full keeps it
+    drop_first: bool  # vision_feature_select_strategy: default drops the first token (CLIP's CLS), full keeps it
     projector_bias: bool
 
     @property
     def num_image_tokens(self) -> int:
         """N."""
-        return self.vision.num_patches + (0 if self.drop_cls else 1)
+        return self.vision.num_patches + int(self.vision.has_cls) - int(self.drop_first)
 
 
 def _require(value: bool, file: Path, key: str, problem: str, remedy: str) -> None:
     if not value:
         raise InputError(f"{file}: {key}: {problem}. {remedy}")
+
+
+def read_json(file: Path, remedy: str) -> dict:
+    """The JSON object in `file`.
+
+    Raises:
+        InputError: it is not there or not a JSON object.
+    """
+    if not file.is_file():
+        raise InputError(f"{file} does not exist. {remedy}")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not valid JSON ({error}). Fetch the checkpoint again.") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{file}: expected a JSON object, this is a {type(raw).__name__}.")
+    return raw
 
 
 def read_vlm_config(directory: str | Path) -> VlmConfig:
@@ -79,66 +132,102 @@ def read_vlm_config(directory: str | Path) -> VlmConfig:
     Raises:
         InputError: no readable `config.json`, not a LLaVA model, or a feature this package does not implement.
     """
-    file = Path(directory) / "config.json"
-    if not file.is_file():
-        raise InputError(f"model.path: {file} does not exist. Give a Hugging Face LLaVA directory (or 'embedded').")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file}: not valid JSON ({error}). Fetch the checkpoint again.") from None
-    if not isinstance(raw, dict) or raw.get("model_type") != "llava":
-        found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-        raise InputError(
-            f"{file}: model_type is {found!r}, expected 'llava'. "
-            "model.path must be a LlavaForConditionalGeneration checkpoint."
-        )
-    return _vlm_config(raw, file)
-
-
-def _vlm_config(raw: dict, file: Path) -> VlmConfig:
-    # transformers omits whatever equals its own default, so its config class fills the gaps.
     from transformers import LlavaConfig
 
-    config = LlavaConfig(**{k: v for k, v in raw.items() if k != "model_type"})
-    vision, text = config.vision_config, config.text_config
-    _require(vision.model_type == "clip_vision_model", file, "vision_config.model_type",
-             f"{vision.model_type!r} is not supported", "Use a CLIP vision tower.")
-    _require(text.model_type == "llama", file, "text_config.model_type",
-             f"{text.model_type!r} is not supported", "Use a Llama or Vicuna language model.")
-    _require(vision.hidden_act in ("quick_gelu", "gelu"), file, "vision_config.hidden_act",
-             f"{vision.hidden_act!r} is not supported", "quick_gelu and gelu are.")
-    _require(text.hidden_act == "silu", file, "text_config.hidden_act", f"{text.hidden_act!r} is not supported",
-             "silu is.")
-    _require(not text.attention_bias and not text.mlp_bias, file, "text_config.attention_bias / mlp_bias",
-             "biases in the language model are not supported", "Use a Llama without biases.")
+    file = Path(directory) / "config.json"
+    raw = read_json(file, "model.path must be a Hugging Face LLaVA directory (or 'embedded').")
+    if raw.get("model_type") != "llava":
+        raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected 'llava'. "
+                         "model.path must be a LlavaForConditionalGeneration checkpoint.")
+    # transformers omits whatever equals its own default, so its config class fills the gaps.
+    config = _hf_config(LlavaConfig, raw, file)
     _require(config.projector_hidden_act == "gelu", file, "projector_hidden_act",
              f"{config.projector_hidden_act!r} is not supported", "gelu is.")
-    rope = getattr(text, "rope_parameters", None) or {}
-    _require(rope.get("rope_type", "default") == "default", file, "text_config.rope_parameters.rope_type",
-             f"{rope.get('rope_type')!r} is not supported", "Use a checkpoint with default RoPE.")
-    layer = config.vision_feature_layer
-    _require(isinstance(layer, int), file, "vision_feature_layer", "a list of layers is not supported", "Give one.")
-    run_layers = layer if layer >= 0 else vision.num_hidden_layers + 1 + layer
-    _require(0 < run_layers <= vision.num_hidden_layers, file, "vision_feature_layer",
-             f"{layer} is outside the tower's {vision.num_hidden_layers} layers", "Mend the config.")
-    strategy = config.vision_feature_select_strategy
-    _require(strategy in ("default", "full"), file, "vision_feature_select_strategy", f"{strategy!r} is unknown",
-             "default and full are known.")
     image_token = getattr(config, "image_token_id", None)
-    return VlmConfig(
-        vision=VisionConfig(
-            image_size=vision.image_size, patch_size=vision.patch_size, hidden_size=vision.hidden_size,
-            intermediate_size=vision.intermediate_size, num_layers=run_layers, num_heads=vision.num_attention_heads,
-            hidden_act=vision.hidden_act, layer_norm_eps=vision.layer_norm_eps),
-        text=TextConfig(
-            vocab_size=text.vocab_size, hidden_size=text.hidden_size, intermediate_size=text.intermediate_size,
-            num_layers=text.num_hidden_layers, num_heads=text.num_attention_heads,
-            num_kv_heads=text.num_key_value_heads or text.num_attention_heads,
-            head_dim=text.head_dim or text.hidden_size // text.num_attention_heads, rms_norm_eps=text.rms_norm_eps,
-            rope_theta=float(rope.get("rope_theta", 10000.0)),
-            tie_word_embeddings=bool(text.tie_word_embeddings or raw.get("tie_word_embeddings", False)),
-            max_positions=text.max_position_embeddings),
-        image_token_id=image_token if image_token is not None else config.image_token_index,
-        drop_cls=strategy == "default",
-        projector_bias=bool(config.multimodal_projector_bias),
-    )
+    image_token = image_token if image_token is not None else config.image_token_index
+    text = text_config(config.text_config, file, "text_config.")
+    if raw.get("tie_word_embeddings"):
+        text = dataclasses.replace(text, tie_word_embeddings=True)
+    return join(vision_config(config.vision_config, config.vision_feature_layer, file, "vision_config."), text,
+                image_token, config.vision_feature_select_strategy, bool(config.multimodal_projector_bias), file)
+
+
+def join(vision: VisionConfig, text: TextConfig, image_token_id: int, select: str, projector_bias: bool,
+         file: Path) -> VlmConfig:
+    """A VLM of a tower and a language model; `select` is LLaVA's vision_feature_select_strategy."""
+    _require(select in ("default", "full"), file, "vision_feature_select_strategy", f"{select!r} is unknown",
+             "default and full are known.")
+    return VlmConfig(vision, text, image_token_id, select == "default", projector_bias)
+
+
+def _hf_config(cls: type, raw: dict, file: Path) -> Any:
+    try:
+        return cls(**{k: v for k, v in raw.items() if k != "model_type"})
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{file}: not a valid {cls.__name__} ({error}). Fetch the checkpoint again.") from None
+
+
+def vision_config(hf: Any, feature_layer: int | list[int], file: Path, at: str = "") -> VisionConfig:
+    """From transformers' vision config; `feature_layer` as in LLaVA's `vision_feature_layer`."""
+    families = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
+    _require(hf.model_type in families, file, f"{at}model_type", f"{hf.model_type!r} is not supported",
+             "Use a CLIP or SigLIP vision tower.")
+    _require(hf.hidden_act in ("quick_gelu", "gelu", "gelu_pytorch_tanh"), file, f"{at}hidden_act",
+             f"{hf.hidden_act!r} is not supported", "quick_gelu, gelu and gelu_pytorch_tanh are.")
+    layers, total = [], hf.num_hidden_layers
+    for layer in [feature_layer] if isinstance(feature_layer, int) else feature_layer:
+        absolute = layer if layer >= 0 else total + 1 + layer
+        _require(0 <= absolute <= total, file, "vision_feature_layer",
+                 f"{layer} is outside the tower's {total} layers", "Mend the config.")
+        layers.append(absolute)
+    _require(bool(layers), file, "vision_feature_layer", "the list is empty", "Name at least one layer.")
+    return VisionConfig(
+        family=families[hf.model_type], image_size=hf.image_size, patch_size=hf.patch_size,
+        hidden_size=hf.hidden_size, intermediate_size=hf.intermediate_size, feature_layers=tuple(layers),
+        num_heads=hf.num_attention_heads, hidden_act=hf.hidden_act, layer_norm_eps=hf.layer_norm_eps)
+
+
+def _rope(hf: Any, file: Path, at: str) -> RopeConfig:
+    rope = dict(getattr(hf, "rope_parameters", None) or {})
+    kind = rope.get("rope_type", "default")
+    key = f"{at}rope_parameters"
+    _require(kind in ("default", "linear", "llama3"), file, f"{key}.rope_type", f"{kind!r} is not supported",
+             "default, linear and llama3 are.")
+    _require(rope.get("partial_rotary_factor", 1.0) == 1.0, file, f"{key}.partial_rotary_factor",
+             "partial rotation is not supported", "Use a checkpoint that rotates whole heads.")
+    theta = float(rope.get("rope_theta", 10000.0))
+    if kind == "default":
+        return RopeConfig(theta)
+    if kind == "linear":
+        return RopeConfig(theta, "linear", float(rope["factor"]))
+    return RopeConfig(theta, "llama3", float(rope["factor"]), float(rope["low_freq_factor"]),
+                      float(rope["high_freq_factor"]), int(rope["original_max_position_embeddings"]))
+
+
+def text_config(hf: Any, file: Path, at: str = "") -> TextConfig:
+    """From transformers' config of a Llama, Mistral or Qwen2 language model."""
+    family = hf.model_type
+    _require(family in ("llama", "mistral", "qwen2"), file, f"{at}model_type", f"{family!r} is not supported",
+             "Use a Llama, Vicuna, Mistral or Qwen2 language model.")
+    _require(hf.hidden_act == "silu", file, f"{at}hidden_act", f"{hf.hidden_act!r} is not supported", "silu is.")
+    biases: tuple[str, ...] = ("q", "k", "v") if family == "qwen2" else ()
+    if family == "llama":
+        biases = (("q", "k", "v", "o") if hf.attention_bias else ()) + (
+            ("gate", "up", "down") if hf.mlp_bias else ())
+    window = None if family == "llama" else hf.sliding_window
+    if window is None:
+        sliding = (False,) * hf.num_hidden_layers
+    elif family == "mistral":
+        sliding = (True,) * hf.num_hidden_layers
+    else:
+        sliding = tuple(kind == "sliding_attention" for kind in hf.layer_types)
+    if window is not None and window >= hf.max_position_embeddings:
+        window, sliding = None, (False,) * hf.num_hidden_layers  # nothing the model can see lies outside it
+    return TextConfig(
+        family=family, vocab_size=hf.vocab_size, hidden_size=hf.hidden_size, intermediate_size=hf.intermediate_size,
+        num_layers=hf.num_hidden_layers, num_heads=hf.num_attention_heads,
+        num_kv_heads=hf.num_key_value_heads or hf.num_attention_heads,
+        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        rms_norm_eps=hf.rms_norm_eps, rope=_rope(hf, file, at), tie_word_embeddings=bool(hf.tie_word_embeddings),
+        max_positions=hf.max_position_embeddings, biases=biases,
+        sliding_window=window if any(sliding) else None, sliding_layers=sliding)

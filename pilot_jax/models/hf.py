@@ -1,22 +1,39 @@
-"""Hugging Face LLaVA safetensors ↔ the pytrees of this package.
-
-Both key layouts in the wild are read. Every tensor is accounted for: a missing one is an error, and so is one that
-nothing here reads, except the vision layers above the selected one and CLIP's post-norm, which LLaVA never runs.
-"""
+"""Hugging Face tensor names ↔ the leaves of this package: one table, used for reading and for writing."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from pilot_jax.errors import InputError
-from pilot_jax.models.config import VlmConfig, read_vlm_config
+from pilot_jax.models.config import VlmConfig
+from pilot_jax.models.vlm import Vlm
 
-Get = Callable[[str], np.ndarray]
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A checkpoint tensor as a block of one leaf: transpose by `permutation`, reshape to `block`, put at `start`."""
+
+    leaf: tuple[str, ...]
+    shape: tuple[int, ...]  # in the checkpoint
+    permutation: tuple[int, ...]
+    block: tuple[int, ...]
+    start: tuple[int, ...]
+
+    def to_block(self, tensor: np.ndarray) -> np.ndarray:
+        return tensor.transpose(self.permutation).reshape(self.block)
+
+    def from_leaf(self, leaf: np.ndarray) -> np.ndarray:
+        """The checkpoint's tensor, cut out of the leaf: the inverse of placing it."""
+        cut = leaf[tuple(slice(a, a + n) for a, n in zip(self.start, self.block, strict=True))]
+        permuted = cut.reshape([self.shape[i] for i in self.permutation])
+        return permuted.transpose(np.argsort(self.permutation))
 
 
 def canonical_name(name: str) -> str:
@@ -27,157 +44,127 @@ def canonical_name(name: str) -> str:
     return re.sub(r"^language_model\.model\.", "language_model.", name)
 
 
-class _Shards:
-    """Tensors of one directory by canonical name, opened lazily; counts what was read."""
+def pieces(config: VlmConfig) -> dict[str, Piece]:
+    """Every tensor that this model reads, by canonical name."""
+    table: dict[str, Piece] = {}
 
-    def __init__(self, directory: Path) -> None:
-        from safetensors import SafetensorError, safe_open
+    def put(name: str, leaf: str, shape: tuple[int, ...], *, block: tuple[int, ...] | None = None,
+            start: tuple[int, ...] | None = None, permutation: tuple[int, ...] | None = None,
+            layer: int | None = None) -> None:
+        permutation = permutation or tuple(range(len(shape)))
+        block = block or tuple(shape[i] for i in permutation)
+        start = start or (0,) * len(block)
+        if layer is not None:
+            block, start = (1, *block), (layer, *start)
+        table[name] = Piece(tuple(leaf.split(".")), shape, permutation, block, start)
 
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise InputError(f"{directory}: no *.safetensors file. Pickled weights are not read: convert them with "
-                             "transformers' save_pretrained(..., safe_serialization=True).")
-        self._where: dict[str, tuple] = {}
-        for file in files:
-            try:
-                handle = safe_open(file, framework="flax")
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{file}: not a readable safetensors file ({error}). Fetch it again.") from None
-            for key in handle.keys():  # noqa: SIM118 - a safetensors handle is not a dict
-                self._where[canonical_name(key)] = (handle, key)
-        self._directory, self._read = directory, set()
+    def linear(name: str, leaf: str, d_in: int, d_out: int, layer: int | None = None, bias: bool = True) -> None:
+        put(f"{name}.weight", f"{leaf}.kernel", (d_out, d_in), permutation=(1, 0), layer=layer)
+        if bias:
+            put(f"{name}.bias", f"{leaf}.bias", (d_out,), layer=layer)
 
-    def __call__(self, name: str) -> np.ndarray:
-        if name not in self._where:
-            raise InputError(f"{self._directory}: tensor {name!r} is missing. The checkpoint is incomplete.")
-        handle, key = self._where[name]
-        self._read.add(name)
-        return np.asarray(handle.get_tensor(key))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._where
-
-    def refuse_unread(self, skip: Callable[[str], bool]) -> None:
-        unread = sorted(n for n in self._where if n not in self._read and not skip(n))
-        if unread:
-            shown = ", ".join(unread[:5]) + (" …" if len(unread) > 5 else "")
-            raise InputError(f"{self._directory}: {len(unread)} tensors belong to nothing this model has: {shown}. "
-                             "The config and the weights do not fit together.")
+    _vision_pieces(config, put, linear)
+    d, c = config.vision.feature_size, config.text.hidden_size
+    linear("multi_modal_projector.linear_1", "projector.linear_1", d, c, bias=config.projector_bias)
+    linear("multi_modal_projector.linear_2", "projector.linear_2", c, c, bias=config.projector_bias)
+    _text_pieces(config, put)
+    return table
 
 
-def _linear(get: Get, name: str, bias: bool = True) -> dict:
-    layer = {"kernel": get(f"{name}.weight").T}
-    return layer | {"bias": get(f"{name}.bias")} if bias else layer
+def _vision_pieces(config: VlmConfig, put: Any, linear: Any) -> None:
+    v, tower = config.vision, "vision_tower"
+    d, p = v.hidden_size, v.patch_size
+
+    def norm(name: str, leaf: str, layer: int | None = None) -> None:
+        put(f"{name}.weight", f"{leaf}.scale", (d,), layer=layer)
+        put(f"{name}.bias", f"{leaf}.bias", (d,), layer=layer)
+
+    put(f"{tower}.embeddings.patch_embedding.weight", f"{tower}.patch_embed.kernel", (d, 3, p, p),
+        permutation=(2, 3, 1, 0), block=(p * p * 3, d))
+    put(f"{tower}.embeddings.position_embedding.weight", f"{tower}.position_embed", (v.num_patches + v.has_cls, d))
+    if v.family == "siglip":
+        put(f"{tower}.embeddings.patch_embedding.bias", f"{tower}.patch_embed.bias", (d,))
+    else:
+        put(f"{tower}.embeddings.class_embedding", f"{tower}.class_embed", (d,))
+        norm(f"{tower}.pre_layrnorm", f"{tower}.pre_norm")
+    for i in range(v.num_layers):
+        name, leaf = f"{tower}.encoder.layers.{i}", f"{tower}.layers"
+        norm(f"{name}.layer_norm1", f"{leaf}.norm1", i)
+        norm(f"{name}.layer_norm2", f"{leaf}.norm2", i)
+        for j, letter in enumerate("qkv"):
+            full = f"{name}.self_attn.{letter}_proj"
+            put(f"{full}.weight", f"{leaf}.qkv.kernel", (d, d), permutation=(1, 0), start=(0, j * d), layer=i)
+            put(f"{full}.bias", f"{leaf}.qkv.bias", (d,), start=(j * d,), layer=i)
+        linear(f"{name}.self_attn.out_proj", f"{leaf}.out", d, d, i)
+        linear(f"{name}.mlp.fc1", f"{leaf}.fc1", d, v.intermediate_size, i)
+        linear(f"{name}.mlp.fc2", f"{leaf}.fc2", v.intermediate_size, d, i)
 
 
-def _norm(get: Get, name: str) -> dict:
-    return {"scale": get(f"{name}.weight"), "bias": get(f"{name}.bias")}
+def _text_pieces(config: VlmConfig, put: Any) -> None:
+    t, text = config.text, "language_model"
+    c, f, kv, hd = t.hidden_size, t.intermediate_size, t.num_kv_heads, t.head_dim
+    groups = t.num_heads // kv
+    put(f"{text}.embed_tokens.weight", "decoder.embedding", (t.vocab_size, c))
+    put(f"{text}.norm.weight", "decoder.norm", (c,))
+    if not t.tie_word_embeddings:
+        put("lm_head.weight", "decoder.head", (t.vocab_size, c), permutation=(1, 0))
+    for i in range(t.num_layers):
+        name, leaf = f"{text}.layers.{i}", "decoder.layers"
+        put(f"{name}.input_layernorm.weight", f"{leaf}.norm1", (c,), layer=i)
+        put(f"{name}.post_attention_layernorm.weight", f"{leaf}.norm2", (c,), layer=i)
+        for letter, first, width in (("q", 0, groups), ("k", groups, 1), ("v", groups + 1, 1)):
+            full, rows = f"{name}.self_attn.{letter}_proj", kv * width * hd
+            put(f"{full}.weight", f"{leaf}.qkv", (rows, c), permutation=(1, 0), block=(c, kv, width, hd),
+                start=(0, 0, first, 0), layer=i)
+            if letter in t.biases:
+                put(f"{full}.bias", f"{leaf}.qkv_bias", (rows,), block=(kv, width, hd), start=(0, first, 0), layer=i)
+        for j, part in enumerate(("gate", "up")):
+            put(f"{name}.mlp.{part}_proj.weight", f"{leaf}.gate_up", (f, c), permutation=(1, 0), block=(c, 1, f),
+                start=(0, j, 0), layer=i)
+            if part in t.biases:
+                put(f"{name}.mlp.{part}_proj.bias", f"{leaf}.gate_up_bias", (f,), block=(1, f), start=(j, 0), layer=i)
+        for short, full, d_in in (("o", "self_attn.o_proj", kv * groups * hd), ("down", "mlp.down_proj", f)):
+            put(f"{name}.{full}.weight", f"{leaf}.{short}", (c, d_in), permutation=(1, 0), layer=i)
+            if short in t.biases:
+                put(f"{name}.{full}.bias", f"{leaf}.{short}_bias", (c,), layer=i)
 
 
-def _stack(trees: list[dict]) -> dict:
-    import jax
-
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-
-
-def _vision_layer(get: Get, prefix: str) -> dict:
-    q, k, v = (_linear(get, f"{prefix}.self_attn.{n}_proj") for n in "qkv")
-    return {
-        "norm1": _norm(get, f"{prefix}.layer_norm1"), "norm2": _norm(get, f"{prefix}.layer_norm2"),
-        "qkv": {key: np.concatenate([q[key], k[key], v[key]], axis=-1) for key in ("kernel", "bias")},
-        "out": _linear(get, f"{prefix}.self_attn.out_proj"),
-        "fc1": _linear(get, f"{prefix}.mlp.fc1"), "fc2": _linear(get, f"{prefix}.mlp.fc2"),
-    }
-
-
-def _vision_tower(get: Get, config: VlmConfig) -> dict:
-    v, prefix = config.vision, "vision_tower"
-    patch = get(f"{prefix}.embeddings.patch_embedding.weight")  # [D, 3, p, p] → rows in (p, p, 3) order
-    return {
-        "patch_embed": {"kernel": patch.transpose(2, 3, 1, 0).reshape(-1, v.hidden_size)},
-        "class_embed": get(f"{prefix}.embeddings.class_embedding"),
-        "position_embed": get(f"{prefix}.embeddings.position_embedding.weight"),
-        "pre_norm": _norm(get, f"{prefix}.pre_layrnorm"),
-        "layers": _stack([_vision_layer(get, f"{prefix}.encoder.layers.{i}") for i in range(v.num_layers)]),
-    }
-
-
-def _decoder_layer(get: Get, prefix: str, config: VlmConfig) -> dict:
-    t = config.text
-    kv, groups = t.num_kv_heads, t.num_heads // t.num_kv_heads
-    q = get(f"{prefix}.self_attn.q_proj.weight").T.reshape(-1, kv, groups, t.head_dim)
-    k, v = (get(f"{prefix}.self_attn.{n}_proj.weight").T.reshape(-1, kv, 1, t.head_dim) for n in "kv")
-    gate, up = (get(f"{prefix}.mlp.{n}_proj.weight").T for n in ("gate", "up"))
-    return {
-        "norm1": get(f"{prefix}.input_layernorm.weight"), "norm2": get(f"{prefix}.post_attention_layernorm.weight"),
-        "qkv": np.concatenate([q, k, v], axis=2), "o": get(f"{prefix}.self_attn.o_proj.weight").T,
-        "gate_up": np.stack([gate, up], axis=1), "down": get(f"{prefix}.mlp.down_proj.weight").T,
-    }
-
-
-def load_base(directory: str | Path, dtype: str = "float32") -> tuple[VlmConfig, dict]:
-    """Shapes and frozen weights of a Hugging Face LLaVA directory.
-
-    Returns the config and {"vision_tower", "projector", "decoder"} with NumPy leaves in `dtype` (the projector,
-    from which everything trained starts, always float32).
-
-    Raises:
-        InputError: not a LLaVA checkpoint, unsupported features, missing, unread or misshapen tensors.
-    """
-    directory = Path(directory)
-    config = read_vlm_config(directory)
-    shards = _Shards(directory)
-    t = config.text
-    try:
-        decoder = {
-            "embedding": shards("language_model.embed_tokens.weight"),
-            "layers": _stack([_decoder_layer(shards, f"language_model.layers.{i}", config)
-                              for i in range(t.num_layers)]),
-            "norm": shards("language_model.norm.weight"),
-        }
-        if not t.tie_word_embeddings:
-            decoder["head"] = shards("lm_head.weight").T
-        base = {
-            "vision_tower": _vision_tower(shards, config),
-            "projector": {n: _linear(shards, f"multi_modal_projector.{n}", config.projector_bias)
-                          for n in ("linear_1", "linear_2")},
-            "decoder": decoder,
-        }
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{directory}: tensor shapes do not fit config.json ({error}).") from None
-    shards.refuse_unread(lambda name: _never_run(name, config))
-    _check_finite(base, directory)
-    return config, {name: _cast(tree, "float32" if name == "projector" else dtype) for name, tree in base.items()}
-
-
-def _never_run(name: str, config: VlmConfig) -> bool:
+def never_run(name: str, config: VlmConfig) -> bool:
+    """Whether a checkpoint may hold this tensor although LLaVA computes nothing with it."""
     layer = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name)
     return ((layer is not None and int(layer[1]) >= config.vision.num_layers)
-            or name.startswith("vision_tower.post_layernorm.")
+            or name.startswith(("vision_tower.post_layernorm.", "vision_tower.head."))
             or name == "vision_tower.embeddings.position_ids"
             or name.endswith("rotary_emb.inv_freq")
             or (name == "lm_head.weight" and config.text.tie_word_embeddings))
 
 
-def _check_finite(tree: dict, directory: Path) -> None:
-    import jax
+def base_shapes(config: VlmConfig) -> dict[str, Any]:
+    """Shapes of the frozen base, {"vision_tower", "projector", "decoder"}: float32, nothing allocated."""
+    module, v = Vlm(config), config.vision
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    pixels = jax.ShapeDtypeStruct((1, v.image_size, v.image_size, 3), jnp.float32)
+    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    tower = jax.eval_shape(lambda k, p: module.init(k, p, method="features"), key, pixels)
+    text = jax.eval_shape(lambda k, i: module.init(k, i, jnp.ones_like(i), None, method="logits"), key, ids)
 
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if not np.all(np.isfinite(leaf.astype(np.float32))):
-            raise InputError(f"{directory}: {jax.tree_util.keystr(path)} holds NaN or Inf. The checkpoint is broken.")
+    def layer(d_in: int) -> dict:
+        width = config.text.hidden_size
+        shapes = {"kernel": jax.ShapeDtypeStruct((d_in, width), jnp.float32)}
+        return shapes | ({"bias": jax.ShapeDtypeStruct((width,), jnp.float32)} if config.projector_bias else {})
+
+    return {"vision_tower": tower["params"]["vision_tower"], "decoder": text["params"]["decoder"],
+            "projector": {"linear_1": layer(v.feature_size), "linear_2": layer(config.text.hidden_size)}}
 
 
-def _cast(tree: dict, dtype: str) -> dict:
-    import jax
-    import jax.numpy as jnp
-
-    return jax.tree.map(lambda leaf: np.ascontiguousarray(leaf.astype(jnp.dtype(dtype))), tree)
+def leaf_at(tree: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree
 
 
 def save_base(directory: str | Path, config: VlmConfig, base: dict, hf_config: dict, dtype: str = "float16") -> None:
-    """Write `base` as a LLaVA directory that `transformers` loads: the inverse of `load_base`, one shard.
+    """Write `base` as a LLaVA directory that `transformers` loads, one shard.
 
     `hf_config` is the content of `config.json`; its tower must have exactly the layers that are run.
     """
@@ -185,66 +172,20 @@ def save_base(directory: str | Path, config: VlmConfig, base: dict, hf_config: d
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, np.ndarray] = {}
-
-    def put(name: str, value: np.ndarray) -> None:
-        tensors[name] = np.ascontiguousarray(np.asarray(value, np.float32).astype(dtype))
-
-    def put_linear(name: str, layer: dict) -> None:
-        put(f"{name}.weight", np.asarray(layer["kernel"]).T)
-        if "bias" in layer:
-            put(f"{name}.bias", layer["bias"])
-
-    def put_norm(name: str, norm: dict) -> None:
-        put(f"{name}.weight", norm["scale"])
-        put(f"{name}.bias", norm["bias"])
-
-    v, t, vision = config.vision, config.text, base["vision_tower"]
-    prefix = "vision_tower.vision_model"
-    patch = np.asarray(vision["patch_embed"]["kernel"]).reshape(v.patch_size, v.patch_size, 3, v.hidden_size)
-    put(f"{prefix}.embeddings.patch_embedding.weight", patch.transpose(3, 2, 0, 1))
-    put(f"{prefix}.embeddings.class_embedding", vision["class_embed"])
-    put(f"{prefix}.embeddings.position_embedding.weight", vision["position_embed"])
-    put_norm(f"{prefix}.pre_layrnorm", vision["pre_norm"])
+    written = (("vision_tower.", "vision_tower.vision_model."), ("language_model.", "language_model.model."),
+               ("lm_head.", "language_model.lm_head."))
+    tensors = {}
+    host = jax.tree.map(np.asarray, base)
+    for name, piece in pieces(config).items():
+        for ours, theirs in written:
+            if name.startswith(ours):
+                name = theirs + name.removeprefix(ours)
+                break
+        tensor = piece.from_leaf(leaf_at(host, piece.leaf)).astype(np.float32).astype(dtype)
+        tensors[name] = np.ascontiguousarray(tensor)
     # transformers insists on a post-norm; the selected features are taken before it.
-    put_norm(f"{prefix}.post_layernorm", {"scale": np.ones(v.hidden_size), "bias": np.zeros(v.hidden_size)})
-    for i in range(v.num_layers):
-        layer = _take(vision["layers"], i)
-        name = f"{prefix}.encoder.layers.{i}"
-        put_norm(f"{name}.layer_norm1", layer["norm1"])
-        put_norm(f"{name}.layer_norm2", layer["norm2"])
-        for j, projection in enumerate("qkv"):
-            part = {k: np.split(np.asarray(a), 3, axis=-1)[j] for k, a in layer["qkv"].items()}
-            put_linear(f"{name}.self_attn.{projection}_proj", part)
-        put_linear(f"{name}.self_attn.out_proj", layer["out"])
-        put_linear(f"{name}.mlp.fc1", layer["fc1"])
-        put_linear(f"{name}.mlp.fc2", layer["fc2"])
-    for name, layer in base["projector"].items():
-        put_linear(f"multi_modal_projector.{name}", layer)
-    decoder, prefix = base["decoder"], "language_model.model"
-    put(f"{prefix}.embed_tokens.weight", decoder["embedding"])
-    put(f"{prefix}.norm.weight", decoder["norm"])
-    if not t.tie_word_embeddings:
-        put("language_model.lm_head.weight", np.asarray(decoder["head"]).T)
-    groups, width = t.num_heads // t.num_kv_heads, t.hidden_size
-    for i in range(t.num_layers):
-        layer = _take(decoder["layers"], i)
-        name = f"{prefix}.layers.{i}"
-        put(f"{name}.input_layernorm.weight", layer["norm1"])
-        put(f"{name}.post_attention_layernorm.weight", layer["norm2"])
-        qkv = np.asarray(layer["qkv"])
-        for projection, part in (("q", qkv[:, :, :groups]), ("k", qkv[:, :, groups]), ("v", qkv[:, :, groups + 1])):
-            put(f"{name}.self_attn.{projection}_proj.weight", part.reshape(width, -1).T)
-        put(f"{name}.self_attn.o_proj.weight", np.asarray(layer["o"]).T)
-        put(f"{name}.mlp.gate_proj.weight", np.asarray(layer["gate_up"])[:, 0].T)
-        put(f"{name}.mlp.up_proj.weight", np.asarray(layer["gate_up"])[:, 1].T)
-        put(f"{name}.mlp.down_proj.weight", np.asarray(layer["down"]).T)
+    width, prefix = config.vision.hidden_size, "vision_tower.vision_model.post_layernorm"
+    tensors[f"{prefix}.weight"], tensors[f"{prefix}.bias"] = np.ones(width, dtype), np.zeros(width, dtype)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     text = json.dumps(hf_config | {"dtype": dtype}, indent=2, sort_keys=True)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _take(tree: dict, index: int) -> dict:
-    import jax
-
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[index], tree)

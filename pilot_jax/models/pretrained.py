@@ -12,7 +12,7 @@ import numpy as np
 from pilot_jax.errors import InputError
 from pilot_jax.models.config import VlmConfig
 from pilot_jax.models.generate import greedy
-from pilot_jax.models.hf import load_base
+from pilot_jax.models.loading import load_base
 from pilot_jax.models.vlm import Vlm, variables
 
 EMBEDDED = "embedded"
@@ -90,4 +90,4 @@ def load(path: str | Path = EMBEDDED, *, dtype: str | None = None, lora_scale: f
     directory = model_directory(path)
     config, base = load_base(directory, dtype)
     module = Vlm(config, lora_scale, jnp.dtype(dtype), remat, unroll)
-    return PretrainedModel(directory, config, jax.tree.map(jnp.asarray, base), module)
+    return PretrainedModel(directory, config, base, module)

@@ -53,7 +53,7 @@ class Vlm(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.vision_tower = VisionTower(c.vision, c.drop_cls, self.dtype)
+        self.vision_tower = VisionTower(c.vision, c.drop_first, self.dtype)
         self.connector = Connector()
         self.decoder = Decoder(c.text, self.lora_scale, self.dtype, self.remat, self.unroll)
 
@@ -106,7 +106,8 @@ class Vlm(nn.Module):
         x, _ = self.embed(input_ids, features, stage, task_index)
         spare = cache["k"].shape[2] - input_ids.shape[1]
         mask = jnp.pad(causal_mask(attention_mask), ((0, 0), (0, 0), (0, spare)))
-        hidden, cache = self.decoder.hidden(x, positions_of(attention_mask), mask, cache, 0)
+        positions = positions_of(attention_mask)
+        hidden, cache = self.decoder.hidden(x, positions, mask, cache, 0, jnp.pad(positions, ((0, 0), (0, spare))))
         length = input_ids.shape[1]
         last = length - 1 - jnp.argmax(attention_mask[:, ::-1] > 0, axis=-1)
         return self.decoder.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), cache
@@ -115,5 +116,5 @@ class Vlm(nn.Module):
                slot: jax.Array) -> tuple[jax.Array, dict]:
         """One step: token, position [B]; visible [B, S] bool; writes cache slot `slot` → logits [B, V], cache."""
         x = self.decoder.embed(token[:, None])
-        hidden, cache = self.decoder.hidden(x, position[:, None], visible[:, None], cache, slot)
+        hidden, cache = self.decoder.hidden(x, position[:, None], visible[:, None], cache, slot, positions_of(visible))
         return self.decoder.logits(hidden[:, 0]), cache

@@ -42,7 +42,7 @@ class Pilot(Strategy):
         authors' code, every MLP a copy of the projector (ψ_t and ψ_s then stay equal under L_d)."""
         projector = float32(projector)
         extra = projector if self.config.init == "copy" else _zero_last(projector)
-        router = 0.02 * jax.random.normal(jax.random.fold_in(key, 1000), (model.vision.hidden_size, num_tasks))
+        router = 0.02 * jax.random.normal(jax.random.fold_in(key, 1000), (model.vision.feature_size, num_tasks))
         return {
             "text_adapter": init_lora(key, model.text, rank),
             "task": projector,
