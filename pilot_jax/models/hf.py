@@ -26,9 +26,6 @@ class Piece:
     block: tuple[int, ...]
     start: tuple[int, ...]
 
-    def to_block(self, tensor: np.ndarray) -> np.ndarray:
-        return tensor.transpose(self.permutation).reshape(self.block)
-
     def from_leaf(self, leaf: np.ndarray) -> np.ndarray:
         """The checkpoint's tensor, cut out of the leaf: the inverse of placing it."""
         cut = leaf[tuple(slice(a, a + n) for a, n in zip(self.start, self.block, strict=True))]

@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ import numpy as np
 
 from pilot_jax.errors import InputError
 from pilot_jax.models.config import VlmConfig, read_vlm_config
-from pilot_jax.models.hf import base_shapes, canonical_name, leaf_at, never_run, pieces
+from pilot_jax.models.hf import Piece, base_shapes, canonical_name, leaf_at, never_run, pieces
 
 Place = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding | None]
 
@@ -117,13 +116,16 @@ def _check_names(sources: list[Source], config: VlmConfig) -> None:
                          f"{_shown(sorted(unread))}. The config and the weights do not fit together.")
 
 
-@partial(jax.jit, donate_argnums=0)
-def _insert(leaf: jax.Array, block: jax.Array, start: tuple[jax.Array, ...]) -> jax.Array:
-    return jax.lax.dynamic_update_slice(leaf, block, start)
+@partial(jax.jit, donate_argnums=0, static_argnames=("permutation", "block"))
+def _insert(leaf: jax.Array, tensor: jax.Array, start: tuple[jax.Array, ...], *, permutation: tuple[int, ...],
+            block: tuple[int, ...]) -> jax.Array:
+    """`leaf`, in its own memory, with the tensor in its place; transposed and cast where the leaf lives."""
+    tensor = tensor.transpose(permutation).reshape(block).astype(leaf.dtype)
+    return jax.lax.dynamic_update_slice(leaf, tensor, start)
 
 
-def _blocks(sources: list[Source], config: VlmConfig) -> Iterator[tuple[Any, np.ndarray]]:
-    """(piece, block) of each tensor, file by file: a file is closed before the next is opened."""
+def _tensors(sources: list[Source], config: VlmConfig) -> Iterator[tuple[Piece, np.ndarray]]:
+    """Each tensor and its piece, file by file: a file is closed before the next is opened."""
     table = pieces(config)
     for source in sources:
         tensors = open_tensors(source.file)
@@ -134,7 +136,7 @@ def _blocks(sources: list[Source], config: VlmConfig) -> Iterator[tuple[Any, np.
             tensor = tensors.read(key)
             if not np.isfinite(tensor).all():
                 raise InputError(f"{source.file}: {key} holds NaN or Inf. The checkpoint is broken; fetch it again.")
-            yield table[name], table[name].to_block(tensor)
+            yield table[name], tensor
 
 
 def load_tensors(sources: list[Source], config: VlmConfig, dtype: str = "float32", place: Place | None = None) -> dict:
@@ -149,18 +151,14 @@ def load_tensors(sources: list[Source], config: VlmConfig, dtype: str = "float32
     _check_names(sources, config)
     shapes = base_shapes(config)
     leaves: dict[tuple[str, ...], jax.Array] = {}
-    for piece, block in _blocks(sources, config):
-        shape = leaf_at(shapes, piece.leaf).shape
-        kind = jnp.dtype("float32" if piece.leaf[0] == "projector" else dtype)
-        sharding = None if place is None else place(piece.leaf, shape)
-        block = np.ascontiguousarray(block.astype(kind))
-        if block.shape == shape:
-            # A copy of its own: on CPU a device array may otherwise keep the file's pages alive.
-            leaves[piece.leaf] = jnp.array(block) if sharding is None else jax.device_put(block, sharding)
-            continue
+    for piece, tensor in _tensors(sources, config):
         if piece.leaf not in leaves:
-            leaves[piece.leaf] = jax.jit(partial(jnp.zeros, shape, kind), out_shardings=sharding)()
-        leaves[piece.leaf] = _insert(leaves[piece.leaf], block, piece.start)
+            shape = leaf_at(shapes, piece.leaf).shape
+            sharding = None if place is None else place(piece.leaf, shape)
+            kind = jnp.dtype("float32" if piece.leaf[0] == "projector" else dtype)
+            leaves[piece.leaf] = jnp.zeros(shape, kind, device=sharding)
+        leaves[piece.leaf] = _insert(leaves[piece.leaf], tensor, piece.start, permutation=piece.permutation,
+                                     block=piece.block)
     return jax.tree_util.tree_map_with_path(
         lambda path, _: leaves[tuple(key.key for key in path)], shapes)
 
