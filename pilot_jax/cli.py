@@ -138,15 +138,21 @@ def evaluate(run_dir: RunPath, split: Annotated[str, typer.Option(help="test or 
 
 @app.command()
 def generate(run_dir: RunPath, client: Annotated[str, typer.Option(help="Whose model answers.")],
-             image: Annotated[Path, typer.Option(help="Image file.")],
              prompt: Annotated[str, typer.Option(help="The question.")],
-             max_new_tokens: Annotated[int, typer.Option(min=1)] = 64) -> None:
-    """Answer a question about an image with one client's model."""
+             image: Annotated[Path | None, typer.Option(help="Image file; without it, text only.")] = None,
+             max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+             temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
+             top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 1.0,
+             seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0) -> None:
+    """Answer a question, about an image, with one client's model."""
     from pilot_jax.federation.simulation import answer, restore
 
-    if not image.is_file():
+    if image is not None and not image.is_file():
         raise InputError(f"--image: {image} does not exist.")
-    typer.echo(answer(restore(run_dir), client, image, prompt, max_new_tokens))
+    done = restore(run_dir)
+    settings = done.config.eval.model_copy(
+        update={"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p})
+    typer.echo(answer(done, client, image, prompt, settings, seed))
 
 
 @app.command()
@@ -176,22 +182,41 @@ def data_digits(out: Annotated[Path, typer.Argument(help="New folder.")],
 
 
 @data_app.command("check")
-def data_check(path: Annotated[Path, typer.Argument(help="LLaVA JSON/JSONL file or folder.")],
+def data_check(path: Annotated[Path, typer.Argument(help="Data file or folder.")],
                image_root: Annotated[Path | None, typer.Option(help="Folder that `image` is relative to.")] = None,
+               model: Annotated[str | None, typer.Option(help="LLaVA directory whose tokens count lengths.")] = None,
+               template: Annotated[str, typer.Option(help="Conversation template.")] = "vicuna_v1",
+               max_length: Annotated[int, typer.Option(min=8, help="Tokens a run would keep.")] = 2048,
+               file_names: Annotated[str, typer.Option(help="What a file's name says: task | client.")] = "task",
                ) -> None:
-    """Read a LLaVA data set as `run` would, images included, and count what is in it."""
-    from collections import Counter
+    """Read a data set as `run` would, images included: counts, lengths, and everything that is wrong with it."""
+    from pilot_jax.config import parse_config
+    from pilot_jax.data.check import check_data
 
-    from pilot_jax.data.images import read_image
-    from pilot_jax.data.llava import read_samples
+    settings = parse_config({"data": {"image_root": None if image_root is None else str(image_root),
+                                      "template": template, "max_length": max_length, "file_names": file_names}},
+                            "data check").data
+    loaded = None
+    if model is not None:
+        from pilot_jax.data.conversations import stop_tokens
+        from pilot_jax.models.pretrained import load
 
-    samples = read_samples(path, image_root)
-    for sample in samples:
-        if sample.image is not None:
-            read_image(sample)
-    for (task, client, split), count in sorted(Counter((s.task, s.client, s.split) for s in samples).items()):
+        loaded = load(model)
+        stop_tokens(loaded.tokenizer(), template)
+    report = check_data(path, settings, loaded)
+    for (task, client, split), count in report.counts.items():
         typer.echo(f"{task:<16} {client or '(no client)':<20} {split:<12} {count:>7}")
-    typer.echo(f"{len(samples)} samples, all readable")
+    for low, high, count in report.lengths:
+        typer.echo(f"{low:>6} to {high:>6} {report.length_unit:<12} {count:>7}")
+    for warning in report.warnings:
+        typer.echo(f"Warning: {warning}.")
+    if report.errors:
+        for error in report.errors[:20]:
+            typer.echo(f"Error: {error}", err=True)
+        more = f" ({len(report.errors) - 20} not shown)" if len(report.errors) > 20 else ""
+        typer.echo(f"{len(report.errors)} errors{more}", err=True)
+        raise typer.Exit(2)
+    typer.echo(f"{sum(report.counts.values())} samples, all readable")
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,11 +21,29 @@ class LoraConfig(_Section):
     alpha: float = Field(16.0, gt=0, description="the update is (alpha / rank)·BA; the paper: 128")
 
 
+class PartsConfig(_Section):
+    """A tower, a language model and a projector that were never saved as one LLaVA model, as the paper starts from."""
+
+    vision: str = Field(description="directory of a CLIP or SigLIP model")
+    language: str = Field(description="directory of a Llama, Vicuna, Mistral or Qwen2 model, with its tokenizer")
+    projector: str = Field(description="mm_projector weights: .safetensors, or .bin where torch is installed")
+    feature_layer: int | list[int] = Field(-2, description="hidden state(s) of the tower that are H_v; LLaVA: -2")
+    feature_select: Literal["auto", "default", "full"] = Field(
+        "auto", description="default drops the first token; auto: default for CLIP, full for SigLIP, which has no CLS")
+
+
 class ModelConfig(_Section):
     path: str = Field("embedded", description="Hugging Face LLaVA directory, or 'embedded' for the shipped base")
+    parts: PartsConfig | None = Field(None, description="instead of path: separate tower, language model, projector")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on CPU, else bfloat16")
     remat: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
     lora: LoraConfig = LoraConfig()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if self.parts is not None and self.path != "embedded":
+            raise ValueError("give either path or parts, not both")
+        return self
 
 
 class DigitsConfig(_Section):
@@ -39,11 +57,17 @@ class DigitsConfig(_Section):
 class DataConfig(_Section):
     path: str = Field("digits", description="LLaVA JSON/JSONL file or folder; 'digits' for the embedded scenes")
     image_root: str | None = Field(None, description="folder that `image` is relative to; default: images/ beside path")
-    template: str = Field("vicuna_v1", description="conversation template: vicuna_v1 | vicuna_short")
+    file_names: Literal["task", "client"] = Field(
+        "task", description="what a file's name says where its samples do not: their task, or their client")
+    template: str = Field("vicuna_v1", description="conversation template: vicuna_v1 (the paper's) | vicuna_short | "
+                          "llama2 | chatml | plain | tokenizer (its own chat template)")
+    image_fit: Literal["processor", "pad"] = Field(
+        "processor", description="pad: to a square with the mean colour first, as LLaVA-1.5 trains")
     partition: Literal["given", "equal", "dirichlet"] = Field(
         "given", description="given: the samples' `client`; equal, dirichlet: split each task's samples among clients")
     dirichlet_alpha: float = Field(1.0, gt=0, description="smaller is more uneven client sizes")
-    max_length: int = Field(2048, ge=8, description="tokens, image included; longer samples are refused")
+    max_length: int = Field(
+        2048, ge=8, description="tokens, image included; longer samples lose their end, never image tokens")
     digits: DigitsConfig = DigitsConfig()
 
 
@@ -107,8 +131,11 @@ class EvalConfig(_Section):
     every: int = Field(0, ge=0, description="score the validation split every so many rounds; 0: never")
     batch_size: int = Field(16, ge=1, description="prompts decoded at once, per client")
     max_new_tokens: int = Field(32, ge=1)
-    metrics: dict[str, Literal["exact", "iou"]] = Field(
-        {"grounding": "iou"}, description="score per task: exact match (default), or box IoU ≥ 0.5")
+    temperature: float = Field(0.0, ge=0, description="0: greedy; else answers are sampled")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample among the fewest tokens with this probability together")
+    metrics: dict[str, Literal["exact", "iou", "vqa", "anls", "rouge_l", "bleu", "cider"]] = Field(
+        {"grounding": "iou"}, description="score per task: exact match (default), iou (box IoU ≥ 0.5), vqa (ten "
+        "annotators), anls (OCR), and with the extra 'scores' rouge_l, bleu; cider goes to 10")
 
 
 class SystemConfig(_Section):
@@ -135,8 +162,9 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += _known_keys(kind, f"{prefix}{name}.")
     return keys
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 import yaml
 from conftest import small_config
 
@@ -52,6 +53,16 @@ def broken_image(folder):
     return write(folder, "d.json", [with_image("x.png")])
 
 
+def shown_image(folder):
+    Image.new("RGB", (8, 8)).save(folder / "x.png")
+    return write(folder, "d.json", [with_image("x.png")])
+
+
+def long_question():
+    return sample(conversations=[{"from": "human", "value": "which of these digits is red?"},
+                                 {"from": "gpt", "value": "7"}])
+
+
 BAD = {
     "no such config": (lambda d: ["run", d / "none.yaml"], ["none.yaml", "cannot be read"]),
     "config is not YAML": (lambda d: ["run", write(d, "c.yaml", "a: [")], ["c.yaml", "not valid YAML"]),
@@ -89,9 +100,13 @@ BAD = {
     "sample without client": (
         lambda d: ["run", QUICK, "--set", f"data.path={write(d, 'd.json', [sample(client=None)])}"],
         ["d.json[0]", "client", "data.partition"]),
-    "sample too long": (
-        lambda d: ["run", QUICK, "--set", f"data.path={write(d, 'd.json', [sample()])}", "--set", "data.max_length=8"],
-        ["d.json[0]", "data.max_length is 8"]),
+    "the whole answer is beyond the limit": (
+        lambda d: ["run", QUICK, "--set", f"data.path={write(d, 'd.json', [long_question()])}",
+                   "--set", "data.max_length=8"],
+        ["d.json[0]", "no answer token within data.max_length (8)"]),
+    "the limit would cut the image": (
+        lambda d: ["run", QUICK, "--set", f"data.path={shown_image(d)}", "--set", "data.max_length=20"],
+        ["d.json[0]", "data.max_length: 20 would cut the image (36 tokens)"]),
     "checkpoint that is not LLaVA": (
         lambda d: ["run", QUICK, "--set", f"model.path={write(d, 'config.json', {'model_type': 'llama'}).parent}"],
         ["config.json", "model_type is 'llama'", "expected 'llava'"]),

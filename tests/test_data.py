@@ -10,12 +10,12 @@ from PIL import Image
 
 from pilot_jax.data import digit_tasks, digits
 from pilot_jax.data.conversations import encode
-from pilot_jax.data.images import load_image_processor, load_tokenizer
 from pilot_jax.data.llava import Sample, read_samples, write_samples
 from pilot_jax.data.partition import partition
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.scores import box_iou, exact, iou
 from pilot_jax.models.pretrained import model_directory
+from pilot_jax.models.processors import load_image_processor, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_pretraining_pixels_are_the_processors():
     from pilot_jax.pretrain import _pixels
 
     scene = digits.draw_scene(np.random.default_rng(0), "pretrain", None)
-    processor = load_image_processor(model_directory("embedded"))
+    processor = load_image_processor(model_directory("embedded"), "clip")
     expected = processor(images=[scene.image], return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
     np.testing.assert_allclose(_pixels([scene])[0], expected, atol=1e-5)
 

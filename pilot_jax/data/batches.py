@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pilot_jax.config import DataConfig
 from pilot_jax.data.conversations import Encoded, encode
 from pilot_jax.data.images import image_features
 from pilot_jax.data.llava import Sample
@@ -15,15 +17,18 @@ from pilot_jax.errors import InputError
 if TYPE_CHECKING:
     from pilot_jax.models.pretrained import PretrainedModel
 
+logger = logging.getLogger("pilot_jax")
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Right-padded prompts for generation: input_ids, attention_mask [n, L], features [n, N, D], answers."""
+    """Right-padded prompts for generation: input_ids, attention_mask [n, L], features [n, N, D]; the references of
+    each."""
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
     features: np.ndarray
-    answers: tuple[str, ...]
+    references: tuple[tuple[str, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,40 +72,72 @@ def _training_arrays(encoded: list[Encoded], features: np.ndarray, has_image: np
             "target_weights": weights, "has_image": has_image.astype(np.float32), "features": features}
 
 
-def build_prompts(model: PretrainedModel, tokenizer, samples: list[Sample], template: str, features: np.ndarray,
+def encode_prompts(model: PretrainedModel, tokenizer, samples: list[Sample], data: DataConfig) -> list[np.ndarray]:
+    """Token ids of each conversation up to its last answer.
+
+    Raises:
+        InputError: a prompt is longer than `data.max_length`: cut, it would ask something else.
+    """
+    n_image, prompts = model.config.num_image_tokens, []
+    for sample in samples:
+        ids = encode(tokenizer, sample.turns[:-1], data.template, n_image).input_ids
+        if len(ids) > data.max_length:
+            raise InputError(f"{sample.source}: the prompt has {len(ids)} tokens, data.max_length is "
+                             f"{data.max_length}. Shorten it or raise the limit.")
+        prompts.append(ids)
+    return prompts
+
+
+def build_prompts(samples: list[Sample], encoded: list[np.ndarray], features: np.ndarray,
                   length: int | None = None) -> Prompts:
-    """Prompts (all but the last answer) padded to a multiple of 8, or to `length`."""
-    n_image = model.config.num_image_tokens
-    encoded = [encode(tokenizer, s.turns[:-1], template, n_image).input_ids for s in samples]
-    longest = max(len(e) for e in encoded)
-    length = _round_up(longest, 8) if length is None else length
+    """Prompts padded to a multiple of 8, or to `length`."""
+    length = _round_up(max(len(e) for e in encoded), 8) if length is None else length
     ids, mask = np.zeros((len(samples), length), np.int32), np.zeros((len(samples), length), np.int32)
     for row, item in enumerate(encoded):
         ids[row, :len(item)], mask[row, :len(item)] = item, 1
-    return Prompts(ids, mask, features, tuple(s.answer for s in samples))
+    return Prompts(ids, mask, features, tuple(s.references for s in samples))
 
 
-def build_clients(model: PretrainedModel, tokenizer, samples: list[Sample], template: str,
-                  max_length: int) -> list[ClientData]:
+def encode_samples(model: PretrainedModel, tokenizer, samples: list[Sample], data: DataConfig) -> list[Encoded]:
+    """Each conversation with its answers marked, no longer than `data.max_length`; says how many answers were cut.
+
+    Raises:
+        InputError: the limit would cut an image, or leave a sample without an answer.
+    """
+    encoded = []
+    for sample in samples:
+        try:
+            item = encode(tokenizer, sample.turns, data.template, model.config.num_image_tokens, data.max_length)
+        except InputError as error:
+            raise InputError(f"{sample.source}: {error}") from None
+        if not item.supervised.any():
+            raise InputError(f"{sample.source}: no answer token within data.max_length ({data.max_length}). "
+                             "Shorten the sample or raise the limit.")
+        encoded.append(item)
+    cut = [sample.source for sample, item in zip(samples, encoded, strict=True) if item.cut]
+    if cut:
+        logger.warning("data.max_length: %d cuts the answers of %d of %d samples (first: %s).", data.max_length,
+                       len(cut), len(samples), cut[0])
+    return encoded
+
+
+def build_clients(model: PretrainedModel, tokenizer, samples: list[Sample], data: DataConfig) -> list[ClientData]:
     """Every client's data, ordered by client name. All clients share L and A, so one program trains them all.
 
     Raises:
         InputError: a client without training samples or with several tasks; a sample that is too long or has
             nothing to learn from.
     """
-    n_image = model.config.num_image_tokens
-    features = image_features(model, samples)
-    encoded = [encode(tokenizer, s.turns, template, n_image) for s in samples]
-    for sample, item in zip(samples, encoded, strict=True):
-        if len(item.input_ids) > max_length:
-            raise InputError(f"{sample.source}: {len(item.input_ids)} tokens, data.max_length is {max_length}. "
-                             "Shorten the sample or raise the limit.")
-        if not item.supervised.any():
-            raise InputError(f"{sample.source}: no answer tokens to learn from.")
     train_rows = [i for i, s in enumerate(samples) if s.split == "train"]
-    length = _round_up(max((len(encoded[i].input_ids) for i in train_rows), default=8), 8)
-    answers = _round_up(max((int(encoded[i].supervised.sum()) for i in train_rows), default=4), 4)
-    prompt_length = _round_up(max(int(np.flatnonzero(e.supervised)[-1]) + 1 for e in encoded), 8)
+    asked_rows = [i for i, s in enumerate(samples) if s.split != "train"]
+    encoded = dict(zip(train_rows, encode_samples(model, tokenizer, [samples[i] for i in train_rows], data),
+                       strict=True))
+    asked = dict(zip(asked_rows, encode_prompts(model, tokenizer, [samples[i] for i in asked_rows], data),
+                     strict=True))
+    features = image_features(model, samples, data.image_fit)
+    length = _round_up(max((len(e.input_ids) for e in encoded.values()), default=8), 8)
+    answers = _round_up(max((int(e.supervised.sum()) for e in encoded.values()), default=4), 4)
+    prompt_length = _round_up(max((len(ids) for ids in asked.values()), default=8), 8)
 
     rows_of: dict[str, list[int]] = {}
     for i, sample in enumerate(samples):
@@ -121,7 +158,7 @@ def build_clients(model: PretrainedModel, tokenizer, samples: list[Sample], temp
         for split in ("validation", "test"):
             chosen = [i for i in rows if samples[i].split == split]
             if chosen:
-                evaluation[split] = build_prompts(model, tokenizer, [samples[i] for i in chosen], template,
+                evaluation[split] = build_prompts([samples[i] for i in chosen], [asked[i] for i in chosen],
                                                   features[chosen], prompt_length)
         clients.append(ClientData(name, tasks[0], train, evaluation))
     return clients

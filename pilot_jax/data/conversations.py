@@ -13,25 +13,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 IMAGE = "<image>"
+Turns = tuple[tuple[str, str], ...]  # ("human" | "gpt", text)
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """`system` + for each exchange: `user` + question + `assistant` + " " + answer + end token."""
+    """`{}` in `human` and `answer` is the turn's text. An answer and the end token after it are supervised."""
 
-    system: str
-    user: str
-    assistant: str
+    human: str
+    answer: str
+    system: str = ""  # opens the conversation
+    end: str | None = None  # the end token; None: the tokenizer's eos_token
+    between: str = ""  # after the end token, not supervised; "{bos}" is the tokenizer's bos_token
 
 
 TEMPLATES = {
     # Vicuna v1.1, what LLaVA-1.5 and the paper train with.
     "vicuna_v1": Template(
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-        "detailed, and polite answers to the user's questions. ", "USER: ", " ASSISTANT:"),
+        "USER: {} ASSISTANT:", " {}",
+        system="A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+               "detailed, and polite answers to the user's questions. "),
     # The same turns without the system sentence: short, for the embedded base.
-    "vicuna_short": Template("", "USER: ", " ASSISTANT:"),
+    "vicuna_short": Template("USER: {} ASSISTANT:", " {}"),
+    # Llama-2-chat, without a system prompt.
+    "llama2": Template("[INST] {} [/INST]", " {} ", between="{bos}"),
+    # ChatML, as Qwen writes it.
+    "chatml": Template("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "{}",
+                       system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", end="<|im_end|>",
+                       between="\n"),
+    # No roles at all: image, text, end. What projectors are pretrained with.
+    "plain": Template("{}", "{}"),
 }
+TOKENIZER = "tokenizer"  # the tokenizer's own chat template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,29 +53,62 @@ class Encoded:
 
     input_ids: np.ndarray  # int32 [L], image tokens expanded
     supervised: np.ndarray  # bool [L]
+    cut: int = 0  # supervised tokens lost to the length limit
 
 
-def _render(turns: tuple[tuple[str, str], ...], template: Template, num_image_tokens: int,
-            end: str) -> tuple[str, list[tuple[int, int]]]:
+def expand_image(turns: Turns, num_image_tokens: int) -> Turns:
+    """LLaVA's convention: the image opens its turn, whatever place the author gave it, as N image tokens."""
+
+    def one(value: str) -> str:
+        if IMAGE not in value:
+            return value
+        return f"{IMAGE * num_image_tokens}\n{value.replace(IMAGE, '').strip()}"
+
+    return tuple((who, one(value) if who == "human" else value) for who, value in turns)
+
+
+def _render(turns: Turns, template: Template, eos: str, bos: str) -> tuple[str, list[tuple[int, int]]]:
     """The whole conversation as text, and the character spans of its answers.
 
     A last human turn without an answer ends in the assistant's cue: a prompt for generation.
     """
     text, spans = template.system, []
-    for speaker, value in turns:
+    between = template.between.replace("{bos}", bos)
+    before, after = template.human.split("{}")
+    for number, (speaker, value) in enumerate(turns):
         if speaker == "human":
-            if IMAGE in value:  # LLaVA's convention: the image opens its turn, whatever place the author gave it
-                value = f"{IMAGE * num_image_tokens}\n{value.replace(IMAGE, '').strip()}"
-            text += template.user + value + template.assistant
+            text += before + value + after
         else:
             start = len(text)
-            text += f" {value.strip()}{end}"
+            text += template.answer.replace("{}", value.strip()) + (template.end or eos)
             spans.append((start, len(text)))
+            if number + 1 < len(turns):
+                text += between
     return text, spans
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, turns: tuple[tuple[str, str], ...], template: str,
-           num_image_tokens: int) -> Encoded:
+def _render_by_tokenizer(turns: Turns, tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[tuple[int, int]]]:
+    """As `_render`, by the tokenizer's chat template: an answer is what its turn adds after the assistant's cue."""
+    messages = [{"role": "user" if who == "human" else "assistant", "content": value} for who, value in turns]
+
+    def text_of(count: int, cue: bool) -> str:
+        return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=cue)
+
+    whole, spans = text_of(len(turns), turns[-1][0] == "human"), []
+    for number, (speaker, _) in enumerate(turns):
+        if speaker == "human":
+            continue
+        prompt, answered = text_of(number, True), text_of(number + 1, False)
+        if not answered.startswith(prompt) or not whole.startswith(answered):
+            raise InputError("data.template: the tokenizer's chat template rewrites earlier turns when a conversation "
+                             "goes on, so its answers cannot be located. Choose a named template.")
+        end = answered.rfind(tokenizer.eos_token, len(prompt))
+        spans.append((len(prompt), len(answered) if end < 0 else end + len(tokenizer.eos_token)))
+    return whole, spans
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, turns: Turns, template: str, num_image_tokens: int,
+           max_length: int | None = None) -> Encoded:
     """Token ids of a conversation, the answers marked.
 
     The text is tokenised once and whole, exactly as `LlavaProcessor` would; offsets then say which tokens lie in an
@@ -70,16 +116,48 @@ def encode(tokenizer: PreTrainedTokenizerFast, turns: tuple[tuple[str, str], ...
 
     Args:
         turns: ("human" | "gpt", text) in alternation. num_image_tokens: N.
+        max_length: tokens beyond it are dropped, and counted in `cut` where they were supervised.
+
+    Raises:
+        InputError: image tokens lie beyond `max_length`.
     """
-    text, spans = _render(turns, TEMPLATES[template], num_image_tokens, tokenizer.eos_token)
-    out = tokenizer(text, return_offsets_mapping=True)
+    turns = expand_image(turns, num_image_tokens)
+    if template == TOKENIZER:
+        text, spans = _render_by_tokenizer(turns, tokenizer)
+    else:
+        text, spans = _render(turns, TEMPLATES[template], tokenizer.eos_token, tokenizer.bos_token or "")
+    # A chat template writes the tokens that open a text itself.
+    out = tokenizer(text, return_offsets_mapping=True, add_special_tokens=template != TOKENIZER)
+    ids = np.asarray(out["input_ids"], np.int32)
     starts, ends = np.asarray(out["offset_mapping"], np.int64).reshape(-1, 2).T
-    supervised = np.zeros(len(starts), bool)
+    supervised = np.zeros(len(ids), bool)
     for start, end in spans:
         supervised |= (ends > start) & (starts < end) & (ends > starts)
-    return Encoded(np.asarray(out["input_ids"], np.int32), supervised)
+    if max_length is None or len(ids) <= max_length:
+        return Encoded(ids, supervised)
+    if (ids[max_length:] == tokenizer.convert_tokens_to_ids(IMAGE)).any():
+        raise InputError(f"data.max_length: {max_length} would cut the image ({num_image_tokens} tokens) of a "
+                         f"conversation of {len(ids)}. Raise it.")
+    return Encoded(ids[:max_length], supervised[:max_length], int(supervised[max_length:].sum()))
 
 
-def check_template(name: str) -> None:
-    if name not in TEMPLATES:
-        raise InputError(f"data.template: {name!r} is not known. Use one of {', '.join(TEMPLATES)}.")
+def stop_tokens(tokenizer: PreTrainedTokenizerFast, template: str) -> tuple[int, ...]:
+    """Ids that end an answer: the template's end token and the tokenizer's own.
+
+    Raises:
+        InputError: no such template, or one whose tokens this tokenizer does not have.
+    """
+    if template == TOKENIZER:
+        if not tokenizer.chat_template:
+            raise InputError("data.template: tokenizer: this checkpoint's tokenizer has no chat template. "
+                             f"Use one of {', '.join(TEMPLATES)}.")
+        return (tokenizer.eos_token_id,)
+    if template not in TEMPLATES:
+        raise InputError(f"data.template: {template!r} is not known. Use one of {', '.join([*TEMPLATES, TOKENIZER])}.")
+    end = TEMPLATES[template].end
+    if end is None:
+        return (tokenizer.eos_token_id,)
+    if end not in tokenizer.get_vocab():
+        raise InputError(f"data.template: {template} ends answers with {end}, which this checkpoint's tokenizer does "
+                         "not have. Choose the template the model was trained with.")
+    return tuple(dict.fromkeys((tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id)))

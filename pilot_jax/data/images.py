@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,63 +9,69 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pilot_jax.data.llava import Sample
+from pilot_jax.data.llava import Sample, StoredImage
 from pilot_jax.errors import InputError
+from pilot_jax.models.processors import load_image_processor
 
 if TYPE_CHECKING:
     from pilot_jax.models.pretrained import PretrainedModel
 
 
-def load_image_processor(directory: Path):
-    """The checkpoint's CLIP image processor (Pillow backend)."""
-    from transformers import CLIPImageProcessorPil
-
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        file = directory / name
-        if file.is_file():
-            try:
-                raw = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise InputError(f"{file}: not valid JSON ({error}).") from None
-            return CLIPImageProcessorPil.from_dict(raw.get("image_processor", raw))
-    raise InputError(f"{directory}: no preprocessor_config.json. Save the checkpoint's processor beside its weights.")
-
-
-def load_tokenizer(directory: Path):
-    """The checkpoint's fast tokenizer."""
-    from transformers import AutoTokenizer
-
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise InputError(f"{directory}: no tokenizer.json. Save the checkpoint's tokenizer beside its weights.")
-    tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True, local_files_only=True)
-    if not tokenizer.is_fast:
-        raise InputError(f"{directory}: the tokenizer has no fast (tokenizer.json) form; supervision needs offsets.")
-    return tokenizer
-
-
 def read_image(sample: Sample) -> Image.Image:
+    """The sample's image in RGB.
+
+    Raises:
+        InputError: it cannot be decoded.
+    """
     if isinstance(sample.image, Image.Image):
         return sample.image
     try:
-        with Image.open(sample.image) as image:
+        with sample.image.open() if isinstance(sample.image, StoredImage) else Image.open(sample.image) as image:
             return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InputError(f"{sample.source}: image: {sample.image} cannot be decoded ({error}). "
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        name = sample.image if isinstance(sample.image, Path) else "the stored image"
+        raise InputError(f"{sample.source}: image: {name} cannot be decoded ({error}). "
                          "Replace the file or drop the entry.") from None
 
 
-def image_features(model: PretrainedModel, samples: list[Sample], batch: int = 64) -> np.ndarray:
+def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    """The image in the middle of the smallest square that holds it, as LLaVA-1.5 trains."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), color)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def pixel_values(model: PretrainedModel, images: list[Image.Image], fit: str = "processor") -> np.ndarray:
+    """What the tower reads, float32 [len(images), 3, H, W]; `fit` is `data.image_fit`.
+
+    Raises:
+        InputError: the checkpoint's processor and its tower disagree about the size.
+    """
+    processor = load_image_processor(model.image_directory, model.config.vision.family)
+    if fit == "pad":
+        color = tuple(int(255 * c) for c in processor.image_mean)
+        images = [pad_to_square(image, color) for image in images]
+    pixels = processor(images=images, return_tensors="np")["pixel_values"]
+    side = model.config.vision.image_size
+    if pixels.shape[1:] != (3, side, side):
+        raise InputError(f"{model.image_directory}: the image processor gives {pixels.shape[1:]}, the tower takes "
+                         f"{(3, side, side)}. Mend preprocessor_config.json or set data.image_fit: pad.")
+    return pixels
+
+
+def image_features(model: PretrainedModel, samples: list[Sample], fit: str = "processor",
+                   batch: int = 64) -> np.ndarray:
     """H_v of each sample's image, [len(samples), N, D] in the model's dtype; zeros where a sample has none."""
     c = model.config
     out = np.zeros((len(samples), c.num_image_tokens, c.vision.feature_size), jnp.dtype(model.module.dtype))
     shown = [i for i, sample in enumerate(samples) if sample.image is not None]
-    processor = load_image_processor(model.directory) if shown else None
     for start in range(0, len(shown), batch):
         rows = shown[start:start + batch]
-        pixels = processor(images=[read_image(samples[i]) for i in rows], return_tensors="np")["pixel_values"]
-        if pixels.shape[1:] != (3, c.vision.image_size, c.vision.image_size):
-            raise InputError(f"{model.directory}: the image processor gives {pixels.shape[1:]}, the tower takes "
-                             f"(3, {c.vision.image_size}, {c.vision.image_size}).")
+        pixels = pixel_values(model, [read_image(samples[i]) for i in rows], fit)
         padded = np.zeros((batch, *pixels.shape[1:]), np.float32)  # one shape: one compilation
         padded[:len(rows)] = pixels
         out[rows] = np.asarray(model.features(padded))[:len(rows)]

@@ -1,57 +1,136 @@
-"""LLaVA-format instruction data: `id`, `image`, `conversations[{from, value}]`, and `task`, `client`, `split`."""
+"""LLaVA-format instruction data: `id`, `image`, `conversations[{from, value}]`, and `task`, `client`, `split`.
+
+JSON, JSONL, Parquet or a Hugging Face `datasets` folder; the last two need the extra `data`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from pilot_jax.errors import InputError
 
 SPLITS = ("train", "validation", "test")
+SUFFIXES = (".json", ".jsonl", ".parquet")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredImage:
+    """An encoded image inside a table, read when it is needed."""
+
+    table: Any  # datasets.Dataset
+    row: int
+
+    def open(self) -> Image.Image:
+        return Image.open(io.BytesIO(self.table[self.row]["image"]["bytes"]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
     id: str
-    image: Path | Image.Image | None  # None: text only
+    image: Path | Image.Image | StoredImage | None  # None: text only
     turns: tuple[tuple[str, str], ...]  # ("human" | "gpt", text), alternating, ending in "gpt"
     task: str
     client: str
     split: str
     source: str  # file and entry, for messages
+    answers: tuple[str, ...] = ()  # several references, as VQA's ten annotators; default: the last answer alone
 
     @property
-    def answer(self) -> str:
-        """The last answer: the reference when the sample is evaluated."""
-        return self.turns[-1][1].strip()
+    def references(self) -> tuple[str, ...]:
+        """What an answer is scored against when the sample is evaluated."""
+        return self.answers or (self.turns[-1][1].strip(),)
 
 
-def _entries(file: Path) -> Iterator[tuple[str, object]]:
-    """(where, object) for each entry of a JSON list or JSONL file."""
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One raw sample of a file, and what its file's place says where the sample does not."""
+
+    where: str
+    value: object
+    task: str
+    client: str
+    split: str
+
+
+def _json_values(file: Path) -> Iterator[tuple[str, object]]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read ({error}). data.path needs UTF-8 JSON or JSONL.") from None
     if file.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     yield f"{file}:{number}", json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise InputError(f"{file}:{number}: not valid JSON ({error}). One object per line.") from None
         return
     try:
         loaded = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not valid JSON ({error}).") from None
     if not isinstance(loaded, list):
         raise InputError(f"{file}: a LLaVA file is a JSON list of samples, this is a {type(loaded).__name__}.")
     for index, entry in enumerate(loaded):
         yield f"{file}[{index}]", entry
+
+
+def _is_dataset(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
+
+
+def _files(path: Path) -> list[tuple[Path, str]]:
+    """(file, task by its folder or "") of everything `path` names, in order."""
+    if path.is_file() or _is_dataset(path):
+        return [(path, "")]
+    if not path.is_dir():
+        return []
+    inside = sorted(path.iterdir())
+    flat = [(f, "") for f in inside if f.suffix in SUFFIXES]
+    nested = [(f, d.name) for d in inside if d.is_dir() and not _is_dataset(d)
+              for f in sorted(d.iterdir()) if f.suffix in SUFFIXES]
+    return flat + nested
+
+
+def _defaults(file: Path, folder_task: str, names: str) -> tuple[str, str, str]:
+    """(task, client, split) that a file's place gives: `vqa.json`, `vqa_test.json`, `vqa/clinic.json`, `test.json`."""
+    match = re.fullmatch(r"(?:(.+)[._-])?(train|validation|val|test)", file.stem)
+    stem = (match[1] or "") if match else file.stem
+    split = {"val": "validation"}.get(match[2], match[2]) if match else "train"
+    if folder_task:
+        return folder_task, stem, split
+    return (file.parent.name, stem, split) if names == "client" else (stem or file.parent.name, "", split)
+
+
+def read_entries(path: str | Path, file_names: str = "task") -> Iterator[Entry]:
+    """The raw samples of a file, of every data file in a folder, or of its `<task>/<client>` files.
+
+    Raises:
+        InputError: nothing there, or a file that cannot be parsed.
+    """
+    path = Path(path).expanduser()
+    files = _files(path)
+    if not files:
+        raise InputError(f"data.path: {path} is neither a data file ({', '.join(SUFFIXES)}) nor a folder that holds "
+                         "one.")
+    for file, folder_task in files:
+        task, client, split = _defaults(file, folder_task, file_names)
+        if file.is_dir() or file.suffix == ".parquet":
+            from pilot_jax.data.tables import table_values
+
+            for where, value, own_split in table_values(file):
+                yield Entry(where, value, task, client, own_split or split)
+        else:
+            for where, value in _json_values(file):
+                yield Entry(where, value, task, client, split)
 
 
 def _turns(where: str, raw: object) -> tuple[tuple[str, str], ...]:
@@ -71,60 +150,70 @@ def _turns(where: str, raw: object) -> tuple[tuple[str, str], ...]:
     return tuple(turns)
 
 
-def _sample(where: str, entry: object, image_root: Path, default_task: str) -> Sample:
-    if not isinstance(entry, dict):
-        raise InputError(f"{where}: expected an object with id, image and conversations.")
-    turns = _turns(where, entry.get("conversations"))
-    name = entry.get("image")
-    marks = [i for i, (_, value) in enumerate(turns) if "<image>" in value]
-    if name is not None:
-        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise InputError(f"{where}: image: {name!r} must be a path inside data.image_root ({image_root}).")
-        if marks != [0] or turns[0][1].count("<image>") != 1:
-            raise InputError(f"{where}: conversations: <image> must stand once, in the first human turn.")
-        image = image_root / name
-        if not image.is_file():
-            raise InputError(f"{where}: image: {image} does not exist. Mend the entry or set data.image_root.")
-    elif marks:
-        raise InputError(f"{where}: the conversation has <image> but the entry has no image.")
-    else:
-        image = None
-    split = entry.get("split", "train")
-    if split not in SPLITS:
-        raise InputError(f"{where}: split: {split!r}, expected one of {', '.join(SPLITS)}.")
-    task = entry.get("task", default_task)
-    client = entry.get("client", "")
-    for key, value in (("task", task), ("client", client)):
-        if not isinstance(value, str | int):
-            raise InputError(f"{where}: {key}: {value!r} must be a text.")
-    return Sample(str(entry.get("id", where)), image, turns, str(task), str(client), split, where)
+def _image(where: str, name: object, image_root: Path) -> Path | StoredImage:
+    if isinstance(name, StoredImage):
+        return name
+    if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"{where}: image: {name!r} must be a path inside data.image_root ({image_root}).")
+    image = image_root / name
+    if not image.is_file():
+        raise InputError(f"{where}: image: {image} does not exist. Mend the entry or set data.image_root.")
+    return image
 
 
-def read_samples(path: str | Path, image_root: str | Path | None = None) -> list[Sample]:
-    """All samples of a JSON/JSONL file, or of every such file in a directory (task = file name where not given).
-
-    Args:
-        image_root: folder that `image` is relative to; default: `images` beside the file if there is one, else its
-            folder.
+def parse_sample(entry: Entry, image_root: Path) -> Sample:
+    """The checked sample.
 
     Raises:
         InputError: naming file, entry and key.
     """
+    where, raw = entry.where, entry.value
+    if not isinstance(raw, dict):
+        raise InputError(f"{where}: expected an object with id, image and conversations.")
+    turns = _turns(where, raw.get("conversations"))
+    image = None if raw.get("image") is None else _image(where, raw["image"], image_root)
+    marks = [who for who, value in turns for _ in range(value.count("<image>"))]
+    if image is not None and marks != ["human"]:
+        raise InputError(f"{where}: conversations: <image> must stand once, in a human turn.")
+    if image is None and marks:
+        raise InputError(f"{where}: the conversation has <image> but the entry has no image.")
+    split = raw.get("split") or entry.split
+    if split not in SPLITS:
+        raise InputError(f"{where}: split: {split!r}, expected one of {', '.join(SPLITS)}.")
+    named = {}
+    for key in ("task", "client"):
+        value = raw.get(key)
+        if value is not None and not isinstance(value, str | int):
+            raise InputError(f"{where}: {key}: {value!r} must be a text.")
+        named[key] = getattr(entry, key) if value in (None, "") else str(value)
+    answers = raw.get("answers") or []
+    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+        raise InputError(f"{where}: answers: expected a list of texts, the references of the last answer.")
+    sample_id = raw.get("id")
+    return Sample(where if sample_id is None else str(sample_id), image, turns, named["task"], named["client"], split,
+                  where, tuple(answers))
+
+
+def find_image_root(path: str | Path, image_root: str | Path | None) -> Path:
+    """`image_root`, or by default `images` beside the data if there is one, else the data's folder."""
     path = Path(path).expanduser()
-    if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.suffix in (".json", ".jsonl"))
-        folder = path
-    else:
-        files, folder = [path], path.parent
-    if not files or not all(f.is_file() for f in files):
-        raise InputError(f"data.path: {path} is neither a JSON/JSONL file nor a folder that holds one.")
-    if image_root is not None:
-        root = Path(image_root).expanduser()
-        if not root.is_dir():
-            raise InputError(f"data.image_root: {root} is not a folder.")
-    else:
-        root = folder / "images" if (folder / "images").is_dir() else folder
-    samples = [_sample(where, entry, root, file.stem) for file in files for where, entry in _entries(file)]
+    folder = path if path.is_dir() else path.parent
+    if image_root is None:
+        return folder / "images" if (folder / "images").is_dir() else folder
+    root = Path(image_root).expanduser()
+    if not root.is_dir():
+        raise InputError(f"data.image_root: {root} is not a folder.")
+    return root
+
+
+def read_samples(path: str | Path, image_root: str | Path | None = None, file_names: str = "task") -> list[Sample]:
+    """All samples that `path` names; see `read_entries` for what that may be and `find_image_root` for the images.
+
+    Raises:
+        InputError: naming file, entry and key.
+    """
+    root = find_image_root(path, image_root)
+    samples = [parse_sample(entry, root) for entry in read_entries(path, file_names)]
     if not samples:
         raise InputError(f"{path}: holds no sample.")
     return samples
@@ -144,6 +233,8 @@ def write_samples(samples: Iterable[Sample], out: Path) -> int:
     for sample in samples:
         entry = {"id": sample.id, "task": sample.task, "client": sample.client, "split": sample.split,
                  "conversations": [{"from": who, "value": text} for who, text in sample.turns]}
+        if sample.answers:
+            entry["answers"] = list(sample.answers)
         if isinstance(sample.image, Image.Image):
             sample.image.save(partial / "images" / f"{sample.id}.png")
             entry["image"] = f"{sample.id}.png"

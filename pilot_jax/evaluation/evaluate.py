@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ import numpy as np
 
 from pilot_jax.config import EvalConfig
 from pilot_jax.data.batches import Prompts
+from pilot_jax.data.conversations import stop_tokens
 from pilot_jax.evaluation.scores import METRICS
-from pilot_jax.models.generate import greedy
+from pilot_jax.models.generate import Decoding, generate
 from pilot_jax.models.pretrained import PretrainedModel
 
 
@@ -27,15 +29,29 @@ class Examinee:
     prompts: Prompts
 
 
-def decode_text(tokenizer, tokens: np.ndarray) -> str:
-    tokens = tokens.tolist()
-    if tokenizer.eos_token_id in tokens:
-        tokens = tokens[:tokens.index(tokenizer.eos_token_id)]
-    return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+@dataclasses.dataclass(frozen=True)
+class Speaker:
+    """What turns a model's tokens into text, and how they are chosen."""
+
+    tokenizer: Any
+    how: Decoding
+    batch_size: int
+    seed: int = 0
+
+    def text(self, tokens: np.ndarray) -> str:
+        """The tokens before the first stop token, as text."""
+        ends = np.flatnonzero(np.isin(tokens, self.how.stop_ids))
+        tokens = tokens[:ends[0]] if len(ends) else tokens
+        return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True).strip()
 
 
-def _answers_of_group(model: PretrainedModel, tokenizer, group: list[Examinee], config: EvalConfig,
-                      width: int) -> list[list[str]]:
+def speaker(tokenizer: Any, template: str, config: EvalConfig, seed: int = 0) -> Speaker:
+    """As `eval` asks: answers end where `template` ends them."""
+    how = Decoding(config.max_new_tokens, stop_tokens(tokenizer, template), config.temperature, config.top_p)
+    return Speaker(tokenizer, how, config.batch_size, seed)
+
+
+def _answers_of_group(model: PretrainedModel, voice: Speaker, group: list[Examinee], width: int) -> list[list[str]]:
     """Answers of examinees that share a stage, `width` models at a time; short groups are padded by repetition."""
     out: list[list[str]] = []
     for start in range(0, len(group), width):
@@ -44,41 +60,42 @@ def _answers_of_group(model: PretrainedModel, tokenizer, group: list[Examinee], 
         adapters = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves]),
                                 *[e.adapters for e in padded])
         tasks = jnp.asarray([e.task_index for e in padded], jnp.int32)
-        longest = max(len(e.prompts.answers) for e in members)
+        longest = max(len(e.prompts.references) for e in members)
         rows: list[list[str]] = [[] for _ in members]
-        for first in range(0, longest, config.batch_size):
-            take = np.arange(first, first + config.batch_size)
+        for first in range(0, longest, voice.batch_size):
+            take = np.arange(first, first + voice.batch_size)
             batch = {
-                name: jnp.asarray(np.stack([getattr(e.prompts, name)[np.minimum(take, len(e.prompts.answers) - 1)]
+                name: jnp.asarray(np.stack([getattr(e.prompts, name)[np.minimum(take, len(e.prompts.references) - 1)]
                                             for e in padded]))
                 for name in ("input_ids", "attention_mask", "features")}
-            tokens = np.asarray(greedy(model.module, model.base, adapters, batch, tasks, stage=members[0].stage,
-                                       max_new_tokens=config.max_new_tokens, eos_id=tokenizer.eos_token_id))
+            # A prompt's randomness depends on its place among its client's prompts, not on who is decoded beside it.
+            keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(voice.seed)))(take)
+            tokens = np.asarray(generate(model.module, model.base, adapters, batch, tasks,
+                                         jnp.broadcast_to(keys, (width, len(take))), stage=members[0].stage,
+                                         how=voice.how))
             for k, examinee in enumerate(members):
-                rows[k] += [decode_text(tokenizer, t)
-                            for t, i in zip(tokens[k], take, strict=True) if i < len(examinee.prompts.answers)]
+                rows[k] += [voice.text(t)
+                            for t, i in zip(tokens[k], take, strict=True) if i < len(examinee.prompts.references)]
         out += rows
     return out
 
 
-def answers(model: PretrainedModel, tokenizer, examinees: list[Examinee], config: EvalConfig,
-            width: int) -> list[list[str]]:
-    """Every examinee's answers to its prompts, in order. Greedy; `width` models are decoded at once."""
+def answers(model: PretrainedModel, voice: Speaker, examinees: list[Examinee], width: int) -> list[list[str]]:
+    """Every examinee's answers to its prompts, in order; `width` models are decoded at once."""
     out: list[list[str]] = [[] for _ in examinees]
     for stage in sorted({e.stage for e in examinees}):
         indices = [i for i, e in enumerate(examinees) if e.stage == stage]
         group = [examinees[i] for i in indices]
-        for i, texts in zip(indices, _answers_of_group(model, tokenizer, group, config, width), strict=True):
+        for i, texts in zip(indices, _answers_of_group(model, voice, group, width), strict=True):
             out[i] = texts
     return out
 
 
-def scores(model: PretrainedModel, tokenizer, examinees: list[Examinee], config: EvalConfig,
+def scores(model: PretrainedModel, voice: Speaker, examinees: list[Examinee], metrics: dict[str, str],
            width: int) -> list[float]:
-    """Mean score of each examinee, by its task's metric."""
-    texts = answers(model, tokenizer, examinees, config, width)
-    return [float(np.mean([METRICS[config.metrics.get(e.task, "exact")](a, r)
-                           for a, r in zip(got, e.prompts.answers, strict=True)]))
+    """Score of each examinee, by its task's metric (exact match where `metrics` names none)."""
+    texts = answers(model, voice, examinees, width)
+    return [METRICS[metrics.get(e.task, "exact")](got, e.prompts.references)
             for e, got in zip(examinees, texts, strict=True)]
 
 

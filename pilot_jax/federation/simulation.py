@@ -15,20 +15,21 @@ import jax
 import numpy as np
 
 from pilot_jax import checkpoint
-from pilot_jax.config import Config
-from pilot_jax.data.batches import build_clients, build_prompts, num_steps
-from pilot_jax.data.conversations import check_template
-from pilot_jax.data.images import image_features, load_tokenizer
+from pilot_jax.config import Config, EvalConfig
+from pilot_jax.data.batches import build_clients, build_prompts, encode_prompts, num_steps
+from pilot_jax.data.conversations import stop_tokens
+from pilot_jax.data.images import image_features
 from pilot_jax.data.llava import Sample, read_samples
 from pilot_jax.data.partition import partition
 from pilot_jax.errors import InputError
-from pilot_jax.evaluation.evaluate import Examinee, answers, base_examinee, scores
+from pilot_jax.evaluation.evaluate import Examinee, answers, base_examinee, scores, speaker
+from pilot_jax.evaluation.scores import check_metrics
 from pilot_jax.federation.population import ClientState, to_host
 from pilot_jax.federation.roles import Roles
 from pilot_jax.federation.rounds import Federation, State, cohort, run_round
 from pilot_jax.federation.strategies import Strategy, make_strategy
 from pilot_jax.metrics import CompileClock, MetricsFile
-from pilot_jax.models.pretrained import load
+from pilot_jax.models.pretrained import load, load_from_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ def load_samples(config: Config) -> list[Sample]:
         d = config.data.digits
         samples = list(scene_samples(scenario_clients(d.scenario, d.train, d.validation, d.test), d.seed))
     else:
-        samples = read_samples(config.data.path, config.data.image_root)
+        samples = read_samples(config.data.path, config.data.image_root, config.data.file_names)
     return partition(samples, config.data.partition, config.federation.clients, config.data.dirichlet_alpha,
                      config.system.seed)
 
@@ -68,6 +69,7 @@ def _check_names(config: Config, names: list[str], tasks: list[str]) -> None:
     if config.data.partition == "given" and wanted is not None and wanted != len(names):
         raise InputError(f"federation.clients: {wanted}, but data.path {config.data.path} has {len(names)} clients. "
                          "Drop the key or set data.partition.")
+    check_metrics([config.eval.metrics.get(task, "exact") for task in tasks])
     unknown = sorted(set(config.eval.metrics) - set(tasks) - {"grounding"})
     if unknown:
         raise InputError(f"eval.metrics: unknown task {unknown[0]!r}. The data have {', '.join(tasks)}.")
@@ -77,15 +79,19 @@ def _check_names(config: Config, names: list[str], tasks: list[str]) -> None:
 
 def prepare(config: Config, strategy: Strategy | None = None) -> tuple[Federation, Any]:
     """Load model and data, check them against the config. Nothing is written."""
-    check_template(config.data.template)
     samples = load_samples(config)
     names, tasks = sorted({s.client for s in samples}), sorted({s.task for s in samples})
     _check_names(config, names, tasks)
     lora = config.model.lora
-    model = load(config.model.path, dtype=None if config.model.dtype == "auto" else config.model.dtype,
-                 lora_scale=lora.alpha / lora.rank, remat=config.model.remat, unroll=config.system.unroll)
-    tokenizer = load_tokenizer(model.directory)
-    clients = build_clients(model, tokenizer, samples, config.data.template, config.data.max_length)
+    options = {"dtype": None if config.model.dtype == "auto" else config.model.dtype,
+               "lora_scale": lora.alpha / lora.rank, "remat": config.model.remat, "unroll": config.system.unroll}
+    if config.model.parts is None:
+        model = load(config.model.path, **options)
+    else:
+        model = load_from_parts(**config.model.parts.model_dump(), **options)
+    tokenizer = model.tokenizer()
+    stop_tokens(tokenizer, config.data.template)  # refuses a template the tokenizer cannot end
+    clients = build_clients(model, tokenizer, samples, config.data)
     strategy = strategy or make_strategy(config.strategy, config.federation.schedule)
     return Federation(config, strategy, model, tuple(clients), tuple(tasks)), tokenizer
 
@@ -140,7 +146,8 @@ def evaluate(fed: Federation, tokenizer: Any, population: tuple[ClientState, ...
         if one is not None:
             chosen[client.name] = one
     width = min(fed.config.system.client_chunk, len(fed.clients))
-    values = scores(fed.model, tokenizer, list(chosen.values()), fed.config.eval, width)
+    voice = speaker(tokenizer, fed.config.data.template, fed.config.eval, fed.config.system.seed)
+    values = scores(fed.model, voice, list(chosen.values()), fed.config.eval.metrics, width)
     return dict(zip(chosen, values, strict=True))
 
 
@@ -251,16 +258,17 @@ def restore(folder: str | Path) -> Run:
     return Run(config, fed, tokenizer, population, summary)
 
 
-def answer(run: Run, client: str, image: Path, prompt: str, max_new_tokens: int = 64) -> str:
-    """What `client`'s personalised model says about an image."""
-    fed, index = run.federation, run.client(client)
+def answer(run: Run, client: str, image: Path | None, prompt: str, settings: EvalConfig | None = None,
+           seed: int = 0) -> str:
+    """What `client`'s personalised model says to a prompt, about an image if one is given."""
+    fed, index, data = run.federation, run.client(client), run.config.data
     one = fed.clients[index]
-    turns = (("human", f"<image>\n{prompt}"), ("gpt", ""))
-    sample = Sample("prompt", image, turns, one.task, one.name, "test", str(image))
-    prompts = build_prompts(fed.model, run.tokenizer, [sample], run.config.data.template,
-                            image_features(fed.model, [sample]))
-    state = run.population[index]
+    turns = (("human", prompt if image is None else f"<image>\n{prompt}"), ("gpt", ""))
+    sample = Sample("prompt", image, turns, one.task, one.name, "test", "--prompt" if image is None else str(image))
+    prompts = build_prompts([sample], encode_prompts(fed.model, run.tokenizer, [sample], data),
+                            image_features(fed.model, [sample], data.image_fit))
     asked = dataclasses.replace(fed.clients[index], evaluation={"test": prompts})
     fed = dataclasses.replace(fed, clients=(*fed.clients[:index], asked, *fed.clients[index + 1:]))
-    settings = run.config.eval.model_copy(update={"max_new_tokens": max_new_tokens, "batch_size": 1})
-    return answers(fed.model, run.tokenizer, [examinee(fed, index, state, "test")], settings, 1)[0][0]
+    settings = (settings or run.config.eval).model_copy(update={"batch_size": 1})
+    voice = speaker(run.tokenizer, data.template, settings, seed)
+    return answers(fed.model, voice, [examinee(fed, index, run.population[index], "test")], 1)[0][0]

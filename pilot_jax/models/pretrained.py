@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,14 @@ import numpy as np
 
 from pilot_jax.errors import InputError
 from pilot_jax.models.config import VlmConfig
-from pilot_jax.models.generate import greedy
-from pilot_jax.models.loading import load_base
+from pilot_jax.models.generate import Decoding, generate
+from pilot_jax.models.loading import Place, load_base
+from pilot_jax.models.parts import load_parts, read_parts_config
+from pilot_jax.models.processors import IMAGE_TOKEN, load_tokenizer
 from pilot_jax.models.vlm import Vlm, variables
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 EMBEDDED = "embedded"
 
@@ -27,10 +33,24 @@ def model_directory(path: str | Path) -> Path:
 class PretrainedModel:
     """A frozen LLaVA base. NumPy or JAX arrays in, JAX arrays out."""
 
-    directory: Path
+    text_directory: Path  # of the tokenizer
+    image_directory: Path  # of the image processor
     config: VlmConfig
     base: dict  # {"vision_tower", "projector", "decoder"}
     module: Vlm
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            InputError: there is none, or its `<image>` is not the config's.
+        """
+        tokenizer = load_tokenizer(self.text_directory)
+        found = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if found != self.config.image_token_id:
+            raise InputError(f"{self.text_directory}: {IMAGE_TOKEN} is token {found} of the tokenizer, config.json's "
+                             f"image_token_index is {self.config.image_token_id}. Mend one of them.")
+        return tokenizer
 
     def features(self, pixel_values: np.ndarray) -> jax.Array:
         """pixel_values [B, 3, H, W] as the image processor gives them → H_v [B, N, D]."""
@@ -44,15 +64,22 @@ class PretrainedModel:
         return _logits(self.module, self.base, ids, mask, features)
 
     def generate(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None,
-                 pixel_values: np.ndarray | None = None, *, max_new_tokens: int = 32, eos_id: int = 2) -> np.ndarray:
-        """Greedy continuations [B, max_new_tokens]; after `eos_id` a row is filled with it."""
+                 pixel_values: np.ndarray | None = None, *, max_new_tokens: int = 32,
+                 eos_id: int | tuple[int, ...] = 2, temperature: float = 0.0, top_p: float = 1.0,
+                 seed: int = 0) -> np.ndarray:
+        """Continuations [B, max_new_tokens]; any id of `eos_id` ends a row, which is then filled with the first.
+
+        temperature: 0 is greedy; else tokens are drawn, among the fewest that have probability `top_p` together.
+        """
         ids, mask = self._inputs(input_ids, attention_mask)
         prompts = {"input_ids": ids[None], "attention_mask": mask[None]}
         if pixel_values is not None:
             prompts["features"] = self.features(pixel_values)[None]
         adapters = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], {"projector": self.base["projector"]})
-        out = greedy(self.module, self.base, adapters, prompts, jnp.zeros(1, jnp.int32), stage="plain",
-                     max_new_tokens=max_new_tokens, eos_id=eos_id)
+        stop = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
+        keys = jax.random.split(jax.random.key(seed), (1, len(ids)))
+        out = generate(self.module, self.base, adapters, prompts, jnp.zeros(1, jnp.int32), keys, stage="plain",
+                       how=Decoding(max_new_tokens, stop, temperature, top_p))
         return np.asarray(out[0])
 
     @staticmethod
@@ -72,22 +99,47 @@ def _logits(module: Vlm, base: dict, ids: jax.Array, mask: jax.Array, features: 
     return module.apply(variables(base, {"projector": base["projector"]}), ids, mask, features, method="logits")
 
 
+def _checked_dtype(dtype: str | None) -> str:
+    if dtype is None:
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"model.dtype: {dtype!r} is not known. Use float32 or bfloat16.")
+    return dtype
+
+
 def load(path: str | Path = EMBEDDED, *, dtype: str | None = None, lora_scale: float = 1.0, remat: bool = False,
-         unroll: int = 1) -> PretrainedModel:
+         unroll: int = 1, place: Place | None = None) -> PretrainedModel:
     """Load a Hugging Face LLaVA directory, or the embedded base.
 
     Args:
         dtype: of the frozen weights and the computation; default float32 on CPU, bfloat16 on accelerators.
         lora_scale: α/r, applied where text adapters are given.
+        place: sharding of each leaf by path and shape, see `federation.sharding`; default: one device.
 
     Raises:
         InputError: the directory is not a LLaVA checkpoint this package can run.
     """
-    if dtype is None:
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if dtype not in ("float32", "bfloat16"):
-        raise InputError(f"model.dtype: {dtype!r} is not known. Use float32 or bfloat16.")
-    directory = model_directory(path)
-    config, base = load_base(directory, dtype)
-    module = Vlm(config, lora_scale, jnp.dtype(dtype), remat, unroll)
-    return PretrainedModel(directory, config, base, module)
+    dtype, directory = _checked_dtype(dtype), model_directory(path)
+    config, base = load_base(directory, dtype, place)
+    return PretrainedModel(directory, directory, config, base, Vlm(config, lora_scale, jnp.dtype(dtype), remat, unroll))
+
+
+def load_from_parts(vision: str | Path, language: str | Path, projector: str | Path, *,
+                    feature_layer: int | list[int] = -2, feature_select: str = "auto", dtype: str | None = None,
+                    lora_scale: float = 1.0, remat: bool = False, unroll: int = 1,
+                    place: Place | None = None) -> PretrainedModel:
+    """A VLM from a CLIP or SigLIP directory, a language model's directory and a file of `mm_projector` weights.
+
+    Args:
+        feature_layer, feature_select: LLaVA's vision_feature_layer and vision_feature_select_strategy; "auto" drops
+            CLIP's CLS and keeps all of SigLIP's tokens. The rest as in `load`.
+
+    Raises:
+        InputError: a part is missing, or is not what this package can run.
+    """
+    dtype = _checked_dtype(dtype)
+    vision, language, projector = (Path(p).expanduser() for p in (vision, language, projector))
+    token = load_tokenizer(language).convert_tokens_to_ids(IMAGE_TOKEN)
+    config = read_parts_config(vision, language, projector, feature_layer, feature_select, token)
+    base = load_parts(config, vision, language, projector, dtype, place)
+    return PretrainedModel(language, vision, config, base, Vlm(config, lora_scale, jnp.dtype(dtype), remat, unroll))

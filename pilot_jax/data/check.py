@@ -1,0 +1,114 @@
+"""What is in a LLaVA data set, and what is wrong with it: every problem at once, not the first alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pilot_jax.config import DataConfig
+from pilot_jax.data.conversations import encode
+from pilot_jax.data.images import read_image
+from pilot_jax.data.llava import Sample, find_image_root, parse_sample, read_entries
+from pilot_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from pilot_jax.models.pretrained import PretrainedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Findings on a data set. `errors` would stop a run; `warnings` would not."""
+
+    counts: dict[tuple[str, str, str], int]  # (task, client, split) → samples
+    length_unit: str
+    lengths: list[tuple[int, int, int]]  # (from, to, samples)
+    errors: list[str]
+    warnings: list[str]
+
+
+def _histogram(lengths: list[int], bins: int = 8) -> list[tuple[int, int, int]]:
+    if not lengths:
+        return []
+    low, high = min(lengths), max(lengths)
+    edges = np.unique(np.linspace(low, high + 1, bins + 1).astype(int))
+    counts, _ = np.histogram(lengths, edges)
+    return [(int(a), int(b) - 1, int(n)) for a, b, n in zip(edges, edges[1:], counts, strict=False)]
+
+
+def _fingerprint(sample: Sample) -> str:
+    """Equal for samples with the same picture and the same words."""
+    digest = hashlib.sha256(repr(sample.turns).encode())
+    if isinstance(sample.image, Path):
+        digest.update(sample.image.read_bytes())
+    elif sample.image is not None:
+        digest.update(read_image(sample).tobytes())
+    return digest.hexdigest()
+
+
+def _duplicates(samples: list[Sample]) -> list[str]:
+    same: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        same[_fingerprint(sample)].append(sample)
+    out = []
+    for what, key in (("splits: the held-out score will flatter", "split"),
+                      ("clients: their data are not private", "client")):
+        shared = [group for group in same.values() if len({getattr(s, key) for s in group}) > 1]
+        if shared:
+            first = shared[0]
+            out.append(f"{len(shared)} samples occur in several {what} (first: {first[0].source} and "
+                       f"{first[1].source})")
+    return out
+
+
+def _one_task_each(samples: list[Sample]) -> list[str]:
+    tasks: dict[str, set[str]] = defaultdict(set)
+    trained = {s.client for s in samples if s.split == "train"}
+    for sample in samples:
+        tasks[sample.client].add(sample.task)
+    several = [f"client {c!r} has samples of several tasks ({', '.join(sorted(t))}): one client, one task"
+               for c, t in sorted(tasks.items()) if c and len(t) > 1]
+    return several + [f"client {c!r} has no training sample" for c in sorted(tasks) if c and c not in trained]
+
+
+def check_data(path: str | Path, data: DataConfig, model: PretrainedModel | None = None) -> Report:
+    """Read a data set as `run` would, images included.
+
+    Args:
+        model: whose tokenizer and image size measure lengths and find answers that `data.max_length` cuts; without
+            one, lengths are in characters.
+
+    Raises:
+        InputError: nothing there to read, or a file that cannot be parsed at all.
+    """
+    root = find_image_root(path, data.image_root)
+    samples, errors, warnings, lengths, cut = [], [], [], [], []
+    tokenizer = None if model is None else model.tokenizer()
+    for entry in read_entries(path, data.file_names):
+        try:
+            sample = parse_sample(entry, root)
+            if sample.image is not None:
+                read_image(sample)
+            if model is None:
+                lengths.append(sum(len(text) for _, text in sample.turns))
+            else:
+                whole = encode(tokenizer, sample.turns, data.template, model.config.num_image_tokens)
+                lengths.append(len(whole.input_ids))
+                cut += [sample.source] if lengths[-1] > data.max_length else []
+            samples.append(sample)
+        except InputError as error:
+            errors.append(str(error))
+    if cut:
+        warnings.append(f"{len(cut)} samples are longer than data.max_length ({data.max_length}) and lose the end of "
+                        f"their answers (first: {cut[0]})")
+    warnings += _duplicates(samples)
+    errors += _one_task_each(samples)
+    if not samples and not errors:
+        errors.append(f"{path}: holds no sample.")
+    counts = Counter((s.task, s.client, s.split) for s in samples)
+    return Report(dict(sorted(counts.items())), "characters" if model is None else "tokens", _histogram(lengths),
+                  errors, warnings)
