@@ -115,6 +115,61 @@ def roles(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fal
 
 
 @app.command()
+def plan(config: ConfigPath, overrides: Overrides = None,
+         samples: Annotated[int, typer.Option(min=1, help="Samples per client, if the data are not there.")] = 1000,
+         tasks: Annotated[int, typer.Option(min=1, help="Tasks, if the data are not there.")] = 3,
+         text_tokens: Annotated[int, typer.Option(min=8, help="Text tokens of the longest sample, likewise.")] = 128,
+         lower: Annotated[bool, typer.Option(help="Also lower each phase's program for the mesh.")] = False,
+         as_json: AsJson = False) -> None:
+    """Memory per device, FLOPs and bytes per round, before anything is loaded or allocated."""
+    from pilot_jax.config import load_config
+    from pilot_jax.federation.plan import lower_phase, make_plan
+
+    settings = load_config(config, overrides)
+    assumed = {"samples": samples, "tasks": tasks, "text_tokens": text_tokens}
+    result = make_plan(settings, **assumed)
+    if lower:
+        result["lowered"] = {stage: len(lower_phase(settings, stage, **assumed).as_text())
+                             for stage in result["flops_per_client_step"]}
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+        return
+    _print_plan(result)
+
+
+def _print_plan(plan: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    typer.echo(f"{plan['clients']} clients, {plan['tasks']} tasks, {plan['rounds']} rounds, {plan['devices']} device{'s' * (plan['devices'] > 1)}; "
+               f"longest sequence {plan['longest_sequence']} tokens, {plan['image_tokens']} of them image")
+    if plan["assumed"]:
+        typer.echo(f"Assumed: {plan['assumed']}")
+    memory = plan["memory_per_device"]
+    kinds = list(dict.fromkeys(kind for row in memory.values() for kind in row if kind != "total"))
+    most = max(row["total"] for row in memory.values())
+    unit, size = ("GB", 1e9) if most >= 1e9 else ("MB", 1e6)
+    table = Table(title=f"Memory per device, {unit}")
+    for column in ("", *memory):
+        table.add_column(column, justify="right" if column else "left")
+    for kind in [*kinds, "total"]:
+        table.add_row(kind, *(f"{row[kind] / size:.2f}" if kind in row else "–" for row in memory.values()),
+                      style="bold" if kind == "total" else None)
+    rounds = Table(title="Per round")
+    for column in ("", "round 1", "later rounds"):
+        rounds.add_column(column, justify="right" if column else "left")
+    for key, unit, divisor in (("client_steps", "", 1), ("flops", "TFLOP", 1e12), ("bytes_up", "MB", 1e6),
+                               ("bytes_down", "MB", 1e6)):
+        label = f"{key.replace('_', ' ')}{f', {unit}' if unit else ''}"
+        rounds.add_row(label, *(f"{plan[key][r] / divisor:,.0f}" for r in ("round_1", "later_rounds")))
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(table, rounds)
+    typer.echo("Parameters: " + ", ".join(f"{n} {v:,}" for n, v in plan["parameters"].items()))
+    for stage, size in plan.get("lowered", {}).items():
+        typer.echo(f"{stage} lowers for {plan['devices']} device{'s' * (plan['devices'] > 1)}: {size:,} characters")
+
+
+@app.command()
 def evaluate(run_dir: RunPath, split: Annotated[str, typer.Option(help="test or validation.")] = "test",
              as_json: AsJson = False) -> None:
     """Score every client's personalised model on its own data."""

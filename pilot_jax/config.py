@@ -138,9 +138,20 @@ class EvalConfig(_Section):
         "annotators), anls (OCR), and with the extra 'scores' rouge_l, bleu; cider goes to 10")
 
 
+class MeshConfig(_Section):
+    clients: int = Field(1, ge=1, description="devices over which a chunk's clients are spread")
+    fsdp: int = Field(1, ge=1, description="devices that share the frozen weights, gathered layer by layer")
+    tensor: int = Field(1, ge=1, description="devices that share heads and inner widths")
+
+    @property
+    def devices(self) -> int:
+        return self.clients * self.fsdp * self.tensor
+
+
 class SystemConfig(_Section):
     seed: int = Field(0, ge=0, description="of initialisation, sampling and batch order")
     client_chunk: int = Field(3, ge=1, description="clients trained at once")
+    mesh: MeshConfig = Field(MeshConfig(), description="device mesh; for `plan` only as yet: `run` uses one device")
     unroll: int = Field(4, ge=1, description="decoder layers unrolled in the scan: faster on CPU, longer to compile")
     compilation_cache: str | None = Field(None, description="folder for compiled programs; default: none")
 

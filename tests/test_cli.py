@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 import yaml
 from conftest import small_config
+from PIL import Image
 
 from pilot_jax import cli
 

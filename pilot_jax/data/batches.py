@@ -55,6 +55,12 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def training_length(encoded: list[Encoded]) -> tuple[int, int]:
+    """(L, A): tokens of the longest conversation and of its longest supervision, rounded up."""
+    return (_round_up(max((len(e.input_ids) for e in encoded), default=8), 8),
+            _round_up(max((int(e.supervised.sum()) for e in encoded), default=4), 4))
+
+
 def _training_arrays(encoded: list[Encoded], features: np.ndarray, has_image: np.ndarray, length: int,
                      answers: int) -> dict[str, np.ndarray]:
     n = len(encoded)
@@ -135,8 +141,7 @@ def build_clients(model: PretrainedModel, tokenizer, samples: list[Sample], data
     asked = dict(zip(asked_rows, encode_prompts(model, tokenizer, [samples[i] for i in asked_rows], data),
                      strict=True))
     features = image_features(model, samples, data.image_fit)
-    length = _round_up(max((len(e.input_ids) for e in encoded.values()), default=8), 8)
-    answers = _round_up(max((int(e.supervised.sum()) for e in encoded.values()), default=4), 4)
+    length, answers = training_length(list(encoded.values()))
     prompt_length = _round_up(max((len(ids) for ids in asked.values()), default=8), 8)
 
     rows_of: dict[str, list[int]] = {}

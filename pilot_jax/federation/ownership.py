@@ -11,9 +11,8 @@ from pilot_jax.data.digits import SCENARIOS
 from pilot_jax.data.llava import read_samples
 from pilot_jax.federation.roles import num_bytes, num_parameters
 from pilot_jax.federation.strategies import make_strategy
-from pilot_jax.models.config import read_vlm_config
 from pilot_jax.models.hf import base_shapes
-from pilot_jax.models.pretrained import model_directory
+from pilot_jax.models.pretrained import read_shapes
 
 # The paper's names of the frozen parts, and ours.
 BASE_SUBTREES = {"vision_tower": "vision_tower", "language_model": "decoder"}
@@ -27,7 +26,7 @@ def count_tasks(config: Config) -> int:
 
 def ownership_table(config: Config) -> list[dict[str, Any]]:
     """One dict per subtree: subtree, a column per stage, scope, aggregated by, parameters, bytes."""
-    model = read_vlm_config(model_directory(config.model.path))
+    model = read_shapes(config.model)[0]
     strategy = make_strategy(config.strategy, config.federation.schedule)
     base, tasks = base_shapes(model), count_tasks(config)
     adapters = jax.eval_shape(

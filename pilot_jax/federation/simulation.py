@@ -79,6 +79,8 @@ def _check_names(config: Config, names: list[str], tasks: list[str]) -> None:
 
 def prepare(config: Config, strategy: Strategy | None = None) -> tuple[Federation, Any]:
     """Load model and data, check them against the config. Nothing is written."""
+    if config.system.mesh.devices > 1:
+        raise InputError("system.mesh: `run` uses one device as yet; only `plan` knows meshes. Drop the key.")
     samples = load_samples(config)
     names, tasks = sorted({s.client for s in samples}), sorted({s.task for s in samples})
     _check_names(config, names, tasks)

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pilot_jax.config import ModelConfig
 from pilot_jax.errors import InputError
-from pilot_jax.models.config import VlmConfig
+from pilot_jax.models.config import VlmConfig, read_vlm_config
 from pilot_jax.models.generate import Decoding, generate
 from pilot_jax.models.loading import Place, load_base
 from pilot_jax.models.parts import load_parts, read_parts_config
@@ -27,6 +28,24 @@ EMBEDDED = "embedded"
 def model_directory(path: str | Path) -> Path:
     """The directory `path` names; "embedded" is the base that ships with the package."""
     return Path(__file__).parent.parent / "assets" / "base" if str(path) == EMBEDDED else Path(path).expanduser()
+
+
+def shapes_directory(path: str | Path) -> Path:
+    """`model_directory`, or, where it is not there, the shapes of a well-known model of that name, without weights."""
+    directory = model_directory(path)
+    known = Path(__file__).parent.parent / "assets" / "shapes" / Path(str(path)).name
+    return known if not directory.exists() and known.is_dir() else directory
+
+
+def read_shapes(config: ModelConfig) -> tuple[VlmConfig, Path]:
+    """The shapes of the configured model and the directory of its tokenizer; no weights are read."""
+    if config.parts is None:
+        directory = shapes_directory(config.path)
+        return read_vlm_config(directory), directory
+    parts = config.parts
+    vision, language, projector = (Path(p).expanduser() for p in (parts.vision, parts.language, parts.projector))
+    token = load_tokenizer(language).convert_tokens_to_ids(IMAGE_TOKEN)
+    return read_parts_config(vision, language, projector, parts.feature_layer, parts.feature_select, token), language
 
 
 @dataclasses.dataclass(frozen=True)

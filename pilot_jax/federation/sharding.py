@@ -1,0 +1,74 @@
+"""Which axis of which array lies on which axis of the device mesh: one table.
+
+Mesh axes: `clients` (stacked adapters, their optimizer state and data), `fsdp` and `tensor` (the frozen base).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from pilot_jax.config import MeshConfig
+
+AXES = ("clients", "fsdp", "tensor")
+
+# (path of a base leaf, its axes). The first match counts; what matches nothing is replicated.
+BASE_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"decoder/embedding", ("tensor", "fsdp")),
+    (r"decoder/head", ("fsdp", "tensor")),
+    (r"decoder/layers/qkv", (None, "fsdp", "tensor", None, None)),  # over key-value heads
+    (r"decoder/layers/o", (None, "tensor", "fsdp")),
+    (r"decoder/layers/gate_up", (None, "fsdp", None, "tensor")),
+    (r"decoder/layers/down", (None, "tensor", "fsdp")),
+    (r"vision_tower/layers/(qkv|fc1)/kernel", (None, "fsdp", "tensor")),
+    (r"vision_tower/layers/(out|fc2)/kernel", (None, "tensor", "fsdp")),
+)
+
+
+def base_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: MeshConfig) -> PartitionSpec:
+    """Spec of a base leaf. An axis whose length the mesh axis does not divide stays whole."""
+    sizes = mesh.model_dump()
+    for pattern, axes in BASE_RULES:
+        if re.fullmatch(pattern, "/".join(path)):
+            return PartitionSpec(*(axis if axis and length % sizes[axis] == 0 else None
+                                   for axis, length in zip(axes, shape, strict=True)))
+    return PartitionSpec()
+
+
+def shard_elements(shape: tuple[int, ...], spec: PartitionSpec, mesh: MeshConfig) -> int:
+    """Elements of the part of an array that one device holds."""
+    sizes, total = mesh.model_dump(), 1
+    for i, length in enumerate(shape):
+        axis = spec[i] if i < len(spec) else None
+        total *= -(-length // sizes[axis]) if axis else length
+    return total
+
+
+def make_mesh(mesh: MeshConfig) -> jax.sharding.Mesh:
+    """The device mesh, Auto axes: XLA propagates shardings from the arguments."""
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(mesh.model_dump()[a] for a in AXES), AXES, axis_types=types)
+
+
+def sharded_shapes(tree: Mapping[str, Any], mesh: jax.sharding.Mesh, config: MeshConfig) -> Any:
+    """The base's shapes with their shardings, for lowering without weights."""
+    def one(path, leaf):
+        spec = base_spec(tuple(key.key for key in path), leaf.shape, config)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def on_clients(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Shapes [k, …] with the clients over the mesh's `clients` axis."""
+    sharding = jax.sharding.NamedSharding(mesh, PartitionSpec("clients"))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def replicated(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    sharding = jax.sharding.NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
