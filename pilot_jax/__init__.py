@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 # Resolved on first use, so that `import pilot_jax` and `pilot-jax --help` stay fast.
 _PUBLIC = {
     "load": "pilot_jax.models.pretrained",
+    "load_from_parts": "pilot_jax.models.pretrained",
     "simulate": "pilot_jax.federation.simulation",
     "Run": "pilot_jax.federation.simulation",
     "Strategy": "pilot_jax.federation.strategies.base",

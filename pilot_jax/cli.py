@@ -141,8 +141,9 @@ def _print_plan(plan: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    typer.echo(f"{plan['clients']} clients, {plan['tasks']} tasks, {plan['rounds']} rounds, {plan['devices']} device{'s' * (plan['devices'] > 1)}; "
-               f"longest sequence {plan['longest_sequence']} tokens, {plan['image_tokens']} of them image")
+    devices = f"{plan['devices']} device{'s' * (plan['devices'] > 1)}"
+    typer.echo(f"{plan['clients']} clients, {plan['tasks']} tasks, {plan['rounds']} rounds, {devices}; longest "
+               f"sequence {plan['longest_sequence']} tokens, {plan['image_tokens']} of them image")
     if plan["assumed"]:
         typer.echo(f"Assumed: {plan['assumed']}")
     memory = plan["memory_per_device"]
@@ -166,7 +167,7 @@ def _print_plan(plan: dict) -> None:
     console.print(table, rounds)
     typer.echo("Parameters: " + ", ".join(f"{n} {v:,}" for n, v in plan["parameters"].items()))
     for stage, size in plan.get("lowered", {}).items():
-        typer.echo(f"{stage} lowers for {plan['devices']} device{'s' * (plan['devices'] > 1)}: {size:,} characters")
+        typer.echo(f"{stage} lowers for {devices}: {size:,} characters")
 
 
 @app.command()
@@ -208,6 +209,17 @@ def generate(run_dir: RunPath, client: Annotated[str, typer.Option(help="Whose m
     settings = done.config.eval.model_copy(
         update={"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p})
     typer.echo(answer(done, client, image, prompt, settings, seed))
+
+
+@app.command()
+def export(run_dir: RunPath, client: Annotated[str, typer.Option(help="Whose adapters.")],
+           out: Annotated[Path, typer.Option(help="New folder.")]) -> None:
+    """Write a client's LoRA as a PEFT adapter and its connector as safetensors, with a model card."""
+    from pilot_jax.federation.export import export_client
+    from pilot_jax.federation.simulation import restore
+
+    export_client(restore(run_dir), client, out)
+    typer.echo(f"Adapters of {client}: {out}")
 
 
 @app.command()

@@ -46,6 +46,41 @@ def write_llava(folder, *, vision=None, text=None, **options):
     return model.float()
 
 
+def write_tokenizer(folder, *, size=400, chat_template=None, image=True):
+    """A byte-level BPE tokenizer trained here, with a BOS that it puts first, as Llama's does; returns it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", *(["<image>"] if image else ["<spare>"]), "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    text = ["USER: what is the colour of the cat? ASSISTANT: the cat is red. How many? two, I think."] * 4
+    tokenizer.train_from_iterator(text, trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                   pad_token="<pad>", chat_template=chat_template)
+    fast.save_pretrained(folder)
+    return fast
+
+
+def write_checkpoint(folder, *, chat_template=None, **options):
+    """`write_llava` with the tokenizer and image processor that a downloaded checkpoint brings."""
+    from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+
+    text = {"vocab_size": 400} | options.pop("text", {})
+    model = write_llava(folder, text=text, **options)
+    assert len(write_tokenizer(folder, chat_template=chat_template)) <= text["vocab_size"]
+    side = model.config.vision_config.image_size
+    if model.config.vision_config.model_type == "clip_vision_model":
+        CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+                              ).save_pretrained(folder)
+    else:
+        SiglipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
+    return model
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """(torch model, pilot_jax model) of one tiny random checkpoint."""

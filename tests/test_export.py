@@ -1,0 +1,112 @@
+"""Exported clients load in peft and through the loader that docs/exported-adapters.md shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from conftest import small_config
+
+import pilot_jax
+from pilot_jax.errors import InputError
+from pilot_jax.federation.export import export_client
+from pilot_jax.federation.simulation import examinee
+from pilot_jax.models.pretrained import model_directory
+from pilot_jax.models.vlm import variables
+
+DOCS = Path(__file__).parent.parent / "docs" / "exported-adapters.md"
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def finished():
+    """A finished run whose adapters are moved off their start, so that a part left out would show."""
+    run = pilot_jax.simulate(small_config())
+    rng = np.random.default_rng(0)
+    moved = [dataclasses.replace(c, adapters=jax.tree.map(
+        lambda a: (a + 0.05 * rng.normal(size=a.shape)).astype(np.float32), c.adapters)) for c in run.population]
+    return dataclasses.replace(run, population=tuple(moved))
+
+
+def code_blocks():
+    return re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S)
+
+
+def in_torch(folder, base):
+    """What the two blocks of the documentation make."""
+    scope: dict = {}
+    loader, use = code_blocks()
+    exec(loader, scope)
+    scope |= {"folder": str(folder), "base": base}
+    exec(use, scope)
+    return scope["model"]
+
+
+def inputs(model, tokenizer):
+    text = "USER: " + "<image>" * model.config.num_image_tokens + "\nwhat colour is the 3? ASSISTANT: it is red"
+    ids = np.asarray([tokenizer(text)["input_ids"]] * 2)
+    pixels = np.random.default_rng(1).normal(size=(2, 3, 48, 48)).astype(np.float32)
+    return ids, np.ones_like(ids), pixels
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_exported_client_gives_the_same_logits_in_torch(finished, tmp_path, stage):
+    index = finished.client("ocr_1")
+    population = list(finished.population)
+    population[index] = dataclasses.replace(population[index], stage=stage)
+    run = dataclasses.replace(finished, population=tuple(population))
+    export_client(run, "ocr_1", tmp_path / "out")
+    reference = in_torch(tmp_path / "out", str(model_directory("embedded")))
+    fed = run.federation
+    ids, mask, pixels = inputs(fed.model, run.tokenizer)
+    with torch.no_grad():
+        expected = reference(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask),
+                             pixel_values=torch.tensor(pixels)).logits.numpy()
+    used = examinee(fed, index, population[index], "test").adapters
+    ours = fed.model.module.apply(variables(fed.model.base, used), jnp.asarray(ids), jnp.asarray(mask),
+                                  fed.model.features(pixels), stage, fed.task_index(index), method="logits")
+    plain = fed.model.logits(ids, mask, pixels)
+    assert np.abs(np.asarray(plain) - expected).max() > 0.1  # the adapters matter
+    np.testing.assert_allclose(ours, expected, atol=TOLERANCE)
+
+
+def test_projector_of_a_baseline_loads_too(tmp_path):
+    run = pilot_jax.simulate(small_config(strategy={"name": "fedavg"}, data={"digits": {"train": 4}}))
+    export_client(run, "vqa_0", tmp_path / "out")
+    reference = in_torch(tmp_path / "out", str(model_directory("embedded")))
+    index, model = run.client("vqa_0"), run.federation.model
+    ids, mask, pixels = inputs(model, run.tokenizer)
+    with torch.no_grad():
+        expected = reference(input_ids=torch.tensor(ids), pixel_values=torch.tensor(pixels)).logits.numpy()
+    ours = model.module.apply(variables(model.base, run.population[index].adapters), jnp.asarray(ids),
+                              jnp.asarray(mask), model.features(pixels), method="logits")
+    np.testing.assert_allclose(ours, expected, atol=TOLERANCE)
+
+
+def test_model_card_says_where_it_comes_from(finished, tmp_path):
+    export_client(finished, "vqa_2", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    for fact in ("base_model: \"embedded\"", "| client | vqa_2 |", "| task | vqa |", "| rounds taken part in | 1 |",
+                 "| stage of the connector | stage2 |", f"{finished.summary['score_by_client']['vqa_2']:.3f} (exact)",
+                 finished.summary["adapters_sha256"]):
+        assert fact in card
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 8)
+    with pytest.raises(InputError, match="exists already"):
+        export_client(finished, "vqa_2", tmp_path / "out")
+
+
+def test_a_client_that_never_took_part_has_nothing_to_export(finished, tmp_path):
+    index = finished.client("vqa_2")
+    population = list(finished.population)
+    population[index] = dataclasses.replace(population[index], stage="none")
+    with pytest.raises(InputError, match="took part in no round"):
+        export_client(dataclasses.replace(finished, population=tuple(population)), "vqa_2", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
