@@ -43,7 +43,9 @@ def write_llava(folder, *, vision=None, text=None, **options):
             std = 0.3 if parameter.ndim == 1 else 0.15
             parameter.copy_(torch.randn_like(parameter) * std + (1.0 if "norm" in name and "weight" in name else 0.0))
     model.to(save.pop("dtype", torch.float32)).save_pretrained(folder, **save)
-    return model.float()
+    if model.dtype != torch.float32:  # not model.float(): its rotary buffers have been rounded with the rest
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    return model
 
 
 def write_tokenizer(folder, *, size=400, chat_template=None, image=True):

@@ -9,11 +9,9 @@ import pytest
 from PIL import Image
 
 from pilot_jax.data import digit_tasks, digits
-from pilot_jax.data.conversations import encode
 from pilot_jax.data.llava import Sample, read_samples, write_samples
 from pilot_jax.data.partition import partition
 from pilot_jax.errors import InputError
-from pilot_jax.evaluation.scores import box_iou, exact, iou
 from pilot_jax.models.pretrained import model_directory
 from pilot_jax.models.processors import load_image_processor, load_tokenizer
 
@@ -21,29 +19,6 @@ from pilot_jax.models.processors import load_image_processor, load_tokenizer
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer(model_directory("embedded"))
-
-
-@pytest.mark.parametrize("template", ["vicuna_v1", "vicuna_short"])
-@pytest.mark.parametrize("turns", [
-    (("human", "<image>\nread the digits."), ("gpt", "7 3")),
-    (("human", "where?\n<image>"), ("gpt", "[0.33, 0.00]"), ("human", "sure?"), ("gpt", "yes, ünïcode ✓")),
-    (("human", "no image here"), ("gpt", "USER: a template ASSISTANT: inside")),
-])
-def test_ids_equal_the_whole_text_and_labels_equal_the_answers(tokenizer, template, turns):
-    encoded = encode(tokenizer, turns, template, 4)
-    system = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-              "detailed, and polite answers to the user's questions. ") if template == "vicuna_v1" else ""
-    text = system
-    for who, value in turns:
-        if who == "human":
-            had = "<image>" in value
-            value = value.replace("<image>", "").strip()
-            text += "USER: " + ("<image>" * 4 + "\n" if had else "") + value + " ASSISTANT:"
-        else:
-            text += " " + value + "</s>"
-    np.testing.assert_array_equal(encoded.input_ids, tokenizer(text)["input_ids"])
-    answers = "".join(" " + value + "</s>" for who, value in turns if who == "gpt")
-    assert tokenizer.decode(encoded.input_ids[encoded.supervised]) == answers
 
 
 def test_tokenizer_round_trips_any_text(tokenizer):
@@ -141,9 +116,3 @@ def test_bad_entries_name_file_entry_and_key(tmp_path, entry, message):
     with pytest.raises(InputError, match=message) as caught:
         read_samples(file)
     assert f"{file}[0]" in str(caught.value)
-
-
-def test_scores():
-    assert exact(" It  is Red", "it is red") == 1 and exact("red", "blue") == 0
-    assert box_iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)  # 1 shared of 4 + 4 − 1
-    assert iou("[0.0, 0.0, 1.0, 1.0]", "box 0 0 1 0.6") == 1 and iou("none", "0 0 1 1") == 0

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import IMAGE_TOKEN, write_llava
-from safetensors.torch import load_file, save_file
 
 import pilot_jax
 from pilot_jax.models.connector import mlp
@@ -111,21 +110,6 @@ def test_padded_prompts_generate_what_each_alone_does(tiny):
     both = model.generate(ids, mask, pixels, max_new_tokens=8, eos_id=63)
     alone = model.generate(ids[1:2, :13], mask[1:2, :13], pixels[1:2], max_new_tokens=8, eos_id=63)
     np.testing.assert_array_equal(both[1], alone[0])
-
-
-def test_older_key_layout_loads_alike(tmp_path, tiny):
-    """The layout of transformers 4: `vision_tower.vision_model.…`, `model.language_model.…` without inner `model`."""
-    write_llava(tmp_path)
-    file = tmp_path / "model.safetensors"
-    renamed = {}
-    for key, value in load_file(file).items():
-        key = key.replace("vision_tower.", "model.vision_tower.vision_model.", 1)
-        key = key.replace("language_model.model.", "model.language_model.", 1)
-        key = key.replace("language_model.lm_head", "lm_head", 1)
-        renamed["model." + key if key.startswith("multi_modal") else key] = value.clone()
-    save_file(renamed, file)
-    ids, mask, pixels = inputs(4)
-    np.testing.assert_array_equal(pilot_jax.load(tmp_path).logits(ids, mask, pixels), tiny[1].logits(ids, mask, pixels))
 
 
 def test_lora_against_peft(tiny):

@@ -163,8 +163,9 @@ def join(vision: VisionConfig, text: TextConfig, image_token_id: int, select: st
 def _hf_config(cls: type, raw: dict, file: Path) -> Any:
     try:
         return cls(**{k: v for k, v in raw.items() if k != "model_type"})
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{file}: not a valid {cls.__name__} ({error}). Fetch the checkpoint again.") from None
+    except Exception as error:  # its validators raise many kinds
+        why = " ".join(str(error).split())
+        raise InputError(f"{file}: not a valid {cls.__name__} ({why}). Fetch the checkpoint again.") from None
 
 
 def vision_config(hf: Any, feature_layer: int | list[int], file: Path, at: str = "") -> VisionConfig:

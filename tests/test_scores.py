@@ -1,0 +1,109 @@
+"""Metrics against published worked examples and the field's own scorers."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from pilot_jax.evaluation.cider import cider
+from pilot_jax.evaluation.scores import METRICS, box_iou, check_metrics, edit_distance
+from pilot_jax.evaluation.vqa import normalize
+
+
+def score(name, answer, *references):
+    return METRICS[name]([answer], [references])
+
+
+def test_exact():
+    assert score("exact", " It  is Red", "it is red") == 1 and score("exact", "red", "blue") == 0
+    assert score("exact", "two", "2", "two") == 1  # any reference
+
+
+def test_iou():
+    assert box_iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)  # 1 shared of 4 + 4 − 1
+    assert score("iou", "[0.0, 0.0, 1.0, 1.0]", "box 0 0 1 0.6") == 1
+    assert score("iou", "[0.0, 0.0, 1.0, 1.0]", "0 0 1 0.4") == 0 and score("iou", "none", "0 0 1 1") == 0
+
+
+@pytest.mark.parametrize(("agree", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
+def test_vqa_accuracy(agree, expected):
+    """The values the VQA challenge publishes for its leave-one-out average over ten annotators."""
+    assert score("vqa", "yes", *["Yes."] * agree, *["no"] * (10 - agree)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("raw", "expected"), [
+    ("The Dog", "dog"), ("two", "2"), ("1,000.5", "1000.5"), ("U.S.", "us"), ("dont", "don't"), ("its", "its"),
+    ("red/blue", "red blue"), ("10:30 a.m.", "10:30 am"), ("it's  \n an\tapple!", "it's apple"), ("none", "0")])
+def test_vqa_normalisation(raw, expected):
+    """By the evaluation rules of visualqa.org: case, full stops, number words, articles, contractions, punctuation."""
+    assert normalize(raw) == expected
+
+
+def test_vqa_single_reference_counts_as_agreement():
+    assert score("vqa", "a cat", "Cat") == 1
+
+
+def test_rouge_l():
+    """Lin (2004), §3: against "police killed the gunman", 3/4 and 2/4."""
+    assert score("rouge_l", "police kill the gunman", "police killed the gunman") == pytest.approx(0.75)
+    assert score("rouge_l", "the gunman kill police", "police killed the gunman") == pytest.approx(0.5)
+
+
+def test_bleu():
+    """Papineni et al. (2002), candidate 1 of example 1, with the value NLTK's documentation gives for it."""
+    references = ["It is a guide to action that ensures that the military will forever heed Party commands",
+                  "It is the guiding principle which guarantees the military forces always being under the command of "
+                  "the Party", "It is the practical guide for the army always to heed the directions of the party"]
+    candidate = "It is a guide to action which ensures that the military always obeys the commands of the party"
+    assert score("bleu", candidate, *references) == pytest.approx(0.5045666840058485)
+
+
+@pytest.mark.parametrize(("a", "b", "distance"), [("kitten", "sitting", 3), ("", "abc", 3), ("flaw", "lawn", 2)])
+def test_edit_distance(a, b, distance):
+    assert edit_distance(a, b) == distance  # the textbook's examples
+
+
+def test_anls():
+    """Biten et al. (2019), eq. 1: 1 − NL, and 0 from one half on; the best reference counts."""
+    assert score("anls", "Coca Cola", "coca-cola", "pepsi") == pytest.approx(1 - 1 / 9)
+    assert score("anls", "abcd", "abxy") == 0 and score("anls", "abcde", "abxye") == pytest.approx(0.6)
+
+
+def test_cider_equals_the_coco_scorer():
+    """pycocoevalcap, the scorer of the COCO caption challenge, on random sentences with one to four references."""
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+    rng = random.Random(0)
+    words = ["a", "cat", "dog", "sits", "on", "the", "mat", "red", "blue", "runs", "fast", "house"]
+
+    def sentence():
+        return " ".join(rng.choices(words, k=rng.randint(3, 9)))
+
+    answers = [sentence() for _ in range(12)]
+    references = [[sentence() for _ in range(rng.randint(1, 4))] for _ in range(12)]
+    references[0][0] = answers[0]
+    scorer = CiderScorer(n=4, sigma=6.0)
+    for answer, given in zip(answers, references, strict=True):
+        scorer += (answer, given)
+    expected = scorer.compute_score()[0]
+    assert expected > 0.5
+    assert cider(answers, references) == pytest.approx(expected, rel=1e-9)
+
+
+def test_corpus_metrics_are_perfect_on_copies():
+    texts = ["a red cat sits on the mat", "two dogs run by the blue house", "nobody is here at this time"]
+    copies = [[t] for t in texts]
+    assert METRICS["bleu"](texts, copies) == pytest.approx(1) and METRICS["cider"](texts, copies) == pytest.approx(10)
+
+
+def test_a_metric_without_its_library_is_refused(monkeypatch):
+    from pilot_jax.errors import InputError
+    from pilot_jax.evaluation import scores
+
+    monkeypatch.setattr(scores, "find_spec", lambda name: None)
+    check_metrics(["exact", "cider"])
+    with pytest.raises(InputError, match="extra 'scores'"):
+        check_metrics(["bleu"])
+    assert np.isfinite(METRICS["exact"](["a"], [["a"]]))
