@@ -1,0 +1,132 @@
+"""`plan`: counts against known ones, FLOPs against formulas, memory against what XLA and the arrays say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import small_config
+
+from pilot_jax import costs
+from pilot_jax.config import load_config
+from pilot_jax.errors import InputError
+from pilot_jax.federation import plan, simulation
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.fixture(scope="module")
+def seven_billion():
+    return plan.make_plan(load_config(CONFIGS / "llava15_7b.yaml"))
+
+
+def test_known_counts_of_llava_7b(seven_billion):
+    """LoRA r = 64 on Vicuna-7B: 159.9 M (LLaVA's own count); one adapter MLP: 20.98 M; 576 tokens of 336 px."""
+    counts = seven_billion["parameters"]
+    assert counts["text_adapter"] == 32 * 64 * (4 * (4096 + 4096) + 3 * (4096 + 11008)) == 159_907_840
+    assert counts["task"] == counts["client"] == 1024 * 4096 + 4096 + 4096 * 4096 + 4096 == 20_979_712
+    assert counts["cross_task"] == counts["task_bank"] == 3 * counts["task"] and counts["router"] == 1024 * 3
+    assert seven_billion["image_tokens"] == 576
+    # Vicuna-7B 6.74 B (32,000 tokens; LLaVA pads to 32,064), 23 of 24 CLIP-L layers 0.29 B, the projector.
+    vicuna = 2 * 32064 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096
+    clip = 23 * (4 * 1024**2 + 2 * 1024 * 4096 + 9 * 1024 + 4096) + (3 * 14 * 14 + 577 + 1 + 2) * 1024
+    assert counts["base"] == vicuna + clip + counts["task"]
+
+
+def test_flops_of_llava_7b(seven_billion):
+    """A step on B·L tokens costs at least 4·P_text per token: forward and backward through frozen weights, 2 each."""
+    text = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    least = 4 * text * 8 * seven_billion["longest_sequence"]
+    for stage, flops in seven_billion["flops_per_client_step"].items():
+        # Rematerialisation runs the forward pass again: 6·P; attention, LoRA and the connector add the rest.
+        assert 1.4 * least < flops < 2.2 * least, stage
+
+
+def test_steps_and_bytes(seven_billion):
+    """1000 samples by 8: 125 steps, 9 clients, two phases in round 1. LoRA and ψ_t go up, LoRA and the bank down."""
+    assert seven_billion["client_steps"] == {"round_1": 2 * 9 * 125, "later_rounds": 9 * 125}
+    up, down = 4 * (159_907_840 + 20_979_712), 4 * (159_907_840 + 3 * 20_979_712)
+    assert seven_billion["bytes_up"] == {"round_1": 18 * up, "later_rounds": 9 * up}
+    assert seven_billion["bytes_down"] == {"round_1": 18 * down, "later_rounds": 9 * down}
+
+
+def test_plan_agrees_with_the_run():
+    """Steps, bytes and array sizes that a real run has."""
+    config = small_config(federation={"rounds": 2})
+    planned, run = plan.make_plan(config), simulation.simulate(config)
+    assert planned["client_steps"]["round_1"] + planned["client_steps"]["later_rounds"] == run.summary["client_steps"]
+    for key in ("bytes_up", "bytes_down"):
+        assert planned[key]["round_1"] + planned[key]["later_rounds"] == run.summary[key]
+    fed = run.federation
+    assert planned["longest_sequence"] == fed.clients[0].train["input_ids"].shape[1]
+    memory = planned["memory_per_device"]["stage2"]
+    assert memory["base"] == sum(x.nbytes for x in jax.tree.leaves(fed.model.base))
+    assert memory["data"] == 3 * sum(x.nbytes for x in fed.clients[0].train.values())  # client_chunk 3
+
+
+def test_activations_against_xla():
+    """The plan's activations are what XLA's own memory analysis calls temporaries, within a factor of two."""
+    config = small_config(data={"digits": {"train": 64}}, train={"batch_size": 16}, system={"client_chunk": 1})
+    planned = plan.make_plan(config)["memory_per_device"]["stage2"]
+    temporary = plan.lower_phase(config, "stage2").compile().memory_analysis().temp_size_in_bytes
+    kept = planned["activations"] + planned["gradients"] + planned["optimizer"]
+    assert 0.5 < temporary / kept < 2
+
+
+def test_flops_of_known_functions():
+    a, b = jnp.zeros((3, 5)), jnp.zeros((5, 7))
+    assert costs.matmul_flops(jnp.matmul, a, b) == 2 * 3 * 5 * 7
+
+    def repeated(x, w):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+
+    x, w = jnp.zeros((4, 6)), jnp.zeros((9, 6, 6))
+    assert costs.matmul_flops(repeated, x, w) == 9 * 2 * 4 * 6 * 6
+    # Two products per layer backward, but none for the gradient of x, which is not asked for, in the first one.
+    assert costs.matmul_flops(jax.jit(jax.grad(lambda w: repeated(x, w).sum())), w) == 3 * 9 * 2 * 4 * 6 * 6
+    assert costs.matmul_flops(lambda a: jax.vmap(lambda r: r @ b)(a), a) == 2 * 3 * 5 * 7
+
+
+def test_saved_bytes_of_a_known_function():
+    """sin keeps its cosine; a frozen matrix is no new memory, whatever its size."""
+    x, w = jnp.zeros(10), jnp.zeros((10, 1000))
+    assert costs.saved_bytes(lambda x: jnp.sin(x).sum(), x) == 40
+    assert costs.saved_bytes(lambda x, w: jnp.sin(x @ w).sum(), x, w) == 4000
+
+
+def test_llava_7b_lowers_for_one_device():
+    config = load_config(CONFIGS / "llava15_7b.yaml")
+    for stage in ("stage1", "stage2"):
+        text = plan.lower_phase(config, stage).as_text()
+        assert "32x4096x32x3x128xbf16" in text  # the fused q/k/v of 32 layers: the true size
+
+
+def test_llava_7b_lowers_for_eight_devices():
+    """In a process of its own, with eight CPU devices."""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-m", "pilot_jax", "plan", CONFIGS / "llava15_7b_tpu.yaml", "--lower",
+                           "--json"], capture_output=True, text=True, env=env, check=True)
+    planned = json.loads(done.stdout)
+    assert planned["devices"] == 8 and set(planned["lowered"]) == {"stage1", "stage2"}
+    assert planned["memory_per_device"]["stage2"]["base"] < 14.2e9 / 3.9  # over four devices, but for small leaves
+    assert planned["memory_per_device"]["stage2"]["total"] < 16e9  # a v5e core's
+
+
+def test_a_mesh_too_large_says_what_to_do():
+    config = load_config(CONFIGS / "llava15_7b_tpu.yaml", ["system.mesh.clients=512"])
+    with pytest.raises(InputError, match="xla_force_host_platform_device_count=2048"):
+        plan.lower_phase(config, "stage1")
+    with pytest.raises(InputError, match=r"system.mesh: `run` uses one device"):
+        simulation.prepare(small_config(system={"mesh": {"clients": 2}}))
+
+
+def test_run_without_the_weights_says_so():
+    with pytest.raises(InputError, match="llava-1"):
+        simulation.prepare(load_config(CONFIGS / "llava15_7b.yaml", ["data.path=digits", "federation.clients=9",
+                                                                     "data.partition=given"]))
