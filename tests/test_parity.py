@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -13,7 +14,7 @@ from conftest import IMAGE_TOKEN, write_llava
 
 import pilot_jax
 from pilot_jax.models.connector import mlp
-from pilot_jax.models.llama import Decoder
+from pilot_jax.models.llama import Decoder, rms_norm
 from pilot_jax.models.lora import init_lora
 from pilot_jax.models.pretrained import model_directory
 from pilot_jax.models.vlm import Vlm, causal_mask, positions_of, variables
@@ -78,6 +79,45 @@ def test_llava_logits_and_greedy_tokens(tmp_path, name):
     expected = torch_logits(reference, ids, mask, pixels)
     assert np.ptp(expected) > 0.5  # logits that differ, or agreement would mean nothing
     np.testing.assert_allclose(model.logits(ids, mask, pixels), expected, atol=TOLERANCE)
+    with torch.no_grad():
+        tokens = reference.generate(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask),
+                                    pixel_values=torch.tensor(pixels), max_new_tokens=20, do_sample=False,
+                                    eos_token_id=63, pad_token_id=63)[:, ids.shape[1]:].numpy()
+    ours = model.generate(ids, mask, pixels, max_new_tokens=20, eos_id=63)
+    np.testing.assert_array_equal(ours[:, :tokens.shape[1]], tokens)
+
+
+@pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("tower", ["clip_vision_model", "siglip_vision_model"])
+def test_ladder(tmp_path, text, tower):
+    """Patch embedding, tower, projector, decoder block, logits, 20 greedy tokens: the first rung that differs fails."""
+    select = "default" if tower == "clip_vision_model" else "full"
+    reference = write_llava(tmp_path, text={"model_type": text}, vision={"model_type": tower},
+                            vision_feature_select_strategy=select, vision_feature_layer=[0, -2])
+    model = pilot_jax.load(tmp_path)
+    ids, mask, pixels = inputs(model.config.num_image_tokens)
+    first = 1 if select == "default" else 0
+    with torch.no_grad():
+        states = reference.model.vision_tower(torch.tensor(pixels), output_hidden_states=True).hidden_states
+        image = torch.cat([states[0], states[-2]], -1)[:, first:]
+        projected = reference.model.multi_modal_projector(image).numpy()
+        embedded = reference.get_input_embeddings()(torch.tensor(ids))
+        embedded[:, 2:2 + projected.shape[1]] = torch.tensor(projected)
+        hidden = reference.model.language_model(inputs_embeds=embedded, output_hidden_states=True).hidden_states
+    features = np.asarray(model.features(pixels))
+    width = states[0].shape[-1]
+    np.testing.assert_allclose(features[..., :width], states[0][:, first:].numpy(), atol=TOLERANCE)
+    np.testing.assert_allclose(features[..., width:], states[-2][:, first:].numpy(), atol=TOLERANCE)
+    np.testing.assert_allclose(mlp(model.base["projector"], features), projected, atol=TOLERANCE)
+    one = dataclasses.replace(model.config.text, num_layers=1, sliding_layers=model.config.text.sliding_layers[:1])
+    params = model.base["decoder"] | {"layers": jax.tree.map(lambda leaf: leaf[:1], model.base["decoder"]["layers"])}
+    params = params | {"norm": jnp.ones_like(params["norm"])}  # the block's output itself, but for its scale
+    block, _ = Decoder(one).apply({"params": params}, jnp.asarray(embedded.numpy()), positions_of(jnp.asarray(mask)),
+                                  causal_mask(jnp.asarray(mask)), method="hidden")
+    expected = rms_norm(jnp.asarray(hidden[1].numpy()), jnp.ones(32), model.config.text.rms_norm_eps)
+    np.testing.assert_allclose(block, expected, atol=TOLERANCE)
+    np.testing.assert_allclose(model.logits(ids, mask, pixels), torch_logits(reference, ids, mask, pixels),
+                               atol=TOLERANCE)
     with torch.no_grad():
         tokens = reference.generate(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask),
                                     pixel_values=torch.tensor(pixels), max_new_tokens=20, do_sample=False,
