@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from pilot_jax.data.check import check_data
 from pilot_jax.data.images import pad_to_square, pixel_values, read_image
 from pilot_jax.data.llava import read_samples
 
+CONFIG = Path(__file__).parent.parent / "configs" / "llava15_7b.yaml"
 CLIENTS = {"north": "vqa", "south": "vqa", "clinic": "caption", "museum": "caption"}
 
 
@@ -75,13 +77,13 @@ def test_check_run_evaluate_ask_and_export(call, checkpoint, photos, tmp_path):
     """The README's section on one's own checkpoint and data, command by command."""
     code, out, _ = call("data", "check", photos, "--model", checkpoint)
     assert code == 0 and "20 samples, all readable" in out and "tokens" in out
-    config = tmp_path / "mine.yaml"
-    config.write_text(f"model: {{path: {checkpoint}, lora: {{rank: 4, alpha: 8}}}}\ndata: {{path: {photos}, image_fit: "
-                      "pad}\nfederation: {rounds: 1, local_steps: 2}\ntrain: {batch_size: 2}\n"
-                      "eval: {max_new_tokens: 4, metrics: {caption: rouge_l, vqa: vqa}}\n")
-    code, out, err = call("plan", config)
+    settings = [f"model.path={checkpoint}", f"data.path={photos}", "data.partition=given", "federation.clients=null",
+                "federation.rounds=1", "federation.local_steps=2", "train.batch_size=2", "eval.max_new_tokens=4",
+                "eval.metrics={caption: rouge_l, vqa: vqa}"]
+    config = [CONFIG, *(part for s in settings for part in ("--set", s))]
+    code, out, err = call("plan", *config)
     assert code == 0 and "4 clients, 2 tasks" in out, err
-    code, out, err = call("run", config, "--out", tmp_path / "run")
+    code, out, err = call("run", *config, "--out", tmp_path / "run")
     assert code == 0, err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["clients"] == sorted(CLIENTS) and summary["client_steps"] == 4 * 2 * 2
