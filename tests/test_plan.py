@@ -104,7 +104,7 @@ def test_llava_7b_lowers_for_one_device():
     config = load_config(CONFIGS / "llava15_7b.yaml")
     for stage in ("stage1", "stage2"):
         text = plan.lower_phase(config, stage).as_text()
-        assert "32x4096x32x3x128xbf16" in text  # the fused q/k/v of 32 layers: the true size
+        assert "32x4096x11008xbf16" in text  # a gate of 32 layers: the true size
 
 
 def test_llava_7b_lowers_for_eight_devices():

@@ -20,10 +20,8 @@ AXES = ("clients", "fsdp", "tensor")
 BASE_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"decoder/embedding", ("tensor", "fsdp")),
     (r"decoder/head", ("fsdp", "tensor")),
-    (r"decoder/layers/qkv", (None, "fsdp", "tensor", None, None)),  # over key-value heads
-    (r"decoder/layers/o", (None, "tensor", "fsdp")),
-    (r"decoder/layers/gate_up", (None, "fsdp", None, "tensor")),
-    (r"decoder/layers/down", (None, "tensor", "fsdp")),
+    (r"decoder/layers/(q|k|v|gate|up)", (None, "fsdp", "tensor")),  # over heads, over inner width
+    (r"decoder/layers/(o|down)", (None, "tensor", "fsdp")),
     (r"vision_tower/layers/(qkv|fc1)/kernel", (None, "fsdp", "tensor")),
     (r"vision_tower/layers/(out|fc2)/kernel", (None, "tensor", "fsdp")),
 )

@@ -99,8 +99,7 @@ def _vision_pieces(config: VlmConfig, put: Any, linear: Any) -> None:
 
 def _text_pieces(config: VlmConfig, put: Any) -> None:
     t, text = config.text, "language_model"
-    c, f, kv, hd = t.hidden_size, t.intermediate_size, t.num_kv_heads, t.head_dim
-    groups = t.num_heads // kv
+    c = t.hidden_size
     put(f"{text}.embed_tokens.weight", "decoder.embedding", (t.vocab_size, c))
     put(f"{text}.norm.weight", "decoder.norm", (c,))
     if not t.tie_word_embeddings:
@@ -109,21 +108,11 @@ def _text_pieces(config: VlmConfig, put: Any) -> None:
         name, leaf = f"{text}.layers.{i}", "decoder.layers"
         put(f"{name}.input_layernorm.weight", f"{leaf}.norm1", (c,), layer=i)
         put(f"{name}.post_attention_layernorm.weight", f"{leaf}.norm2", (c,), layer=i)
-        for letter, first, width in (("q", 0, groups), ("k", groups, 1), ("v", groups + 1, 1)):
-            full, rows = f"{name}.self_attn.{letter}_proj", kv * width * hd
-            put(f"{full}.weight", f"{leaf}.qkv", (rows, c), permutation=(1, 0), block=(c, kv, width, hd),
-                start=(0, 0, first, 0), layer=i)
-            if letter in t.biases:
-                put(f"{full}.bias", f"{leaf}.qkv_bias", (rows,), block=(kv, width, hd), start=(0, first, 0), layer=i)
-        for j, part in enumerate(("gate", "up")):
-            put(f"{name}.mlp.{part}_proj.weight", f"{leaf}.gate_up", (f, c), permutation=(1, 0), block=(c, 1, f),
-                start=(0, j, 0), layer=i)
-            if part in t.biases:
-                put(f"{name}.mlp.{part}_proj.bias", f"{leaf}.gate_up_bias", (f,), block=(1, f), start=(j, 0), layer=i)
-        for short, full, d_in in (("o", "self_attn.o_proj", kv * groups * hd), ("down", "mlp.down_proj", f)):
-            put(f"{name}.{full}.weight", f"{leaf}.{short}", (c, d_in), permutation=(1, 0), layer=i)
-            if short in t.biases:
-                put(f"{name}.{full}.bias", f"{leaf}.{short}_bias", (c,), layer=i)
+        for linear, (d_in, d_out) in t.linear_shapes.items():
+            full = f"{name}.{'self_attn' if linear in 'qkvo' else 'mlp'}.{linear}_proj"
+            put(f"{full}.weight", f"{leaf}.{linear}", (d_out, d_in), permutation=(1, 0), layer=i)
+            if linear in t.biases:
+                put(f"{full}.bias", f"{leaf}.{linear}_bias", (d_out,), layer=i)
 
 
 def never_run(name: str, config: VlmConfig) -> bool:

@@ -1,7 +1,7 @@
 """Llama decoder (Touvron et al., 2023, arXiv 2302.13971) and its kin (Mistral, Qwen2) with LoRA and a KV cache.
 
-Layers are stacked and scanned. q/k/v share one kernel [C, KV, H/KV + 2, head_dim], grouped by key-value head so that
-it shards over KV; gate/up share [C, 2, F].
+Layers are stacked and scanned. Every linear is a kernel [d_in, d_out] of its own: fusing those of one input was slower
+on CPU, where taking the parts out again costs more than the larger product saves (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from pilot_jax.models.attention import MASKED, attention
 from pilot_jax.models.config import RopeConfig, TextConfig
 from pilot_jax.models.lora import lora_deltas
-
-MASKED = -1e30  # finite, so that a row with no visible key gives uniform weights instead of NaN
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
@@ -34,17 +33,23 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def rope_tables(config: TextConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, L, head_dim/2] for positions [B, L]; float32, since angles at large positions need it."""
+    """cos and sin, float32 [B, 1, L, head_dim], of positions [B, L]; angles at large positions need float32."""
     angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config.rope, config.head_dim)
-    return jnp.cos(angles), jnp.sin(angles)
+    return tuple(jnp.concatenate([f(angles)] * 2, axis=-1)[:, None] for f in (jnp.cos, jnp.sin))
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate x [B, L, ..., head_dim] by half-split pairs (Hugging Face's layout)."""
-    shape = (*cos.shape[:2], *(1,) * (x.ndim - 3), cos.shape[-1])
-    cos, sin = cos.reshape(shape), sin.reshape(shape)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    """Rotate x [B, H, L, head_dim] by half-split pairs (Hugging Face's layout).
+
+    The swap of halves is a product with a signed permutation: exact, and on CPU much cheaper than a concatenation.
+    """
+    half = x.shape[-1] // 2
+    swap = np.zeros((2 * half, 2 * half), np.float32)
+    swap[range(half, 2 * half), range(half)] = -1  # (x·swap)[i] = −x[i + half]
+    swap[range(half), range(half, 2 * half)] = 1
+    swapped = jnp.matmul(x, swap.astype(x.dtype), precision=jax.lax.Precision.HIGHEST,
+                         preferred_element_type=jnp.float32)
+    return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -54,67 +59,52 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 class DecoderBlock(nn.Module):
-    """x [B, L, C]; cache {"k","v": [B, S, KV, head_dim]} or None; masks [B, L, S] bool, True = visible.
+    """x [B, L, C]; cache {"k","v": [B, KV, S, head_dim]} or None; biases float32 [B, L, S], 0 or MASKED.
 
-    `masks` are (everything before, what the sliding window leaves); `windowed` picks one where layers differ.
+    `biases` are (everything before, what the sliding window leaves); `windowed` picks one where layers differ.
     """
 
     config: TextConfig
     lora_scale: float
 
-    def _weight(self, name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-        return self.param(name, nn.initializers.normal(0.02), shape).astype(dtype)
-
-    def _bias(self, name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-        return self.param(name, nn.initializers.zeros, shape).astype(dtype)
+    def _linears(self, x: jax.Array, names: tuple[str, ...], lora: dict | None) -> list[jax.Array]:
+        """x·W (+ bias) (+ scale·x·Aᵀ·Bᵀ) of every linear in `names`; x [B·L, d_in]."""
+        outs = []
+        for name in names:
+            y = x @ self.param(name, nn.initializers.normal(0.02), self.config.linear_shapes[name]).astype(x.dtype)
+            if name in self.config.biases:
+                y = y + self.param(f"{name}_bias", nn.initializers.zeros, y.shape[-1:]).astype(x.dtype)
+            outs.append(y)
+        if lora is None:
+            return outs
+        return [y + d for y, d in zip(outs, lora_deltas(x, lora, names, self.lora_scale), strict=True)]
 
     @nn.compact
-    def __call__(self, x, cache, windowed, cos, sin, masks, slot):
-        c, (batch, length, _) = self.config, x.shape
-        kv, groups, hd, wide = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim, c.intermediate_size
+    def __call__(self, x, cache, windowed, cos, sin, biases, slot):
+        c, (batch, length, width) = self.config, x.shape
+        kv, groups, hd = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
         lora = {n: self.get_variable("lora", n) for n in c.linear_shapes} if self.has_variable("lora", "q") else None
+        x = x.reshape(batch * length, width)  # every linear sees one matrix of tokens
 
-        h = rms_norm(x, self.param("norm1", nn.initializers.ones, (c.hidden_size,)), c.rms_norm_eps)
-        qkv = jnp.einsum("blc,ckgd->blkgd", h, self._weight("qkv", (c.hidden_size, kv, groups + 2, hd), x.dtype))
-        if "q" in c.biases:
-            qkv = qkv + self._bias("qkv_bias", (kv, groups + 2, hd), x.dtype)
-        if lora:
-            dq, dk, dv = lora_deltas(h, lora, ("q", "k", "v"), self.lora_scale)
-            one_each = (batch, length, kv, 1, hd)
-            qkv = qkv + jnp.concatenate(
-                [dq.reshape(batch, length, kv, groups, hd), dk.reshape(one_each), dv.reshape(one_each)], axis=3)
-        rotated = apply_rope(qkv[:, :, :, : groups + 1], cos, sin)
-        q, k, v = rotated[:, :, :, :groups], rotated[:, :, :, groups], qkv[:, :, :, groups + 1]
+        def heads(y: jax.Array, count: int) -> jax.Array:
+            return y.reshape(batch, length, count, hd).transpose(0, 2, 1, 3)
+
+        h = rms_norm(x, self.param("norm1", nn.initializers.ones, (width,)), c.rms_norm_eps)
+        q, k, v = self._linears(h, ("q", "k", "v"), lora)
+        q, k = apply_rope(heads(q, kv * groups), cos, sin), apply_rope(heads(k, kv), cos, sin)
+        q, v = q.reshape(batch, kv, groups, length, hd), heads(v, kv)
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k, slot, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v, slot, axis=1)
+            k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k, slot, axis=2)
+            v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v, slot, axis=2)
             cache = {"k": k, "v": v}
-        mask = masks[0] if len(masks) == 1 else jnp.where(windowed, masks[1], masks[0])
-        scores = jnp.einsum("blkgd,bskd->bkgls", q, k, preferred_element_type=jnp.float32) * hd**-0.5
-        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(x.dtype)
-        attended = jnp.einsum("bkgls,bskd->blkgd", weights, v).reshape(batch, length, kv * groups * hd)
-        out = attended @ self._weight("o", (kv * groups * hd, c.hidden_size), x.dtype)
-        if "o" in c.biases:
-            out = out + self._bias("o_bias", (c.hidden_size,), x.dtype)
-        if lora:
-            out = out + lora_deltas(attended, lora, ("o",), self.lora_scale)[0]
-        x = x + out
+        bias = biases[0] if len(biases) == 1 else jnp.where(windowed, biases[1], biases[0])
+        attended = attention(q, k, v, bias).transpose(0, 3, 1, 2, 4).reshape(batch * length, kv * groups * hd)
+        x = x + self._linears(attended, ("o",), lora)[0]
 
-        h = rms_norm(x, self.param("norm2", nn.initializers.ones, (c.hidden_size,)), c.rms_norm_eps)
-        gate_up = jnp.einsum("blc,cnf->blnf", h, self._weight("gate_up", (c.hidden_size, 2, wide), x.dtype))
-        if "gate" in c.biases:
-            gate_up = gate_up + self._bias("gate_up_bias", (2, wide), x.dtype)
-        gate, up = gate_up[:, :, 0], gate_up[:, :, 1]
-        if lora:
-            d_gate, d_up = lora_deltas(h, lora, ("gate", "up"), self.lora_scale)
-            gate, up = gate + d_gate, up + d_up
-        inner = jax.nn.silu(gate) * up
-        out = inner @ self._weight("down", (wide, c.hidden_size), x.dtype)
-        if "down" in c.biases:
-            out = out + self._bias("down_bias", (c.hidden_size,), x.dtype)
-        if lora:
-            out = out + lora_deltas(inner, lora, ("down",), self.lora_scale)[0]
-        return x + out, cache
+        h = rms_norm(x, self.param("norm2", nn.initializers.ones, (width,)), c.rms_norm_eps)
+        gate, up = self._linears(h, ("gate", "up"), lora)
+        x = x + self._linears(jax.nn.silu(gate) * up, ("down",), lora)[0]
+        return x.reshape(batch, length, width), cache
 
 
 class Decoder(nn.Module):
@@ -149,18 +139,19 @@ class Decoder(nn.Module):
         """Final normed states [B, L, C] and the updated cache.
 
         positions [B, L] are RoPE positions; mask [B, L, S] says which of the S keys a query sees. With a cache
-        ({"k","v": [layers, B, S, KV, head_dim]}) the L new keys are written at `slot`, and key_positions [B, S] say
+        ({"k","v": [layers, B, KV, S, head_dim]}) the L new keys are written at `slot`, and key_positions [B, S] say
         where its keys stand, for the sliding window; without one they are `positions`.
         """
         c = self.config
         cos, sin = rope_tables(c, positions)
-        masks = (mask,)
+        masks = [mask]
         if c.sliding_window is not None:
             keys = positions if key_positions is None else key_positions
             near = mask & (positions[:, :, None] - keys[:, None, :] < c.sliding_window)
-            masks = (near,) if all(c.sliding_layers) else (mask, near)
+            masks = [near] if all(c.sliding_layers) else [mask, near]
         windowed = jnp.asarray(c.sliding_layers or (False,) * c.num_layers)
-        x, cache = self.layers(x, cache, windowed, cos, sin, masks, slot)
+        biases = tuple(jnp.where(m, 0.0, MASKED) for m in masks)
+        x, cache = self.layers(x, cache, windowed, cos, sin, biases, slot)
         return rms_norm(x, self.norm, c.rms_norm_eps), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -170,6 +161,6 @@ class Decoder(nn.Module):
 
 
 def empty_cache(config: TextConfig, batch: int, slots: int, dtype: jnp.dtype) -> dict:
-    """Zeros {"k","v": [layers, B, slots, KV, head_dim]}."""
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    """Zeros {"k","v": [layers, B, KV, slots, head_dim]}."""
+    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}

@@ -28,13 +28,44 @@ def init_lora(key: jax.Array, config: TextConfig, rank: int) -> dict:
     return {"layers": layers}
 
 
+@jax.custom_vjp
+def low_rank(x: jax.Array, a: jax.Array, bs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """x [T, d_in], A of all targets [ΣR, d_in], Bᵀ of each [R_i, d_out_i] → x·Aᵀ·Bᵀ of each, [T, d_out_i].
+
+    Its gradient rule puts the small operand first in every product over tokens. Autodiff puts the wide one first, and
+    XLA's CPU backend then turns all of it round in memory.
+    """
+    return _forward(x, a, bs)[0]
+
+
+def _forward(x, a, bs):
+    u = x @ a.T
+    outs, start = [], 0
+    for b in bs:
+        outs.append(u[:, start:start + len(b)] @ b)
+        start += len(b)
+    return tuple(outs), (x, u, a, bs)
+
+
+def _backward(saved, gs):
+    x, u, a, bs = saved
+    over_tokens = (((0,), (0,)), ((), ()))
+    gu = jnp.concatenate([g @ b.T for g, b in zip(gs, bs, strict=True)], axis=-1)
+    dbs, start = [], 0
+    for g, b in zip(gs, bs, strict=True):
+        dbs.append(jax.lax.dot_general(u[:, start:start + len(b)], g, over_tokens))
+        start += len(b)
+    return gu @ a, jax.lax.dot_general(gu, x, over_tokens), tuple(dbs)
+
+
+low_rank.defvjp(_forward, _backward)
+
+
 def lora_deltas(x: jax.Array, adapters: Mapping[str, Mapping[str, jax.Array]], names: tuple[str, ...],
-                scale: float) -> list[jax.Array]:
-    """scale·x·Aᵀ·Bᵀ for every target in `names`, which all read the same x [..., d_in]; one [..., d_out] each.
+                scale: float) -> tuple[jax.Array, ...]:
+    """scale·x·Aᵀ·Bᵀ for every target in `names`, which all read the same x [T, d_in]; one [T, d_out] each.
 
     The A of same-input targets are concatenated so that x is read once. BA is never formed.
     """
     a = jnp.concatenate([adapters[n]["a"] for n in names]).astype(x.dtype)  # [len(names)·R, d_in]
-    low = jnp.einsum("...i,ri->...r", x, a) * scale
-    lows = jnp.split(low, len(names), axis=-1)
-    return [jnp.einsum("...r,or->...o", u, adapters[n]["b"].astype(x.dtype)) for n, u in zip(names, lows, strict=True)]
+    return low_rank(x, a, tuple((adapters[n]["b"].T * scale).astype(x.dtype) for n in names))

@@ -104,7 +104,7 @@ class Vlm(nn.Module):
         The cache has S ≥ L slots; slots ≥ L are for tokens to come and stay masked here.
         """
         x, _ = self.embed(input_ids, features, stage, task_index)
-        spare = cache["k"].shape[2] - input_ids.shape[1]
+        spare = cache["k"].shape[3] - input_ids.shape[1]
         mask = jnp.pad(causal_mask(attention_mask), ((0, 0), (0, 0), (0, spare)))
         positions = positions_of(attention_mask)
         hidden, cache = self.decoder.hidden(x, positions, mask, cache, 0, jnp.pad(positions, ((0, 0), (0, spare))))
