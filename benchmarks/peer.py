@@ -50,7 +50,9 @@ def prepared(steps: int):
 class JaxWorker:
     def __init__(self, steps: int, work: str, share: slice, tuned: bool) -> None:
         from pilot_jax.federation import rounds
+        from pilot_jax.federation.sharding import split_cpu
 
+        split_cpu(None)  # as `pilot-jax run` does
         self.rounds = rounds
         self.fed, self.adapters = prepared(steps)
 

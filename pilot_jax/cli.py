@@ -31,10 +31,12 @@ def run(config: ConfigPath, overrides: Overrides = None,
     import time
 
     from pilot_jax.config import load_config
+    from pilot_jax.federation.sharding import split_cpu
     from pilot_jax.federation.simulation import Federation, simulate, total_client_steps
     from pilot_jax.metrics import ProgressDisplay
 
     settings = load_config(config, overrides)
+    split_cpu(settings.system.client_devices)
     folder = out or Path("runs") / f"{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     displays: list[ProgressDisplay] = []
 

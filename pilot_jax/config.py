@@ -150,7 +150,13 @@ class MeshConfig(_Section):
 
 class SystemConfig(_Section):
     seed: int = Field(0, ge=0, description="of initialisation, sampling and batch order")
-    client_chunk: int = Field(3, ge=1, description="clients trained at once")
+    client_chunk: int = Field(3, ge=1, description="clients trained at once on each device")
+    client_devices: int | None = Field(
+        None, ge=1, description="devices that train clients side by side; default: on CPU one per core (with a base "
+        "under 0.5 GB, and if JAX has not started), else 1")
+    length_spread: float = Field(
+        1.2, ge=1, description="clients whose longest samples differ by up to this factor share one program: a smaller "
+        "one pads less and compiles more")
     mesh: MeshConfig = Field(MeshConfig(), description="device mesh; for `plan` only as yet: `run` uses one device")
     unroll: int = Field(4, ge=1, description="decoder layers unrolled in the scan: faster on CPU, longer to compile")
     compilation_cache: str | None = Field(None, description="folder for compiled programs; default: none")

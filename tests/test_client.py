@@ -91,7 +91,7 @@ def readable_update(fed, adapters, client, stage, label):
 # agree at every entry. At the usual ε = 1e-8 an entry whose true gradient is 0 is moved by its rounding alone, as much
 # as the rate, here and in the loop: nothing could agree there.
 OPTIMIZERS = {
-    "sgd": {"optimizer": "sgd", "lr_connector": 0.05, "lr_lora_stage1": 0.05, "lr_lora_stage2": 0.05},
+    "sgd": {"optimizer": "sgd", "lr_connector": 0.02, "lr_lora_stage1": 0.02, "lr_lora_stage2": 0.02},
     "adamw": {"adam_epsilon": 1e-3},
 }
 

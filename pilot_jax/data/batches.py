@@ -61,6 +61,22 @@ def training_length(encoded: list[Encoded]) -> tuple[int, int]:
             _round_up(max((int(e.supervised.sum()) for e in encoded), default=4), 4))
 
 
+def bucket_shapes(longest: dict[str, tuple[int, int]], spread: float) -> dict[str, tuple[int, int]]:
+    """(L, A) of each client's arrays from its own longest: those of its bucket.
+
+    Going up from the shortest client, a bucket takes in lengths up to `spread` times its first: with 1.2, lengths from
+    64 to 2,048 make at most twenty buckets, two or three as tasks usually are.
+    """
+    out, bucket = {}, []
+    for name in sorted(longest, key=lambda n: (longest[n][0], n)):
+        if bucket and longest[name][0] > spread * longest[bucket[0]][0]:
+            bucket = []
+        bucket.append(name)
+        shared = (longest[name][0], max(longest[n][1] for n in bucket))
+        out |= dict.fromkeys(bucket, shared)
+    return out
+
+
 def _training_arrays(encoded: list[Encoded], features: np.ndarray, has_image: np.ndarray, length: int,
                      answers: int) -> dict[str, np.ndarray]:
     n = len(encoded)
@@ -127,8 +143,10 @@ def encode_samples(model: PretrainedModel, tokenizer, samples: list[Sample], dat
     return encoded
 
 
-def build_clients(model: PretrainedModel, tokenizer, samples: list[Sample], data: DataConfig) -> list[ClientData]:
-    """Every client's data, ordered by client name. All clients share L and A, so one program trains them all.
+def build_clients(model: PretrainedModel, tokenizer, samples: list[Sample], data: DataConfig,
+                  length_spread: float) -> list[ClientData]:
+    """Every client's data, ordered by client name. Clients of like lengths share L and A, so that few programs train
+    them all and none is padded far.
 
     Raises:
         InputError: a client without training samples or with several tasks; a sample that is too long or has
@@ -141,15 +159,16 @@ def build_clients(model: PretrainedModel, tokenizer, samples: list[Sample], data
     asked = dict(zip(asked_rows, encode_prompts(model, tokenizer, [samples[i] for i in asked_rows], data),
                      strict=True))
     features = image_features(model, samples, data.image_fit)
-    length, answers = training_length(list(encoded.values()))
     prompt_length = _round_up(max((len(ids) for ids in asked.values()), default=8), 8)
 
     rows_of: dict[str, list[int]] = {}
     for i, sample in enumerate(samples):
         rows_of.setdefault(sample.client, []).append(i)
+    shapes = bucket_shapes({name: training_length([encoded[i] for i in rows if i in encoded])
+                            for name, rows in rows_of.items()}, length_spread)
     clients = []
     for name in sorted(rows_of):
-        rows = rows_of[name]
+        rows, (length, answers) = rows_of[name], shapes[name]
         tasks = sorted({samples[i].task for i in rows})
         if len(tasks) != 1:
             raise InputError(f"client {name!r} has samples of several tasks ({', '.join(tasks)}). "

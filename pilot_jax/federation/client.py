@@ -1,4 +1,4 @@
-"""The local update: one compiled program per phase for a chunk of clients; `lax.scan` over steps."""
+"""The local update: one compiled program per phase for a chunk of clients, all its steps in one loop."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from pilot_jax.config import TrainConfig
 from pilot_jax.federation.objectives import stage_loss
@@ -72,8 +73,23 @@ def client_loss(phase: Phase, base: Mapping, trained: Mapping, frozen: Mapping, 
     return stage_loss(logits, aux, batch, phase.stage, phase.train)
 
 
-@partial(jax.jit, static_argnames=("phase",))
+@partial(jax.jit, static_argnames=("phase", "mesh"))
 def local_update(phase: Phase, base: Mapping, adapters: Mapping, received: Mapping, data: Mapping, order: jax.Array,
+                 real: jax.Array, steps: jax.Array, task_index: jax.Array,
+                 mesh: jax.sharding.Mesh | None = None) -> tuple[dict, dict]:
+    """`_local_update`, the chunk's clients dealt to the devices of `mesh` (axis "clients"), if there is one.
+
+    Clients need nothing of each other, so the devices do not communicate.
+    """
+    update = partial(_local_update, phase)
+    if mesh is not None:
+        own, all_ = PartitionSpec("clients"), PartitionSpec()
+        update = jax.shard_map(update, mesh=mesh, in_specs=(all_, own, all_, own, own, own, own, own),
+                               out_specs=own, check_vma=False)
+    return update(base, adapters, received, data, order, real, steps, task_index)
+
+
+def _local_update(phase: Phase, base: Mapping, adapters: Mapping, received: Mapping, data: Mapping, order: jax.Array,
                  real: jax.Array, steps: jax.Array, task_index: jax.Array) -> tuple[dict, dict]:
     """Train a chunk of k clients for one phase.
 
@@ -105,10 +121,9 @@ def local_update(phase: Phase, base: Mapping, adapters: Mapping, received: Mappi
     _frozen_received = {n: t for n, t in frozen.items() if n in received}
     grad = jax.grad(total_loss, has_aux=True)
 
-    def step(carry, scanned):
+    def step(index, carry):
         trained, state, sums = carry
-        index, rows, real = scanned
-        batch = jax.vmap(gather_batch)(data, rows, real)
+        batch = jax.vmap(gather_batch)(data, order[:, index], real[:, index])
         grads, terms = grad(trained, batch)
         updates, new_state = update(grads, state, trained, steps)
         active = index < steps  # [k]
@@ -120,12 +135,12 @@ def local_update(phase: Phase, base: Mapping, adapters: Mapping, received: Mappi
         new_state = jax.tree.map(keep, new_state, state)
         sums = {n: sums[n] + jnp.where(active, terms[n], 0.0) for n in terms} | {
             "last_loss": keep(terms["loss"], sums["last_loss"])}
-        return (new_trained, new_state, sums), None
+        return new_trained, new_state, sums
 
     shapes = jax.eval_shape(lambda: grad(trained, jax.vmap(gather_batch)(data, order[:, 0], real[:, 0]))[1])
     sums = {name: jnp.zeros(len(steps)) for name in [*shapes, "last_loss"]}
-    scanned = (jnp.arange(order.shape[1]), order.swapaxes(0, 1), real.swapaxes(0, 1))
-    (trained, _, sums), _ = jax.lax.scan(step, (trained, init(trained, steps), sums), scanned)
+    # As many steps as the chunk's longest client has, not as the arrays have room for.
+    trained, _, sums = jax.lax.fori_loop(0, jnp.max(steps), step, (trained, init(trained, steps), sums))
     count = jnp.maximum(steps, 1)
     metrics = {name: value if name == "last_loss" else value / count for name, value in sums.items()}
     return {**adapters, **trained}, metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pilot_jax.config import Config
 from pilot_jax.data.batches import ClientData, num_steps, visiting_order
@@ -22,6 +24,21 @@ from pilot_jax.federation.strategies.base import Strategy
 from pilot_jax.models.pretrained import PretrainedModel
 
 
+def client_devices(wanted: int | None, base: Mapping[str, Any]) -> int:
+    """How many devices train clients side by side.
+
+    By default, on CPU, all there are, as long as a copy of the base for each is small change; elsewhere one.
+    """
+    there = jax.device_count()
+    if wanted is not None:
+        if wanted > there:
+            raise InputError(f"system.client_devices: {wanted} asked for, {there} there. Lower it; on CPU, `run` makes "
+                             "as many as there are cores before JAX starts.")
+        return wanted
+    small = sum(leaf.nbytes for leaf in jax.tree.leaves(base)) < 500e6
+    return there if jax.default_backend() == "cpu" and small else 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Federation:
     """What does not change during a run."""
@@ -31,6 +48,16 @@ class Federation:
     model: PretrainedModel
     clients: tuple[ClientData, ...]  # ordered by name; a client's index is its id in mixing
     tasks: tuple[str, ...]  # global task order
+
+    @functools.cached_property
+    def training(self) -> tuple[jax.sharding.Mesh | None, dict[str, Any]]:
+        """The devices that train clients side by side (None: one), and the base as they see it."""
+        count = client_devices(self.config.system.client_devices, self.model.base)
+        if count == 1:
+            return None, self.model.base
+        mesh = jax.make_mesh((count,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,),
+                             devices=jax.devices()[:count])
+        return mesh, jax.device_put(self.model.base, NamedSharding(mesh, PartitionSpec()))
 
     def task_index(self, client: int) -> int:
         return self.tasks.index(self.clients[client].task)
@@ -104,6 +131,15 @@ def _chunk_inputs(fed: Federation, members: list[int], round_: int, label: str, 
     }
 
 
+def chunks(fed: Federation, members: list[int], width: int) -> list[list[int]]:
+    """`members` in groups of at most `width` clients whose arrays have one shape: one program trains a group."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for client in members:
+        train = fed.clients[client].train
+        by_shape.setdefault((train["input_ids"].shape[1], train["target_ids"].shape[1]), []).append(client)
+    return [group[i:i + width] for _, group in sorted(by_shape.items()) for i in range(0, len(group), width)]
+
+
 def train_phase(fed: Federation, adapters: Mapping[int, dict], round_: int, stage: str, label: str,
                 progress: Callable[[dict], None]) -> tuple[dict[int, dict], list[dict]]:
     """Local updates of the clients in `adapters`, chunk by chunk. Returns their new adapters and metric records."""
@@ -112,28 +148,28 @@ def train_phase(fed: Federation, adapters: Mapping[int, dict], round_: int, stag
     phase = Phase(fed.model.module, roles, stage, train)
     sizes = [c.size for c in fed.clients]
     shapes = (max(sizes), max(num_steps(n, train.batch_size, f.local_epochs, f.local_steps) for n in sizes))
-    width = min(fed.config.system.client_chunk, len(fed.clients))
+    mesh, base = fed.training
+    devices = 1 if mesh is None else mesh.size
+    width = devices * min(fed.config.system.client_chunk, -(-len(fed.clients) // devices))
     received = roles.names(scope="received")
     everyone = sorted(adapters)
-    trained, records, done = {}, [], 0
-    for start in range(0, len(everyone), width):
-        members = everyone[start:start + width]
+    trained, records, done = {}, {}, 0
+    for members in chunks(fed, everyone, width):
         inputs = _chunk_inputs(fed, members, round_, label, shapes, width)
         first = adapters[members[0]]
         padded = members + members[:1] * (width - len(members))
         own = stack([{n: t for n, t in adapters[c].items() if n not in received} for c in padded])
-        new, metrics = local_update(phase, fed.model.base, own, {n: first[n] for n in received}, **inputs)
+        new, metrics = local_update(phase, base, own, {n: first[n] for n in received}, **inputs, mesh=mesh)
         new, metrics = to_host(new), to_host(metrics)
         for k, client in enumerate(members):
             trained[client] = {**adapters[client], **row(new, k)}
             record = {"round": round_, "phase": label, "client": fed.clients[client].name,
                       "task": fed.clients[client].task, "step": int(inputs["steps"][k])}
-            records.append(record | {name: float(value[k]) for name, value in metrics.items()})
-            done += int(inputs["steps"][k])
-        progress({"kind": "chunk", "round": round_, "phase": label, "clients": min(start + width, len(everyone)),
-                  "of": len(everyone), "steps": done,
-                  "loss": float(np.mean([r["last_loss"] for r in records[-len(members):]]))})
-    return trained, records
+            records[client] = record | {name: float(value[k]) for name, value in metrics.items()}
+        done += int(inputs["steps"].sum())
+        progress({"kind": "chunk", "round": round_, "phase": label, "clients": len(trained), "of": len(everyone),
+                  "steps": done, "loss": float(np.mean([records[c]["last_loss"] for c in members]))})
+    return trained, [records[c] for c in everyone]
 
 
 def _check_uploads(fed: Federation, uploads: Mapping[str, Any], members: list[int], label: str) -> None:

@@ -93,7 +93,7 @@ def prepare(config: Config, strategy: Strategy | None = None) -> tuple[Federatio
         model = load_from_parts(**config.model.parts.model_dump(), **options)
     tokenizer = model.tokenizer()
     stop_tokens(tokenizer, config.data.template)  # refuses a template the tokenizer cannot end
-    clients = build_clients(model, tokenizer, samples, config.data)
+    clients = build_clients(model, tokenizer, samples, config.data, config.system.length_spread)
     strategy = strategy or make_strategy(config.strategy, config.federation.schedule)
     return Federation(config, strategy, model, tuple(clients), tuple(tasks)), tokenizer
 

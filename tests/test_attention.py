@@ -1,0 +1,119 @@
+"""The gradient rules written by hand against autodiff through the plain formulas, and buckets, chunks and devices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pilot_jax.data.batches import bucket_shapes
+from pilot_jax.models.attention import MASKED, attention
+from pilot_jax.models.llama import apply_rope
+from pilot_jax.models.lora import low_rank
+
+
+def close(ours, plain):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def plain_attention(q, k, v, bias):
+    scores = jnp.einsum("bkgld,bksd->bkgls", q, k) * q.shape[-1]**-0.5 + bias[:, None, None]
+    return jnp.einsum("bkgls,bksd->bkgld", jax.nn.softmax(scores, axis=-1), v)
+
+
+@pytest.mark.parametrize("clients", [None, 3])
+@pytest.mark.parametrize("shape", [(2, 2, 1, 7, 7, 4), (2, 1, 3, 5, 9, 8), (1, 2, 2, 1, 6, 4)])
+def test_attention_and_its_gradient(shape, clients):
+    """(B, KV, G, L, S, hd), alone and vmapped over clients; one row sees nothing, scores go up to ±60."""
+    batch, kv, groups, length, slots, width = shape
+    rng = np.random.default_rng(0)
+    lead = () if clients is None else (clients,)
+    q, k, v, g = (jnp.asarray(rng.normal(size=(*lead, *s)) * scale, jnp.float32) for s, scale in (
+        ((batch, kv, groups, length, width), 6.0), ((batch, kv, slots, width), 6.0), ((batch, kv, slots, width), 1.0),
+        ((batch, kv, groups, length, width), 1.0)))
+    seen = rng.random((batch, length, slots)) < 0.6
+    seen[0, 0] = False
+    bias = jnp.where(jnp.asarray(seen), 0.0, MASKED)
+
+    def both(function):
+        def run(q, k, v, g):
+            out, vjp = jax.vjp(lambda q, k, v: function(q, k, v, bias), q, k, v)
+            return out, vjp(g)
+
+        return (run if clients is None else jax.vmap(run))(q, k, v, g)
+
+    close(both(attention), both(plain_attention))
+
+
+@pytest.mark.parametrize("clients", [None, 3])
+def test_low_rank_and_its_gradient(clients):
+    rng = np.random.default_rng(0)
+    lead = () if clients is None else (clients,)
+    x, a, b1, b2, g1, g2 = (jnp.asarray(rng.normal(size=(*lead, *s)), jnp.float32)
+                            for s in ((10, 6), (5, 6), (2, 7), (3, 4), (10, 7), (10, 4)))
+
+    def both(function):
+        def run(x, a, b1, b2, g1, g2):
+            out, vjp = jax.vjp(lambda x, a, b1, b2: function(x, a, (b1, b2)), x, a, b1, b2)
+            return out, vjp((g1, g2))
+
+        return (run if clients is None else jax.vmap(run))(x, a, b1, b2, g1, g2)
+
+    close(both(low_rank), both(lambda x, a, bs: (x @ a[:2].T @ bs[0], x @ a[2:].T @ bs[1])))
+
+
+def test_rope_is_a_rotation_of_pairs():
+    """Against complex multiplication in float64: pair (i, i + d/2) times exp(iθ)."""
+    rng = np.random.default_rng(0)
+    x, angles = rng.normal(size=(2, 3, 5, 8)), rng.normal(size=(2, 1, 5, 4)) * 100
+    pairs = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)
+    tables = (jnp.asarray(np.concatenate([f(angles)] * 2, -1), jnp.float32) for f in (np.cos, np.sin))
+    ours = apply_rope(jnp.asarray(x, jnp.float32), *tables)
+    np.testing.assert_allclose(ours, np.concatenate([pairs.real, pairs.imag], -1), atol=1e-5)
+
+
+def test_buckets_pad_little_and_are_few():
+    shapes = bucket_shapes({"a": (64, 12), "b": (72, 8), "c": (80, 28), "d": (64, 16), "e": (640, 4)}, 1.2)
+    assert shapes == {"a": (72, 16), "d": (72, 16), "b": (72, 16), "c": (80, 28), "e": (640, 4)}
+    many = bucket_shapes({str(n): (n, 4) for n in range(64, 2049, 8)}, 1.2)
+    assert len(set(many.values())) <= 20
+    assert all(many[str(n)][0] >= n and many[str(n)][0] <= 1.2 * n for n in range(64, 2049, 8))
+
+
+DEVICES = """
+import sys
+sys.path.insert(0, "tests")
+from conftest import small_config
+from pilot_jax.federation.sharding import split_cpu
+split_cpu(int(sys.argv[1]))
+import jax, numpy as np
+from pilot_jax.federation import rounds, simulation
+# No length_spread of 4 here: two buckets, one of three clients and one of six.
+fed, _ = simulation.prepare(small_config(system={"client_chunk": 2, "length_spread": 1.2}, train={"adam_epsilon": 1e-3}))
+adapters = simulation.initial_adapters(fed)
+after, _ = rounds.train_phase(fed, dict.fromkeys(range(9), adapters), 1, "stage2", "stage2", lambda event: None)
+np.savez(sys.argv[2], *[np.asarray(x) for c in sorted(after) for x in jax.tree.leaves(after[c])])
+print(jax.device_count(), 1 if fed.training[0] is None else fed.training[0].size)
+"""
+
+
+def test_devices_change_nothing(tmp_path):
+    """Nine clients on one and on four CPU devices, which divide neither bucket: adapters ≤ 1e-5."""
+    results = {}
+    for count in (1, 4):
+        env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+        done = subprocess.run([sys.executable, "-c", DEVICES, str(count), tmp_path / f"{count}.npz"],
+                              capture_output=True, text=True, env=env, check=True,
+                              cwd=os.path.dirname(os.path.dirname(__file__)))
+        assert done.stdout.split() == [str(count)] * 2
+        with np.load(tmp_path / f"{count}.npz") as arrays:
+            results[count] = [arrays[n] for n in arrays.files]
+    assert len(results[1]) == len(results[4]) > 9
+    for a, b in zip(results[4], results[1], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
