@@ -95,7 +95,8 @@ split_cpu(int(sys.argv[1]))
 import jax, numpy as np
 from pilot_jax.federation import rounds, simulation
 # No length_spread of 4 here: two buckets, one of three clients and one of six.
-fed, _ = simulation.prepare(small_config(system={"client_chunk": 2, "length_spread": 1.2}, train={"adam_epsilon": 1e-3}))
+system = {"client_chunk": 2, "length_spread": 1.2}
+fed, _ = simulation.prepare(small_config(system=system, train={"adam_epsilon": 1e-3}))
 adapters = simulation.initial_adapters(fed)
 after, _ = rounds.train_phase(fed, dict.fromkeys(range(9), adapters), 1, "stage2", "stage2", lambda event: None)
 np.savez(sys.argv[2], *[np.asarray(x) for c in sorted(after) for x in jax.tree.leaves(after[c])])
