@@ -57,7 +57,9 @@ def split_cpu(count: int | None) -> None:
     # Whatever the reason: JAX has started, or XLA_FLAGS settle it already.
     with contextlib.suppress(RuntimeError, ValueError):
         if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-            jax.config.update("jax_num_cpu_devices", count or len(os.sched_getaffinity(0)))
+            # macOS and Windows have no affinity; there every core counts.
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            jax.config.update("jax_num_cpu_devices", count or cores)
 
 
 def make_mesh(mesh: MeshConfig) -> jax.sharding.Mesh:

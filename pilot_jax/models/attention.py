@@ -1,7 +1,7 @@
 """Softmax attention that keeps one [L, S] array for its gradient, and transposes none.
 
 Equal to autodiff through `softmax(q·kᵀ/√d + bias)·v` (tests/test_attention.py). On CPU autodiff's version passes over
-the scores about nine times and copies them into other layouts for three of its products; this one passes three times.
+the scores more often and copies them into other layouts for some of its products.
 """
 
 from __future__ import annotations
