@@ -35,6 +35,16 @@ def torch_logits(model, ids, mask, pixels):
                      pixel_values=None if pixels is None else torch.tensor(pixels)).logits.numpy()
 
 
+def check_greedy_tokens(reference, model, ids, mask, pixels):
+    """20 greedy tokens equal transformers' own."""
+    with torch.no_grad():
+        tokens = reference.generate(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask),
+                                    pixel_values=torch.tensor(pixels), max_new_tokens=20, do_sample=False,
+                                    eos_token_id=63, pad_token_id=63)[:, ids.shape[1]:].numpy()
+    ours = model.generate(ids, mask, pixels, max_new_tokens=20, eos_id=63)
+    np.testing.assert_array_equal(ours[:, :tokens.shape[1]], tokens)
+
+
 CASES = {
     "default": {},
     "full features keep CLS": {"vision_feature_select_strategy": "full"},
@@ -79,12 +89,7 @@ def test_llava_logits_and_greedy_tokens(tmp_path, name):
     expected = torch_logits(reference, ids, mask, pixels)
     assert np.ptp(expected) > 0.5  # logits that differ, or agreement would mean nothing
     np.testing.assert_allclose(model.logits(ids, mask, pixels), expected, atol=TOLERANCE)
-    with torch.no_grad():
-        tokens = reference.generate(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask),
-                                    pixel_values=torch.tensor(pixels), max_new_tokens=20, do_sample=False,
-                                    eos_token_id=63, pad_token_id=63)[:, ids.shape[1]:].numpy()
-    ours = model.generate(ids, mask, pixels, max_new_tokens=20, eos_id=63)
-    np.testing.assert_array_equal(ours[:, :tokens.shape[1]], tokens)
+    check_greedy_tokens(reference, model, ids, mask, pixels)
 
 
 @pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
@@ -118,12 +123,7 @@ def test_ladder(tmp_path, text, tower):
     np.testing.assert_allclose(block, expected, atol=TOLERANCE)
     np.testing.assert_allclose(model.logits(ids, mask, pixels), torch_logits(reference, ids, mask, pixels),
                                atol=TOLERANCE)
-    with torch.no_grad():
-        tokens = reference.generate(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask),
-                                    pixel_values=torch.tensor(pixels), max_new_tokens=20, do_sample=False,
-                                    eos_token_id=63, pad_token_id=63)[:, ids.shape[1]:].numpy()
-    ours = model.generate(ids, mask, pixels, max_new_tokens=20, eos_id=63)
-    np.testing.assert_array_equal(ours[:, :tokens.shape[1]], tokens)
+    check_greedy_tokens(reference, model, ids, mask, pixels)
 
 
 def test_clip_features(tiny):
