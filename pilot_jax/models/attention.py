@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pilot_jax.models.pointwise import row_sum
+
 MASKED = -1e30  # finite, so that a row with no visible key gives uniform weights instead of NaN
 
 
@@ -43,7 +45,7 @@ def _backward(saved, g):
     q, k, v, weights, share, out, shape = saved
     batch, kv, _, _, width = shape
     g = g.reshape(q.shape) * share  # [B·KV, G·L, hd], float32
-    inner = jnp.sum(g * out, axis=-1, keepdims=True)
+    inner = row_sum(g * out)
     g = g.astype(q.dtype)
     # The small operand comes first where rows are summed over: [hd, S] is turned round afterwards instead of [L, S].
     dv = _dot(g, weights, (1, 1)).swapaxes(1, 2)

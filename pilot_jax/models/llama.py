@@ -14,6 +14,7 @@ from flax import linen as nn
 from pilot_jax.models.attention import MASKED, attention
 from pilot_jax.models.config import RopeConfig, TextConfig
 from pilot_jax.models.lora import lora_deltas
+from pilot_jax.models.pointwise import boundary, rms_norm, swiglu
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
@@ -52,16 +53,21 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+def take_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """x [B, L, C], rows [B, A] → x at those rows, [B, A, C], exactly.
+
+    A product with one-hot rows: its gradient is a product as well, where that of a gather is a scatter, which XLA's
+    CPU backend works through number by number.
+    """
+    picks = jax.nn.one_hot(rows, x.shape[1], dtype=x.dtype)
+    return jnp.einsum("bal,blc->bac", picks, x, precision=jax.lax.Precision.HIGHEST)
 
 
 class DecoderBlock(nn.Module):
     """x [B, L, C]; cache {"k","v": [B, KV, S, head_dim]} or None; biases float32 [B, L, S], 0 or MASKED.
 
     `biases` are (everything before, what the sliding window leaves); `windowed` picks one where layers differ.
+    `rows` [B, A]: positions whose output alone is wanted → [B, A, C]; keys and values are still those of all L.
     """
 
     config: TextConfig
@@ -80,19 +86,28 @@ class DecoderBlock(nn.Module):
         return [y + d for y, d in zip(outs, lora_deltas(x, lora, names, self.lora_scale), strict=True)]
 
     @nn.compact
-    def __call__(self, x, cache, windowed, cos, sin, biases, slot):
+    def __call__(self, x, cache, windowed, cos, sin, biases, slot, rows=None):
         c, (batch, length, width) = self.config, x.shape
         kv, groups, hd = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
         lora = {n: self.get_variable("lora", n) for n in c.linear_shapes} if self.has_variable("lora", "q") else None
-        x = x.reshape(batch * length, width)  # every linear sees one matrix of tokens
 
         def heads(y: jax.Array, count: int) -> jax.Array:
-            return y.reshape(batch, length, count, hd).transpose(0, 2, 1, 3)
+            return y.reshape(batch, -1, count, hd).transpose(0, 2, 1, 3)
 
-        h = rms_norm(x, self.param("norm1", nn.initializers.ones, (width,)), c.rms_norm_eps)
-        q, k, v = self._linears(h, ("q", "k", "v"), lora)
-        q, k = apply_rope(heads(q, kv * groups), cos, sin), apply_rope(heads(k, kv), cos, sin)
+        norm1 = self.param("norm1", nn.initializers.ones, (width,))
+        h = rms_norm(x, norm1, c.rms_norm_eps).reshape(-1, width)  # every linear sees one matrix of tokens
+        if rows is None:
+            q, k, v = self._linears(h, ("q", "k", "v"), lora)
+            q_cos, q_sin = cos, sin
+        else:
+            k, v = self._linears(h, ("k", "v"), lora)
+            x, length = take_rows(x, rows), rows.shape[1]
+            (q,) = self._linears(rms_norm(x, norm1, c.rms_norm_eps).reshape(-1, width), ("q",), lora)
+            q_cos, q_sin = (jnp.take_along_axis(t, rows[:, None, :, None], axis=2) for t in (cos, sin))
+            biases = [jnp.take_along_axis(b, rows[..., None], axis=1) for b in biases]
+        q, k = apply_rope(heads(q, kv * groups), q_cos, q_sin), apply_rope(heads(k, kv), cos, sin)
         q, v = q.reshape(batch, kv, groups, length, hd), heads(v, kv)
+        x = x.reshape(-1, width)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k, slot, axis=2)
             v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v, slot, axis=2)
@@ -103,7 +118,7 @@ class DecoderBlock(nn.Module):
 
         h = rms_norm(x, self.param("norm2", nn.initializers.ones, (width,)), c.rms_norm_eps)
         gate, up = self._linears(h, ("gate", "up"), lora)
-        x = x + self._linears(jax.nn.silu(gate) * up, ("down",), lora)[0]
+        x = x + self._linears(swiglu(gate, up), ("down",), lora)[0]
         return x.reshape(batch, length, width), cache
 
 
@@ -135,8 +150,9 @@ class Decoder(nn.Module):
         return self.embedding.astype(self.dtype)[ids]
 
     def hidden(self, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: dict | None = None,
-               slot: jax.Array | int = 0, key_positions: jax.Array | None = None) -> tuple[jax.Array, dict | None]:
-        """Final normed states [B, L, C] and the updated cache.
+               slot: jax.Array | int = 0, key_positions: jax.Array | None = None,
+               rows: jax.Array | None = None) -> tuple[jax.Array, dict | None]:
+        """Final normed states [B, L, C] and the updated cache; with `rows` [B, A] those positions alone, [B, A, C].
 
         positions [B, L] are RoPE positions; mask [B, L, S] says which of the S keys a query sees. With a cache
         ({"k","v": [layers, B, KV, S, head_dim]}) the L new keys are written at `slot`, and key_positions [B, S] say
@@ -151,8 +167,28 @@ class Decoder(nn.Module):
             masks = [near] if all(c.sliding_layers) else [mask, near]
         windowed = jnp.asarray(c.sliding_layers or (False,) * c.num_layers)
         biases = tuple(jnp.where(m, 0.0, MASKED) for m in masks)
-        x, cache = self.layers(x, cache, windowed, cos, sin, biases, slot)
+        if rows is not None and cache is None and self.unroll >= c.num_layers:
+            x = self._unrolled(x, windowed, cos, sin, biases, rows)
+        else:
+            x, cache = self.layers(x, cache, windowed, cos, sin, biases, slot)
+            x = x if rows is None else take_rows(x, rows)
         return rms_norm(x, self.norm, c.rms_norm_eps), cache
+
+    def _unrolled(self, x, windowed, cos, sin, biases, rows) -> jax.Array:
+        """All blocks, one after another; the last one's queries and MLP at `rows` alone.
+
+        Only without a scan: peeling the last layer off one would copy the stacked weights of all the others.
+        """
+        block = DecoderBlock(self.config, self.lora_scale, parent=None)
+        stacked = {name: self.variables[name]["layers"] for name in ("params", "lora") if name in self.variables}
+        last = self.config.num_layers - 1
+        for i in range(last + 1):
+            def run(weights, x, i=i):
+                return block.apply(weights, x, None, windowed[i], cos, sin, biases, 0, rows if i == last else None)[0]
+
+            weights = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+            x = (jax.checkpoint(run) if self.remat else run)(weights, boundary(x))
+        return x
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., C] → float32 logits [..., V]."""

@@ -93,9 +93,8 @@ class Vlm(nn.Module):
         """
         x, aux = self.embed(batch["input_ids"], batch["features"], stage, task_index)
         mask = batch["attention_mask"]
-        hidden, _ = self.decoder.hidden(x, positions_of(mask), causal_mask(mask))
-        picked = jnp.take_along_axis(hidden, batch["target_positions"][..., None], axis=1)
-        return self.decoder.logits(picked), aux
+        hidden, _ = self.decoder.hidden(x, positions_of(mask), causal_mask(mask), rows=batch["target_positions"])
+        return self.decoder.logits(hidden), aux
 
     def prefill(self, input_ids: jax.Array, attention_mask: jax.Array, features: jax.Array | None, cache: dict,
                 stage: str, task_index: jax.Array | int = 0) -> tuple[jax.Array, dict]:
