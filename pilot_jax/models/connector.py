@@ -28,14 +28,9 @@ def mlp(adapter: Mapping, features: jax.Array) -> jax.Array:
     return x
 
 
-def expert_mlps(stack: Mapping, features: jax.Array) -> jax.Array:
-    """T MLPs on the same input: features [B, N, D], leaves [T, …] → [B, N, T, C]."""
-    first, second = stack["linear_1"], stack["linear_2"]
-    x = jnp.einsum("bnd,tdc->bntc", features, first["kernel"].astype(features.dtype))
-    if "bias" in first:
-        x = x + first["bias"].astype(features.dtype)
-    x = jnp.einsum("bntc,tce->bnte", jax.nn.gelu(x, approximate=False), second["kernel"].astype(features.dtype))
-    return x + second["bias"].astype(features.dtype) if "bias" in second else x
+def expert(stack: Mapping, index: jax.Array) -> Mapping:
+    """Adapter `index` of a stack: leaves [T, …] → […]."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
 
 
 def plain(adapters: Mapping, features: jax.Array) -> tuple[jax.Array, dict]:
@@ -53,18 +48,21 @@ def stage2(adapters: Mapping, features: jax.Array, task_index: jax.Array | int) 
     """CT-MoA: x_img = Σ_i P_i·h_i + ψ_s(H_v), P = softmax(H_v·W_φ) per token.
 
     h_own = ψ_t^own(H_v) alone; h_i = ψ_t^i(H_v) + ψ_c^i(H_v) for the others. Slots are in global task order; slot
-    `task_index` of the bank and of ψ_c is not used. The bank's term and ψ_s are constants of the stage: nothing
+    `task_index` of the bank and of ψ_c is not read. The bank's term and ψ_s are constants of the stage: nothing
     trained lies before them, so no gradient is computed for their weights.
     """
     logits = jnp.matmul(features, adapters["router"]["kernel"].astype(features.dtype),
                         preferred_element_type=jnp.float32)  # [B, N, T]; softmax needs float32
-    probs = jax.nn.softmax(logits, axis=-1)
-    is_own = jnp.arange(logits.shape[-1]) == task_index
-    others = expert_mlps(adapters["task_bank"], features) + expert_mlps(adapters["cross_task"], features)
-    others_weight = jnp.where(is_own, 0.0, probs).astype(features.dtype)
-    own_weight = jnp.sum(jnp.where(is_own, probs, 0.0), axis=-1, keepdims=True).astype(features.dtype)
-    mixed = jnp.einsum("bnt,bntc->bnc", others_weight, others) + own_weight * mlp(adapters["task"], features)
-    return mixed + mlp(adapters["client"], features), {"router_logits": logits}
+    tasks = logits.shape[-1]
+    # One expert after another, each a plain product of matrices; T is the number of tasks, a handful.
+    order = (task_index + jnp.arange(tasks)) % tasks  # one's own first
+    probs = jnp.take(jax.nn.softmax(logits, axis=-1), order, axis=-1).astype(features.dtype)
+    x = mlp(adapters["client"], features) + probs[..., :1] * mlp(adapters["task"], features)
+    for i in range(1, tasks):
+        h = mlp(expert(adapters["task_bank"], order[i]), features) + mlp(expert(adapters["cross_task"], order[i]),
+                                                                         features)
+        x = x + probs[..., i, None] * h
+    return x, {"router_logits": logits}
 
 
 class Connector(nn.Module):
