@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pilot_jax.config import TrainConfig
-from pilot_jax.models.pointwise import row_sum
+from pilot_jax.models.pointwise import normalized, row_sum
 
 
 def _mean(values: jax.Array, weight: jax.Array) -> jax.Array:
@@ -51,13 +51,11 @@ def difference_loss(x_t: jax.Array, x_s: jax.Array, weight: jax.Array, mode: str
         x_t, x_s = (x - jnp.mean(x, axis=1, keepdims=True) for x in (x_t, x_s))
     if mode == "raw":
         return _mean(_grams(x_t, x_s), weight)
-    square_t = row_sum(x_t * x_t)
     if mode == "token_cosine":
         # Per image, so that no sample's loss depends on its neighbours in the batch.
-        scale = jnp.mean(jnp.sqrt(jax.lax.stop_gradient(square_t)), axis=1, keepdims=True)
-        eps2 = (0.1 * scale) ** 2 + 1e-30
-        square_s = row_sum(x_s * x_s)
-        return _mean(_grams(x_t * jax.lax.rsqrt(square_t + eps2), x_s * jax.lax.rsqrt(square_s + eps2)), weight) / n**2
+        norms = jnp.sqrt(row_sum(jax.lax.stop_gradient(x_t) ** 2))
+        eps2 = (0.1 * jnp.mean(norms, axis=1, keepdims=True)) ** 2 + 1e-30
+        return _mean(_grams(normalized(x_t, eps2), normalized(x_s, eps2)), weight) / n**2
     if mode == "flat":
         masked = jnp.sqrt(weight)[:, None, None]  # each Gram entry then carries √(w_a·w_b)
         a, b = (x * masked for x in (x_t, x_s))

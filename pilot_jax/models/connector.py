@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from pilot_jax.models.pointwise import weighted
+
 STAGES = ("plain", "stage1", "stage2")
 
 
@@ -57,11 +59,11 @@ def stage2(adapters: Mapping, features: jax.Array, task_index: jax.Array | int) 
     # One expert after another, each a plain product of matrices; T is the number of tasks, a handful.
     order = (task_index + jnp.arange(tasks)) % tasks  # one's own first
     probs = jnp.take(jax.nn.softmax(logits, axis=-1), order, axis=-1).astype(features.dtype)
-    x = mlp(adapters["client"], features) + probs[..., :1] * mlp(adapters["task"], features)
+    x = mlp(adapters["client"], features) + weighted(mlp(adapters["task"], features), probs[..., :1])
     for i in range(1, tasks):
         h = mlp(expert(adapters["task_bank"], order[i]), features) + mlp(expert(adapters["cross_task"], order[i]),
                                                                          features)
-        x = x + probs[..., i, None] * h
+        x = x + weighted(h, probs[..., i, None])
     return x, {"router_logits": logits}
 
 

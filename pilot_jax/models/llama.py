@@ -13,8 +13,8 @@ from flax import linen as nn
 
 from pilot_jax.models.attention import MASKED, attention
 from pilot_jax.models.config import RopeConfig, TextConfig
-from pilot_jax.models.lora import lora_deltas
-from pilot_jax.models.pointwise import boundary, rms_norm, swiglu
+from pilot_jax.models.lora import lora_linears
+from pilot_jax.models.pointwise import rms_norm, swiglu
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
@@ -75,15 +75,11 @@ class DecoderBlock(nn.Module):
 
     def _linears(self, x: jax.Array, names: tuple[str, ...], lora: dict | None) -> list[jax.Array]:
         """x·W (+ bias) (+ scale·x·Aᵀ·Bᵀ) of every linear in `names`; x [B·L, d_in]."""
-        outs = []
-        for name in names:
-            y = x @ self.param(name, nn.initializers.normal(0.02), self.config.linear_shapes[name]).astype(x.dtype)
-            if name in self.config.biases:
-                y = y + self.param(f"{name}_bias", nn.initializers.zeros, y.shape[-1:]).astype(x.dtype)
-            outs.append(y)
-        if lora is None:
-            return outs
-        return [y + d for y, d in zip(outs, lora_deltas(x, lora, names, self.lora_scale), strict=True)]
+        shapes = self.config.linear_shapes
+        kernels = tuple(self.param(n, nn.initializers.normal(0.02), shapes[n]).astype(x.dtype) for n in names)
+        outs = [x @ w for w in kernels] if lora is None else lora_linears(x, kernels, lora, names, self.lora_scale)
+        return [y + self.param(f"{n}_bias", nn.initializers.zeros, y.shape[-1:]).astype(x.dtype)
+                if n in self.config.biases else y for n, y in zip(names, outs, strict=True)]
 
     @nn.compact
     def __call__(self, x, cache, windowed, cos, sin, biases, slot, rows=None):
@@ -187,7 +183,7 @@ class Decoder(nn.Module):
                 return block.apply(weights, x, None, windowed[i], cos, sin, biases, 0, rows if i == last else None)[0]
 
             weights = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-            x = (jax.checkpoint(run) if self.remat else run)(weights, boundary(x))
+            x = (jax.checkpoint(run) if self.remat else run)(weights, x)
         return x
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pilot_jax.models.config import TextConfig
 
@@ -40,32 +41,71 @@ def low_rank(x: jax.Array, a: jax.Array, bs: tuple[jax.Array, ...]) -> tuple[jax
 
 def _forward(x, a, bs):
     u = x @ a.T
-    outs, start = [], 0
-    for b in bs:
-        outs.append(u[:, start:start + len(b)] @ b)
-        start += len(b)
-    return tuple(outs), (x, u, a, bs)
+    return tuple(part @ b for part, b in zip(_split(u, bs), bs, strict=True)), (x, u, a, bs)
+
+
+def _split(u: jax.Array, bs: tuple[jax.Array, ...]) -> list[jax.Array]:
+    """Columns (or rows, for A) of each target."""
+    return jnp.split(u, np.cumsum([len(b) for b in bs])[:-1], axis=-1)
+
+
+def _factor_gradients(x, u, bs, gs):
+    """Gradients of A and of each B, and x·A's own, [T, ΣR]."""
+    over_tokens = (((0,), (0,)), ((), ()))
+    gu = jnp.concatenate([g @ b.T for g, b in zip(gs, bs, strict=True)], axis=-1)
+    dbs = tuple(jax.lax.dot_general(part, g, over_tokens) for part, g in zip(_split(u, bs), gs, strict=True))
+    return jax.lax.dot_general(gu, x, over_tokens), dbs, gu
 
 
 def _backward(saved, gs):
     x, u, a, bs = saved
-    over_tokens = (((0,), (0,)), ((), ()))
-    gu = jnp.concatenate([g @ b.T for g, b in zip(gs, bs, strict=True)], axis=-1)
-    dbs, start = [], 0
-    for g, b in zip(gs, bs, strict=True):
-        dbs.append(jax.lax.dot_general(u[:, start:start + len(b)], g, over_tokens))
-        start += len(b)
-    return gu @ a, jax.lax.dot_general(gu, x, over_tokens), tuple(dbs)
+    da, dbs, gu = _factor_gradients(x, u, bs, gs)
+    return gu @ a, da, dbs
 
 
 low_rank.defvjp(_forward, _backward)
 
 
-def lora_deltas(x: jax.Array, adapters: Mapping[str, Mapping[str, jax.Array]], names: tuple[str, ...],
-                scale: float) -> tuple[jax.Array, ...]:
-    """scale·x·Aᵀ·Bᵀ for every target in `names`, which all read the same x [T, d_in]; one [T, d_out] each.
+@jax.custom_vjp
+def merged(x: jax.Array, kernels: tuple[jax.Array, ...], a: jax.Array, bs: tuple[jax.Array, ...]
+           ) -> tuple[jax.Array, ...]:
+    """x·(W_i + A_iᵀ·B_iᵀ) of each target: `low_rank` added to x·W_i, in one product.
 
-    The A of same-input targets are concatenated so that x is read once. BA is never formed.
+    The sums are formed for one layer at a time and again for the gradient; none is kept. No gradient for the kernels:
+    what has LoRA beside it is frozen.
+    """
+    return _merged_forward(x, kernels, a, bs)[0]
+
+
+def _sums(kernels, a, bs):
+    return [w + part.T @ b for w, part, b in zip(kernels, [p.T for p in _split(a.T, bs)], bs, strict=True)]
+
+
+def _merged_forward(x, kernels, a, bs):
+    return tuple(x @ w for w in _sums(kernels, a, bs)), (x, kernels, a, bs)
+
+
+def _merged_backward(saved, gs):
+    x, kernels, a, bs = saved
+    da, dbs, _ = _factor_gradients(x, x @ a.T, bs, gs)
+    over_outputs = (((1,), (1,)), ((), ()))
+    dx = sum(jax.lax.dot_general(g, w, over_outputs) for g, w in zip(gs, _sums(kernels, a, bs), strict=True))
+    return dx, tuple(jnp.zeros_like(w) for w in kernels), da, dbs
+
+
+merged.defvjp(_merged_forward, _merged_backward)
+
+
+def lora_linears(x: jax.Array, kernels: tuple[jax.Array, ...], adapters: Mapping[str, Mapping[str, jax.Array]],
+                 names: tuple[str, ...], scale: float) -> tuple[jax.Array, ...]:
+    """x·W + scale·x·Aᵀ·Bᵀ for every target in `names`, which all read the same x [T, d_in]; one [T, d_out] each.
+
+    The A of same-input targets are concatenated so that x is read once. BA is added to W on CPU alone, in float32 and
+    one layer at a time: there thin products take longer than the sum. Elsewhere it is never formed: it would be a
+    kernel for each client, and in bfloat16 the sum would lose most of it.
     """
     a = jnp.concatenate([adapters[n]["a"] for n in names]).astype(x.dtype)  # [len(names)·R, d_in]
-    return low_rank(x, a, tuple((adapters[n]["b"].T * scale).astype(x.dtype) for n in names))
+    bs = tuple((adapters[n]["b"].T * scale).astype(x.dtype) for n in names)
+    if jax.default_backend() == "cpu" and x.dtype == jnp.float32:
+        return merged(x, kernels, a, bs)
+    return tuple(x @ w + delta for w, delta in zip(kernels, low_rank(x, a, bs), strict=True))

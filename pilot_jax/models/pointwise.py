@@ -70,12 +70,33 @@ swiglu.defvjp(lambda gate, up: (_gated(gate, up), (gate, up)), _gated_backward)
 
 
 @jax.custom_vjp
-def boundary(x: jax.Array) -> jax.Array:
-    """x itself, computed once, and so its gradient: nothing is fused across this line.
-
-    Without it XLA's CPU backend sums the residual stream of all layers anew for each of its readers.
-    """
-    return jax.lax.optimization_barrier(x)
+def normalized(x: jax.Array, eps2: jax.Array) -> jax.Array:
+    """x / √(Σ x² + ε²) over the last axis, [..., C], float32. No gradient for `eps2`, [..., 1]."""
+    return _normalized_forward(x, eps2)[0]
 
 
-boundary.defvjp(lambda x: (boundary(x), None), lambda _, g: (jax.lax.optimization_barrier(g),))
+def _normalized_forward(x, eps2):
+    inverse = jax.lax.rsqrt(row_sum(x * x) + eps2)
+    return x * inverse, (x * inverse, inverse, eps2)
+
+
+def _normalized_backward(saved, g):
+    y, inverse, eps2 = saved
+    return inverse * (g - y * row_sum(g * y)), jnp.zeros_like(eps2)
+
+
+normalized.defvjp(_normalized_forward, _normalized_backward)
+
+
+@jax.custom_vjp
+def weighted(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., C] times one weight a row, [..., 1]."""
+    return x * weight
+
+
+def _weighted_backward(saved, g):
+    x, weight = saved
+    return g * weight, row_sum(g * x).astype(weight.dtype)
+
+
+weighted.defvjp(lambda x, weight: (x * weight, (x, weight)), _weighted_backward)
