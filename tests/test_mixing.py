@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pilot_jax.federation import mixing
+from pilot_jax.federation.distances import DISTANCES, EVERY_PAIR, factor_distances, nearest_distances
 
 SIZES = np.asarray([10, 20, 30, 5, 12, 8])
 
@@ -64,7 +65,7 @@ def ata64(d, sizes, m, weighting, temperature, include_self, size_weighted):
 @pytest.mark.parametrize("space", ["factors", "product"])
 def test_distances(space):
     tree = uploads()
-    np.testing.assert_allclose(mixing.DISTANCES[space](tree), distances64(tree, space), rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(DISTANCES[space](tree), distances64(tree, space), rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("space", ["factors", "product"])
@@ -76,7 +77,35 @@ def test_distances_inside_two_far_clusters(space, spread):
     tree = jax.tree.map(lambda a, b: np.concatenate([a, b]), near, far)
     expected = distances64(tree, space)
     off = ~np.eye(6, dtype=bool)
-    np.testing.assert_allclose(np.asarray(mixing.DISTANCES[space](tree))[off], expected[off], rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(DISTANCES[space](tree))[off], expected[off], rtol=1e-5)
+
+
+@pytest.mark.parametrize("space", ["factors", "product"])
+@pytest.mark.parametrize("kind", ["spread out", "clusters 1e-6 apart", "identical"])
+def test_large_cohorts_shortlist_by_a_gram(space, kind):
+    """21 clients: every neighbour that counts is found, at 1e-5 of its float64 distance, and the weights are those of
+    all distances."""
+    if kind == "spread out":
+        tree = uploads(21)
+    elif kind == "identical":
+        tree = jax.tree.map(lambda x: np.repeat(x[:1], 21, 0), uploads(1))
+    else:  # three clusters of seven, a hundred thousand times as far from each other
+        parts = [jax.tree.map(lambda x, s=seed: x + np.float32(20 * s), uploads(7, seed, 1e-6)) for seed in range(3)]
+        tree = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    assert jax.tree.leaves(tree)[0].shape[0] > EVERY_PAIR
+    expected = distances64(tree, space)
+    ours = np.asarray(nearest_distances(tree, 3, space))
+    np.testing.assert_array_equal(ours, ours.T)
+    for k in range(21):
+        others = np.argsort(np.where(np.arange(21) == k, np.inf, expected[k]), kind="stable")[:3]
+        np.testing.assert_allclose(ours[k, others], expected[k, others], rtol=1e-5)
+        if kind != "identical":  # nobody else comes nearer than those
+            rest = np.setdiff1d(np.arange(21), [k, *others])
+            assert ours[k, rest].min() >= ours[k, others].max() * (1 - 1e-5)
+    sizes = jnp.arange(1, 22)
+    weights, _ = mixing.ata(tree, sizes, neighbors=3, space=space)
+    of_all = mixing.ata_weights(DISTANCES[space](tree), sizes, neighbors=3)
+    np.testing.assert_allclose(weights, of_all, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +128,7 @@ def test_ata_weights(weighting, temperature, include_self, size_weighted, m):
 def test_auto_temperature_ignores_scale():
     """Self weighs about 1/(1 + M/e) whatever the scale; τ = 1 collapses to local when distances are large."""
     for scale in (1e-3, 1.0, 1e3):
-        d = mixing.factor_distances(jax.tree.map(lambda x, s=scale: x * s, uploads(30, layers=20)))
+        d = factor_distances(jax.tree.map(lambda x, s=scale: x * s, uploads(30, layers=20)))
         weights = mixing.ata_weights(d, jnp.ones(30), neighbors=3)
         np.testing.assert_allclose(np.diag(weights), 1 / (1 + 3 / np.e), atol=0.03)
     plain = mixing.ata_weights(d, jnp.ones(30), neighbors=3, temperature=1.0)
@@ -173,3 +202,6 @@ def test_product_gap():
         gap = gap + np.sum((mean_ba - ba_of_means) ** 2, axis=(1, 2, 3))
     ours = mixing.product_gap(jnp.asarray(weights, jnp.float32), tree)
     np.testing.assert_allclose(ours, np.sqrt(gap / whole), rtol=1e-3)
+    sparse = np.where(weights >= np.sort(weights, axis=1)[:, -2:-1], weights, 0)  # two of four, as ATA's rows are
+    sparse = jnp.asarray(sparse / sparse.sum(axis=1, keepdims=True), jnp.float32)
+    np.testing.assert_allclose(mixing.product_gap(sparse, tree, 2), mixing.product_gap(sparse, tree), rtol=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -69,10 +70,16 @@ def image_features(model: PretrainedModel, samples: list[Sample], fit: str = "pr
     c = model.config
     out = np.zeros((len(samples), c.num_image_tokens, c.vision.feature_size), jnp.dtype(model.module.dtype))
     shown = [i for i, sample in enumerate(samples) if sample.image is not None]
+    running: tuple[list[int], jax.Array] | None = None
     for start in range(0, len(shown), batch):
         rows = shown[start:start + batch]
         pixels = pixel_values(model, [read_image(samples[i]) for i in rows], fit)
         padded = np.zeros((batch, *pixels.shape[1:]), np.float32)  # one shape: one compilation
         padded[:len(rows)] = pixels
-        out[rows] = np.asarray(model.features(padded))[:len(rows)]
+        computed = model.features(padded)  # runs while the next images are read
+        if running is not None:
+            out[running[0]] = np.asarray(running[1])[:len(running[0])]
+        running = rows, computed
+    if running is not None:
+        out[running[0]] = np.asarray(running[1])[:len(running[0])]
     return out

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pilot_jax.federation.distances import distances, targets
+
 
 def identity(cohort: int) -> jax.Array:
     """Local training: everyone keeps their own. [S, S]."""
@@ -46,60 +48,8 @@ def effective_neighbors(matrix: jax.Array) -> jax.Array:
     return jnp.exp(-jnp.sum(matrix * jnp.log(safe), axis=1))
 
 
-def _sum_squares(x: jax.Array) -> jax.Array:
-    """Σx² over all axes but the first, one axis at a time: float32 sums of short rows lose nothing that matters."""
-    x = x * x
-    while x.ndim > 1:
-        x = jnp.sum(x, axis=-1)
-    return x
-
-
-@jax.jit
-def factor_distances(uploads: Any) -> jax.Array:
-    """d_kj = ‖Θ_k − Θ_j‖₂ over all leaves, [S, S] float32, from exact differences.
-
-    |a|² + |b|² − 2ab would cancel: LoRA trees share most of their value.
-    """
-    leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(uploads)]
-
-    def row(k: jax.Array) -> jax.Array:
-        return jnp.sqrt(sum(_sum_squares(leaf - leaf[k]) for leaf in leaves))
-
-    return jax.lax.map(row, jnp.arange(leaves[0].shape[0]))
-
-
-def _targets(uploads: Mapping) -> list[tuple[jax.Array, jax.Array]]:
-    """(A [S, layers, R, d_in], B [S, layers, d_out, R]) of each LoRA target."""
-    return [(pair["a"].astype(jnp.float32), pair["b"].astype(jnp.float32)) for pair in uploads["layers"].values()]
-
-
 def _dot(spec: str, *operands: jax.Array) -> jax.Array:
     return jnp.einsum(spec, *operands, precision=jax.lax.Precision.HIGHEST)
-
-
-@jax.jit
-def product_distances(uploads: Mapping) -> jax.Array:
-    """d_kj = √Σ ‖B_k A_k − B_j A_j‖_F² over targets and layers, [S, S]; BA (without α/r) is never formed.
-
-    With ΔB = B_k − B_j and ΔA = A_k − A_j the difference is ΔB·A_k + B_j·ΔA, whose squared norm needs R×R arrays:
-    ‖ΔB·A_k‖² + ‖B_j·ΔA‖² + 2⟨ΔBᵀB_j, A_kΔAᵀ⟩.
-    """
-    targets = _targets(uploads)
-
-    def row(k: jax.Array) -> jax.Array:
-        total = 0.0
-        for a, b in targets:
-            a_k, delta_a, delta_b = a[k], a[k] - a, b[k] - b
-            first = _dot("sldr,slde->slre", delta_b, delta_b) * _dot("lri,lei->lre", a_k, a_k)
-            second = _dot("sldr,slde->slre", b, b) * _dot("slri,slei->slre", delta_a, delta_a)
-            cross = _dot("sldr,slde->slre", delta_b, b) * _dot("lri,slei->slre", a_k, delta_a)
-            total = total + jnp.sum(first + second + 2 * cross, axis=(1, 2, 3))
-        return jnp.sqrt(jnp.maximum(total, 0.0)).at[k].set(0.0)
-
-    return jax.lax.map(row, jnp.arange(targets[0][0].shape[0]))
-
-
-DISTANCES = {"factors": factor_distances, "product": product_distances}
 
 
 @partial(jax.jit, static_argnames=("neighbors", "weighting", "temperature", "include_self", "size_weighted"))
@@ -159,29 +109,36 @@ def ata_weights(distances: jax.Array, sizes: jax.Array, client_ids: jax.Array | 
 
 def ata(uploads: Mapping, sizes: jax.Array, client_ids: jax.Array | None = None, *, neighbors: int,
         space: str = "factors", **options: Any) -> tuple[jax.Array, jax.Array]:
-    """(weights, distances), both [S, S], for LoRA uploads; options as in `ata_weights`."""
-    distances = DISTANCES[space](uploads)
-    return ata_weights(distances, sizes, client_ids, neighbors=neighbors, **options), distances
+    """(weights, distances), both [S, S], for LoRA uploads; options as in `ata_weights`.
+
+    In cohorts above 16 the distances of pairs that no weight depends on are approximate (`distances.py`).
+    """
+    between = distances(uploads, neighbors, space)
+    return ata_weights(between, sizes, client_ids, neighbors=neighbors, **options), between
 
 
-@jax.jit
-def product_gap(matrix: jax.Array, uploads: Mapping) -> jax.Array:
+@partial(jax.jit, static_argnames=("terms",))
+def product_gap(matrix: jax.Array, uploads: Mapping, terms: int | None = None) -> jax.Array:
     """‖Σ_j w_kj B_jA_j − B̄_kĀ_k‖ / ‖Σ_j w_kj B_jA_j‖ per row: what mixing A and B as factors leaves out. [M, S] → [M].
 
-    By the Gram of the S + 1 low-rank terms, R×R at a time; 0 where nothing has been learnt yet.
+    By the Gram of a row's terms and its mean, R×R at a time, one layer after another; 0 where nothing has been learnt
+    yet. `terms`: how many weights of a row are above 0 at most (default: all S may be).
     """
-    targets = _targets(uploads)
+    pairs = targets(uploads)
+    terms = min(terms or matrix.shape[1], matrix.shape[1])
 
-    def row(w: jax.Array) -> jax.Array:
-        gap = whole = 0.0
-        for a, b in targets:
-            mean_a, mean_b = (_dot("s,s...->...", w, x)[None] for x in (a, b))
-            a_all, b_all = jnp.concatenate([a, mean_a]), jnp.concatenate([b, mean_b])
-            signed = jnp.append(w, -1.0)
-            inner = jnp.sum(_dot("sldr,tlde->lsrte", b_all, b_all) * _dot("slri,tlei->lsrte", a_all, a_all),
-                            axis=(0, 2, 4))
-            gap = gap + signed @ inner @ signed
-            whole = whole + w @ inner[:-1, :-1] @ w
+    def row(weights: jax.Array) -> jax.Array:
+        w, chosen = jax.lax.top_k(weights, terms)
+        signed = jnp.append(w, -1.0)
+
+        def layer(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+            a, b = pair  # [terms, R, d_in], [terms, d_out, R]
+            a, b = (jnp.concatenate([x, _dot("s,s...->...", w, x)[None]]) for x in (a, b))
+            inner = jnp.sum(_dot("sdr,tde->srte", b, b) * _dot("sri,tei->srte", a, a), axis=(1, 3))
+            return jnp.stack([signed @ inner @ signed, w @ inner[:-1, :-1] @ w])
+
+        gap, whole = sum(jnp.sum(jax.lax.map(layer, tuple(jnp.swapaxes(x[chosen], 0, 1) for x in pair)), axis=0)
+                         for pair in pairs)
         return jnp.where(whole > 0, jnp.sqrt(jnp.maximum(gap, 0.0) / jnp.where(whole > 0, whole, 1.0)), 0.0)
 
     return jax.lax.map(row, matrix)

@@ -69,7 +69,7 @@ def read_workload(config: Config, model: VlmConfig, text_directory: Path, *, sam
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shapes:
+class Shapes:
     """Everything a phase reads, as shapes."""
 
     module: Vlm
@@ -80,7 +80,7 @@ class _Shapes:
     batch: dict[str, Any]
 
 
-def _shapes(config: Config, model: VlmConfig, work: Workload) -> _Shapes:
+def phase_shapes(config: Config, model: VlmConfig, work: Workload) -> Shapes:
     auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if config.model.dtype == "auto" else config.model.dtype)
     lora = config.model.lora
@@ -91,7 +91,7 @@ def _shapes(config: Config, model: VlmConfig, work: Workload) -> _Shapes:
     adapters = jax.eval_shape(
         lambda key, projector: strategy.initial_adapters(key, projector, model, lora.rank, work.num_tasks),
         jax.eval_shape(lambda: jax.random.key(0)), base["projector"])
-    return _Shapes(module, model, base, adapters, strategy, data_shapes(model, dtype, work, config.train.batch_size))
+    return Shapes(module, model, base, adapters, strategy, data_shapes(model, dtype, work, config.train.batch_size))
 
 
 def data_shapes(model: VlmConfig, dtype: Any, work: Workload, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -107,7 +107,7 @@ def _bytes(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _loss(shapes: _Shapes, config: Config, stage: str) -> tuple[Any, dict, dict]:
+def _loss(shapes: Shapes, config: Config, stage: str) -> tuple[Any, dict, dict]:
     """(loss of a batch as a function of (trained, frozen, base, batch), trained, frozen)."""
     phase = Phase(shapes.module, shapes.strategy.roles(), stage, config.train)
     trained, frozen = phase.roles.split(shapes.adapters, stage)
@@ -118,7 +118,7 @@ def _loss(shapes: _Shapes, config: Config, stage: str) -> tuple[Any, dict, dict]
     return loss, trained, frozen
 
 
-def _activations(shapes: _Shapes, config: Config, stage: str) -> int:
+def _activations(shapes: Shapes, config: Config, stage: str) -> int:
     """What one client's forward pass keeps; with rematerialisation also one layer, recomputed in the backward pass."""
     def kept(module: Vlm) -> int:
         loss, trained, frozen = _loss(dataclasses.replace(shapes, module=module), config, stage)
@@ -130,7 +130,7 @@ def _activations(shapes: _Shapes, config: Config, stage: str) -> int:
     return kept(shapes.module) + plain // shapes.model.text.num_layers
 
 
-def memory(config: Config, shapes: _Shapes, work: Workload) -> dict[str, dict[str, int]]:
+def memory(config: Config, shapes: Shapes, work: Workload) -> dict[str, dict[str, int]]:
     """Bytes per device by kind, for each stage and for generation.
 
     Activations are not divided among fsdp and tensor devices: an upper bound there.
@@ -165,7 +165,7 @@ def make_plan(config: Config, **assumptions: int) -> dict[str, Any]:
     """
     model, text_directory = read_shapes(config.model)
     work = read_workload(config, model, text_directory, **assumptions)
-    shapes = _shapes(config, model, work)
+    shapes = phase_shapes(config, model, work)
     fl, train, strategy = config.federation, config.train, shapes.strategy
     steps = [num_steps(n, train.batch_size, fl.local_epochs, fl.local_steps) for n in work.sizes]
     cohort = min(fl.clients_per_round or len(steps), len(steps))
@@ -203,7 +203,7 @@ def lower_phase(config: Config, stage: str, **assumptions: int) -> jax.stages.Lo
     """
     model, text_directory = read_shapes(config.model)
     work = read_workload(config, model, text_directory, **assumptions)
-    shapes, mesh_config = _shapes(config, model, work), config.system.mesh
+    shapes, mesh_config = phase_shapes(config, model, work), config.system.mesh
     if mesh_config.devices > jax.device_count():
         raise InputError(f"system.mesh: {mesh_config.devices} devices asked for, {jax.device_count()} there. On CPU, "
                          f"set XLA_FLAGS=--xla_force_host_platform_device_count={mesh_config.devices}.")

@@ -72,7 +72,8 @@ class Pilot(Strategy):
             "task_bank": bank,
         }
         log = {"weights": weights, "distances": distances, "effective_neighbors": mixing.effective_neighbors(weights),
-               "product_gap": mixing.product_gap(weights, uploads["text_adapter"])}
+               "product_gap": mixing.product_gap(weights, uploads["text_adapter"],
+                                                   self.config.ata.neighbors + 1)}
         return Aggregated(downloads, {**server_state, "bank": bank, "members": members},
                           {name: np.asarray(value) for name, value in log.items()})
 

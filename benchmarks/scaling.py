@@ -1,0 +1,117 @@
+"""How the time of a client step, and memory, grow: with clients, chunk, sequence length and LoRA rank.
+
+    python benchmarks/scaling.py [--only clients chunk length rank] [--clients 4 8 16 32 64 128 256] [--json FILE]
+
+Each line is a process of its own: stage-1 phases of the quickstart's task `ocr`, four steps a client; one to compile,
+then the fastest of two or three. "growth" is its peak memory beyond what the process held before training. `chunk` also
+has "map": clients one after another in one program, which is what `vmap` is measured against.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+STEPS = 4
+
+
+def measure(case: dict) -> dict:
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from pilot_jax.config import load_config
+    from pilot_jax.federation import client, rounds, simulation
+    from pilot_jax.federation.sharding import split_cpu
+
+    split_cpu(case["devices"])
+    config = load_config(ROOT / "configs" / "quickstart.yaml", [
+        f"federation.local_steps={STEPS}", "data.digits.train=32", "data.digits.validation=1", "data.digits.test=1",
+        f"system.client_chunk={case['chunk']}", f"model.lora.rank={case['rank']}"])
+    fed, _ = simulation.prepare(config)
+    one = next(c for c in fed.clients if c.name == "ocr_0")
+    spare = case["length"] - one.train["input_ids"].shape[1]
+    widened = {n: np.pad(v, ((0, 0), (0, spare))) if n in ("input_ids", "attention_mask") and spare > 0 else v
+               for n, v in one.train.items()}
+    clients = tuple(dataclasses.replace(one, name=f"ocr_{i:04d}", train=widened) for i in range(case["clients"]))
+    fed = dataclasses.replace(fed, clients=clients, tasks=("ocr",))
+    if spare > 0:  # real tokens, not padding that attention skips
+        widened["attention_mask"][:] = 1
+    if case["map"]:
+        vmapped = client._local_update
+
+        def one_by_one(phase, base, adapters, received, *rest):
+            return jax.lax.map(lambda each: jax.tree.map(
+                lambda x: x[0], vmapped(phase, base, *jax.tree.map(lambda x: x[None], each[:1]), received,
+                                        *jax.tree.map(lambda x: x[None], each[1:]))), (adapters, *rest))
+
+        client._local_update = one_by_one
+    adapters = simulation.initial_adapters(fed)
+    adapters["task_bank"], adapters["cross_task"] = (
+        jax.tree.map(lambda x: jnp.asarray(x)[:1], adapters[n]) for n in ("task_bank", "cross_task"))
+    everyone = dict.fromkeys(range(len(clients)), adapters)
+
+    def phase() -> float:
+        began = time.perf_counter()
+        rounds.train_phase(fed, everyone, 1, "stage1", "stage1", lambda event: None)
+        return time.perf_counter() - began
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    phase()
+    seconds = min(phase() for _ in range(case["repetitions"]))
+    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return {"ms_per_client_step": 1e3 * seconds / (len(clients) * STEPS), "growth_bytes": growth}
+
+
+def cases(only: list[str], clients: list[int]) -> list[dict]:
+    base = {"clients": 8, "chunk": 1, "length": 64, "rank": 8, "map": False, "devices": None, "repetitions": 3}
+    out = []
+    if "clients" in only:
+        out += [base | {"what": "clients", "clients": n, "repetitions": 3 if n <= 64 else 2} for n in clients]
+    if "chunk" in only:
+        out += [base | {"what": "chunk", "chunk": n, "devices": 1, "map": mapped}
+                for n in (1, 2, 4, 8) for mapped in ((False, True) if n > 1 else (False,))]
+    if "length" in only:
+        out += [base | {"what": "length", "length": n} for n in (64, 128, 256)]
+    if "rank" in only:
+        out += [base | {"what": "rank", "rank": n} for n in (4, 8, 16, 64)]
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", choices=("clients", "chunk", "length", "rank"),
+                        default=["clients", "chunk", "length", "rank"])
+    parser.add_argument("--clients", type=int, nargs="*", default=[4, 8, 16, 32, 64, 128, 256])
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)  # a line's own process
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(measure(args.case)))
+        return
+    rows = []
+    print(f"{'':<8} {'clients':>7} {'chunk':>5} {'length':>6} {'rank':>4} {'ms a client step':>17} {'growth GB':>10}")
+    for case in cases(args.only, args.clients):
+        done = subprocess.run([sys.executable, __file__, "--case", json.dumps(case)], capture_output=True, text=True,
+                              cwd=ROOT)
+        if done.returncode:
+            raise SystemExit(done.stderr[-3000:])
+        rows.append(case | json.loads(done.stdout.splitlines()[-1]))
+        row = rows[-1]
+        print(f"{row['what']:<8} {row['clients']:>7} {row['chunk']:>5} {row['length']:>6} {row['rank']:>4} "
+              f"{row['ms_per_client_step']:>17.1f} {row['growth_bytes'] / 1e9:>10.2f}"
+              f"{'  map' if row['map'] else ''}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

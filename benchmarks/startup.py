@@ -1,0 +1,79 @@
+"""Seconds from starting Python to the first training step, with an empty and with a warm compilation cache.
+
+    python benchmarks/startup.py [--json FILE]
+
+Every line is a process of its own, on the quickstart: `import pilot_jax`, `pilot-jax --help`, and a run up to the end
+of its first chunk of training (one step a client): data and features, compiling, step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+FIRST_STEP = """
+import sys, time
+began = time.perf_counter()
+import pilot_jax
+from pilot_jax.config import load_config
+from pilot_jax.federation.sharding import split_cpu
+from pilot_jax.metrics import CompileClock
+split_cpu(None)
+import jax
+jax.config.update("jax_compilation_cache_dir", sys.argv[2])
+from pilot_jax.federation import rounds, simulation
+imported = time.perf_counter()
+clock = CompileClock()
+fed, _ = simulation.prepare(load_config(sys.argv[1], ["federation.local_steps=1", "federation.rounds=1"]))
+prepared = time.perf_counter()
+class Done(Exception): pass
+def stop(event):
+    raise Done
+try:
+    adapters = simulation.initial_adapters(fed)
+    rounds.train_phase(fed, dict.fromkeys(range(len(fed.clients)), adapters), 1, "stage1", "stage1", stop)
+except Done:
+    pass
+end = time.perf_counter()
+print(imported - began, prepared - imported, end - prepared, clock.seconds)
+"""
+
+
+def timed(*command: str) -> tuple[float, str]:
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    return time.perf_counter() - began, done.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    python, out = sys.executable, {}
+    for name, command in {"import pilot_jax": (python, "-c", "import pilot_jax"),
+                          "pilot-jax --help": (python, "-m", "pilot_jax", "--help")}.items():
+        timed(*command)  # reads the files into memory
+        out[name] = min(timed(*command)[0] for _ in range(3))
+        print(f"{name:<34} {out[name]:6.1f} s")
+    with tempfile.TemporaryDirectory() as cache:
+        for name in ("first step, empty cache", "first step, warm cache"):
+            seconds, printed = timed(python, "-c", FIRST_STEP, str(ROOT / "configs" / "quickstart.yaml"), cache)
+            imports, data, step, compiling = (float(x) for x in printed.split()[-4:])
+            out[name] = {"total": seconds, "import": imports, "data": data, "step": step, "compiling": compiling}
+            print(f"{name:<34} {seconds:6.1f} s: import {imports:.1f}, data and features {data:.1f}, first chunk "
+                  f"{step:.1f}; XLA {compiling:.1f} of it")
+    if args.json:
+        args.json.write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
