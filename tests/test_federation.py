@@ -12,8 +12,10 @@ from conftest import small_config, tree_max_difference
 
 from pilot_jax.config import StrategyConfig
 from pilot_jax.federation import rounds, simulation
+from pilot_jax.federation.client import local_update
 from pilot_jax.federation.rounds import client_generator, cohort
 from pilot_jax.federation.strategies import make_strategy
+from pilot_jax.metrics import CompileClock
 
 
 def fake_uploads(cohort_size, seed=0):
@@ -85,6 +87,22 @@ def test_schedule_first_time(three_rounds):
     assert phases[0] == [("stage1", "caption_0"), ("stage1", "vqa_0"), ("stage2", "caption_0"), ("stage2", "vqa_0")]
     assert phases[1] == [("stage1", "ocr_0"), ("stage2", "caption_0"), ("stage2", "ocr_0")]
     assert phases[2] == [("stage2", "vqa_0")]
+
+
+def test_compilations_are_few_and_early():
+    """Two length buckets, four rounds: one training program per phase and bucket, nothing compiled after round 2."""
+    fed, _ = simulation.prepare(small_config(federation={"local_steps": 1}, system={"length_spread": 1.2}))
+    buckets = {(c.train["input_ids"].shape[1], c.train["target_ids"].shape[1]) for c in fed.clients}
+    assert len(buckets) == 2
+    before, clock, programs = local_update._cache_size(), CompileClock(), []
+    state = simulation.initial_state(fed)
+    for round_ in (1, 2, 3, 4):
+        state = rounds.run_round(fed, state, round_, lambda e: None, lambda r: None, lambda *a: None)
+        programs.append(clock.programs)
+    clock.stop()
+    assert local_update._cache_size() - before == 2 * len(buckets)  # stage 1 and stage 2
+    assert programs[0] > 0
+    assert programs[1] == programs[2] == programs[3]
 
 
 def same(a, b):
