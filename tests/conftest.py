@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import pilot_jax
+from pilot_jax import cli
 from pilot_jax.config import parse_config
 from pilot_jax.federation import simulation
 
@@ -118,3 +120,16 @@ def tree_max_difference(a, b) -> float:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     return max(float(np.max(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64))))
                for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a command; returns (exit code, stdout, stderr)."""
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["pilot-jax", *map(str, args)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out = capsys.readouterr()
+        return caught.value.code or 0, out.out, out.err
+
+    return run

@@ -12,25 +12,13 @@ import yaml
 from conftest import small_config
 from PIL import Image
 
-from pilot_jax import cli
-
 ROOT = Path(__file__).parent.parent
 QUICK = str(ROOT / "configs" / "quickstart.yaml")
 
 
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """Run a command in an empty folder; returns (exit code, stdout, stderr)."""
+@pytest.fixture(autouse=True)
+def empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["pilot-jax", *map(str, args)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out = capsys.readouterr()
-        return caught.value.code or 0, out.out, out.err
-
-    return run
 
 
 def sample(**changes):

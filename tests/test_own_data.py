@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from conftest import write_checkpoint
 from PIL import Image
 
 import pilot_jax
-from pilot_jax import cli
 from pilot_jax.config import parse_config
 from pilot_jax.data.check import check_data
 from pilot_jax.data.images import pad_to_square, pixel_values, read_image
@@ -21,19 +19,6 @@ from pilot_jax.data.llava import read_samples
 
 CONFIG = Path(__file__).parent.parent / "configs" / "llava15_7b.yaml"
 CLIENTS = {"north": "vqa", "south": "vqa", "clinic": "caption", "museum": "caption"}
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a command; returns (exit code, stdout, stderr)."""
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["pilot-jax", *map(str, args)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out = capsys.readouterr()
-        return caught.value.code or 0, out.out, out.err
-
-    return run
 
 
 def photograph(rng, width, height):
