@@ -26,7 +26,8 @@ def _sum_squares(x: jax.Array) -> jax.Array:
     return x
 
 
-def _dot(spec: str, *operands: jax.Array) -> jax.Array:
+def exact_einsum(spec: str, *operands: jax.Array) -> jax.Array:
+    """Full float32 products: by default accelerators round the factors."""
     return jnp.einsum(spec, *operands, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -54,9 +55,9 @@ def _product_squares(a: jax.Array, b: jax.Array, a_k: jax.Array, b_k: jax.Array)
     ‖ΔB·A_k‖² + ‖B_s·ΔA‖² + 2⟨ΔBᵀB_s, A_kΔAᵀ⟩.
     """
     delta_a, delta_b = a_k - a, b_k - b
-    first = _dot("sldr,slde->slre", delta_b, delta_b) * _dot("lri,lei->lre", a_k, a_k)
-    second = _dot("sldr,slde->slre", b, b) * _dot("slri,slei->slre", delta_a, delta_a)
-    cross = _dot("sldr,slde->slre", delta_b, b) * _dot("lri,slei->slre", a_k, delta_a)
+    first = exact_einsum("sldr,slde->slre", delta_b, delta_b) * exact_einsum("lri,lei->lre", a_k, a_k)
+    second = exact_einsum("sldr,slde->slre", b, b) * exact_einsum("slri,slei->slre", delta_a, delta_a)
+    cross = exact_einsum("sldr,slde->slre", delta_b, b) * exact_einsum("lri,slei->slre", a_k, delta_a)
     return jnp.maximum(jnp.sum(first + second + 2 * cross, axis=(1, 2, 3)), 0.0)
 
 
@@ -75,8 +76,9 @@ def product_distances(uploads: Mapping) -> jax.Array:
 def _factor_gram(leaf: jax.Array) -> jax.Array:
     """⟨x_k − x̄, x_j − x̄⟩ of a leaf [S, …] → [S, S]."""
     x = leaf.astype(jnp.float32).reshape(leaf.shape[0], -1)
-    x = x - _dot("s,sp->p", jnp.full(len(x), 1 / len(x)), x)  # a product: jnp.mean takes five times as long on CPU
-    return _dot("sp,tp->st", x, x)
+    # The mean as a product: jnp.mean takes five times as long on CPU.
+    x = x - exact_einsum("s,sp->p", jnp.full(len(x), 1 / len(x)), x)
+    return exact_einsum("sp,tp->st", x, x)
 
 
 @jax.jit
@@ -86,7 +88,7 @@ def _product_gram(a: jax.Array, b: jax.Array) -> jax.Array:
 
     def layer(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
         rows = [x.reshape(cohort * rank, -1) for x in pair]
-        inner = _dot("sp,tp->st", rows[0], rows[0]) * _dot("sp,tp->st", rows[1], rows[1])
+        inner = exact_einsum("sp,tp->st", rows[0], rows[0]) * exact_einsum("sp,tp->st", rows[1], rows[1])
         return jnp.sum(inner.reshape(cohort, rank, cohort, rank), axis=(1, 3))
 
     by_layer = a.swapaxes(0, 1), b.transpose(1, 0, 3, 2)  # [layers, S, R, …]
@@ -100,7 +102,7 @@ def _factor_pairs(leaf: jax.Array, rows: jax.Array, columns: jax.Array, count: j
 
     def pair(i, out):
         k, j = (jax.lax.dynamic_index_in_dim(x, n[i], keepdims=False).astype(jnp.float32) for n in (rows, columns))
-        return out.at[i].set(_dot("p,p->", k - j, k - j))
+        return out.at[i].set(exact_einsum("p,p->", k - j, k - j))
 
     return jax.lax.fori_loop(0, count, pair, jnp.zeros(len(rows)))
 

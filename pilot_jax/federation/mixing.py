@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pilot_jax.federation.distances import distances, targets
+from pilot_jax.federation.distances import distances, exact_einsum, targets
 
 
 def identity(cohort: int) -> jax.Array:
@@ -38,18 +38,13 @@ def per_task_mean(sizes: jax.Array, tasks: jax.Array, num_tasks: int) -> jax.Arr
 def apply(matrix: jax.Array, uploads: Any) -> Any:
     """matrix [M, S] times leaves [S, …] → leaves [M, …], in float32."""
     return jax.tree.map(
-        lambda leaf: jnp.einsum("ms,s...->m...", matrix, leaf.astype(jnp.float32),
-                                precision=jax.lax.Precision.HIGHEST).astype(leaf.dtype), uploads)
+        lambda leaf: exact_einsum("ms,s...->m...", matrix, leaf.astype(jnp.float32)).astype(leaf.dtype), uploads)
 
 
 def effective_neighbors(matrix: jax.Array) -> jax.Array:
     """exp(entropy) of each row: how many clients a client really borrows from, itself included. [S, S] → [S]."""
     safe = jnp.where(matrix > 0, matrix, 1.0)
     return jnp.exp(-jnp.sum(matrix * jnp.log(safe), axis=1))
-
-
-def _dot(spec: str, *operands: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, *operands, precision=jax.lax.Precision.HIGHEST)
 
 
 @partial(jax.jit, static_argnames=("neighbors", "weighting", "temperature", "include_self", "size_weighted"))
@@ -133,8 +128,8 @@ def product_gap(matrix: jax.Array, uploads: Mapping, terms: int | None = None) -
 
         def layer(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
             a, b = pair  # [terms, R, d_in], [terms, d_out, R]
-            a, b = (jnp.concatenate([x, _dot("s,s...->...", w, x)[None]]) for x in (a, b))
-            inner = jnp.sum(_dot("sdr,tde->srte", b, b) * _dot("sri,tei->srte", a, a), axis=(1, 3))
+            a, b = (jnp.concatenate([x, exact_einsum("s,s...->...", w, x)[None]]) for x in (a, b))
+            inner = jnp.sum(exact_einsum("sdr,tde->srte", b, b) * exact_einsum("sri,tei->srte", a, a), axis=(1, 3))
             return jnp.stack([signed @ inner @ signed, w @ inner[:-1, :-1] @ w])
 
         gap, whole = sum(jnp.sum(jax.lax.map(layer, tuple(jnp.swapaxes(x[chosen], 0, 1) for x in pair)), axis=0)
