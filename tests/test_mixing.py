@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pilot_jax.federation import mixing
-from pilot_jax.federation.distances import DISTANCES, EVERY_PAIR, factor_distances, nearest_distances
+from pilot_jax.federation.distances import EVERY_PAIR, distances
 
 SIZES = np.asarray([10, 20, 30, 5, 12, 8])
 
@@ -65,7 +65,7 @@ def ata64(d, sizes, m, weighting, temperature, include_self, size_weighted):
 @pytest.mark.parametrize("space", ["factors", "product"])
 def test_distances(space):
     tree = uploads()
-    np.testing.assert_allclose(DISTANCES[space](tree), distances64(tree, space), rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(distances(tree, space=space), distances64(tree, space), rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("space", ["factors", "product"])
@@ -77,7 +77,14 @@ def test_distances_inside_two_far_clusters(space, spread):
     tree = jax.tree.map(lambda a, b: np.concatenate([a, b]), near, far)
     expected = distances64(tree, space)
     off = ~np.eye(6, dtype=bool)
-    np.testing.assert_allclose(np.asarray(DISTANCES[space](tree))[off], expected[off], rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(distances(tree, space=space))[off], expected[off], rtol=1e-5)
+
+
+def test_long_leaves_are_summed_in_blocks(monkeypatch):
+    """Blocks of 7 columns instead of 2²⁰, the last one shorter: the same distances."""
+    monkeypatch.setattr("pilot_jax.federation.distances.COLUMNS", 7)
+    tree = uploads(18, layers=3, d_in=11)  # shapes of no other test: nothing compiled before is used
+    np.testing.assert_allclose(distances(tree, 17), distances64(tree, "factors"), rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("space", ["factors", "product"])
@@ -94,7 +101,7 @@ def test_large_cohorts_shortlist_by_a_gram(space, kind):
         tree = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
     assert jax.tree.leaves(tree)[0].shape[0] > EVERY_PAIR
     expected = distances64(tree, space)
-    ours = np.asarray(nearest_distances(tree, 3, space))
+    ours = np.asarray(distances(tree, 3, space))
     np.testing.assert_array_equal(ours, ours.T)
     for k in range(21):
         others = np.argsort(np.where(np.arange(21) == k, np.inf, expected[k]), kind="stable")[:3]
@@ -104,7 +111,7 @@ def test_large_cohorts_shortlist_by_a_gram(space, kind):
             assert ours[k, rest].min() >= ours[k, others].max() * (1 - 1e-5)
     sizes = jnp.arange(1, 22)
     weights, _ = mixing.ata(tree, sizes, neighbors=3, space=space)
-    of_all = mixing.ata_weights(DISTANCES[space](tree), sizes, neighbors=3)
+    of_all = mixing.ata_weights(distances(tree, space=space), sizes, neighbors=3)
     np.testing.assert_allclose(weights, of_all, atol=1e-4)
 
 
@@ -128,7 +135,7 @@ def test_ata_weights(weighting, temperature, include_self, size_weighted, m):
 def test_auto_temperature_ignores_scale():
     """Self weighs about 1/(1 + M/e) whatever the scale; τ = 1 collapses to local when distances are large."""
     for scale in (1e-3, 1.0, 1e3):
-        d = factor_distances(jax.tree.map(lambda x, s=scale: x * s, uploads(30, layers=20)))
+        d = distances(jax.tree.map(lambda x, s=scale: x * s, uploads(30, layers=20)))
         weights = mixing.ata_weights(d, jnp.ones(30), neighbors=3)
         np.testing.assert_allclose(np.diag(weights), 1 / (1 + 3 / np.e), atol=0.03)
     plain = mixing.ata_weights(d, jnp.ones(30), neighbors=3, temperature=1.0)

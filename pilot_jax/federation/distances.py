@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +15,8 @@ import numpy as np
 
 # Of |a|² + |b|²: forty times the float32 error of the Gram matrices seen (2e-7 with a million numbers a client).
 MARGIN = 1e-5
-
-
-def _sum_squares(x: jax.Array) -> jax.Array:
-    """Σx² over all axes but the first, one axis at a time: float32 sums of short rows lose nothing that matters."""
-    x = x * x
-    while x.ndim > 1:
-        x = jnp.sum(x, axis=-1)
-    return x
+EVERY_PAIR = 16  # cohorts up to this size: every pair is subtracted
+COLUMNS = 2**20  # of a leaf in one product: the error of a float32 sum grows with its length
 
 
 def exact_einsum(spec: str, *operands: jax.Array) -> jax.Array:
@@ -35,17 +28,6 @@ def targets(uploads: Mapping) -> list[tuple[jax.Array, jax.Array]]:
     """(A [S, layers, R, d_in], B [S, layers, d_out, R]) of each LoRA target."""
     return [(jnp.asarray(pair["a"], jnp.float32), jnp.asarray(pair["b"], jnp.float32))
             for pair in uploads["layers"].values()]
-
-
-@jax.jit
-def factor_distances(uploads: Any) -> jax.Array:
-    """d_kj = ‖Θ_k − Θ_j‖₂ over all leaves, [S, S] float32, every pair from its difference."""
-    leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(uploads)]
-
-    def row(k: jax.Array) -> jax.Array:
-        return jnp.sqrt(sum(_sum_squares(leaf - leaf[k]) for leaf in leaves))
-
-    return jax.lax.map(row, jnp.arange(leaves[0].shape[0]))
 
 
 def _product_squares(a: jax.Array, b: jax.Array, a_k: jax.Array, b_k: jax.Array) -> jax.Array:
@@ -61,24 +43,20 @@ def _product_squares(a: jax.Array, b: jax.Array, a_k: jax.Array, b_k: jax.Array)
     return jnp.maximum(jnp.sum(first + second + 2 * cross, axis=(1, 2, 3)), 0.0)
 
 
-@jax.jit
-def product_distances(uploads: Mapping) -> jax.Array:
-    """d_kj = √Σ ‖B_k A_k − B_j A_j‖_F² over targets and layers (without α/r), [S, S], every pair."""
-    pairs = targets(uploads)
-
-    def row(k: jax.Array) -> jax.Array:
-        return jnp.sqrt(sum(_product_squares(a, b, a[k], b[k]) for a, b in pairs)).at[k].set(0.0)
-
-    return jax.lax.map(row, jnp.arange(pairs[0][0].shape[0]))
+def _blocks(x: jax.Array) -> list[jax.Array]:
+    """Slices of at most COLUMNS along the last axis."""
+    return [x[..., i:i + COLUMNS] for i in range(0, x.shape[-1], COLUMNS)]
 
 
 @jax.jit
 def _factor_gram(leaf: jax.Array) -> jax.Array:
     """⟨x_k − x̄, x_j − x̄⟩ of a leaf [S, …] → [S, S]."""
-    x = leaf.astype(jnp.float32).reshape(leaf.shape[0], -1)
-    # The mean as a product: jnp.mean takes five times as long on CPU.
-    x = x - exact_einsum("s,sp->p", jnp.full(len(x), 1 / len(x)), x)
-    return exact_einsum("sp,tp->st", x, x)
+    def block(x: jax.Array) -> jax.Array:
+        # The mean as a product: jnp.mean takes five times as long on CPU.
+        x = x - exact_einsum("s,sp->p", jnp.full(len(x), 1 / len(x)), x)
+        return exact_einsum("sp,tp->st", x, x)
+
+    return sum(block(x.astype(jnp.float32)) for x in _blocks(leaf.reshape(leaf.shape[0], -1)))
 
 
 @jax.jit
@@ -102,7 +80,7 @@ def _factor_pairs(leaf: jax.Array, rows: jax.Array, columns: jax.Array, count: j
 
     def pair(i, out):
         k, j = (jax.lax.dynamic_index_in_dim(x, n[i], keepdims=False).astype(jnp.float32) for n in (rows, columns))
-        return out.at[i].set(exact_einsum("p,p->", k - j, k - j))
+        return out.at[i].set(sum(exact_einsum("p,p->", d, d) for d in _blocks(k - j)))
 
     return jax.lax.fori_loop(0, count, pair, jnp.zeros(len(rows)))
 
@@ -127,41 +105,35 @@ def near_pairs(gram: np.ndarray, neighbors: int) -> np.ndarray:
     return np.argwhere(np.triu(near | near.T, 1))
 
 
-def nearest_distances(uploads: Mapping, neighbors: int, space: str = "factors") -> jax.Array:
-    """[S, S] distances as `factor_distances` (or `product_distances`) has them for every pair of which one may be among
-    the other's `neighbors` nearest. The rest, which no weight depends on, come from a Gram matrix.
+def distances(uploads: Mapping, neighbors: int | None = None, space: str = "factors") -> jax.Array:
+    """d_kj = ‖Θ_k − Θ_j‖₂ over all leaves ("factors"), or √Σ ‖B_kA_k − B_jA_j‖_F² over targets and layers, without α/r
+    ("product"); [S, S] float32.
 
-    Leaves are visited one after another and may be NumPy arrays: two of them are on the device at once.
+    In cohorts above EVERY_PAIR with `neighbors` given, only pairs of which one may be among the other's `neighbors`
+    nearest are subtracted. The rest, which no weight depends on, come from a Gram matrix.
+
+    Leaves [S, …] are visited one after another and may be NumPy arrays: two of them are on the device at once.
     """
     if space == "factors":
         parts = [(leaf,) for leaf in jax.tree.leaves(uploads)]
         gram_of, pairs_of = _factor_gram, _factor_pairs
     else:
         parts, gram_of, pairs_of = targets(uploads), _product_gram, _product_pairs
-    with ThreadPoolExecutor(2) as pool:  # a device that is a CPU has two leaves worked on side by side
-        gram = sum(pool.map(lambda part: np.asarray(gram_of(*part), np.float64), parts))
-    gram, cohort = (gram + gram.T) / 2, len(gram)
-    pairs = near_pairs(gram, min(neighbors, cohort - 1))
-    # Padded to all pairs, so that how many are near compiles nothing anew.
-    padded = np.zeros((cohort * (cohort - 1) // 2, 2), np.int32)
-    padded[:len(pairs)] = pairs
+    cohort = len(parts[0][0])
+    # Sums over leaves in float64, on the host. A device that is a CPU has two leaves worked on side by side.
     with ThreadPoolExecutor(2) as pool:
+        squares, everyone = np.zeros((cohort, cohort)), np.argwhere(np.triu(np.ones((cohort, cohort)), 1))
+        pairs = everyone
+        if neighbors is not None and cohort > EVERY_PAIR:
+            gram = sum(pool.map(lambda part: np.asarray(gram_of(*part), np.float64), parts))
+            norms, gram = np.diag(gram), (gram + gram.T) / 2
+            squares = np.maximum(norms[:, None] + norms[None] - 2 * gram, 0)
+            pairs = near_pairs(gram, min(neighbors, cohort - 1))
+        # Padded to all pairs, so that how many are near compiles nothing anew.
+        padded = np.zeros((max(len(everyone), 1), 2), np.int32)
+        padded[:len(pairs)] = pairs
         exact = sum(pool.map(lambda part: np.asarray(
             pairs_of(*part, padded[:, 0], padded[:, 1], len(pairs)), np.float64), parts))
-    norms = np.diag(gram)
-    squares = np.maximum(norms[:, None] + norms[None] - 2 * gram, 0)
     squares[pairs[:, 0], pairs[:, 1]] = squares[pairs[:, 1], pairs[:, 0]] = exact[:len(pairs)]
     np.fill_diagonal(squares, 0)
     return jnp.asarray(np.sqrt(squares), jnp.float32)
-
-
-DISTANCES = {"factors": factor_distances, "product": product_distances}
-EVERY_PAIR = 16  # cohorts up to this size: every pair from its difference
-
-
-def distances(uploads: Mapping, neighbors: int, space: str = "factors") -> jax.Array:
-    """[S, S]: every pair exactly where the cohort is small, else `nearest_distances`."""
-    cohort = jax.tree.leaves(uploads)[0].shape[0]
-    if cohort <= EVERY_PAIR:
-        return DISTANCES[space](uploads)
-    return nearest_distances(uploads, neighbors, space)
