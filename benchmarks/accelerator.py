@@ -67,7 +67,7 @@ def random_data(model, work, rows: int, clients: int, dtype) -> dict:
 
 def seconds_per_step(phase, base, adapters: dict, data: dict, clients: int, batch: int, steps: int) -> float:
     """Of all clients together: `steps` of them less one, so that what a call costs once is left out."""
-    from pilot_jax.federation.client import local_update
+    from pilot_jax.federation.client import local_update, peak_rates
 
     order = np.arange(steps * batch, dtype=np.int32).reshape(1, steps, batch).repeat(clients, 0)
     received = phase.roles.names(scope="received")
@@ -78,7 +78,8 @@ def seconds_per_step(phase, base, adapters: dict, data: dict, clients: int, batc
         began = time.perf_counter()
         jax.block_until_ready(local_update(
             phase, base, own, {n: adapters[n] for n in received}, data, order, np.ones(order.shape, np.float32),
-            np.full(clients, count, np.int32), np.zeros(clients, np.int32)))
+            np.full(clients, count, np.int32), np.zeros(clients, np.int32),
+            {n: np.full(clients, rate, np.float32) for n, rate in peak_rates(phase.train, phase.stage).items()}))
         return time.perf_counter() - began
 
     run(1)  # compiles

@@ -49,17 +49,17 @@ def prepared(steps: int):
 
 class JaxWorker:
     def __init__(self, steps: int, work: str, share: slice, tuned: bool) -> None:
-        from pilot_jax.federation import rounds
+        from pilot_jax.federation import training
         from pilot_jax.federation.sharding import split_cpu
 
         split_cpu(None)  # as `pilot-jax run` does
-        self.rounds = rounds
+        self.training = training
         self.fed, self.adapters = prepared(steps)
 
     def phase(self, stage: str) -> dict[str, tuple[float, float]]:
         """(mean, last) loss by client."""
         everyone = dict.fromkeys(range(len(self.fed.clients)), self.adapters)
-        _, records = self.rounds.train_phase(self.fed, everyone, 1, stage, stage, lambda event: None)
+        _, records = self.training.train_phase(self.fed, everyone, 1, stage, stage, lambda event: None)
         return {r["client"]: (r["loss"], r["last_loss"]) for r in records}
 
 
@@ -100,7 +100,7 @@ def write_work(file: Path, steps: int) -> dict:
 
     from pilot_jax.data.batches import visiting_order
     from pilot_jax.data.images import pixel_values
-    from pilot_jax.federation import rounds
+    from pilot_jax.federation.federation import client_generator
     from pilot_jax.federation.simulation import load_samples
     from pilot_jax.models.export import peft_tensors
 
@@ -112,7 +112,7 @@ def write_work(file: Path, steps: int) -> dict:
             by_client.setdefault(sample.client, []).append(sample.image)
     clients = [{"name": c.name, "task_index": fed.task_index(i), "pixels": pixel_values(fed.model, by_client[c.name]),
                 **{k: v for k, v in c.train.items() if k != "features"}} for i, c in enumerate(fed.clients)]
-    orders = {stage: {i: visiting_order(rounds.client_generator(config.system.seed, c.name, 1, stage), c.size,
+    orders = {stage: {i: visiting_order(client_generator(config.system.seed, c.name, 1, stage), c.size,
                                         train.batch_size, steps)[0] for i, c in enumerate(fed.clients)}
               for stage in STAGES}
     given = {"base": str(fed.model.text_directory), "clients": clients, "orders": orders, "tasks": len(fed.tasks),

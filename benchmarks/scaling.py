@@ -29,7 +29,7 @@ def measure(case: dict) -> dict:
     import numpy as np
 
     from pilot_jax.config import load_config
-    from pilot_jax.federation import client, rounds, simulation
+    from pilot_jax.federation import client, simulation, training
     from pilot_jax.federation.sharding import split_cpu
 
     split_cpu(case["devices"])
@@ -48,9 +48,9 @@ def measure(case: dict) -> dict:
     if case["map"]:
         vmapped = client._local_update
 
-        def one_by_one(phase, base, adapters, received, *rest):
+        def one_by_one(phase, own_received, base, adapters, received, *rest):
             return jax.lax.map(lambda each: jax.tree.map(
-                lambda x: x[0], vmapped(phase, base, *jax.tree.map(lambda x: x[None], each[:1]), received,
+                lambda x: x[0], vmapped(phase, own_received, base, *jax.tree.map(lambda x: x[None], each[:1]), received,
                                         *jax.tree.map(lambda x: x[None], each[1:]))), (adapters, *rest))
 
         client._local_update = one_by_one
@@ -61,7 +61,7 @@ def measure(case: dict) -> dict:
 
     def phase() -> float:
         began = time.perf_counter()
-        rounds.train_phase(fed, everyone, 1, "stage1", "stage1", lambda event: None)
+        training.train_phase(fed, everyone, 1, "stage1", "stage1", lambda event: None)
         return time.perf_counter() - began
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -28,7 +28,7 @@ from pilot_jax.metrics import CompileClock
 split_cpu(None)
 import jax
 jax.config.update("jax_compilation_cache_dir", sys.argv[2])
-from pilot_jax.federation import rounds, simulation
+from pilot_jax.federation import simulation, training
 imported = time.perf_counter()
 clock = CompileClock()
 fed, _ = simulation.prepare(load_config(sys.argv[1], ["federation.local_steps=1", "federation.rounds=1"]))
@@ -38,7 +38,7 @@ def stop(event):
     raise Done
 try:
     adapters = simulation.initial_adapters(fed)
-    rounds.train_phase(fed, dict.fromkeys(range(len(fed.clients)), adapters), 1, "stage1", "stage1", stop)
+    training.train_phase(fed, dict.fromkeys(range(len(fed.clients)), adapters), 1, "stage1", "stage1", stop)
 except Done:
     pass
 end = time.perf_counter()

@@ -74,7 +74,7 @@ def main() -> None:
     import jax
 
     from pilot_jax.config import load_config
-    from pilot_jax.federation import rounds, simulation
+    from pilot_jax.federation import simulation, training
 
     config = load_config(Path(__file__).parent.parent / "configs" / "quickstart.yaml", [
         f"federation.local_steps={STEPS}", "data.digits.train=96", "data.digits.test=1", "data.digits.validation=1"])
@@ -83,7 +83,7 @@ def main() -> None:
 
     def phase() -> float:
         began = time.perf_counter()
-        rounds.train_phase(fed, who, 1, args.stage, args.stage, lambda event: None)
+        training.train_phase(fed, who, 1, args.stage, args.stage, lambda event: None)
         return time.perf_counter() - began
 
     phase()

@@ -195,6 +195,50 @@ def evaluate(run_dir: RunPath, split: Annotated[str, typer.Option(help="test or 
 
 
 @app.command()
+def compare(config: ConfigPath,
+            strategies: Annotated[str, typer.Option(
+                help="Comma-separated: strategies, groups (all, ablations, ata), pilot-<ablation>, "
+                     "name+section.key=value.")],
+            seeds: Annotated[int, typer.Option(min=1, help="Trained together, as more clients.")] = 3,
+            rates: Annotated[str, typer.Option(
+                help="Factors on the learning rates to choose from by validation score, for each strategy: 0.1,0.3,1. "
+                     "Default: no tuning.")] = "",
+            split: Annotated[str, typer.Option(help="What is scored: test, or validation to choose something.")] = "test",
+            overrides: Overrides = None,
+            out: Annotated[Path | None, typer.Option(help="Folder; what is done there is not done again.")] = None,
+            as_json: AsJson = False) -> None:
+    """Strategies and ablations × seeds, on the same data and steps: a table with paired differences to Pilot."""
+    from pilot_jax.compare import compare as run_comparison
+    from pilot_jax.compare import read_variants
+    from pilot_jax.comparison_report import table
+    from pilot_jax.config import load_config
+    from pilot_jax.federation.sharding import split_cpu
+
+    settings, variants = load_config(config, overrides), read_variants(strategies)
+    try:
+        factors = [float(x) for x in rates.split(",") if x.strip()]
+    except ValueError:
+        raise InputError(f"--rates: {rates!r}, expected numbers such as 0.1,0.3,1.") from None
+    if split not in ("test", "validation"):
+        raise InputError(f"--split: {split!r}, expected test or validation.")
+    if any(not f > 0 for f in factors):
+        raise InputError(f"--rates: {rates!r}, factors must be above 0.")
+    split_cpu(settings.system.client_devices)
+    folder = out or Path("runs") / f"compare-{config.stem}"
+
+    def say(text: str) -> None:
+        typer.echo(text, err=as_json)
+
+    try:
+        results = run_comparison(settings, variants, seeds, folder, factors=factors, split=split, say=say)
+    except KeyboardInterrupt:
+        typer.echo(f"\nInterrupted. Finished variants are in {folder}; the same command goes on from there.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(json.dumps(results, indent=1) if as_json else table(results))
+    say(f"Results: {folder}")
+
+
+@app.command()
 def generate(run_dir: RunPath, client: Annotated[str, typer.Option(help="Whose model answers.")],
              prompt: Annotated[str, typer.Option(help="The question.")],
              image: Annotated[Path | None, typer.Option(help="Image file; without it, text only.")] = None,

@@ -48,6 +48,8 @@ class ModelConfig(_Section):
 
 class DigitsConfig(_Section):
     scenario: Literal["a", "b"] = Field("a", description="a: 3 tasks × 3 clients; b: 4 tasks × 5, uneven sizes")
+    heterogeneity: float = Field(1.0, ge=0, le=1, description="how far a task's clients differ in look and wording: "
+                                 "0 not at all, 1 each has its own")
     train: int = Field(480, ge=1, description="training samples of a (full-size) client")
     validation: int = Field(16, ge=1, description="validation samples per client")
     test: int = Field(48, ge=1, description="test samples per client")
@@ -76,12 +78,21 @@ class ParticipationEntry(_Section):
     clients: list[str]
 
 
+class StragglersConfig(_Section):
+    share: float = Field(0.0, ge=0, le=1, description="probability that a client is slow in a round")
+    steps: float = Field(0.5, gt=0, le=1, description="share of its steps that a slow client takes, at least one")
+
+
 class FederationConfig(_Section):
     clients: int | None = Field(None, ge=1, description="K for partition equal/dirichlet; 'given' takes it from data")
     rounds: int = Field(3, ge=1, description="R")
     clients_per_round: int | None = Field(None, ge=1, description="cohort size S; default: everyone")
     participation: Literal["uniform"] | list[ParticipationEntry] = Field(
         "uniform", description="uniform sampling, or who takes part in which round (rounds not listed: everyone)")
+    joins: dict[str, int] = Field({}, description="newcomers: the first round in which a client can be sampled")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability that a client of the cohort drops out of a round; "
+                           "one always stays")
+    stragglers: StragglersConfig = StragglersConfig()
     local_epochs: int = Field(1, ge=1, description="E, passes over a client's data per phase")
     local_steps: int | None = Field(None, ge=1, description="steps per phase; overrides local_epochs")
     schedule: Literal["first_time", "every_round"] = Field(
@@ -105,10 +116,30 @@ class AtaConfig(_Section):
         return self
 
 
+class ServerConfig(_Section):
+    """The server optimizer of fedavgm, fedadam, fedyogi, fedadagrad, scaffold."""
+
+    learning_rate: float | None = Field(None, gt=0, description="default: 1 for fedavgm and scaffold; 0.003 for the "
+                                        "adaptive rules, whose steps have about this size in every entry")
+    momentum: float = Field(0.9, ge=0, lt=1, description="fedavgm; β1 of the adaptive rules")
+    beta2: float = Field(0.99, ge=0, lt=1, description="fedadam, fedyogi: decay of the second moment")
+    tau: float = Field(1e-3, gt=0, description="adaptive rules: added to √v")
+
+
 class StrategyConfig(_Section):
-    name: Literal["pilot", "fedavg", "local"] = "pilot"
-    init: Literal["preserve", "copy"] = Field("preserve", description="preserve: step 0 computes the base model")
+    name: Literal["pilot", "local", "centralised", "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad",
+                  "scaffold", "ffa_lora", "fedsa_lora", "feddpa", "similarity", "median", "trimmed_mean"] = "pilot"
+    init: Literal["preserve", "copy"] = Field("preserve", description="pilot; preserve: step 0 computes the base model")
     ata: AtaConfig = AtaConfig()
+    text_aggregation: Literal["ata", "mean", "per_task_mean"] = Field(
+        "ata", description="pilot: how LoRA is aggregated; other than ata is an ablation")
+    client_adapter: Literal["both", "stage1", "none"] = Field(
+        "both", description="pilot: stages in which x_s = ψ_s(H_v) is added; other than both is an ablation")
+    cross_task: bool = Field(True, description="pilot: stage 2 with CT-MoA; false (ablation): stage 1 in every phase")
+    prox_mu: float = Field(0.01, ge=0, description="fedprox: μ of μ/2·‖w − w_start‖²")
+    trim: float = Field(0.2, ge=0, lt=0.5, description="trimmed_mean: share of uploads dropped at either end")
+    similarity_temperature: float = Field(0.1, gt=0, description="similarity: τ of softmax(cosine / τ)")
+    server: ServerConfig = ServerConfig()
 
 
 class TrainConfig(_Section):
@@ -228,7 +259,16 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a config is a mapping of sections, this is a {type(raw).__name__}.")
-    for override in overrides or []:
+    return parse_config(_overridden(raw, overrides or []), str(path))
+
+
+def apply_overrides(config: Config, overrides: list[str]) -> Config:
+    """`config` with each "section.key=value" in place of what it had."""
+    return parse_config(_overridden(config.model_dump(mode="json"), overrides), "config")
+
+
+def _overridden(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise InputError(f"--set {override}: expected section.key=value.")
@@ -242,4 +282,4 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
             node[leaf] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise InputError(f"--set {override}: not a YAML value ({error}).") from None
-    return parse_config(raw, str(path))
+    return raw

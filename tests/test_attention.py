@@ -93,12 +93,12 @@ from conftest import small_config
 from pilot_jax.federation.sharding import split_cpu
 split_cpu(int(sys.argv[1]))
 import jax, numpy as np
-from pilot_jax.federation import rounds, simulation
+from pilot_jax.federation import simulation, training
 # No length_spread of 4 here: two buckets, one of three clients and one of six.
 system = {"client_chunk": 2, "length_spread": 1.2}
 fed, _ = simulation.prepare(small_config(system=system, train={"adam_epsilon": 1e-3}))
 adapters = simulation.initial_adapters(fed)
-after, _ = rounds.train_phase(fed, dict.fromkeys(range(9), adapters), 1, "stage2", "stage2", lambda event: None)
+after, _ = training.train_phase(fed, dict.fromkeys(range(9), adapters), 1, "stage2", "stage2", lambda event: None)
 np.savez(sys.argv[2], *[np.asarray(x) for c in sorted(after) for x in jax.tree.leaves(after[c])])
 print(jax.device_count(), 1 if fed.training[0] is None else fed.training[0].size)
 """

@@ -11,7 +11,7 @@ import pytest
 from conftest import small_config, tree_max_difference
 
 from pilot_jax.data.batches import num_steps, visiting_order
-from pilot_jax.federation import rounds, simulation
+from pilot_jax.federation import rounds, simulation, training
 from pilot_jax.federation.client import learning_rate
 from pilot_jax.federation.objectives import stage_loss
 from pilot_jax.models.vlm import variables
@@ -102,7 +102,7 @@ def test_vmapped_unequal_clients_equal_a_readable_loop(uneven, stage, optimizer)
     fed, adapters = uneven
     fed = with_train(fed, **OPTIMIZERS[optimizer])
     everyone = {i: adapters for i in range(3)}
-    together, records = rounds.train_phase(fed, everyone, 1, stage, stage, lambda event: None)
+    together, records = training.train_phase(fed, everyone, 1, stage, stage, lambda event: None)
     assert [r["step"] for r in records] == [2, 6, 4]
     for client in range(3):
         expected, losses = readable_update(fed, adapters, client, stage, stage)
@@ -123,8 +123,8 @@ def test_chunk_size_and_company_change_nothing(uneven, stage):
         sgd = with_train(fed, optimizer="sgd", lr_connector=0.05, lr_lora_stage1=0.05, lr_lora_stage2=0.05)
         system = fed.config.system.model_copy(update={"client_chunk": chunk})
         one = dataclasses.replace(sgd, config=sgd.config.model_copy(update={"system": system}))
-        results[chunk], _ = rounds.train_phase(one, {i: adapters for i in range(3)}, 1, stage, stage, lambda e: None)
-    alone, _ = rounds.train_phase(one, {1: adapters}, 1, stage, stage, lambda e: None)
+        results[chunk], _ = training.train_phase(one, {i: adapters for i in range(3)}, 1, stage, stage, lambda e: None)
+    alone, _ = training.train_phase(one, {1: adapters}, 1, stage, stage, lambda e: None)
     assert tree_max_difference(results[1], results[3]) <= 1e-5
     assert tree_max_difference(results[2], results[3]) <= 1e-5
     assert tree_max_difference(alone[1], results[3][1]) <= 1e-5
@@ -134,7 +134,7 @@ def test_chunk_size_and_company_change_nothing(uneven, stage):
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_frozen_subtrees_stay_bit_identical(uneven, stage):
     fed, adapters = uneven
-    after, _ = rounds.train_phase(fed, {0: adapters}, 1, stage, stage, lambda event: None)
+    after, _ = training.train_phase(fed, {0: adapters}, 1, stage, stage, lambda event: None)
     untouched = {"stage1": {"task_bank", "cross_task", "router"}, "stage2": {"client", "task_bank"}}[stage]
     for name in adapters:
         same = all(np.array_equal(a, b) for a, b in

@@ -188,6 +188,45 @@ def build_clients(model: PretrainedModel, tokenizer, samples: list[Sample], data
     return clients
 
 
+def _padded(array: np.ndarray, length: int) -> np.ndarray:
+    """[n, m] → [n, length], zeros at the end."""
+    return np.pad(array, ((0, 0), (0, length - array.shape[1])))
+
+
+_LENGTHS = ("input_ids", "attention_mask")
+_ANSWERS = ("target_positions", "target_ids", "target_weights")
+
+
+def _lengthened(train: dict[str, np.ndarray], length: int, answers: int) -> dict[str, np.ndarray]:
+    """A client's training arrays, padded to L = `length` and A = `answers`."""
+    to = dict.fromkeys(_LENGTHS, length) | dict.fromkeys(_ANSWERS, answers)
+    return {name: _padded(array, to[name]) if name in to else array for name, array in train.items()}
+
+
+def pooled(clients: list[ClientData]) -> ClientData:
+    """One client with everybody's training data, and nothing to be asked."""
+    length, answers = (max(c.train[n].shape[1] for c in clients) for n in ("input_ids", "target_ids"))
+    parts = [_lengthened(c.train, length, answers) for c in clients]
+    return ClientData("pooled", "all", {n: np.concatenate([p[n] for p in parts]) for n in parts[0]}, {})
+
+
+def aligned(groups: list[list[ClientData]]) -> list[list[ClientData]]:
+    """Several federations' clients, those of one name padded to one shape, so that one program trains them all."""
+    lengths: dict[str, list[int]] = {}
+    asked = 8
+    for client in (c for group in groups for c in group):
+        shape = client.train["input_ids"].shape[1], client.train["target_ids"].shape[1]
+        lengths[client.name] = [max(a, b) for a, b in zip(shape, lengths.get(client.name, (0, 0)), strict=True)]
+        asked = max([asked, *(p.input_ids.shape[1] for p in client.evaluation.values())])
+
+    def one(client: ClientData) -> ClientData:
+        prompts = {split: dataclasses.replace(p, **{n: _padded(getattr(p, n), asked) for n in _LENGTHS})
+                   for split, p in client.evaluation.items()}
+        return dataclasses.replace(client, train=_lengthened(client.train, *lengths[client.name]), evaluation=prompts)
+
+    return [[one(client) for client in group] for group in groups]
+
+
 def num_steps(size: int, batch_size: int, epochs: int, local_steps: int | None) -> int:
     """S_k: a client's own number of steps in a phase."""
     return local_steps if local_steps is not None else epochs * -(-size // batch_size)

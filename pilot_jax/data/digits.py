@@ -31,6 +31,7 @@ class Style:
     ink_shift: tuple[int, int, int] = (0, 0, 0)  # added to every ink
     rotation: float = 0.0  # degrees, the middle of the client's slant
     wording: int = 0  # index into digit_tasks' wordings
+    own_wording: float = 1.0  # share of samples in that wording; the others have wording 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +125,16 @@ SHIFTS = ((0, 0, 0), (18, 10, -12), (-12, 8, 20), (10, -14, 12), (-16, 16, 0))
 SLANTS = (0.0, 14.0, -14.0, 7.0, -7.0)
 
 
-def client_style(number: int) -> Style:
-    """The look and wording of a task's client `number` (they repeat after five)."""
-    k = number % 5
-    return Style(PAPERS[k], SHIFTS[k], SLANTS[k], k)
+def client_style(number: int, heterogeneity: float = 1.0) -> Style:
+    """The look and wording of a task's client `number` (they repeat after five).
+
+    heterogeneity: 0 gives all the first one's, 1 each its own; between, looks lie between and that share of the samples
+    has the own wording.
+    """
+    k, h = number % 5, heterogeneity
+    paper, shift = (tuple(round(first + h * (own - first)) for first, own in zip(table[0], table[k], strict=True))
+                    for table in (PAPERS, SHIFTS))
+    return Style(paper, shift, h * SLANTS[k], k, h)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +151,8 @@ SCENARIOS = {
 }
 
 
-def scenario_clients(scenario: str, train: int, validation: int, test: int) -> list[ClientSpec]:
+def scenario_clients(scenario: str, train: int, validation: int, test: int,
+                     heterogeneity: float = 1.0) -> list[ClientSpec]:
     """Clients of scenario "a" (3 tasks × 3, equal sizes) or "b" (4 tasks × 5, sizes falling to a quarter)."""
     tasks, per_task = SCENARIOS[scenario]
     out = []
@@ -152,7 +160,7 @@ def scenario_clients(scenario: str, train: int, validation: int, test: int) -> l
         for number in range(per_task):
             share = 1.0 if scenario == "a" else 1.0 - 0.75 * number / (per_task - 1)
             sizes = {"train": max(1, round(train * share)), "validation": validation, "test": test}
-            out.append(ClientSpec(f"{task}_{number}", task, client_style(number), sizes))
+            out.append(ClientSpec(f"{task}_{number}", task, client_style(number, heterogeneity), sizes))
     return out
 
 
@@ -163,8 +171,26 @@ def scene_samples(specs: list[ClientSpec], seed: int) -> Iterator[Sample]:
             rng = np.random.default_rng([seed, *f"{spec.name}/{split}".encode()])
             for number in range(size):
                 scene = draw_scene(rng, split, spec.style)
-                question, answer = digit_tasks.TASKS[spec.task](rng, scene, spec.style.wording)
+                style = spec.style
+                # Drawn only where it can matter, so that scenes of full heterogeneity do not depend on it.
+                own = style.own_wording == 1 or rng.random() < style.own_wording
+                question, answer = digit_tasks.TASKS[spec.task](rng, scene, style.wording if own else 0)
                 yield Sample(
                     id=f"{spec.name}-{split}-{number:05d}", image=scene.image,
                     turns=(("human", f"<image>\n{question}"), ("gpt", answer)),
                     task=spec.task, client=spec.name, split=split, source=f"digits:{spec.name}/{split}[{number}]")
+
+
+def pretraining_samples(count: int, seed: int) -> list[Sample]:
+    """Brief captions in the base's own wording, of scenes from the test pool in random styles: what the base can do
+    before any federation."""
+    rng, samples = np.random.default_rng([seed, *b"base"]), []
+    while len(samples) < count:
+        scene = draw_scene(rng, "test", None)
+        question, answer = digit_tasks.pretraining_caption(rng, scene)
+        if "briefly" in question:
+            number = len(samples)
+            samples.append(Sample(
+                id=f"base-{number:05d}", image=scene.image, turns=(("human", f"<image>\n{question}"), ("gpt", answer)),
+                task="base", client="", split="test", source=f"digits:base[{number}]"))
+    return samples

@@ -62,8 +62,9 @@ def _answers_of_group(model: PretrainedModel, voice: Speaker, group: list[Examin
         tasks = jnp.asarray([e.task_index for e in padded], jnp.int32)
         longest = max(len(e.prompts.references) for e in members)
         rows: list[list[str]] = [[] for _ in members]
-        for first in range(0, longest, voice.batch_size):
-            take = np.arange(first, first + voice.batch_size)
+        rows_at_once = min(voice.batch_size, longest)
+        for first in range(0, longest, rows_at_once):
+            take = np.arange(first, first + rows_at_once)
             batch = {
                 name: jnp.asarray(np.stack([getattr(e.prompts, name)[np.minimum(take, len(e.prompts.references) - 1)]
                                             for e in padded]))

@@ -19,16 +19,61 @@ from pilot_jax.models.vlm import Vlm, variables
 
 
 @dataclasses.dataclass(frozen=True)
+class LocalRule:
+    """What a strategy changes in its clients' steps. Subclasses are frozen dataclasses: their values are compiled in.
+
+    `start` is what the phase began with, `carried` the client's subtrees of mode "carried" (SCAFFOLD's controls).
+    """
+
+    averages_gradients: bool = False  # whether `carry` needs the mean gradient
+
+    def gradient(self, gradient: Any, trained: Any, start: Any, carried: Mapping[str, Any]) -> Any:
+        """The direction the optimizer gets instead of `gradient`: trees of one client, as `trained`."""
+        return gradient
+
+    def carry(self, mean_gradient: Any, carried: Mapping[str, Any]) -> dict[str, Any]:
+        """The carried subtrees after the phase. `mean_gradient`: the loss's own, over the client's steps."""
+        return dict(carried)
+
+
+PLAIN_RULE = LocalRule()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Phase:
-    """What is static about a phase: hashable, so that each distinct one compiles once."""
+    """What is static about a phase. Phases that train alike are equal, so that they share one compiled program:
+    learning rates are arguments, and of the roles only who trains counts."""
 
     module: Vlm
     roles: Roles
     stage: str
     train: TrainConfig
+    rule: LocalRule = PLAIN_RULE
 
-    def __hash__(self) -> int:  # Roles and TrainConfig hold mappings; names and numbers identify them
-        return hash((self.module, self.stage, self.train.model_dump_json()))
+    @property
+    def _key(self) -> tuple:
+        # What is no part of the program at its default: rates, and the keys of other stages' losses.
+        foreign = [key for stage, keys in LOSS_KEYS.items() if stage != self.stage for key in keys]
+        train = self.train.model_copy(update={n: TrainConfig.model_fields[n].default for n in (*RATES, *foreign)})
+        modes = tuple((row.subtree, row.modes.get(self.stage), row.scope == "received")
+                      for row in self.roles.adapter_rows)
+        return self.module, modes, self.stage, train.model_dump_json(), self.rule
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Phase) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+RATES = ("lr_connector", "lr_lora_stage1", "lr_lora_stage2")
+LOSS_KEYS = {"stage1": ("lambda_d", "ld_mode", "ld_center"), "stage2": ("lambda_b", "lambda_z")}
+
+
+def peak_rates(train: TrainConfig, stage: str) -> dict[str, float]:
+    """Peak learning rate of each optimizer label. Plain LLaVA training takes stage 1's."""
+    return {"connector": train.lr_connector,
+            "lora": train.lr_lora_stage2 if stage == "stage2" else train.lr_lora_stage1}
 
 
 def learning_rate(peak: float, warmup: float, step: jax.Array, total: jax.Array) -> jax.Array:
@@ -39,21 +84,21 @@ def learning_rate(peak: float, warmup: float, step: jax.Array, total: jax.Array)
     return peak * jnp.minimum(1.0, (step + 1) / ramp) * 0.5 * (1 + jnp.cos(jnp.pi * step / total))
 
 
-def make_optimizer(train: TrainConfig, stage: str, labels: Mapping[str, Any],
-                   total_steps: jax.Array) -> optax.GradientTransformation:
-    """One transformation per label. `total_steps` may be traced: each vmapped client has its own schedule."""
+def make_optimizer(train: TrainConfig, labels: Mapping[str, Any], total_steps: jax.Array,
+                   rates: Mapping[str, jax.Array]) -> optax.GradientTransformation:
+    """One transformation per label. `total_steps` and the peak rates may be traced: each vmapped client has its own
+    schedule."""
 
-    def one(peak: float) -> optax.GradientTransformation:
+    def one(peak: jax.Array) -> optax.GradientTransformation:
         schedule = partial(_schedule, peak, train.warmup, total_steps)
         if train.optimizer == "sgd":
             return optax.sgd(schedule)
         return optax.adamw(schedule, eps=train.adam_epsilon, weight_decay=train.weight_decay)
 
-    lora = train.lr_lora_stage2 if stage == "stage2" else train.lr_lora_stage1
-    return optax.partition({"lora": one(lora), "connector": one(train.lr_connector)}, labels)
+    return optax.partition({name: one(peak) for name, peak in rates.items()}, labels)
 
 
-def _schedule(peak: float, warmup: float, total: jax.Array, count: jax.Array) -> jax.Array:
+def _schedule(peak: jax.Array, warmup: float, total: jax.Array, count: jax.Array) -> jax.Array:
     return learning_rate(peak, warmup, count, total)
 
 
@@ -73,74 +118,91 @@ def client_loss(phase: Phase, base: Mapping, trained: Mapping, frozen: Mapping, 
     return stage_loss(logits, aux, batch, phase.stage, phase.train)
 
 
-@partial(jax.jit, static_argnames=("phase", "mesh"))
+@partial(jax.jit, static_argnames=("phase", "mesh", "own_received"))
 def local_update(phase: Phase, base: Mapping, adapters: Mapping, received: Mapping, data: Mapping, order: jax.Array,
-                 real: jax.Array, steps: jax.Array, task_index: jax.Array,
-                 mesh: jax.sharding.Mesh | None = None) -> tuple[dict, dict]:
+                 real: jax.Array, steps: jax.Array, task_index: jax.Array, rates: Mapping[str, jax.Array],
+                 mesh: jax.sharding.Mesh | None = None, own_received: bool = False) -> tuple[dict, dict]:
     """`_local_update`, the chunk's clients dealt to the devices of `mesh` (axis "clients"), if there is one.
 
     Clients need nothing of each other, so the devices do not communicate.
     """
-    update = partial(_local_update, phase)
+    update = partial(_local_update, phase, own_received)
     if mesh is not None:
         own, all_ = PartitionSpec("clients"), PartitionSpec()
-        update = jax.shard_map(update, mesh=mesh, in_specs=(all_, own, all_, own, own, own, own, own),
-                               out_specs=own, check_vma=False)
-    return update(base, adapters, received, data, order, real, steps, task_index)
+        update = jax.shard_map(update, mesh=mesh, out_specs=own, check_vma=False, in_specs=(
+            all_, own, own if own_received else all_, own, own, own, own, own, own))
+    return update(base, adapters, received, data, order, real, steps, task_index, rates)
 
 
-def _local_update(phase: Phase, base: Mapping, adapters: Mapping, received: Mapping, data: Mapping, order: jax.Array,
-                 real: jax.Array, steps: jax.Array, task_index: jax.Array) -> tuple[dict, dict]:
+def _local_update(phase: Phase, own_received: bool, base: Mapping, adapters: Mapping, received: Mapping,
+                  data: Mapping, order: jax.Array, real: jax.Array, steps: jax.Array, task_index: jax.Array,
+                  rates: Mapping[str, jax.Array]) -> tuple[dict, dict]:
     """Train a chunk of k clients for one phase.
 
     Args:
         base: frozen weights, shared by all (an argument: never vmapped, never closed over).
-        adapters: leaves [k, …], without the received subtrees. received: leaves without a client axis.
+        adapters: leaves [k, …], without the received subtrees. received: leaves without a client axis, or, with
+            `own_received` (clients of several federations), [k, …].
         data: arrays [k, n_max, …], see `data.batches.ClientData`. order, real: [k, S_max, B]. steps: int32 [k], S_k.
-        task_index: int32 [k].
+        task_index: int32 [k]. rates: peak learning rate of each optimizer label, [k].
 
     Returns: adapters [k, …], and the terms of the loss averaged over each client's own steps, plus the last step's
         loss (`last_loss`), [k]. A step beyond S_k changes nothing: parameters, moments and schedule count included.
     """
-    roles, stage = phase.roles, phase.stage
+    roles, stage, rule = phase.roles, phase.stage, phase.rule
     trained, frozen = roles.split({**adapters, **received}, stage)
-    own_frozen = {n: t for n, t in frozen.items() if n not in received}
+    shared = {} if own_received else {n: t for n, t in frozen.items() if n in received}
+    own_frozen = {n: t for n, t in frozen.items() if n not in shared}
     labels = roles.labels(trained)
-    init = jax.vmap(lambda tree, total: make_optimizer(phase.train, stage, labels, total).init(tree))
-    update = jax.vmap(lambda grads, state, tree, total:
-                      make_optimizer(phase.train, stage, labels, total).update(grads, state, tree))
+    init = jax.vmap(lambda tree, total, rate: make_optimizer(phase.train, labels, total, rate).init(tree))
+    update = jax.vmap(lambda grads, state, tree, total, rate:
+                      make_optimizer(phase.train, labels, total, rate).update(grads, state, tree))
+
+    carried = {n: {**adapters, **received}[n] for n in roles.names(stage=stage, mode="carried")}
+    batched = {n: 0 if n in adapters or own_received else None for n in carried}
+    start = trained
 
     def total_loss(trained, batch):
         # The gradient of the clients' summed loss is every client's own gradient: they share no trained leaf.
         def one(trained, own_frozen, batch, task):
-            return client_loss(phase, base, trained, {**own_frozen, **_frozen_received}, batch, task)
+            return client_loss(phase, base, trained, {**own_frozen, **shared}, batch, task)
 
         losses, terms = jax.vmap(one)(trained, own_frozen, batch, task_index)
         return jnp.sum(losses), terms
 
-    _frozen_received = {n: t for n, t in frozen.items() if n in received}
     grad = jax.grad(total_loss, has_aux=True)
 
     def step(index, carry):
-        trained, state, sums = carry
+        trained, state, sums, gradient_sum = carry
         batch = jax.vmap(gather_batch)(data, order[:, index], real[:, index])
         grads, terms = grad(trained, batch)
-        updates, new_state = update(grads, state, trained, steps)
         active = index < steps  # [k]
 
         def keep(new, old):
             return jnp.where(active.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
+        if rule.averages_gradients:
+            gradient_sum = jax.tree.map(lambda total, g: keep(total + g, total), gradient_sum, grads)
+        if type(rule) is not LocalRule:
+            grads = jax.vmap(rule.gradient, in_axes=(0, 0, 0, batched))(grads, trained, start, carried)
+        updates, new_state = update(grads, state, trained, steps, rates)
         new_trained = jax.tree.map(keep, optax.apply_updates(trained, updates), trained)
         new_state = jax.tree.map(keep, new_state, state)
         sums = {n: sums[n] + jnp.where(active, terms[n], 0.0) for n in terms} | {
             "last_loss": keep(terms["loss"], sums["last_loss"])}
-        return new_trained, new_state, sums
+        return new_trained, new_state, sums, gradient_sum
 
     shapes = jax.eval_shape(lambda: grad(trained, jax.vmap(gather_batch)(data, order[:, 0], real[:, 0]))[1])
     sums = {name: jnp.zeros(len(steps)) for name in [*shapes, "last_loss"]}
+    gradient_sum = jax.tree.map(jnp.zeros_like, trained) if rule.averages_gradients else {}
     # As many steps as the chunk's longest client has, not as the arrays have room for.
-    trained, _, sums = jax.lax.fori_loop(0, jnp.max(steps), step, (trained, init(trained, steps), sums))
+    trained, _, sums, gradient_sum = jax.lax.fori_loop(
+        0, jnp.max(steps), step, (trained, init(trained, steps, rates), sums, gradient_sum))
     count = jnp.maximum(steps, 1)
     metrics = {name: value if name == "last_loss" else value / count for name, value in sums.items()}
+    if rule.averages_gradients:
+        means = jax.tree.map(lambda total: total / count.reshape(-1, *(1,) * (total.ndim - 1)), gradient_sum)
+        after = jax.vmap(rule.carry, in_axes=(0, batched))(means, carried)
+        carried = {n: tree for n, tree in after.items() if n in adapters}
+        return {**adapters, **carried, **trained}, metrics
     return {**adapters, **trained}, metrics

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pilot_jax import __version__
 from pilot_jax.errors import InputError
+from pilot_jax.federation.examination import used_adapters
 from pilot_jax.federation.simulation import Run
 from pilot_jax.models.export import save_adapters
 
@@ -14,7 +15,7 @@ from pilot_jax.models.export import save_adapters
 def _model_card(run: Run, client: str, base: str, stage: str) -> str:
     config, summary = run.config, run.summary
     index = run.client(client)
-    own, state = run.federation.clients[index], run.population[index]
+    own, state = run.federation.examined[index], run.state(client)
     rows = [
         ("base model", base), ("method", summary.get("strategy", config.strategy.name)), ("client", client),
         ("task", own.task), ("training samples", own.size), ("rounds taken part in", state.rounds),
@@ -43,14 +44,14 @@ def export_client(run: Run, client: str, out: Path) -> None:
         InputError: no such client, one that never took part, or a folder that exists.
     """
     index = run.client(client)
-    state, config = run.population[index], run.config
+    state, config = run.state(client), run.config
     if out.exists():
         raise InputError(f"--out: {out} exists already. Choose a new folder; nothing was written.")
     if state.stage == "none":
         raise InputError(f"--client: {client} took part in no round, so it has no adapters of its own.")
     parts = config.model.parts
     kind, base = ("llava", config.model.path) if parts is None else ("language_model", parts.language)
-    save_adapters(out, state.adapters, stage=state.stage, tasks=run.federation.tasks,
-                  task_index=run.federation.task_index(index), rank=config.model.lora.rank,
+    save_adapters(out, used_adapters(run.federation, state), stage=state.stage, tasks=run.federation.tasks,
+                  task_index=run.federation.task_index(run.federation.model_of(index)), rank=config.model.lora.rank,
                   alpha=config.model.lora.alpha, kind=kind, base=base,
                   card=_model_card(run, client, base, state.stage))

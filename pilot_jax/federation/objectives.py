@@ -85,7 +85,7 @@ def stage_loss(logits: jax.Array, aux: Mapping[str, jax.Array], batch: Mapping[s
     """
     terms = {"ce": cross_entropy(logits, batch["target_ids"], batch["target_weights"])}
     loss, shown = terms["ce"], batch["has_image"]
-    if stage == "stage1":
+    if stage == "stage1" and "x_s" in aux:
         terms["difference"] = difference_loss(aux["x_t"], aux["x_s"], shown, train.ld_mode, train.ld_center)
         loss = loss + train.lambda_d * terms["difference"]
     elif stage == "stage2":

@@ -16,7 +16,7 @@ from pilot_jax.costs import matmul_flops, saved_bytes
 from pilot_jax.data.batches import num_steps, training_length
 from pilot_jax.data.conversations import encode
 from pilot_jax.errors import InputError
-from pilot_jax.federation.client import Phase, client_loss, local_update
+from pilot_jax.federation.client import Phase, client_loss, local_update, peak_rates
 from pilot_jax.federation.roles import num_bytes
 from pilot_jax.federation.sharding import base_spec, make_mesh, on_clients, replicated, shard_elements, sharded_shapes
 from pilot_jax.federation.simulation import load_samples
@@ -211,7 +211,7 @@ def lower_phase(config: Config, stage: str, **assumptions: int) -> jax.stages.Lo
     if width % mesh_config.clients:
         raise InputError(f"system.client_chunk: {width} clients do not divide over {mesh_config.clients} devices.")
     mesh, roles = make_mesh(mesh_config), shapes.strategy.roles()
-    phase = Phase(shapes.module, roles, stage, config.train)
+    phase = Phase(shapes.module, roles, stage, config.train, shapes.strategy.local_rule())
 
     def chunk(tree: Any) -> Any:
         stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((width, *leaf.shape), leaf.dtype), tree)
@@ -228,4 +228,5 @@ def lower_phase(config: Config, stage: str, **assumptions: int) -> jax.stages.Lo
         chunk({n: t for n, t in shapes.adapters.items() if n not in received}),
         replicated({n: shapes.adapters[n] for n in received}, mesh),
         chunk(data_shapes(model, shapes.module.dtype, work, max(work.sizes))),
-        chunk(order), chunk(jax.ShapeDtypeStruct(order.shape, jnp.float32)), chunk(count), chunk(count))
+        chunk(order), chunk(jax.ShapeDtypeStruct(order.shape, jnp.float32)), chunk(count), chunk(count),
+        chunk(jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), peak_rates(config.train, stage))))

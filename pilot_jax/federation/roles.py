@@ -9,7 +9,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-Mode = Literal["trained", "frozen", "-"]
+from pilot_jax.models.lora import LORA_SUBTREES
+
+Mode = Literal["trained", "frozen", "carried", "-"]
 Scope = Literal["base", "shared", "local", "received"]
 
 
@@ -18,9 +20,9 @@ class Role:
     """One row: a top-level subtree of a client's adapters (or, with scope base, of the model)."""
 
     subtree: str
-    modes: Mapping[str, Mode]  # by stage; "-" is not used in it
+    modes: Mapping[str, Mode]  # by stage; "carried": for the local rule, not the model; "-": not used in it
     scope: Scope
-    aggregated_by: str  # ata | per_task_mean | mean | never
+    aggregated_by: str  # ata, per_task_mean, mean, never, …: what `aggregate` does with it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Roles:
 
     def labels(self, trained: Mapping[str, Any]) -> dict[str, Any]:
         """Optimizer labels for `optax.partition`: "lora" or "connector" at every trained leaf."""
-        return {name: jax.tree.map(lambda _, n=name: "lora" if n == "text_adapter" else "connector", tree)
+        return {name: jax.tree.map(lambda _, n=name: "lora" if n in LORA_SUBTREES else "connector", tree)
                 for name, tree in trained.items()}
 
 

@@ -16,17 +16,18 @@ import numpy as np
 
 from pilot_jax import checkpoint
 from pilot_jax.config import Config, EvalConfig
-from pilot_jax.data.batches import build_clients, build_prompts, encode_prompts, num_steps
+from pilot_jax.data.batches import build_clients, build_prompts, encode_prompts, pooled
 from pilot_jax.data.conversations import stop_tokens
 from pilot_jax.data.images import image_features
 from pilot_jax.data.llava import Sample, read_samples
 from pilot_jax.data.partition import partition
 from pilot_jax.errors import InputError
-from pilot_jax.evaluation.evaluate import Examinee, answers, base_examinee, scores, speaker
+from pilot_jax.evaluation.evaluate import answers, speaker
 from pilot_jax.evaluation.scores import check_metrics
+from pilot_jax.federation.examination import evaluate, examinee, mean_score, score_by_task
+from pilot_jax.federation.federation import Federation, State
 from pilot_jax.federation.population import ClientState, to_host
-from pilot_jax.federation.roles import Roles
-from pilot_jax.federation.rounds import Federation, State, cohort, run_round
+from pilot_jax.federation.rounds import cohort, members_of, run_round
 from pilot_jax.federation.strategies import Strategy, make_strategy
 from pilot_jax.metrics import CompileClock, MetricsFile
 from pilot_jax.models.pretrained import load, load_from_parts
@@ -45,10 +46,14 @@ class Run:
 
     def client(self, name: str) -> int:
         """Index of a client by name."""
-        names = [c.name for c in self.federation.clients]
+        names = [c.name for c in self.federation.examined]
         if name not in names:
             raise InputError(f"client {name!r} is not in this run. Known: {', '.join(names)}.")
         return names.index(name)
+
+    def state(self, name: str) -> ClientState:
+        """The model that answers for a client."""
+        return self.population[self.federation.model_of(self.client(name))]
 
 
 def load_samples(config: Config) -> list[Sample]:
@@ -57,7 +62,8 @@ def load_samples(config: Config) -> list[Sample]:
         from pilot_jax.data.digits import scenario_clients, scene_samples
 
         d = config.data.digits
-        samples = list(scene_samples(scenario_clients(d.scenario, d.train, d.validation, d.test), d.seed))
+        samples = list(scene_samples(scenario_clients(d.scenario, d.train, d.validation, d.test, d.heterogeneity),
+                                     d.seed))
     else:
         samples = read_samples(config.data.path, config.data.image_root, config.data.file_names)
     return partition(samples, config.data.partition, config.federation.clients, config.data.dirichlet_alpha,
@@ -95,7 +101,17 @@ def prepare(config: Config, strategy: Strategy | None = None) -> tuple[Federatio
     stop_tokens(tokenizer, config.data.template)  # refuses a template the tokenizer cannot end
     clients = build_clients(model, tokenizer, samples, config.data, config.system.length_spread)
     strategy = strategy or make_strategy(config.strategy, config.federation.schedule)
-    return Federation(config, strategy, model, tuple(clients), tuple(tasks)), tokenizer
+    fed = Federation(config, strategy, model, tuple(clients), tuple(tasks))
+    return with_strategy(fed, strategy), tokenizer
+
+
+def with_strategy(fed: Federation, strategy: Strategy, config: Config | None = None) -> Federation:
+    """The same data and model under another strategy (and, if given, a config that differs in `strategy`, `train`,
+    `federation` or `eval` alone)."""
+    clients = fed.examined
+    pool = (pooled(list(clients)),) if strategy.pools_data else ()
+    return dataclasses.replace(fed, strategy=strategy, config=config or fed.config, clients=pool or clients,
+                               pool_of=clients if pool else ())
 
 
 def initial_adapters(fed: Federation) -> dict[str, Any]:
@@ -109,78 +125,42 @@ def initial_adapters(fed: Federation) -> dict[str, Any]:
 
 def initial_state(fed: Federation) -> State:
     adapters = initial_adapters(fed)
-    server = to_host(fed.strategy.initial_server_state(fed.strategy.roles().select(adapters, "shared")
-                                                       | fed.strategy.roles().select(adapters, "received")))
+    roles = fed.strategy.roles()
+    server = to_host(fed.strategy.initial_server_state(
+        roles.select(adapters, "shared") | roles.select(adapters, "received"),
+        np.asarray([c.size for c in fed.clients]), np.asarray([fed.task_index(i) for i in range(len(fed.clients))])))
     return State(tuple(ClientState(adapters) for _ in fed.clients), server)
 
 
 def total_client_steps(fed: Federation) -> int:
     """Client steps of the whole run, known before it starts."""
-    config, seen, total = fed.config, set(), 0
-    for round_ in range(1, config.federation.rounds + 1):
-        for c in cohort(config, tuple(x.name for x in fed.clients), round_):
-            steps = num_steps(fed.clients[c].size, config.train.batch_size, config.federation.local_epochs,
-                              config.federation.local_steps)
-            total += steps * len(fed.strategy.stages(c not in seen, round_))
+    seen, total = set(), 0
+    for round_ in range(1, fed.config.federation.rounds + 1):
+        for c in members_of(fed, round_):
+            total += fed.steps(c, round_) * len(fed.strategy.stages(c not in seen, round_))
             seen.add(c)
     return total
-
-
-def examinee(fed: Federation, index: int, state: ClientState, split: str) -> Examinee | None:
-    """A client's personalised model on its own `split`: what it last downloaded plus its local-only state."""
-    client = fed.clients[index]
-    if split not in client.evaluation:
-        return None
-    if state.stage == "none":
-        return base_examinee(fed.model, client.task, client.evaluation[split])
-    roles: Roles = fed.strategy.roles()
-    used = roles.names(stage=state.stage, mode="trained") + roles.names(stage=state.stage, mode="frozen")
-    return Examinee({n: state.adapters[n] for n in used}, state.stage, fed.task_index(index), client.task,
-                    client.evaluation[split])
-
-
-def evaluate(fed: Federation, tokenizer: Any, population: tuple[ClientState, ...] | None,
-             split: str = "test") -> dict[str, float]:
-    """Score of each client that has `split` samples; `population` None: of the untouched base model."""
-    chosen = {}
-    for i, client in enumerate(fed.clients):
-        one = examinee(fed, i, population[i] if population is not None else ClientState({}), split)
-        if one is not None:
-            chosen[client.name] = one
-    width = min(fed.config.system.client_chunk, len(fed.clients))
-    voice = speaker(tokenizer, fed.config.data.template, fed.config.eval, fed.config.system.seed)
-    values = scores(fed.model, voice, list(chosen.values()), fed.config.eval.metrics, width)
-    return dict(zip(chosen, values, strict=True))
-
-
-def _mean(values: list[float]) -> float | None:
-    return float(np.mean(values)) if values else None
-
-
-def _by_task(fed: Federation, by_client: dict[str, float]) -> dict[str, float | None]:
-    return {t: _mean([by_client[c.name] for c in fed.clients if c.task == t and c.name in by_client])
-            for t in fed.tasks}
 
 
 def _summary(fed: Federation, state: State, tokenizer: Any, clock: CompileClock, began: float,
              train_compile: float) -> dict[str, Any]:
     by_client, base = evaluate(fed, tokenizer, state.population), evaluate(fed, tokenizer, None)
-    names = [c.name for c in fed.clients]
+    names = [c.name for c in fed.examined]
     device = jax.local_devices()[0].memory_stats() or {}
     host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "strategy": fed.strategy.name, "seed": fed.config.system.seed, "rounds": fed.config.federation.rounds,
-        "clients": names, "tasks": list(fed.tasks), "task_by_client": {c.name: c.task for c in fed.clients},
-        "score_mean": _mean(list(by_client.values())), "score_by_task": _by_task(fed, by_client),
+        "clients": names, "tasks": list(fed.tasks), "task_by_client": {c.name: c.task for c in fed.examined},
+        "score_mean": mean_score(list(by_client.values())), "score_by_task": score_by_task(fed, by_client),
         "score_by_client": by_client,
-        "score_base": _mean(list(base.values())), "score_base_by_task": _by_task(fed, base),
+        "score_base": mean_score(list(base.values())), "score_base_by_task": score_by_task(fed, base),
         "score_base_by_client": base,
         "bytes_up": state.bytes_up, "bytes_down": state.bytes_down, "client_steps": state.client_steps,
         # Compilation apart: it is reported beside, and would otherwise hide the speed of long runs.
         "client_steps_per_second": state.client_steps / max(state.train_seconds - train_compile, 1e-9),
         "wall_seconds": time.perf_counter() - began, "compile_seconds": clock.seconds,
         "peak_memory_bytes": int(device.get("peak_bytes_in_use", host_peak)),
-        "adapters_sha256": checkpoint.adapters_sha256(names, state.population),
+        "adapters_sha256": checkpoint.adapters_sha256([c.name for c in fed.clients], state.population),
     }
 
 
@@ -212,7 +192,7 @@ def simulate(config: Config, *, out: str | Path | None = None, strategy: Strateg
         (folder / "mixing").mkdir(parents=True)
         (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     record = MetricsFile(None if folder is None else folder / "metrics.jsonl")
-    names = [c.name for c in fed.clients]
+    names, task_of = [c.name for c in fed.clients], {c.name: c.task for c in fed.examined}
 
     def save_mixing(round_: int, label: str, arrays: dict) -> None:
         if folder is not None:
@@ -228,10 +208,10 @@ def simulate(config: Config, *, out: str | Path | None = None, strategy: Strateg
                 by_client = evaluate(fed, tokenizer, state.population, "validation")
                 for name, value in by_client.items():
                     record({"round": round_, "split": "validation", "client": name,
-                            "task": fed.clients[names.index(name)].task, "score": value})
+                            "task": task_of[name], "score": value})
                 if by_client:
                     show({"kind": "score", "text": f"round {round_}: validation score "
-                          f"{_mean(list(by_client.values())):.3f}"})
+                          f"{mean_score(list(by_client.values())):.3f}"})
         show({"kind": "note", "text": "evaluating on the test split …"})
         summary = _summary(fed, state, tokenizer, clock, began, train_compile)
         if folder is not None:
@@ -264,13 +244,12 @@ def answer(run: Run, client: str, image: Path | None, prompt: str, settings: Eva
            seed: int = 0) -> str:
     """What `client`'s personalised model says to a prompt, about an image if one is given."""
     fed, index, data = run.federation, run.client(client), run.config.data
-    one = fed.clients[index]
+    one = fed.examined[index]
     turns = (("human", prompt if image is None else f"<image>\n{prompt}"), ("gpt", ""))
     sample = Sample("prompt", image, turns, one.task, one.name, "test", "--prompt" if image is None else str(image))
     prompts = build_prompts([sample], encode_prompts(fed.model, run.tokenizer, [sample], data),
                             image_features(fed.model, [sample], data.image_fit))
-    asked = dataclasses.replace(fed.clients[index], evaluation={"test": prompts})
-    fed = dataclasses.replace(fed, clients=(*fed.clients[:index], asked, *fed.clients[index + 1:]))
     settings = (settings or run.config.eval).model_copy(update={"batch_size": 1})
     voice = speaker(run.tokenizer, data.template, settings, seed)
-    return answers(fed.model, voice, [examinee(fed, index, run.population[index], "test")], 1)[0][0]
+    asked = examinee(fed, fed.model_of(index), run.state(client), prompts, one.task)
+    return answers(fed.model, voice, [asked], 1)[0][0]

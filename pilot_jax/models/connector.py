@@ -41,8 +41,11 @@ def plain(adapters: Mapping, features: jax.Array) -> tuple[jax.Array, dict]:
 
 
 def stage1(adapters: Mapping, features: jax.Array) -> tuple[jax.Array, dict]:
-    """x_img = ψ_t(H_v) + ψ_s(H_v); both terms are returned for L_d."""
-    x_t, x_s = mlp(adapters["task"], features), mlp(adapters["client"], features)
+    """x_img = ψ_t(H_v) + ψ_s(H_v); both terms are returned for L_d. Without ψ_s (an ablation) ψ_t alone."""
+    x_t = mlp(adapters["task"], features)
+    if "client" not in adapters:
+        return x_t, {}
+    x_s = mlp(adapters["client"], features)
     return x_t + x_s, {"x_t": x_t, "x_s": x_s}
 
 
@@ -51,7 +54,7 @@ def stage2(adapters: Mapping, features: jax.Array, task_index: jax.Array | int) 
 
     h_own = ψ_t^own(H_v) alone; h_i = ψ_t^i(H_v) + ψ_c^i(H_v) for the others. Slots are in global task order; slot
     `task_index` of the bank and of ψ_c is not read. The bank's term and ψ_s are constants of the stage: nothing
-    trained lies before them, so no gradient is computed for their weights.
+    trained lies before them, so no gradient is computed for their weights. Without ψ_s (an ablation) it is not added.
     """
     logits = jnp.matmul(features, adapters["router"]["kernel"].astype(features.dtype),
                         preferred_element_type=jnp.float32)  # [B, N, T]; softmax needs float32
@@ -59,7 +62,9 @@ def stage2(adapters: Mapping, features: jax.Array, task_index: jax.Array | int) 
     # One expert after another, each a plain product of matrices; T is the number of tasks, a handful.
     order = (task_index + jnp.arange(tasks)) % tasks  # one's own first
     probs = jnp.take(jax.nn.softmax(logits, axis=-1), order, axis=-1).astype(features.dtype)
-    x = mlp(adapters["client"], features) + weighted(mlp(adapters["task"], features), probs[..., :1])
+    x = weighted(mlp(adapters["task"], features), probs[..., :1])
+    if "client" in adapters:
+        x = mlp(adapters["client"], features) + x
     for i in range(1, tasks):
         h = mlp(expert(adapters["task_bank"], order[i]), features) + mlp(expert(adapters["cross_task"], order[i]),
                                                                          features)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pilot_jax.models.lora import TARGETS
+from pilot_jax.models.lora import TARGETS, assembled
 
 # Where the decoder's layers are in transformers' LlavaForConditionalGeneration, and in a language model of its own.
 LAYERS = {"llava": "model.language_model.layers", "language_model": "model.layers"}
@@ -50,9 +50,9 @@ def connector_tensors(adapters: Mapping[str, Any], stage: str, task_index: int) 
     """The connector of `stage` in torch's orientation: what its forward pass reads, and nothing else.
 
     plain: projector. stage1: task, client. stage2: task, client, router.weight [T, D], and for each other task i
-    task_bank.i and cross_task.i; the own slot is `task`.
+    task_bank.i and cross_task.i; the own slot is `task`. client is absent in ablations without it.
     """
-    names = {"plain": ("projector",), "stage1": ("task", "client"), "stage2": ("task", "client")}[stage]
+    names = [name for name in ("projector", "task", "client") if name in adapters]
     tensors = {k: v for name in names for k, v in _torch_mlp(name, adapters[name]).items()}
     if stage == "stage2":
         router = np.asarray(adapters["router"]["kernel"], np.float32)
@@ -68,13 +68,18 @@ def save_adapters(out: Path, adapters: Mapping[str, Any], *, stage: str, tasks: 
                   rank: int, alpha: float, kind: str, base: str, card: str) -> None:
     """Write `adapter_model.safetensors`, `adapter_config.json`, `connector.safetensors` and `README.md` into `out`.
 
-    The folder appears when it is complete, never before.
+    `adapters` are those that `stage` uses; `rank` and `alpha` the config's: two LoRAs side by side are saved as one of
+    twice the rank with the same alpha / rank. The folder appears when it is complete, never before.
     """
     from safetensors.numpy import save_file
 
+    lora = assembled(adapters)
+    ranks = next(iter(lora["layers"].values()))["a"].shape[-2]
+    rank, alpha = ranks, alpha * ranks / rank
+
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    save_file(peft_tensors(adapters["text_adapter"], kind), partial / "adapter_model.safetensors",
+    save_file(peft_tensors(lora, kind), partial / "adapter_model.safetensors",
               metadata={"format": "pt"})
     (partial / "adapter_config.json").write_text(json.dumps(peft_config(rank, alpha, kind, base), indent=2) + "\n",
                                                  encoding="utf-8")

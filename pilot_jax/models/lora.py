@@ -15,6 +15,9 @@ import numpy as np
 from pilot_jax.models.config import TextConfig
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+# The subtrees a client's LoRA may consist of: whole, or as its factors, for strategies that treat A and B apart; and a
+# second one beside it.
+LORA_SUBTREES = ("text_adapter", "text_adapter_a", "text_adapter_b", "private_adapter")
 
 
 def init_lora(key: jax.Array, config: TextConfig, rank: int) -> dict:
@@ -27,6 +30,29 @@ def init_lora(key: jax.Array, config: TextConfig, rank: int) -> dict:
                                -bound, bound)
         layers[name] = {"a": a, "b": jnp.zeros((config.num_layers, d_out, rank), jnp.float32)}
     return {"layers": layers}
+
+
+def factors(adapter: Mapping) -> dict[str, dict]:
+    """A LoRA as the subtrees `text_adapter_a` and `text_adapter_b`, one leaf per target."""
+    return {f"text_adapter_{x}": {name: pair[x] for name, pair in adapter["layers"].items()} for x in ("a", "b")}
+
+
+def assembled(adapters: Mapping) -> dict | None:
+    """The one LoRA that a client's subtrees make, None if they hold none.
+
+    Two side by side are one of twice the rank: B_1·A_1 + B_2·A_2 = [B_1 B_2]·[A_1; A_2].
+    """
+    if "text_adapter_a" in adapters:
+        a, b = adapters["text_adapter_a"], adapters["text_adapter_b"]
+        shared = {"layers": {name: {"a": a[name], "b": b[name]} for name in a}}
+    else:
+        shared = adapters.get("text_adapter")
+    private = adapters.get("private_adapter")
+    if private is None:
+        return shared
+    return {"layers": {name: {"a": jnp.concatenate([pair["a"], private["layers"][name]["a"]], axis=-2),
+                              "b": jnp.concatenate([pair["b"], private["layers"][name]["b"]], axis=-1)}
+                       for name, pair in shared["layers"].items()}}
 
 
 @jax.custom_vjp

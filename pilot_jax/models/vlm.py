@@ -16,18 +16,19 @@ from pilot_jax.models.clip import VisionTower
 from pilot_jax.models.config import VlmConfig
 from pilot_jax.models.connector import Connector
 from pilot_jax.models.llama import Decoder
+from pilot_jax.models.lora import LORA_SUBTREES, assembled
 
 
 def variables(base: Mapping, adapters: Mapping) -> dict:
     """Linen variables from the frozen base and one client's adapters.
 
-    `adapters` holds connector subtrees (`projector`, or `task`, `client`, …) and, optionally, `text_adapter`.
+    `adapters` holds connector subtrees (`projector`, or `task`, `client`, …) and, optionally, those of LoRA.
     """
-    connector = {name: tree for name, tree in adapters.items() if name != "text_adapter"}
+    connector, lora = {n: t for n, t in adapters.items() if n not in LORA_SUBTREES}, assembled(adapters)
     out = {"params": {k: base[k] for k in ("vision_tower", "decoder") if k in base},
            "connector": {"connector": connector}}
-    if "text_adapter" in adapters:
-        out["lora"] = {"decoder": adapters["text_adapter"]}
+    if lora is not None:
+        out["lora"] = {"decoder": lora}
     return out
 
 

@@ -1,4 +1,5 @@
-"""Federated algorithms, one file each with its citation. A strategy may import roles, mixing and initial adapters.
+"""Federated algorithms, one file each with its citation. A strategy may import roles, mixing, local rules and initial
+adapters.
 
 To add one: subclass `base.Strategy` in a new file and name it in `STRATEGIES` (or pass the object to `simulate`).
 """
@@ -7,11 +8,29 @@ from __future__ import annotations
 
 from pilot_jax.config import StrategyConfig
 from pilot_jax.federation.strategies.base import Strategy
+from pilot_jax.federation.strategies.centralised import Centralised
+from pilot_jax.federation.strategies.fedadagrad import FedAdagrad
+from pilot_jax.federation.strategies.fedadam import FedAdam
 from pilot_jax.federation.strategies.fedavg import FedAvg
+from pilot_jax.federation.strategies.fedavgm import FedAvgM
+from pilot_jax.federation.strategies.feddpa import FedDpa
+from pilot_jax.federation.strategies.fedprox import FedProx
+from pilot_jax.federation.strategies.fedsa_lora import FedSaLora
+from pilot_jax.federation.strategies.fedyogi import FedYogi
+from pilot_jax.federation.strategies.ffa_lora import FfaLora
 from pilot_jax.federation.strategies.local import Local
+from pilot_jax.federation.strategies.median import Median
 from pilot_jax.federation.strategies.pilot import Pilot
+from pilot_jax.federation.strategies.scaffold import Scaffold
+from pilot_jax.federation.strategies.similarity import Similarity
+from pilot_jax.federation.strategies.trimmed_mean import TrimmedMean
 
-STRATEGIES: dict[str, type[Strategy]] = {"pilot": Pilot, "fedavg": FedAvg, "local": Local}
+STRATEGIES: dict[str, type[Strategy]] = {
+    "pilot": Pilot, "local": Local, "centralised": Centralised, "fedavg": FedAvg, "fedprox": FedProx,
+    "fedavgm": FedAvgM, "fedadam": FedAdam, "fedyogi": FedYogi, "fedadagrad": FedAdagrad, "scaffold": Scaffold,
+    "ffa_lora": FfaLora, "fedsa_lora": FedSaLora, "feddpa": FedDpa, "similarity": Similarity, "median": Median,
+    "trimmed_mean": TrimmedMean,
+}
 
 
 def make_strategy(config: StrategyConfig, schedule: str) -> Strategy:

@@ -1,4 +1,7 @@
-"""What a strategy is: an ownership table, a schedule, starting adapters, and an aggregation."""
+"""What a strategy is: an ownership table, a schedule, starting adapters, a rule for local steps, an aggregation.
+
+Most strategies are a mixing matrix (`mix`), and perhaps a local rule and a server optimizer: that is all they define.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from pilot_jax.config import StrategyConfig
+from pilot_jax.federation import mixing
+from pilot_jax.federation.client import PLAIN_RULE, LocalRule
 from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, num_bytes
 from pilot_jax.models.config import VlmConfig
 from pilot_jax.models.lora import init_lora
@@ -35,13 +41,15 @@ class Strategy:
     Pilot trains R + 1 phases in R rounds; so does everyone, by a second phase in a client's first round.
     """
 
-    config: StrategyConfig
+    config: StrategyConfig = dataclasses.field(default_factory=StrategyConfig)
     schedule: str = "first_time"
 
     first_stages = ("plain", "plain")  # a client's first round
     later_stages = ("plain",)  # its other rounds: a suffix of the first
     scope = "shared"
     aggregated_by = "mean"
+    one_model = True  # everyone starts a phase from the server's model; else from what it last had itself
+    pools_data = False  # one client that has everybody's data
 
     @property
     def name(self) -> str:
@@ -62,12 +70,35 @@ class Strategy:
         """What every client starts from. The same for all: LoRA distances would otherwise measure the random start."""
         return {"text_adapter": init_lora(key, model.text, rank), "projector": float32(projector)}
 
-    def initial_server_state(self, adapters: Mapping[str, Any]) -> dict[str, Any]:
-        return {}
+    def local_rule(self) -> LocalRule:
+        """What its clients do to their gradients."""
+        return PLAIN_RULE
+
+    def server_optimizer(self) -> optax.GradientTransformation | None:
+        """Turns (server model − mixed uploads) into the server's step; None takes the mixed uploads as they are."""
+        return None
+
+    def initial_server_state(self, adapters: Mapping[str, Any], sizes: np.ndarray, tasks: np.ndarray,
+                             ) -> dict[str, Any]:
+        """`adapters`: the shared and received subtrees at the start; sizes, tasks: int [K], of all clients."""
+        if not self.one_model:
+            return {}
+        model = {n: adapters[n] for n in self.roles().names(scope="shared") if n in adapters}
+        optimizer = self.server_optimizer()
+        return {"model": model} | ({} if optimizer is None else {"optimizer": optimizer.init(model)})
 
     def fetch(self, adapters: dict[str, Any], server_state: Mapping[str, Any], task: int) -> dict[str, Any]:
         """A client's adapters at the start of a phase: what it has, and what the server now holds for it."""
-        return adapters
+        return {**adapters, **server_state["model"]} if self.one_model else adapters
+
+    def mix(self, uploads: Mapping[str, Any], sizes: np.ndarray, tasks: np.ndarray, client_ids: np.ndarray,
+            server_state: Mapping[str, Any]) -> jax.Array:
+        """The mixing matrix [S, S] of all shared subtrees; default FedAvg's, n_j/Σn in every row."""
+        return mixing.mean(sizes)
+
+    def combine(self, uploads: Mapping[str, Any], matrix: jax.Array) -> dict[str, Any]:
+        """Mixed uploads, leaves [S, …]; for aggregations that no matrix expresses."""
+        return mixing.apply(matrix, dict(uploads))
 
     def aggregate(self, uploads: Mapping[str, Any], sizes: np.ndarray, tasks: np.ndarray, client_ids: np.ndarray,
                   server_state: Mapping[str, Any]) -> Aggregated:
@@ -75,7 +106,19 @@ class Strategy:
 
         `server_state["round"]` is the current round, from 1.
         """
-        raise NotImplementedError
+        matrix = self.mix(uploads, sizes, tasks, client_ids, server_state)
+        downloads, state = self.combine(uploads, matrix), dict(server_state)
+        if self.one_model:
+            model = jax.tree.map(lambda leaf: leaf[0], downloads)
+            optimizer = self.server_optimizer()
+            if optimizer is not None:
+                # Reddi et al., 2021: the mean change of the clients, negated, is the server's gradient.
+                pseudo_gradient = jax.tree.map(jnp.subtract, state["model"], model)
+                steps, state["optimizer"] = optimizer.update(pseudo_gradient, state["optimizer"], state["model"])
+                model = optax.apply_updates(jax.tree.map(jnp.asarray, state["model"]), steps)
+                downloads = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(sizes), *leaf.shape)), model)
+            state["model"] = jax.tree.map(np.asarray, model)
+        return Aggregated(downloads, state, {"weights": np.asarray(matrix)})
 
     def sent_bytes(self, adapters: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
         """(up, down) bytes per subtree for one client and phase, as float32."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from pilot_jax.federation import mixing
-from pilot_jax.federation.strategies.base import Aggregated, Strategy
+from pilot_jax.federation.strategies.base import Strategy
 
 
 class Local(Strategy):
     scope = "local"
     aggregated_by = "never"
+    one_model = False
 
-    def aggregate(self, uploads, sizes, tasks, client_ids, server_state):
-        return Aggregated({}, dict(server_state), {"weights": np.asarray(mixing.identity(len(sizes)))})
+    def mix(self, uploads, sizes, tasks, client_ids, server_state):
+        return mixing.identity(len(sizes))

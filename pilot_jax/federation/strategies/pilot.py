@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pilot_jax.federation import mixing
+from pilot_jax.federation.distances import distances
 from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, num_bytes
 from pilot_jax.federation.strategies.base import Aggregated, Strategy, float32
 from pilot_jax.models.lora import init_lora
@@ -23,19 +24,34 @@ def _repeat(tree, times: int):
 
 
 class Pilot(Strategy):
-    first_stages = ("stage1", "stage2")
-    later_stages = ("stage2",)
+    """Ablations by `config`: `text_aggregation`, `client_adapter`, `cross_task`, `ata`; those of the losses in `train`.
+
+    To change the method, override `distances` or `weights`.
+    """
+
+    one_model = False
+
+    @property
+    def first_stages(self):
+        return ("stage1", "stage2") if self.config.cross_task else ("stage1", "stage1")
+
+    @property
+    def later_stages(self):
+        return self.first_stages[1:]
 
     def roles(self):
-        return Roles((
-            *BASE_ROWS,
-            Role("text_adapter", {"stage1": "trained", "stage2": "trained"}, "shared", "ata"),
-            Role("task", {"stage1": "trained", "stage2": "trained"}, "shared", "per_task_mean"),
-            Role("client", {"stage1": "trained", "stage2": "frozen"}, "local", "never"),
-            Role("task_bank", {"stage1": "-", "stage2": "frozen"}, "received", "never"),
-            Role("cross_task", {"stage1": "-", "stage2": "trained"}, "local", "never"),
-            Role("router", {"stage1": "-", "stage2": "trained"}, "local", "never"),
-        ))
+        c = self.config
+        rows = [*BASE_ROWS,
+                Role("text_adapter", {"stage1": "trained", "stage2": "trained"}, "shared", c.text_aggregation),
+                Role("task", {"stage1": "trained", "stage2": "trained"}, "shared", "per_task_mean")]
+        if c.client_adapter != "none":
+            kept = "frozen" if c.client_adapter == "both" else "-"
+            rows.append(Role("client", {"stage1": "trained", "stage2": kept}, "local", "never"))
+        if c.cross_task:
+            rows += [Role("task_bank", {"stage1": "-", "stage2": "frozen"}, "received", "never"),
+                     Role("cross_task", {"stage1": "-", "stage2": "trained"}, "local", "never"),
+                     Role("router", {"stage1": "-", "stage2": "trained"}, "local", "never")]
+        return Roles(tuple(rows))
 
     def initial_adapters(self, key, projector, model, rank, num_tasks):
         """preserve: ψ_t is the projector, ψ_s and ψ_c add zero, so step 0 computes the base model. copy: the
@@ -43,7 +59,7 @@ class Pilot(Strategy):
         projector = float32(projector)
         extra = projector if self.config.init == "copy" else _zero_last(projector)
         router = 0.02 * jax.random.normal(jax.random.fold_in(key, 1000), (model.vision.feature_size, num_tasks))
-        return {
+        every = {
             "text_adapter": init_lora(key, model.text, rank),
             "task": projector,
             "client": extra,
@@ -51,40 +67,56 @@ class Pilot(Strategy):
             "cross_task": _repeat(extra, num_tasks),
             "router": {"kernel": router},
         }
+        return {row.subtree: every[row.subtree] for row in self.roles().adapter_rows}
 
-    def initial_server_state(self, adapters):
-        return {"bank": adapters["task_bank"], "members": {}}
+    def initial_server_state(self, adapters, sizes, tasks):
+        bank = adapters["task_bank"] if self.config.cross_task else _repeat(adapters["task"], int(np.max(tasks)) + 1)
+        return {"bank": bank, "members": {}}
 
     def stages(self, first_time, round_):
         return self.first_stages if first_time or self.schedule == "every_round" else self.later_stages
 
     def fetch(self, adapters, server_state, task):
         """The current bank, and ψ_t from its own slot. LoRA is the client's last (a newcomer's: the initial one)."""
-        return {**adapters, "task": jax.tree.map(lambda leaf: leaf[task], server_state["bank"]),
-                "task_bank": server_state["bank"]}
+        bank = {"task_bank": server_state["bank"]} if self.config.cross_task else {}
+        return {**adapters, "task": jax.tree.map(lambda leaf: leaf[task], server_state["bank"]), **bank}
 
     def aggregate(self, uploads, sizes, tasks, client_ids, server_state):
         bank, members = self._aggregate_tasks(uploads["task"], sizes, tasks, client_ids, server_state)
-        weights, distances = self._ata(uploads["text_adapter"], sizes, client_ids)
+        between = self.distances(uploads["text_adapter"])
+        weights = self.weights(between, sizes, tasks, client_ids)
         downloads = {
             "text_adapter": mixing.apply(weights, uploads["text_adapter"]),
             "task": jax.tree.map(lambda leaf: leaf[jnp.asarray(tasks)], bank),
-            "task_bank": bank,
-        }
-        log = {"weights": weights, "distances": distances, "effective_neighbors": mixing.effective_neighbors(weights),
-               "product_gap": mixing.product_gap(weights, uploads["text_adapter"],
-                                                   self.config.ata.neighbors + 1)}
+        } | ({"task_bank": bank} if self.config.cross_task else {})
+        log = {"weights": weights, "distances": between, "effective_neighbors": mixing.effective_neighbors(weights),
+               "product_gap": mixing.product_gap(weights, uploads["text_adapter"], self._most_weights(len(sizes)))}
         return Aggregated(downloads, {**server_state, "bank": bank, "members": members},
                           {name: np.asarray(value) for name, value in log.items()})
 
-    def _ata(self, text_adapters, sizes, client_ids):
+    def distances(self, text_adapters):
+        """d_kj between LoRA uploads, leaves [S, …] → [S, S]."""
         c = self.config.ata
+        return distances(text_adapters, c.neighbors, c.space)
+
+    def weights(self, between, sizes, tasks, client_ids):
+        """Mixing matrix [S, S] of LoRA from the distances [S, S]."""
+        c, sizes = self.config.ata, jnp.asarray(sizes)
+        if self.config.text_aggregation == "mean":
+            return mixing.mean(sizes)
+        if self.config.text_aggregation == "per_task_mean":
+            tasks = jnp.asarray(tasks)
+            return mixing.per_task_mean(sizes, tasks, int(jnp.max(tasks)) + 1)[tasks]
         options = {"weighting": c.weighting, "temperature": c.temperature, "include_self": c.include_self,
                    "size_weighted": c.size_weighted}
         if c.preset == "notes":  # the formula of the user's notes: w ∝ exp(−d) over the neighbours and oneself
             options = {"weighting": "softmax", "temperature": 1.0, "include_self": True, "size_weighted": False}
-        return mixing.ata(text_adapters, jnp.asarray(sizes), jnp.asarray(client_ids), neighbors=c.neighbors,
-                          space=c.space, **options)
+        return mixing.ata_weights(between, sizes, jnp.asarray(client_ids), neighbors=c.neighbors, **options)
+
+    def _most_weights(self, cohort: int) -> int:
+        """How many weights of a row of ours can be above 0; a subclass' `weights` may have more."""
+        ours = type(self).weights is Pilot.weights and self.config.text_aggregation == "ata"
+        return self.config.ata.neighbors + 1 if ours else cohort
 
     def _aggregate_tasks(self, uploads, sizes, tasks, client_ids, server_state):
         """ψ_t per task, and every client's last upload.
@@ -123,4 +155,5 @@ class Pilot(Strategy):
     def sent_bytes(self, adapters):
         up = {name: num_bytes(adapters[name]) for name in ("text_adapter", "task")}
         # The own task's ψ_t comes as a slot of the bank, once.
-        return up, {name: num_bytes(adapters[name]) for name in ("text_adapter", "task_bank")}
+        task = "task_bank" if self.config.cross_task else "task"
+        return up, {name: num_bytes(adapters[name]) for name in ("text_adapter", task)}

@@ -1,0 +1,98 @@
+"""What a comparison leaves behind: `results.json`, the tables of `results.md`, and plots where matplotlib is there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _difference(line: dict[str, Any]) -> str:
+    d = line.get("difference")
+    if d is None:
+        return "–"
+    if d["low"] is None:
+        return f"{d['mean']:+.3f}"
+    return f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]{' *' if d['significant'] else ''}"
+
+
+def table(results: dict[str, Any]) -> str:
+    """The variants in the order they were asked for, as Markdown."""
+    lines = results["variants"]
+    tasks = sorted({task for line in lines for task in line["by_task"]})
+    head = ["", "score", *tasks, "Pilot − it [95 %]", "base's captions", "rates ×", "MB up", "MB down", "s"]
+    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for line in sorted(lines, key=lambda one: -one["score"]):
+        error = "" if line["standard_error"] is None else f" ± {line['standard_error']:.3f}"
+        name = line["name"] + (f" ({line['diverged']} diverged)" if line["diverged"] else "")
+        up, down = (None if line[k] is None else line[k] / 1e6 for k in ("bytes_up", "bytes_down"))
+        rows.append([name, _number(line["score"]) + error, *(_number(line["by_task"].get(t)) for t in tasks),
+                     _difference(line), _number(line["base_captions"], 2), f"{line['rate_factor']:g}", _number(up, 1),
+                     _number(down, 1), f"{line['wall_seconds']:.0f}"])
+    rows.append(["*base*", _number(results["base"]["score"]), *[""] * len(tasks), "",
+                 _number(results["base"]["base_captions"], 2), "", "", "", ""])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def tuning_table(results: dict[str, Any]) -> str:
+    factors = [f"{f:g}" for f in results["factors"]]
+    rows = [["", *(f"× {f}" for f in factors)], ["---", *["---:"] * len(factors)]]
+    for family, rate in results["rates"].items():
+        best = f"{rate['factor']:g}"
+        rows.append([family, *(f"**{rate['validation'][f]:.3f}**" if f == best else f"{rate['validation'][f]:.3f}"
+                               for f in factors)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _plot(results: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = sorted(results["variants"], key=lambda one: one["score"])
+    tasks = sorted({task for line in lines for task in line["by_task"]})
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.8 + 0.32 * len(lines)), sharey=True,
+                                            layout="constrained", width_ratios=(3, 2))
+    places = range(len(lines))
+    colours = ["#c2410c" if line["name"] == "pilot" else "#64748b" for line in lines]
+    left.barh(places, [line["score"] for line in lines], xerr=[line["standard_error"] or 0 for line in lines],
+              color=colours, height=0.65, error_kw={"ecolor": "#0f172a", "lw": 1})
+    for task, mark in zip(tasks, "osD^v<>", strict=False):
+        left.scatter([line["by_task"].get(task, 0) for line in lines], places, marker=mark, s=16, zorder=3,
+                     facecolor="white", edgecolor="#0f172a", lw=0.8, label=task)
+    left.set_yticks(places, [line["name"] for line in lines])
+    left.set_xlabel("score: mean over clients and seeds; marks: tasks")
+    left.set_xlim(0, 1)
+    left.legend(loc="lower right", fontsize=8)
+    for place, line in zip(places, lines, strict=True):
+        d = line.get("difference")
+        if d is not None:
+            low, high = (d["mean"], d["mean"]) if d["low"] is None else (d["low"], d["high"])
+            right.plot([low, high], [place, place], color="#0f172a", lw=1)
+            right.plot(d["mean"], place, "o", color="#c2410c" if d["significant"] else "#94a3b8", ms=5)
+    right.axvline(0, color="#94a3b8", lw=1)
+    right.set_xlabel("Pilot − variant, paired by seed, 95 % interval")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def write_results(results: dict[str, Any], out: Path) -> None:
+    """Write what `compare` found into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    text = [f"Scores on the {results['split']} split, {results['seeds']} seeds, ± standard error; the interval is "
+            "Student's t over seeds, paired; * excludes 0.", "", table(results), ""]
+    if results["rates"]:
+        text += ["Validation score by factor on the config's learning rates (a seed of its own):", "",
+                 tuning_table(results), ""]
+    text.append(f"{results['seconds_of_all']:.0f} s for the variants, {results['seconds_of_tuning']:.0f} s for tuning, "
+                f"on {results['devices']} device(s) of kind {results['device']}.")
+    (out / "results.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    if importlib.util.find_spec("matplotlib") is not None:
+        _plot(results, out / "results.png")

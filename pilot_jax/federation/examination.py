@@ -1,0 +1,115 @@
+"""Who is asked what: a client's personalised model on its own data, on everybody's, and on what the base could do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pilot_jax.data.batches import Prompts, build_prompts, encode_prompts
+from pilot_jax.data.images import image_features
+from pilot_jax.errors import InputError
+from pilot_jax.evaluation.evaluate import Examinee, base_examinee, scores, speaker
+from pilot_jax.federation.federation import Federation
+from pilot_jax.federation.population import ClientState
+from pilot_jax.federation.roles import Roles
+
+
+def used_adapters(fed: Federation, state: ClientState) -> dict[str, Any]:
+    """The subtrees that a client's model reads: those of the last stage it was trained in."""
+    roles: Roles = fed.strategy.roles()
+    used = roles.names(stage=state.stage, mode="trained") + roles.names(stage=state.stage, mode="frozen")
+    return {n: state.adapters[n] for n in used}
+
+
+def examinee(fed: Federation, index: int, state: ClientState, prompts: Prompts, task: str) -> Examinee:
+    """The personalised model of trained client `index` (what it last downloaded plus its local-only state), and what
+    it is asked; `task` decides how it is scored."""
+    if state.stage == "none":
+        return base_examinee(fed.model, task, prompts)
+    return Examinee(used_adapters(fed, state), state.stage, fed.task_index(index), task, prompts)
+
+
+Population = tuple[ClientState, ...]
+
+
+def evaluate(fed: Federation, tokenizer: Any, population: Population | None, split: str = "test") -> dict[str, float]:
+    """Score of each client that has `split` samples; `population` None: of the untouched base model."""
+    return evaluate_together([fed], tokenizer, [population], split)[0]
+
+
+def evaluate_together(feds: Sequence[Federation], tokenizer: Any, populations: Sequence[Population | None],
+                      split: str = "test") -> list[dict[str, float]]:
+    """`evaluate` of several federations with one base, their models decoded side by side."""
+    asked, who = [], []
+    for number, (fed, population) in enumerate(zip(feds, populations, strict=True)):
+        for i, client in enumerate(fed.examined):
+            if split in client.evaluation:
+                model = fed.model_of(i)
+                state = population[model] if population is not None else ClientState({})
+                asked.append(examinee(fed, model, state, client.evaluation[split], client.task))
+                who.append((number, client.name))
+    out: list[dict[str, float]] = [{} for _ in feds]
+    for (number, name), value in zip(who, _scores(feds[0], tokenizer, asked), strict=True):
+        out[number][name] = value
+    return out
+
+
+def _scores(fed: Federation, tokenizer: Any, asked: list[Examinee]) -> list[float]:
+    width = min(fed.config.system.client_chunk, len(fed.examined))
+    voice = speaker(tokenizer, fed.config.data.template, fed.config.eval, fed.config.system.seed)
+    return scores(fed.model, voice, asked, fed.config.eval.metrics, width)
+
+
+def mean_score(values: list[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def score_by_task(fed: Federation, by_client: dict[str, float]) -> dict[str, float | None]:
+    return {t: mean_score([by_client[c.name] for c in fed.examined if c.task == t and c.name in by_client])
+            for t in fed.tasks}
+
+
+def first_prompts(prompts: Prompts, count: int | None) -> Prompts:
+    return prompts if count is None else Prompts(prompts.input_ids[:count], prompts.attention_mask[:count],
+                                                 prompts.features[:count], prompts.references[:count])
+
+
+def matrix(fed: Federation, tokenizer: Any, population: Population, split: str = "test",
+           count: int | None = None) -> np.ndarray:
+    """Scores [K, K]: row k's model on column j's `split` (its first `count` samples), by j's task's metric.
+
+    Raises:
+        InputError: a client has no such samples.
+    """
+    missing = [c.name for c in fed.examined if split not in c.evaluation]
+    if missing:
+        raise InputError(f"data.path: client {missing[0]!r} has no {split} samples.")
+    asked = []
+    for i in range(len(fed.examined)):
+        model = fed.model_of(i)
+        asked += [examinee(fed, model, population[model], first_prompts(c.evaluation[split], count), c.task)
+                  for c in fed.examined]
+    return np.asarray(_scores(fed, tokenizer, asked)).reshape(len(fed.examined), -1)
+
+
+def base_prompts(fed: Federation, tokenizer: Any, count: int) -> Prompts:
+    """What the embedded base was taught, brief captions, on handwriting of the test pool."""
+    from pilot_jax.data.digits import pretraining_samples
+
+    samples = pretraining_samples(count, fed.config.data.digits.seed)
+    encoded = encode_prompts(fed.model, tokenizer, samples, fed.config.data)
+    return build_prompts(samples, encoded, image_features(fed.model, samples, fed.config.data.image_fit))
+
+
+def forgetting(feds: Sequence[Federation], tokenizer: Any, populations: Sequence[Population | None],
+               prompts: Sequence[Prompts]) -> list[list[float]]:
+    """Exact match of every client's model on `base_prompts`, by federation; `population` None: of the base, once."""
+    asked, counts = [], []
+    for fed, population, own in zip(feds, populations, prompts, strict=True):
+        states = [ClientState({})] if population is None else list(population)
+        asked += [examinee(fed, i, state, own, "base") for i, state in enumerate(states)]
+        counts.append(len(states))
+    values = _scores(feds[0], tokenizer, asked)
+    return [values[sum(counts[:i]):sum(counts[:i + 1])] for i in range(len(counts))]

@@ -1,0 +1,112 @@
+"""What a run is made of: the federation, which does not change, and the state, which does."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pilot_jax.config import Config
+from pilot_jax.data.batches import ClientData, num_steps
+from pilot_jax.errors import InputError
+from pilot_jax.federation.client import Phase
+from pilot_jax.federation.population import ClientState
+from pilot_jax.federation.strategies.base import Strategy
+from pilot_jax.models.pretrained import PretrainedModel
+
+
+def client_devices(wanted: int | None, base: Mapping[str, Any]) -> int:
+    """How many devices train clients side by side.
+
+    By default, on CPU, all there are, as long as a copy of the base for each is small change; elsewhere one.
+    """
+    there = jax.device_count()
+    if wanted is not None:
+        if wanted > there:
+            raise InputError(f"system.client_devices: {wanted} asked for, {there} there. Lower it; on CPU, `run` makes "
+                             "as many as there are cores before JAX starts.")
+        return wanted
+    small = sum(leaf.nbytes for leaf in jax.tree.leaves(base)) < 500e6
+    return there if jax.default_backend() == "cpu" and small else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Federation:
+    """What does not change during a run."""
+
+    config: Config
+    strategy: Strategy
+    model: PretrainedModel
+    clients: tuple[ClientData, ...]  # ordered by name; a client's index is its id in mixing
+    tasks: tuple[str, ...]  # global task order
+    pool_of: tuple[ClientData, ...] = ()  # the clients whose data the one client has, where a strategy pools them
+
+    @functools.cached_property
+    def training(self) -> tuple[jax.sharding.Mesh | None, dict[str, Any]]:
+        """The devices that train clients side by side (None: one), and the base as they see it."""
+        count = client_devices(self.config.system.client_devices, self.model.base)
+        if count == 1:
+            return None, self.model.base
+        mesh = jax.make_mesh((count,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,),
+                             devices=jax.devices()[:count])
+        return mesh, jax.device_put(self.model.base, NamedSharding(mesh, PartitionSpec()))
+
+    @property
+    def examined(self) -> tuple[ClientData, ...]:
+        """The clients on whose data models are scored."""
+        return self.pool_of or self.clients
+
+    def model_of(self, examined: int) -> int:
+        """Whose model answers for an examined client."""
+        return 0 if self.pool_of else examined
+
+    def task_index(self, client: int) -> int:
+        return 0 if self.pool_of else self.tasks.index(self.clients[client].task)
+
+    def full_steps(self, client: int) -> int:
+        """The steps of a client's phase, if it does not straggle."""
+        f = self.config.federation
+        each = None if f.local_steps is None else f.local_steps * max(len(self.pool_of), 1)
+        return num_steps(self.clients[client].size, self.config.train.batch_size, f.local_epochs, each)
+
+    def steps(self, client: int, round_: int) -> int:
+        """S_k: the steps of a client's phases in `round_`."""
+        slow, count = self.config.federation.stragglers, self.full_steps(client)
+        if slow.share > 0:
+            rng = client_generator(self.config.system.seed, self.clients[client].name, round_, "straggling")
+            if rng.random() < slow.share:
+                return max(1, math.ceil(slow.steps * count))
+        return count
+
+    def phase(self, stage: str) -> Phase:
+        return Phase(self.model.module, self.strategy.roles(), stage, self.config.train, self.strategy.local_rule())
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a run carries from phase to phase."""
+
+    population: tuple[ClientState, ...]
+    server: dict[str, Any]
+    client_steps: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    train_seconds: float = 0.0
+
+
+def client_generator(seed: int, client: str, round_: int, phase: str) -> np.random.Generator:
+    """A client's stream of randomness: fold_in(root, client, round, phase), whoever else takes part.
+
+    Names, not positions, go in, so that a client's draws do not depend on the others.
+    """
+    key = jax.random.key(seed)
+    for part in (client, str(round_), phase):
+        key = jax.random.fold_in(key, int.from_bytes(hashlib.sha256(part.encode()).digest()[:4], "big"))
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)))

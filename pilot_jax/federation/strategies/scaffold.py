@@ -1,0 +1,74 @@
+"""SCAFFOLD (Karimireddy et al., ICML 2020, arXiv 1910.06378): clients descend g − c_k + c.
+
+A client's control c_k becomes the mean of its own gradients along its steps. For SGD at a constant rate that is the
+paper's option II, c_k − c + (x − y_k)/(S_k·η); written so, it holds under a schedule and under AdamW too. Weights are
+n_k/Σn where the paper has 1/N: the same for clients of one size, and what FedAvg has here for the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from pilot_jax.federation import mixing
+from pilot_jax.federation.client import LocalRule
+from pilot_jax.federation.roles import Role, Roles, num_bytes
+from pilot_jax.federation.strategies.base import Aggregated, Strategy
+
+
+@dataclasses.dataclass(frozen=True)
+class Controlled(LocalRule):
+    averages_gradients: bool = True
+
+    def gradient(self, gradient, trained, start, carried):
+        return jax.tree.map(lambda g, own, all_: g - own + all_, gradient, carried["control"],
+                            carried["server_control"])
+
+    def carry(self, mean_gradient, carried):
+        change = jax.tree.map(jnp.subtract, mean_gradient, carried["control"])
+        return {**carried, "control": mean_gradient, "control_change": change}
+
+
+class Scaffold(Strategy):
+    def roles(self):
+        rows = super().roles().rows
+        return Roles((*rows,
+                      Role("control", {"plain": "carried"}, "local", "never"),
+                      Role("control_change", {"plain": "carried"}, "shared", "mean"),
+                      Role("server_control", {"plain": "carried"}, "received", "never")))
+
+    def local_rule(self):
+        return Controlled()
+
+    def initial_adapters(self, key, projector, model, rank, num_tasks):
+        trained = super().initial_adapters(key, projector, model, rank, num_tasks)
+        zero = jax.tree.map(jnp.zeros_like, trained)
+        return {**trained, "control": zero, "control_change": zero, "server_control": zero}
+
+    def server_optimizer(self):
+        return optax.sgd(self.config.server.learning_rate or 1.0)
+
+    def initial_server_state(self, adapters, sizes, tasks):
+        model = {n: adapters[n] for n in ("text_adapter", "projector")}
+        return {"model": model, "optimizer": self.server_optimizer().init(model), "control": adapters["server_control"],
+                "total_size": int(np.sum(sizes))}
+
+    def fetch(self, adapters, server_state, task):
+        return {**adapters, **server_state["model"], "server_control": server_state["control"]}
+
+    def aggregate(self, uploads, sizes, tasks, client_ids, server_state):
+        models = {n: t for n, t in uploads.items() if n != "control_change"}
+        downloads, state, log = super().aggregate(models, sizes, tasks, client_ids, server_state)
+        share = jnp.asarray(sizes, jnp.float32)[None] / state["total_size"]
+        moved = mixing.apply(share, uploads["control_change"])
+        state["control"] = jax.tree.map(lambda c, d: np.asarray(c + d[0]), state["control"], moved)
+        return Aggregated({**downloads, "server_control": state["control"]}, state, log)
+
+    def sent_bytes(self, adapters):
+        size = {n: num_bytes(adapters[n]) for n in ("text_adapter", "projector")}
+        control = num_bytes(adapters["control"])
+        return {**size, "control_change": control}, {**size, "server_control": control}

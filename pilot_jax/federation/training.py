@@ -1,0 +1,138 @@
+"""Local updates of a cohort, chunk by chunk; also of several federations' cohorts at once.
+
+Federations that train alike (seeds, learning rates) share a program: their clients are trained side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pilot_jax.data.batches import ClientData, visiting_order
+from pilot_jax.federation.client import local_update, peak_rates
+from pilot_jax.federation.federation import Federation, client_generator
+from pilot_jax.federation.population import row, stack, to_host
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a federation wants trained: its clients' adapters, in one phase of one round."""
+
+    fed: Federation
+    adapters: Mapping[int, dict]
+    round_: int
+    stage: str
+    label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    adapters: dict[int, dict]
+    records: list[dict]  # one per client
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One client of one federation."""
+
+    work: Work
+    client: int
+
+    @property
+    def data(self) -> ClientData:
+        return self.work.fed.clients[self.client]
+
+    @property
+    def steps(self) -> int:
+        return self.work.fed.steps(self.client, self.work.round_)
+
+
+def _chunk_inputs(jobs: list[_Job], shapes: tuple[int, int], width: int) -> dict[str, Any]:
+    """Arrays of one chunk, padded to `width` clients with clients that take no step."""
+    n_max, steps_max = shapes
+    data, orders, reals, steps, rates = [], [], [], [], []
+    for job in jobs:
+        config, own, count = job.work.fed.config, job.data, job.steps
+        rng = client_generator(config.system.seed, own.name, job.work.round_, job.work.label)
+        order, real = visiting_order(rng, own.size, config.train.batch_size, count)
+        spare = ((0, steps_max - count), (0, 0))
+        orders.append(np.pad(order, spare))
+        reals.append(np.pad(real, spare))
+        steps.append(count)
+        rates.append(peak_rates(config.train, job.work.stage))
+        data.append({k: np.pad(v, ((0, n_max - own.size), *((0, 0),) * (v.ndim - 1))) for k, v in own.train.items()})
+    idle = width - len(jobs)
+    return {
+        "data": stack(data + data[:1] * idle),
+        "order": np.stack(orders + orders[:1] * idle),
+        "real": np.stack(reals + reals[:1] * idle).astype(np.float32),
+        "steps": np.asarray(steps + [0] * idle, np.int32),
+        "task_index": np.asarray([j.work.fed.task_index(j.client) for j in jobs + jobs[:1] * idle], np.int32),
+        "rates": jax.tree.map(np.float32, stack(rates + rates[:1] * idle)),
+    }
+
+
+def chunks(jobs: list[_Job], width: int) -> list[list[_Job]]:
+    """`jobs` in groups of at most `width` whose arrays have one shape: one program trains a group."""
+    by_shape: dict[tuple[int, ...], list[_Job]] = {}
+    for job in jobs:
+        train = job.data.train
+        by_shape.setdefault((train["input_ids"].shape[1], train["target_ids"].shape[1]), []).append(job)
+    return [group[i:i + width] for _, group in sorted(by_shape.items()) for i in range(0, len(group), width)]
+
+
+def train_together(works: Sequence[Work], progress: Callable[[dict], None]) -> list[Trained]:
+    """Local updates of the clients of all `works`, chunk by chunk. The works' phases must be equal."""
+    first = works[0]
+    phase = first.fed.phase(first.stage)
+    if any(w.fed.phase(w.stage) != phase for w in works[1:]):
+        raise ValueError("federations that train together must train alike")
+    jobs = [_Job(w, client) for w in works for client in sorted(w.adapters)]
+    feds = [w.fed for w in works]
+    shapes = (max(c.size for f in feds for c in f.clients),
+              max(f.full_steps(c) for f in feds for c in range(len(f.clients))))
+    mesh, base = first.fed.training
+    devices = 1 if mesh is None else mesh.size
+    everyone = sum(len(f.clients) for f in feds)
+    width = devices * min(first.fed.config.system.client_chunk, -(-everyone // devices))
+    received = phase.roles.names(scope="received")
+    trained: dict[int, dict[int, dict]] = {id(w): {} for w in works}
+    records: dict[int, dict[int, dict]] = {id(w): {} for w in works}
+    seconds, done, began = dict.fromkeys(trained, 0.0), 0, time.perf_counter()
+    for members in chunks(jobs, width):
+        inputs = _chunk_inputs(members, shapes, width)
+        padded = members + members[:1] * (width - len(members))
+        adapters = [j.work.adapters[j.client] for j in padded]
+        own = stack([{n: t for n, t in a.items() if n not in received} for a in adapters])
+        apart = len(works) > 1 and bool(received)  # what was received differs from federation to federation
+        given = stack([{n: a[n] for n in received} for a in adapters]) if apart else {
+            n: adapters[0][n] for n in received}
+        new, metrics = local_update(phase, base, own, given, **inputs, mesh=mesh, own_received=apart)
+        new, metrics = to_host(new), to_host(metrics)
+        taken = time.perf_counter() - began
+        began += taken
+        for k, job in enumerate(members):
+            key = id(job.work)
+            trained[key][job.client] = {**job.work.adapters[job.client], **row(new, k)}
+            records[key][job.client] = {
+                "round": job.work.round_, "phase": job.work.label, "client": job.data.name, "task": job.data.task,
+                "step": int(inputs["steps"][k])} | {name: float(value[k]) for name, value in metrics.items()}
+            seconds[key] += taken / len(members)
+        done += int(inputs["steps"].sum())
+        progress({"kind": "chunk", "round": first.round_, "phase": first.label, "of": len(jobs), "steps": done,
+                  "clients": sum(len(t) for t in trained.values()),
+                  "loss": float(np.mean([records[id(j.work)][j.client]["last_loss"] for j in members]))})
+    return [Trained(trained[id(w)], [records[id(w)][c] for c in sorted(w.adapters)], seconds[id(w)]) for w in works]
+
+
+def train_phase(fed: Federation, adapters: Mapping[int, dict], round_: int, stage: str, label: str,
+                progress: Callable[[dict], None]) -> tuple[dict[int, dict], list[dict]]:
+    """Local updates of the clients in `adapters`, chunk by chunk. Returns their new adapters and metric records."""
+    done = train_together([Work(fed, adapters, round_, stage, label)], progress)[0]
+    return done.adapters, done.records
