@@ -174,14 +174,25 @@ def _print_plan(plan: dict) -> None:
 
 @app.command()
 def evaluate(run_dir: RunPath, split: Annotated[str, typer.Option(help="test or validation.")] = "test",
+             matrix: Annotated[bool, typer.Option(help="Also on every other client's data, and on the base's own "
+                                                  "captions (embedded base).")] = False,
+             samples: Annotated[int | None, typer.Option(min=1, help="With --matrix: of each client.")] = None,
              as_json: AsJson = False) -> None:
-    """Score every client's personalised model on its own data."""
-    from pilot_jax.federation.simulation import evaluate as score
+    """Score every client's personalised model on its own data; with --matrix on everybody's."""
+    from pilot_jax.federation.examination import evaluate as score
+    from pilot_jax.federation.examination import evaluation_matrix
     from pilot_jax.federation.simulation import restore
 
     if split not in ("test", "validation"):
         raise InputError(f"--split: {split!r}, expected test or validation.")
     done = restore(run_dir)
+    if matrix:
+        result = evaluation_matrix(done.federation, done.tokenizer, done.population, split, samples)
+        if as_json:
+            typer.echo(json.dumps(result, indent=1))
+        else:
+            _print_matrix(result)
+        return
     by_client = score(done.federation, done.tokenizer, done.population, split)
     if not by_client:
         raise InputError(f"data.path: no client has {split} samples.")
@@ -194,6 +205,24 @@ def evaluate(run_dir: RunPath, split: Annotated[str, typer.Option(help="test or 
     typer.echo(f"{'mean':<24} {mean:.3f}")
 
 
+def _print_matrix(result: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Model of (row) on the {result['split']} data of (column)")
+    base = result["base_captions"]
+    columns = [*result["clients"], *result["tasks"], *(["base's captions"] if base else [])]
+    for name in ("", *columns):
+        table.add_column(name, justify="right" if name else "left")
+    for i, client in enumerate(result["clients"]):
+        own = [f"{v:.2f}" for v in (*result["scores"][i], *result["by_task"][client].values())]
+        own[i] = f"[bold]{own[i]}[/bold]"
+        table.add_row(client, *own, *([f"{base['clients'][i]:.2f}"] if base else []))
+    Console(width=None if sys.stdout.isatty() else 20 + 11 * len(columns)).print(table)
+    if base:
+        typer.echo(f"The base itself on its captions: {base['base']:.2f}")
+
+
 @app.command()
 def compare(config: ConfigPath,
             strategies: Annotated[str, typer.Option(
@@ -203,7 +232,7 @@ def compare(config: ConfigPath,
             rates: Annotated[str, typer.Option(
                 help="Factors on the learning rates to choose from by validation score, for each strategy: 0.1,0.3,1. "
                      "Default: no tuning.")] = "",
-            split: Annotated[str, typer.Option(help="What is scored: test, or validation to choose something.")] = "test",
+            split: Annotated[str, typer.Option(help="Scored: test, or validation to choose by.")] = "test",
             overrides: Overrides = None,
             out: Annotated[Path | None, typer.Option(help="Folder; what is done there is not done again.")] = None,
             as_json: AsJson = False) -> None:

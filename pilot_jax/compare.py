@@ -48,7 +48,9 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
 # ATA's own settings: neighbours, weighting, temperature, space, and the formula of the user's notes.
 ATA_SWEEP: dict[str, tuple[str, ...]] = {
     "ata_notes": ("strategy.ata.preset=notes",),
-    "ata_auto": ("strategy.ata.temperature=auto",),
+    "ata_auto": ("strategy.ata.temperature=auto", "strategy.ata.auto_factor=1"),
+    "ata_auto_0.4": ("strategy.ata.temperature=auto", "strategy.ata.auto_factor=0.4"),
+    "ata_auto_0.25": ("strategy.ata.temperature=auto", "strategy.ata.auto_factor=0.25"),
     "ata_1_neighbor": ("strategy.ata.neighbors=1",),
     "ata_4_neighbors": ("strategy.ata.neighbors=4",),
     "ata_8_neighbors": ("strategy.ata.neighbors=8",),
@@ -330,7 +332,8 @@ def compare(config: Config, variants: Sequence[Variant], seeds: int, out: Path, 
                 "base_captions": mean_score([x for v in captions for x in v])}
         _write(base_path, base)
     results = {
-        "config": config.model_dump(mode="json"), "split": split, "seeds": seeds, "factors": list(factors), "base": base,
+        "config": config.model_dump(mode="json"), "split": split, "seeds": seeds, "factors": list(factors),
+        "base": base,
         "device": jax.devices()[0].device_kind, "devices": jax.device_count(), "rates": rates,
         "variants": [summarise(name, rows) | {"rate_factor": rows[name]["rate_factor"]} for name in rows],
         "rows": rows, "seconds_of_this_call": time.perf_counter() - began,

@@ -102,9 +102,12 @@ class FederationConfig(_Section):
 class AtaConfig(_Section):
     preset: Literal["default", "notes"] = Field(
         "default", description="notes: softmax, temperature 1, self included, whatever the keys below say")
-    neighbors: int = Field(3, ge=1, description="M, nearest other clients")
+    neighbors: int = Field(2, ge=1, description="M, nearest other clients")
     weighting: Literal["softmax", "inverse_distance", "share"] = "softmax"
-    temperature: Literal["auto"] | float = Field("auto", description="τ; auto: mean distance to the M neighbours")
+    temperature: Literal["auto"] | float = Field(
+        "auto", description="τ; auto: auto_factor times the mean distance to the M neighbours")
+    auto_factor: float = Field(0.25, gt=0, description="with auto; 1: self weighs 1/(1 + M/e), 0.25: 1/(1 + M/e⁴). The "
+                               "default is what validation supports: docs/results.md")
     space: Literal["factors", "product"] = Field("factors", description="distances over A and B, or over BA")
     include_self: bool = True
     size_weighted: bool = Field(False, description="weights times the clients' data sizes")

@@ -186,8 +186,8 @@ def scaffold(data):
     own = [{k: np.zeros_like(v) for k, v in model.items()} for _ in data]
     for _ in range(PHASES):
         everyone = average(own, SIZES)
-        results = [local_steps(model, x, y, correct=lambda g, p, begin, c=c: {k: g[k] - c[k] + everyone[k] for k in g})
-                   for c, (x, y) in zip(own, data, strict=True)]
+        results = [local_steps(model, x, y, correct=lambda g, p, begin, own=c, all_=everyone: {
+            k: g[k] - own[k] + all_[k] for k in g}) for c, (x, y) in zip(own, data, strict=True)]
         model = average([r[0] for r in results], SIZES)
         own = [r[1] for r in results]
     return [model] * len(data)
@@ -300,7 +300,8 @@ def test_pilot_without_its_parts():
     """Ablations leave out of the table what they leave out of the method."""
     def table(**changes):
         strategy = make_strategy(small_config(strategy=changes).strategy, "first_time")
-        return {r.subtree: (r.modes.get("stage1"), r.modes.get("stage2")) for r in strategy.roles().adapter_rows}, strategy
+        rows = strategy.roles().adapter_rows
+        return {r.subtree: (r.modes.get("stage1"), r.modes.get("stage2")) for r in rows}, strategy
 
     full, _ = table()
     without, _ = table(client_adapter="none")

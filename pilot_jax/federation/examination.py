@@ -76,8 +76,8 @@ def first_prompts(prompts: Prompts, count: int | None) -> Prompts:
                                                  prompts.features[:count], prompts.references[:count])
 
 
-def matrix(fed: Federation, tokenizer: Any, population: Population, split: str = "test",
-           count: int | None = None) -> np.ndarray:
+def score_matrix(fed: Federation, tokenizer: Any, population: Population, split: str = "test",
+                 count: int | None = None) -> np.ndarray:
     """Scores [K, K]: row k's model on column j's `split` (its first `count` samples), by j's task's metric.
 
     Raises:
@@ -113,3 +113,18 @@ def forgetting(feds: Sequence[Federation], tokenizer: Any, populations: Sequence
         counts.append(len(states))
     values = _scores(feds[0], tokenizer, asked)
     return [values[sum(counts[:i]):sum(counts[:i + 1])] for i in range(len(counts))]
+
+
+def evaluation_matrix(fed: Federation, tokenizer: Any, population: Population, split: str = "test",
+                      count: int | None = None) -> dict[str, Any]:
+    """`score_matrix`, its means by task, and, with the embedded base, what of the base's captioning is left."""
+    scores_ = score_matrix(fed, tokenizer, population, split, count)
+    columns = {t: [i for i, c in enumerate(fed.examined) if c.task == t] for t in fed.tasks}
+    names, captions = [c.name for c in fed.examined], None
+    if fed.config.model.path == "embedded" and fed.config.model.parts is None:
+        asked = base_prompts(fed, tokenizer, count or 48)
+        own, base = forgetting([fed, fed], tokenizer, [population, None], [asked, asked])
+        captions = {"base": base[0], "clients": [own[fed.model_of(i)] for i in range(len(names))]}
+    return {"split": split, "clients": names, "tasks": list(fed.tasks), "scores": scores_.tolist(),
+            "by_task": {name: {t: float(row[of].mean()) for t, of in columns.items()}
+                        for name, row in zip(names, scores_, strict=True)}, "base_captions": captions}

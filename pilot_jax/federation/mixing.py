@@ -47,10 +47,11 @@ def effective_neighbors(matrix: jax.Array) -> jax.Array:
     return jnp.exp(-jnp.sum(matrix * jnp.log(safe), axis=1))
 
 
-@partial(jax.jit, static_argnames=("neighbors", "weighting", "temperature", "include_self", "size_weighted"))
+@partial(jax.jit, static_argnames=("neighbors", "weighting", "temperature", "auto_factor", "include_self",
+                                   "size_weighted"))
 def ata_weights(distances: jax.Array, sizes: jax.Array, client_ids: jax.Array | None = None, *, neighbors: int,
-                weighting: str = "softmax", temperature: str | float = "auto", include_self: bool = True,
-                size_weighted: bool = False) -> jax.Array:
+                weighting: str = "softmax", temperature: str | float = "auto", auto_factor: float = 1.0,
+                include_self: bool = True, size_weighted: bool = False) -> jax.Array:
     """Adaptive Text-adapter Aggregation: w_kj over the M nearest others and k itself, rows sum to 1. [S, S].
 
     Args:
@@ -60,6 +61,7 @@ def ata_weights(distances: jax.Array, sizes: jax.Array, client_ids: jax.Array | 
             share: self ∝ n_k, neighbours ∝ 1/d.
             Where a neighbour is at d = 0, 1/d takes its limit: all weight on the clients at d = 0, equally.
         temperature: τ, or "auto": the client's mean distance to its M neighbours (equal weights where that is 0).
+        auto_factor: times that mean.
         include_self: whether k belongs to its own neighbourhood. A lone client always does.
         size_weighted: multiply by n_j before normalising.
     """
@@ -83,7 +85,7 @@ def ata_weights(distances: jax.Array, sizes: jax.Array, client_ids: jax.Array | 
     d = jnp.where(is_self, 0.0, distances)
     if weighting == "softmax":
         if temperature == "auto":
-            tau = jnp.sum(jnp.where(near, d, 0.0), axis=1, keepdims=True) / m
+            tau = auto_factor * jnp.sum(jnp.where(near, d, 0.0), axis=1, keepdims=True) / m
         else:
             tau = jnp.full((cohort, 1), temperature, jnp.float32)
         score = jnp.where(tau > 0, -d / jnp.where(tau > 0, tau, 1.0), 0.0)

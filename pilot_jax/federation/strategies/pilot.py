@@ -107,8 +107,8 @@ class Pilot(Strategy):
         if self.config.text_aggregation == "per_task_mean":
             tasks = jnp.asarray(tasks)
             return mixing.per_task_mean(sizes, tasks, int(jnp.max(tasks)) + 1)[tasks]
-        options = {"weighting": c.weighting, "temperature": c.temperature, "include_self": c.include_self,
-                   "size_weighted": c.size_weighted}
+        options = {"weighting": c.weighting, "temperature": c.temperature, "auto_factor": c.auto_factor,
+                   "include_self": c.include_self, "size_weighted": c.size_weighted}
         if c.preset == "notes":  # the formula of the user's notes: w ∝ exp(−d) over the neighbours and oneself
             options = {"weighting": "softmax", "temperature": 1.0, "include_self": True, "size_weighted": False}
         return mixing.ata_weights(between, sizes, jnp.asarray(client_ids), neighbors=c.neighbors, **options)

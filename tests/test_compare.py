@@ -1,0 +1,221 @@
+"""Comparisons: seeds trained together equal separate runs; what is finished is kept; the statistics; who takes part."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import small_config, tree_max_difference
+from scipy import stats
+
+from pilot_jax import compare
+from pilot_jax.config import apply_overrides
+from pilot_jax.data.digits import client_style, scenario_clients, scene_samples
+from pilot_jax.errors import InputError
+from pilot_jax.federation import examination, simulation
+from pilot_jax.federation.rounds import cohort
+from pilot_jax.federation.strategies import make_strategy
+
+SGD = {"optimizer": "sgd", "lr_connector": 0.02, "lr_lora_stage1": 0.02, "lr_lora_stage2": 0.02}
+
+
+@pytest.fixture(scope="module")
+def field():
+    return compare.make_field(small_config(train=SGD), [0, 1], base_samples=3)
+
+
+@pytest.mark.parametrize("name", ["pilot", "scaffold"])
+def test_seeds_trained_together_equal_separate_runs(field, name):
+    """Pilot and SCAFFOLD receive what differs from seed to seed; everything else is simpler."""
+    [variant] = compare.read_variants(name)
+    feds = compare._of_variant(field, variant, [])
+    together = compare.run_all(feds)
+    for seed, state in enumerate(together):
+        config = compare.seeded(small_config(train=SGD, strategy={"name": name}), seed)
+        fed, tokenizer = simulation.prepare(config)
+        alone = simulation.initial_state(fed)
+        assert tree_max_difference(alone.population[0].adapters,
+                                   simulation.initial_state(feds[seed]).population[0].adapters) == 0
+        alone = simulation.run_round(fed, alone, 1, lambda e: None, lambda r: None, lambda *a: None)
+        for a, b in zip(alone.population, state.population, strict=True):
+            assert tree_max_difference(a.adapters, b.adapters) <= 1e-5
+        assert (alone.client_steps, alone.bytes_up, alone.bytes_down) == (
+            state.client_steps, state.bytes_up, state.bytes_down)
+    moved = tree_max_difference(together[0].population[0].adapters, together[1].population[0].adapters)
+    assert moved > 1e-3  # the seeds differ
+    scores = examination.evaluate_together(feds, field.tokenizer, [s.population for s in together])
+    assert scores[1] == examination.evaluate(fed, tokenizer, alone.population)
+
+
+def test_federations_that_train_otherwise_are_refused(field):
+    from pilot_jax.federation.training import Work, train_together
+
+    works = []
+    for text in ("fedavg", "fedprox"):
+        fed = compare._of_variant(field, compare.read_variants(text)[0], [])[0]
+        works.append(Work(fed, {0: simulation.initial_adapters(fed)}, 1, "plain", "plain"))
+    with pytest.raises(ValueError, match="train alike"):
+        train_together(works, lambda event: None)
+
+
+def test_rates_are_no_part_of_the_program(field):
+    """Learning rates, and everything that only the server does, leave a phase's program as it is."""
+    def phase(text, stage):
+        return compare._of_variant(field, compare.read_variants(text)[0], [])[0].phase(stage)
+
+    plain = phase("fedavg", "plain")
+    for other in ("fedavg+train.lr_connector=3", "fedadam", "median", "local", "similarity", "fedavg+train.lambda_d=9"):
+        assert phase(other, "plain") == plain and hash(phase(other, "plain")) == hash(plain), other
+    for other in ("fedprox", "scaffold", "ffa_lora", "feddpa", "fedavg+train.warmup=0.5"):
+        assert phase(other, "plain") != plain, other
+    stage1 = phase("pilot", "stage1")
+    assert phase("pilot-no_router_losses", "stage1") == stage1 == phase("pilot-ata_notes", "stage1")
+    assert phase("pilot-no_difference_loss", "stage1") != stage1
+    assert phase("pilot-no_router_losses", "stage2") != phase("pilot", "stage2")
+
+
+def test_variants_are_read():
+    names = [v.name for v in compare.read_variants("fedavg,ablations,fedavg")]
+    assert names == ["fedavg", *(f"pilot-{n}" for n in compare.ABLATIONS)]
+    [own] = compare.read_variants("pilot+strategy.ata.neighbors=1+train.lambda_d=0.5")
+    changed = apply_overrides(small_config(), list(own.overrides))
+    assert (changed.strategy.ata.neighbors, changed.train.lambda_d) == (1, 0.5) and own.family == "pilot"
+    for variant in compare.read_variants("all,ablations,ata"):
+        apply_overrides(small_config(), list(variant.overrides))  # every switch is a key of the config
+    for bad in ("fedsgd", "pilot-no_such", "fedavg-no_difference_loss"):
+        with pytest.raises(InputError, match="--strategies"):
+            compare.read_variants(bad)
+
+
+def test_paired_difference():
+    ours, theirs = np.asarray([0.8, 0.7, 0.9]), np.asarray([0.5, 0.6, 0.7])
+    result = compare.paired(ours, theirs)
+    expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert result["mean"] == pytest.approx(0.2)
+    assert (result["low"], result["high"]) == pytest.approx((expected.low, expected.high))
+    assert not result["significant"]
+    assert compare.paired(ours + 0.001 * theirs, ours - 0.5)["significant"]
+    assert compare.paired(ours[:1], theirs[:1])["low"] is None
+
+
+COMMAND = ["--strategies", "fedavg,local", "--seeds", 2, "--rates", "0.5,1"]
+
+
+def test_compare_writes_its_table_and_goes_on_where_it_stopped(tmp_path, call, monkeypatch):
+    config = tmp_path / "c.yaml"
+    config.write_text(small_config(data={"digits": {"train": 4}}).to_yaml())
+    calls = []
+    real = compare.run_variant
+    monkeypatch.setattr(compare, "run_variant", lambda field, variant, *rest: calls.append(variant.name)
+                        or real(field, variant, *rest))
+    out = tmp_path / "out"
+    code, text, _ = call("compare", config, *COMMAND, "--out", out)
+    assert code == 0 and calls == ["fedavg", "local"]
+    results = json.loads((out / "results.json").read_text())
+    assert [v["name"] for v in results["variants"]] == ["fedavg", "local"]
+    assert set(results["rates"]["fedavg"]["validation"]) == {"0.5", "1"}
+    assert results["rows"]["local"]["seeds"][0]["bytes_up"] == 0 < results["rows"]["fedavg"]["seeds"][1]["bytes_up"]
+    table = (out / "results.md").read_text()
+    assert "| local |" in table and "*base*" in table and "| fedavg |" in text
+    assert (out / "results.png").stat().st_size > 1000
+    (out / "variants" / "local.json").unlink()
+    code, _, _ = call("compare", config, *COMMAND, "--out", out)
+    assert code == 0 and calls == ["fedavg", "local", "local"]  # fedavg was there
+    again = json.loads((out / "results.json").read_text())
+    assert again["variants"][1]["score"] == results["variants"][1]["score"]
+    for bad in (["--rates", "0.1,x"], ["--rates", "-1"], ["--split", "train"]):
+        code, _, error = call("compare", config, "--strategies", "fedavg", *bad, "--out", tmp_path / "no")
+        assert code == 2 and bad[0] in error and not (tmp_path / "no").exists()
+
+
+def test_a_seed_that_diverges_is_reported_and_the_others_go_on(field):
+    [variant] = compare.read_variants("fedavg")
+    feds = compare._of_variant(field, variant, [])
+    bad = feds[0].clients[0].train["features"] * np.nan
+    broken = dataclasses.replace(feds[0].clients[0], train=feds[0].clients[0].train | {"features": bad})
+    feds[0] = dataclasses.replace(feds[0], clients=(broken, *feds[0].clients[1:]))
+    states = compare.run_all(feds)
+    assert states[0] is None and states[1].client_steps > 0
+
+
+def test_evaluation_matrix(field):
+    """The diagonal is the usual score; the base's captions are asked of everyone."""
+    [variant] = compare.read_variants("fedavg")
+    fed = compare._of_variant(field, variant, [])[0]
+    state = compare.run_all([fed])[0]
+    whole = examination.evaluation_matrix(fed, field.tokenizer, state.population)
+    own = examination.evaluate(fed, field.tokenizer, state.population)
+    assert np.diag(whole["scores"]).tolist() == [own[name] for name in whole["clients"]]
+    assert np.shape(whole["scores"]) == (9, 9) and set(whole["by_task"]["vqa_0"]) == {"vqa", "ocr", "caption"}
+    assert whole["by_task"]["vqa_0"]["ocr"] == pytest.approx(np.mean(whole["scores"][6][3:6]))
+    assert len(whole["base_captions"]["clients"]) == 9
+
+
+def test_centralised_has_one_model_for_all(field):
+    [variant] = compare.read_variants("centralised")
+    fed = compare._of_variant(field, variant, [])[0]
+    assert [c.name for c in fed.clients] == ["pooled"] and len(fed.examined) == 9
+    assert fed.clients[0].size == sum(c.size for c in fed.examined)
+    assert fed.full_steps(0) == 9 * 2  # local_steps 2: as many sample visits as nine clients
+    sums = sum(c.train["target_weights"].sum() for c in fed.examined)
+    assert fed.clients[0].train["target_weights"].sum() == sums
+    back = simulation.with_strategy(fed, make_strategy(fed.config.strategy.model_copy(update={"name": "local"}), ""))
+    assert back.clients == fed.examined and not back.pool_of
+
+
+# Who takes part.
+
+
+def test_dropouts_newcomers_and_stragglers(federation):
+    names = tuple(f"c{i}" for i in range(10))
+    config = small_config(federation={"dropout": 0.4})
+    drawn = [cohort(config, names, r) for r in range(1, 101)]
+    assert drawn == [cohort(config, names, r) for r in range(1, 101)]
+    assert np.mean([len(d) for d in drawn]) == pytest.approx(6, abs=0.5)
+    lonely = small_config(federation={"dropout": 0.99})
+    assert all(len(cohort(lonely, names, r)) >= 1 for r in range(1, 30))
+    late = small_config(federation={"joins": {"c3": 3}, "clients_per_round": 9})
+    assert [3 in cohort(late, names, r) for r in (1, 2)] == [False, False]
+    assert any(3 in cohort(late, names, r) for r in range(3, 9))
+    with pytest.raises(InputError, match="joins: unknown client 'zz'"):
+        cohort(small_config(federation={"joins": {"zz": 2}}), names, 1)
+    with pytest.raises(InputError, match="nobody is there in round 1"):
+        cohort(small_config(federation={"joins": {n: 2 for n in names}}), names, 1)
+    fed = federation[0]
+    slow = dataclasses.replace(fed, config=small_config(federation={
+        "local_steps": 8, "stragglers": {"share": 0.5, "steps": 0.3}}))
+    steps = [slow.steps(c, r) for c in range(9) for r in range(1, 41)]
+    assert set(steps) == {8, 3} and np.mean(np.asarray(steps) == 3) == pytest.approx(0.5, abs=0.1)
+    assert slow.full_steps(0) == 8
+    _, records = simulation_round(slow)
+    assert {r["step"] for r in records if "step" in r} == {8, 3}
+
+
+def simulation_round(fed):
+    records = []
+    fed = simulation.with_strategy(fed, make_strategy(fed.config.strategy.model_copy(update={"name": "local"}), ""))
+    state = simulation.run_round(fed, simulation.initial_state(fed), 1, lambda e: None, records.append, lambda *a: None)
+    return state, records
+
+
+def test_heterogeneity_dial():
+    """0: clients of a task look and speak alike; 1: the scenes of always; between: some of both."""
+    def questions(h):
+        specs = [s for s in scenario_clients("a", 40, 1, 1, h) if s.name in ("ocr_0", "ocr_1")]
+        asked = {}
+        for sample in scene_samples(specs, 0):
+            asked.setdefault(sample.client, []).append(sample.turns[0][1])
+        return asked
+
+    first = "<image>\nread the digits."
+    assert set(questions(0.0)["ocr_1"]) == {first}
+    assert set(questions(1.0)["ocr_1"]) == {"<image>\nwhat is written here?"}
+    assert 0.2 < np.mean([q == first for q in questions(0.5)["ocr_1"]]) < 0.8
+    assert dataclasses.replace(client_style(3, 0.0), wording=0, own_wording=1.0) == client_style(0)
+    assert client_style(1, 0.5).rotation == 7.0
+    default, full = ([np.asarray(s.image) for s in scene_samples(scenario_clients("a", 2, 1, 1, *h), 0)]
+                     for h in ((), (1.0,)))
+    assert jax.tree.all(jax.tree.map(np.array_equal, default, full))
