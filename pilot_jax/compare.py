@@ -219,6 +219,7 @@ def summarise(name: str, rows: dict[str, dict], reference: str = "pilot") -> dic
     out = {"name": name, "score": float(values.mean()), "standard_error": standard_error(values),
            "by_task": {t: float(np.mean([s["score_by_task"].get(t, 0.0) for s in seeds])) for t in tasks},
            "base_captions": mean_score([s["base_captions"] for s in seeds if s["base_captions"] is not None]),
+           "effective_neighbors": mean_score([s["effective_neighbors"][-1] for s in seeds if not s["diverged"]]),
            "diverged": sum(s["diverged"] for s in seeds), "wall_seconds": rows[name]["wall_seconds"],
            "bytes_up": seeds[0].get("bytes_up"), "bytes_down": seeds[0].get("bytes_down")}
     if reference in rows and name != reference:

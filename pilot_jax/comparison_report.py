@@ -25,16 +25,17 @@ def table(results: dict[str, Any]) -> str:
     """The variants in the order they were asked for, as Markdown."""
     lines = results["variants"]
     tasks = sorted({task for line in lines for task in line["by_task"]})
-    head = ["", "score", *tasks, "Pilot − it [95 %]", "base's captions", "rates ×", "MB up", "MB down", "s"]
+    head = ["", "score", *tasks, "Pilot − it [95 %]", "neighbours", "base's captions", "rates ×", "MB up", "MB down",
+            "s"]
     rows = [head, ["---", *["---:"] * (len(head) - 1)]]
     for line in sorted(lines, key=lambda one: -one["score"]):
         error = "" if line["standard_error"] is None else f" ± {line['standard_error']:.3f}"
         name = line["name"] + (f" ({line['diverged']} diverged)" if line["diverged"] else "")
         up, down = (None if line[k] is None else line[k] / 1e6 for k in ("bytes_up", "bytes_down"))
         rows.append([name, _number(line["score"]) + error, *(_number(line["by_task"].get(t)) for t in tasks),
-                     _difference(line), _number(line["base_captions"], 2), f"{line['rate_factor']:g}", _number(up, 1),
-                     _number(down, 1), f"{line['wall_seconds']:.0f}"])
-    rows.append(["*base*", _number(results["base"]["score"]), *[""] * len(tasks), "",
+                     _difference(line), _number(line["effective_neighbors"], 1), _number(line["base_captions"], 2),
+                     f"{line['rate_factor']:g}", _number(up, 1), _number(down, 1), f"{line['wall_seconds']:.0f}"])
+    rows.append(["*base*", _number(results["base"]["score"]), *[""] * len(tasks), "", "",
                  _number(results["base"]["base_captions"], 2), "", "", "", ""])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -87,7 +88,8 @@ def write_results(results: dict[str, Any], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     text = [f"Scores on the {results['split']} split, {results['seeds']} seeds, ± standard error; the interval is "
-            "Student's t over seeds, paired; * excludes 0.", "", table(results), ""]
+            "Student's t over seeds, paired; * excludes 0. neighbours: effective ones, oneself included, in the last "
+            "phase.", "", table(results), ""]
     if results["rates"]:
         text += ["Validation score by factor on the config's learning rates (a seed of its own):", "",
                  tuning_table(results), ""]
