@@ -16,8 +16,8 @@ from conftest import small_config
 
 import pilot_jax
 from pilot_jax.errors import InputError
+from pilot_jax.federation.examination import used_adapters
 from pilot_jax.federation.export import export_client
-from pilot_jax.federation.simulation import examinee
 from pilot_jax.models.pretrained import model_directory
 from pilot_jax.models.vlm import variables
 
@@ -69,7 +69,7 @@ def test_exported_client_gives_the_same_logits_in_torch(finished, tmp_path, stag
     with torch.no_grad():
         expected = reference(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask),
                              pixel_values=torch.tensor(pixels)).logits.numpy()
-    used = examinee(fed, index, population[index], "test").adapters
+    used = used_adapters(fed, population[index])
     ours = fed.model.module.apply(variables(fed.model.base, used), jnp.asarray(ids), jnp.asarray(mask),
                                   fed.model.features(pixels), stage, fed.task_index(index), method="logits")
     plain = fed.model.logits(ids, mask, pixels)

@@ -238,7 +238,8 @@ def test_evaluation_of_a_client_that_never_took_part_is_the_base():
     config = small_config(federation={"local_steps": 1, "participation": [{"round": 1, "clients": ["vqa_0"]}]})
     fed, _ = simulation.prepare(config)
     state = simulation.initial_state(fed)
-    assert simulation.examinee(fed, 0, state.population[0], "test").stage == "plain"
+    asked = fed.clients[0].evaluation["test"], fed.clients[0].task
+    assert simulation.examinee(fed, 0, state.population[0], *asked).stage == "plain"
     moved = dataclasses.replace(state.population[0], stage="stage2", rounds=1)
-    assert set(simulation.examinee(fed, 0, moved, "test").adapters) == {
+    assert set(simulation.examinee(fed, 0, moved, *asked).adapters) == {
         "text_adapter", "task", "client", "task_bank", "cross_task", "router"}
