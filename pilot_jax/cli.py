@@ -233,17 +233,25 @@ def compare(config: ConfigPath,
                 help="Factors on the learning rates to choose from by validation score, for each strategy: 0.1,0.3,1. "
                      "Default: no tuning.")] = "",
             split: Annotated[str, typer.Option(help="Scored: test, or validation to choose by.")] = "test",
+            vary: Annotated[str, typer.Option(
+                help="section.key=v1,v2,…: one comparison for each value, in a folder of its own, and a table of all."
+            )] = "",
             overrides: Overrides = None,
             out: Annotated[Path | None, typer.Option(help="Folder; what is done there is not done again.")] = None,
             as_json: AsJson = False) -> None:
     """Strategies and ablations × seeds, on the same data and steps: a table with paired differences to Pilot."""
     from pilot_jax.compare import compare as run_comparison
     from pilot_jax.compare import read_variants
-    from pilot_jax.comparison_report import table
+    from pilot_jax.comparison_report import table, write_sweep
     from pilot_jax.config import load_config
     from pilot_jax.federation.sharding import split_cpu
 
     settings, variants = load_config(config, overrides), read_variants(strategies)
+    key, _, listed = vary.partition("=")
+    values = [value.strip() for value in listed.split(",") if value.strip()]
+    if vary and not values:
+        raise InputError(f"--vary: {vary!r}, expected section.key=v1,v2,… such as data.digits.train=60,240.")
+    varied = [load_config(config, [*(overrides or []), f"{key}={value}"]) for value in values]
     try:
         factors = [float(x) for x in rates.split(",") if x.strip()]
     except ValueError:
@@ -259,11 +267,18 @@ def compare(config: ConfigPath,
         typer.echo(text, err=as_json)
 
     try:
-        results = run_comparison(settings, variants, seeds, folder, factors=factors, split=split, say=say)
+        done = []
+        for value, one in zip(values, varied, strict=True):
+            say(f"{key} = {value}")
+            done.append(run_comparison(one, variants, seeds, folder / value.replace("/", "_"), factors=factors,
+                                       split=split, say=say))
+        results = {} if done else run_comparison(settings, variants, seeds, folder, factors=factors, split=split,
+                                                 say=say)
     except KeyboardInterrupt:
         typer.echo(f"\nInterrupted. Finished variants are in {folder}; the same command goes on from there.", err=True)
         raise typer.Exit(130) from None
-    typer.echo(json.dumps(results, indent=1) if as_json else table(results))
+    shown = write_sweep(key, values, done, folder) if done else table(results)
+    typer.echo(json.dumps(done or results, indent=1) if as_json else shown)
     say(f"Results: {folder}")
 
 

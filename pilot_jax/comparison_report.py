@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,17 @@ def tuning_table(results: dict[str, Any]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _plot(results: dict[str, Any], path: Path) -> None:
+def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def _plot(results: dict[str, Any], path: Path) -> None:
+    pyplot = _pyplot()
     lines = sorted(results["variants"], key=lambda one: one["score"])
     tasks = sorted({task for line in lines for task in line["by_task"]})
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.8 + 0.32 * len(lines)), sharey=True,
@@ -81,6 +87,53 @@ def _plot(results: dict[str, Any], path: Path) -> None:
     right.set_xlabel("Pilot − variant, paired by seed, 95 % interval")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def sweep_table(key: str, values: Sequence[str], done: Sequence[dict[str, Any]]) -> str:
+    """Score of each variant (rows) at each value of a config key, and where Pilot's difference excludes 0: *."""
+    names = [line["name"] for line in done[0]["variants"]]
+    rows = [["", *(f"{key} = {value}" for value in values)], ["---", *["---:"] * len(values)]]
+    for name in names:
+        cells = []
+        for results in done:
+            line = next(one for one in results["variants"] if one["name"] == name)
+            error = "" if line["standard_error"] is None else f" ± {line['standard_error']:.3f}"
+            cells.append(_number(line["score"]) + error + (" *" if line.get("difference", {}).get("significant") else ""))
+        rows.append([name, *cells])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _plot_sweep(key: str, values: Sequence[str], done: Sequence[dict[str, Any]], path: Path) -> None:
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name in (line["name"] for line in done[0]["variants"]):
+        lines = [next(one for one in results["variants"] if one["name"] == name) for results in done]
+        axes.errorbar(range(len(values)), [one["score"] for one in lines],
+                      yerr=[one["standard_error"] or 0 for one in lines], marker="o", ms=4, capsize=2, label=name,
+                      lw=2.2 if name == "pilot" else 1.2)
+    axes.set_xticks(range(len(values)), values)
+    axes.set_xlabel(key)
+    axes.set_ylabel("score: mean over clients and seeds")
+    axes.set_ylim(0, 1)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def write_sweep(key: str, values: Sequence[str], done: Sequence[dict[str, Any]], out: Path) -> str:
+    """`sweep.json`, `sweep.md` and `sweep.png` of comparisons that differ in one key of the config; the table."""
+    lines = [{"value": value, "variants": results["variants"], "rates": results["rates"], "base": results["base"],
+              "seconds_of_all": results["seconds_of_all"], "seconds_of_tuning": results["seconds_of_tuning"]}
+             for value, results in zip(values, done, strict=True)]
+    (out / "sweep.json").write_text(json.dumps({"key": key, "values": lines}, indent=1), encoding="utf-8")
+    text = sweep_table(key, values, done)
+    seconds = sum(line["seconds_of_all"] + line["seconds_of_tuning"] for line in lines)
+    (out / "sweep.md").write_text(
+        f"Scores on the {done[0]['split']} split, {done[0]['seeds']} seeds, ± standard error; *: the paired difference "
+        f"to Pilot excludes 0 (95 %).\n\n{text}\n\n{seconds:.0f} s with tuning.\n", encoding="utf-8")
+    if importlib.util.find_spec("matplotlib") is not None:
+        _plot_sweep(key, values, done, out / "sweep.png")
+    return text
 
 
 def write_results(results: dict[str, Any], out: Path) -> None:

@@ -131,6 +131,27 @@ def test_compare_writes_its_table_and_goes_on_where_it_stopped(tmp_path, call, m
         assert code == 2 and bad[0] in error and not (tmp_path / "no").exists()
 
 
+def test_vary_compares_at_each_value(tmp_path, call):
+    config, out = tmp_path / "c.yaml", tmp_path / "out"
+    config.write_text(small_config(data={"digits": {"train": 4}}).to_yaml())
+    ask = ["compare", config, "--strategies", "fedavg,local", "--seeds", 1, "--out", out]
+    code, text, _ = call(*ask, "--vary", "train.lr_connector=0.01,0.02")
+    assert code == 0
+    header, _, fedavg, local = text.strip().splitlines()[-5:-1]
+    assert header == "|  | train.lr_connector = 0.01 | train.lr_connector = 0.02 |"
+    assert fedavg.startswith("| fedavg |") and local.startswith("| local |")
+    sweep = json.loads((out / "sweep.json").read_text())
+    assert [v["value"] for v in sweep["values"]] == ["0.01", "0.02"]
+    for value in sweep["values"]:
+        alone = json.loads((out / value["value"] / "results.json").read_text())
+        assert alone["config"]["train"]["lr_connector"] == float(value["value"])
+        assert value["variants"] == alone["variants"]
+    assert (out / "sweep.png").stat().st_size > 1000 and "fedavg" in (out / "sweep.md").read_text()
+    for bad in ("data.digits.train", "data.digits.trian=4", "data.digits.train=4,x"):
+        code, _, error = call(*ask[:-1], tmp_path / "no", "--vary", bad)
+        assert code == 2 and "data.digits" in error and not (tmp_path / "no").exists()
+
+
 def test_a_seed_that_diverges_is_reported_and_the_others_go_on(field):
     [variant] = compare.read_variants("fedavg")
     feds = compare._of_variant(field, variant, [])
