@@ -49,10 +49,11 @@ def prepared(steps: int):
 
 class JaxWorker:
     def __init__(self, steps: int, work: str, share: slice, tuned: bool) -> None:
+        from pilot_jax.config import SystemConfig
         from pilot_jax.federation import training
         from pilot_jax.federation.sharding import split_cpu
 
-        split_cpu(None)  # as `pilot-jax run` does
+        split_cpu(SystemConfig())  # as `pilot-jax run` does
         self.training = training
         self.fed, self.adapters = prepared(steps)
 

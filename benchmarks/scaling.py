@@ -28,11 +28,11 @@ def measure(case: dict) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
-    from pilot_jax.config import load_config
+    from pilot_jax.config import SystemConfig, load_config
     from pilot_jax.federation import client, simulation, training
     from pilot_jax.federation.sharding import split_cpu
 
-    split_cpu(case["devices"])
+    split_cpu(SystemConfig(client_devices=case["devices"]))
     config = load_config(ROOT / "configs" / "quickstart.yaml", [
         f"federation.local_steps={STEPS}", "data.digits.train=32", "data.digits.validation=1", "data.digits.test=1",
         f"system.client_chunk={case['chunk']}", f"model.lora.rank={case['rank']}"])

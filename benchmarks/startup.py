@@ -23,9 +23,10 @@ import sys, time
 began = time.perf_counter()
 import pilot_jax
 from pilot_jax.config import load_config
+from pilot_jax.config import SystemConfig
 from pilot_jax.federation.sharding import split_cpu
 from pilot_jax.metrics import CompileClock
-split_cpu(None)
+split_cpu(SystemConfig())
 import jax
 jax.config.update("jax_compilation_cache_dir", sys.argv[2])
 from pilot_jax.federation import simulation, training

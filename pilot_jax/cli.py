@@ -36,7 +36,7 @@ def run(config: ConfigPath, overrides: Overrides = None,
     from pilot_jax.metrics import ProgressDisplay
 
     settings = load_config(config, overrides)
-    split_cpu(settings.system.client_devices)
+    split_cpu(settings.system)
     folder = out or Path("runs") / f"{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     displays: list[ProgressDisplay] = []
 
@@ -121,18 +121,28 @@ def plan(config: ConfigPath, overrides: Overrides = None,
          samples: Annotated[int, typer.Option(min=1, help="Samples per client, if the data are not there.")] = 1000,
          tasks: Annotated[int, typer.Option(min=1, help="Tasks, if the data are not there.")] = 3,
          text_tokens: Annotated[int, typer.Option(min=8, help="Text tokens of the longest sample, likewise.")] = 128,
-         lower: Annotated[bool, typer.Option(help="Also lower each phase's program for the mesh.")] = False,
+         lower: Annotated[bool, typer.Option(help="Also lower every program for the mesh.")] = False,
+         platform: Annotated[str, typer.Option(
+             help="With --lower: cpu, cuda or tpu, which need not be there. Default: what is here.")] = "",
          as_json: AsJson = False) -> None:
     """Memory per device, FLOPs and bytes per round, before anything is loaded or allocated."""
     from pilot_jax.config import load_config
-    from pilot_jax.federation.plan import lower_phase, make_plan
+    from pilot_jax.federation.plan import make_plan
+    from pilot_jax.federation.sharding import split_cpu
 
+    if platform not in ("", "cpu", "cuda", "tpu"):
+        raise InputError(f"--platform: {platform!r}, expected cpu, cuda or tpu.")
     settings = load_config(config, overrides)
+    if lower:
+        split_cpu(settings.system)  # a mesh of any size can be lowered on CPU devices that are not there
     assumed = {"samples": samples, "tasks": tasks, "text_tokens": text_tokens}
     result = make_plan(settings, **assumed)
     if lower:
-        result["lowered"] = {stage: len(lower_phase(settings, stage, **assumed).as_text())
-                             for stage in result["flops_per_client_step"]}
+        from pilot_jax.federation.lowering import programs
+
+        result["lowered"] = {name: len(program.export(platform).mlir_module_serialized if platform
+                                       else program.lower().as_text())
+                             for name, program in programs(settings, **assumed).items()}
     if as_json:
         typer.echo(json.dumps(result, indent=1))
         return
@@ -260,7 +270,7 @@ def compare(config: ConfigPath,
         raise InputError(f"--split: {split!r}, expected test or validation.")
     if any(not f > 0 for f in factors):
         raise InputError(f"--rates: {rates!r}, factors must be above 0.")
-    split_cpu(settings.system.client_devices)
+    split_cpu(settings.system)
     folder = out or Path("runs") / f"compare-{config.stem}"
 
     def say(text: str) -> None:

@@ -98,7 +98,8 @@ def sweep_table(key: str, values: Sequence[str], done: Sequence[dict[str, Any]])
         for results in done:
             line = next(one for one in results["variants"] if one["name"] == name)
             error = "" if line["standard_error"] is None else f" ± {line['standard_error']:.3f}"
-            cells.append(_number(line["score"]) + error + (" *" if line.get("difference", {}).get("significant") else ""))
+            star = " *" if line.get("difference", {}).get("significant") else ""
+            cells.append(_number(line["score"]) + error + star)
         rows.append([name, *cells])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

@@ -191,7 +191,7 @@ class SystemConfig(_Section):
     length_spread: float = Field(
         1.2, ge=1, description="clients whose longest samples differ by up to this factor share one program: a smaller "
         "one pads less and compiles more")
-    mesh: MeshConfig = Field(MeshConfig(), description="device mesh; for `plan` only as yet: `run` uses one device")
+    mesh: MeshConfig = Field(MeshConfig(), description="device mesh; default: one device, or client_devices")
     unroll: int = Field(4, ge=1, description="decoder layers unrolled in the scan: faster on CPU, longer to compile. "
                         "With all of them unrolled, training computes the last one on answers alone")
     compilation_cache: str | None = Field(None, description="folder for compiled programs; default: none")

@@ -90,8 +90,9 @@ DEVICES = """
 import sys
 sys.path.insert(0, "tests")
 from conftest import small_config
+from pilot_jax.config import SystemConfig
 from pilot_jax.federation.sharding import split_cpu
-split_cpu(int(sys.argv[1]))
+split_cpu(SystemConfig(client_devices=int(sys.argv[1])))
 import jax, numpy as np
 from pilot_jax.federation import simulation, training
 # No length_spread of 4 here: two buckets, one of three clients and one of six.

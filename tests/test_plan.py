@@ -17,7 +17,9 @@ from pilot_jax import costs
 from pilot_jax.config import load_config
 from pilot_jax.errors import InputError
 from pilot_jax.federation import plan, simulation
+from pilot_jax.federation.lowering import programs
 
+PROGRAMS = {"stage1", "stage2", "mixing", "gram", "distances", "weights", "generation"}
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -74,7 +76,7 @@ def test_activations_against_xla():
     """The plan's activations are what XLA's own memory analysis calls temporaries, within a factor of two."""
     config = small_config(data={"digits": {"train": 64}}, train={"batch_size": 16}, system={"client_chunk": 1})
     planned = plan.make_plan(config)["memory_per_device"]["stage2"]
-    temporary = plan.lower_phase(config, "stage2").compile().memory_analysis().temp_size_in_bytes
+    temporary = programs(config)["stage2"].lower().compile().memory_analysis().temp_size_in_bytes
     kept = planned["activations"] + planned["gradients"] + planned["optimizer"]
     assert 0.5 < temporary / kept < 2
 
@@ -102,28 +104,42 @@ def test_saved_bytes_of_a_known_function():
 
 def test_llava_7b_lowers_for_one_device():
     config = load_config(CONFIGS / "llava15_7b.yaml")
-    for stage in ("stage1", "stage2"):
-        text = plan.lower_phase(config, stage).as_text()
-        assert "32x4096x11008xbf16" in text  # a gate of 32 layers: the true size
+    lowered = programs(config)
+    for stage in ("stage1", "stage2", "generation"):
+        assert "32x4096x11008xbf16" in lowered[stage].lower().as_text()  # a gate of 32 layers: the true size
 
 
 def test_llava_7b_lowers_for_eight_devices():
-    """In a process of its own, with eight CPU devices."""
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    """In a process of its own, with eight CPU devices: every program of a run, for TPU."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-m", "pilot_jax", "plan", CONFIGS / "llava15_7b_tpu.yaml", "--lower",
-                           "--json"], capture_output=True, text=True, env=env, check=True)
+                           "--platform", "tpu", "--json"], capture_output=True, text=True, env=env, check=True)
     planned = json.loads(done.stdout)
-    assert planned["devices"] == 8 and set(planned["lowered"]) == {"stage1", "stage2"}
+    assert planned["devices"] == 8 and set(planned["lowered"]) == PROGRAMS
     assert planned["memory_per_device"]["stage2"]["base"] < 14.2e9 / 3.9  # over four devices, but for small leaves
     assert planned["memory_per_device"]["stage2"]["total"] < 16e9  # a v5e core's
+
+
+def test_everything_exports_for_tpu():
+    """At the embedded base's shape and at 7B, in bfloat16: static shapes, no callbacks to the host."""
+    cases = [small_config(model={"dtype": "bfloat16"}), load_config(CONFIGS / "llava15_7b.yaml")]
+    for config in cases:
+        lowered = programs(config)
+        assert set(lowered) == PROGRAMS
+        for name, program in lowered.items():
+            exported = program.export("tpu")
+            assert exported.platforms == ("tpu",), name
+            assert all(isinstance(n, int) for aval in exported.in_avals + exported.out_avals for n in aval.shape), name
+            assert "callback" not in exported.mlir_module(), name
+        assert "xbf16" in exported.mlir_module()
 
 
 def test_a_mesh_too_large_says_what_to_do():
     config = load_config(CONFIGS / "llava15_7b_tpu.yaml", ["system.mesh.clients=512"])
     with pytest.raises(InputError, match="xla_force_host_platform_device_count=2048"):
-        plan.lower_phase(config, "stage1")
-    with pytest.raises(InputError, match=r"system.mesh: `run` uses one device"):
-        simulation.prepare(small_config(system={"mesh": {"clients": 2}}))
+        programs(config)
+    with pytest.raises(InputError, match=r"system.mesh: 512 devices asked for"):
+        simulation.prepare(small_config(system={"mesh": {"clients": 512}}))
 
 
 def test_run_without_the_weights_says_so():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,12 @@ from pilot_jax.data.conversations import stop_tokens
 from pilot_jax.evaluation.scores import METRICS
 from pilot_jax.models.generate import Decoding, generate
 from pilot_jax.models.pretrained import PretrainedModel
+
+Place = Callable[[Any], Any]
+
+
+def on_device(tree: Any) -> Any:
+    return jax.tree.map(jnp.asarray, tree)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,24 +58,25 @@ def speaker(tokenizer: Any, template: str, config: EvalConfig, seed: int = 0) ->
     return Speaker(tokenizer, how, config.batch_size, seed)
 
 
-def _answers_of_group(model: PretrainedModel, voice: Speaker, group: list[Examinee], width: int) -> list[list[str]]:
+def _answers_of_group(model: PretrainedModel, voice: Speaker, group: list[Examinee], width: int,
+                      place: Place) -> list[list[str]]:
     """Answers of examinees that share a stage, `width` models at a time; short groups are padded by repetition."""
     out: list[list[str]] = []
     for start in range(0, len(group), width):
         members = group[start:start + width]
         padded = members + members[:1] * (width - len(members))
-        adapters = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves]),
-                                *[e.adapters for e in padded])
-        tasks = jnp.asarray([e.task_index for e in padded], jnp.int32)
+        adapters = place(jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]),
+                                      *[e.adapters for e in padded]))
+        tasks = place(np.asarray([e.task_index for e in padded], np.int32))
         longest = max(len(e.prompts.references) for e in members)
         rows: list[list[str]] = [[] for _ in members]
         rows_at_once = min(voice.batch_size, longest)
         for first in range(0, longest, rows_at_once):
             take = np.arange(first, first + rows_at_once)
-            batch = {
-                name: jnp.asarray(np.stack([getattr(e.prompts, name)[np.minimum(take, len(e.prompts.references) - 1)]
-                                            for e in padded]))
-                for name in ("input_ids", "attention_mask", "features")}
+            batch = place({
+                name: np.stack([getattr(e.prompts, name)[np.minimum(take, len(e.prompts.references) - 1)]
+                                for e in padded])
+                for name in ("input_ids", "attention_mask", "features")})
             # A prompt's randomness depends on its place among its client's prompts, not on who is decoded beside it.
             keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(voice.seed)))(take)
             tokens = np.asarray(generate(model.module, model.base, adapters, batch, tasks,
@@ -81,21 +89,26 @@ def _answers_of_group(model: PretrainedModel, voice: Speaker, group: list[Examin
     return out
 
 
-def answers(model: PretrainedModel, voice: Speaker, examinees: list[Examinee], width: int) -> list[list[str]]:
-    """Every examinee's answers to its prompts, in order; `width` models are decoded at once."""
+def answers(model: PretrainedModel, voice: Speaker, examinees: list[Examinee], width: int,
+            place: Place = on_device) -> list[list[str]]:
+    """Every examinee's answers to its prompts, in order.
+
+    Args:
+        width: models that are decoded at once. place: puts trees with leaves [width, …] on devices.
+    """
     out: list[list[str]] = [[] for _ in examinees]
     for stage in sorted({e.stage for e in examinees}):
         indices = [i for i, e in enumerate(examinees) if e.stage == stage]
         group = [examinees[i] for i in indices]
-        for i, texts in zip(indices, _answers_of_group(model, voice, group, width), strict=True):
+        for i, texts in zip(indices, _answers_of_group(model, voice, group, width, place), strict=True):
             out[i] = texts
     return out
 
 
 def scores(model: PretrainedModel, voice: Speaker, examinees: list[Examinee], metrics: dict[str, str],
-           width: int) -> list[float]:
+           width: int, place: Place = on_device) -> list[float]:
     """Score of each examinee, by its task's metric (exact match where `metrics` names none)."""
-    texts = answers(model, voice, examinees, width)
+    texts = answers(model, voice, examinees, width, place)
     return [METRICS[metrics.get(e.task, "exact")](got, e.prompts.references)
             for e, got in zip(examinees, texts, strict=True)]
 

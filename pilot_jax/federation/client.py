@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pilot_jax.config import TrainConfig
 from pilot_jax.federation.objectives import stage_loss
@@ -122,24 +122,33 @@ def client_loss(phase: Phase, base: Mapping, trained: Mapping, frozen: Mapping, 
 def local_update(phase: Phase, base: Mapping, adapters: Mapping, received: Mapping, data: Mapping, order: jax.Array,
                  real: jax.Array, steps: jax.Array, task_index: jax.Array, rates: Mapping[str, jax.Array],
                  mesh: jax.sharding.Mesh | None = None, own_received: bool = False) -> tuple[dict, dict]:
-    """`_local_update`, the chunk's clients dealt to the devices of `mesh` (axis "clients"), if there is one.
+    """`_local_update`, the chunk's clients dealt to the rows of `mesh` (axis "clients"), if there is one.
 
-    Clients need nothing of each other, so the devices do not communicate.
+    Clients need nothing of each other. Where a row is one device, the devices run on their own, each as long as its own
+    longest client; where "fsdp" or "tensor" has several, XLA spreads the work over them as the base's and the batch's
+    (over "fsdp") shardings suggest.
     """
-    update = partial(_local_update, phase, own_received)
-    if mesh is not None:
-        own, all_ = PartitionSpec("clients"), PartitionSpec()
-        update = jax.shard_map(update, mesh=mesh, out_specs=own, check_vma=False, in_specs=(
-            all_, own, own if own_received else all_, own, own, own, own, own, own))
-    return update(base, adapters, received, data, order, real, steps, task_index, rates)
+    arrays = base, adapters, received, data, order, real, steps, task_index, rates
+    own, all_ = PartitionSpec("clients"), PartitionSpec()
+    specs = (all_, own, own if own_received else all_, own, own, own, own, own, own)
+    if mesh is None:
+        return _local_update(phase, own_received, None, *arrays)
+    if mesh.size == mesh.shape["clients"]:
+        return jax.shard_map(partial(_local_update, phase, own_received, None), mesh=mesh, in_specs=specs,
+                             out_specs=own, check_vma=False)(*arrays)
+    placed = [jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)) if spec == own else x
+              for x, spec in zip(arrays, specs, strict=True)]
+    out = _local_update(phase, own_received, mesh, *placed)
+    return jax.lax.with_sharding_constraint(out, NamedSharding(mesh, own))
 
 
-def _local_update(phase: Phase, own_received: bool, base: Mapping, adapters: Mapping, received: Mapping,
-                  data: Mapping, order: jax.Array, real: jax.Array, steps: jax.Array, task_index: jax.Array,
-                  rates: Mapping[str, jax.Array]) -> tuple[dict, dict]:
+def _local_update(phase: Phase, own_received: bool, mesh: jax.sharding.Mesh | None, base: Mapping, adapters: Mapping,
+                  received: Mapping, data: Mapping, order: jax.Array, real: jax.Array, steps: jax.Array,
+                  task_index: jax.Array, rates: Mapping[str, jax.Array]) -> tuple[dict, dict]:
     """Train a chunk of k clients for one phase.
 
     Args:
+        mesh: over whose axis "fsdp" batches are spread, if given.
         base: frozen weights, shared by all (an argument: never vmapped, never closed over).
         adapters: leaves [k, …], without the received subtrees. received: leaves without a client axis, or, with
             `own_received` (clients of several federations), [k, …].
@@ -167,7 +176,8 @@ def _local_update(phase: Phase, own_received: bool, base: Mapping, adapters: Map
         def one(trained, own_frozen, batch, task):
             return client_loss(phase, base, trained, {**own_frozen, **shared}, batch, task)
 
-        losses, terms = jax.vmap(one)(trained, own_frozen, batch, task_index)
+        losses, terms = jax.vmap(one, spmd_axis_name=None if mesh is None else "clients")(
+            trained, own_frozen, batch, task_index)
         return jnp.sum(losses), terms
 
     grad = jax.grad(total_loss, has_aux=True)
@@ -175,6 +185,8 @@ def _local_update(phase: Phase, own_received: bool, base: Mapping, adapters: Map
     def step(index, carry):
         trained, state, sums, gradient_sum = carry
         batch = jax.vmap(gather_batch)(data, order[:, index], real[:, index])
+        if mesh is not None:
+            batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec("clients", "fsdp")))
         grads, terms = grad(trained, batch)
         active = index < steps  # [k]
 

@@ -12,6 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+
+from pilot_jax.federation.sharding import columns, mesh_of, on_parts
 
 # Of |a|² + |b|²: forty times the float32 error of the Gram matrices seen (2e-7 with a million numbers a client).
 MARGIN = 1e-5
@@ -112,20 +115,26 @@ def distances(uploads: Mapping, neighbors: int | None = None, space: str = "fact
     In cohorts above EVERY_PAIR with `neighbors` given, only pairs of which one may be among the other's `neighbors`
     nearest are subtracted. The rest, which no weight depends on, come from a Gram matrix.
 
-    Leaves [S, …] are visited one after another and may be NumPy arrays: two of them are on the device at once.
+    Leaves [S, …] are visited one after another and may be NumPy arrays: two of them are on the device at once. Leaves
+    whose parameters are spread over a mesh (`sharding.spread`) stay so: matrices [S, S] alone are sent.
     """
+    mesh = mesh_of(uploads)
     if space == "factors":
         parts = [(leaf,) for leaf in jax.tree.leaves(uploads)]
         gram_of, pairs_of = _factor_gram, _factor_pairs
     else:
         parts, gram_of, pairs_of = targets(uploads), _product_gram, _product_pairs
+        if mesh is not None:  # products need a layer's A and B whole
+            parts = [tuple(jax.device_put(x, NamedSharding(mesh, columns(x.shape, mesh, axis=1))) for x in pair)
+                     for pair in parts]
     cohort = len(parts[0][0])
     # Sums over leaves in float64, on the host. A device that is a CPU has two leaves worked on side by side.
-    with ThreadPoolExecutor(2) as pool:
+    # On a mesh one after another: two programs that communicate could wait for each other.
+    with ThreadPoolExecutor(2 if mesh is None else 1) as pool:
         squares, everyone = np.zeros((cohort, cohort)), np.argwhere(np.triu(np.ones((cohort, cohort)), 1))
         pairs = everyone
         if neighbors is not None and cohort > EVERY_PAIR:
-            gram = sum(pool.map(lambda part: np.asarray(gram_of(*part), np.float64), parts))
+            gram = sum(pool.map(lambda part: np.asarray(on_parts(gram_of, part)(*part), np.float64), parts))
             norms, gram = np.diag(gram), (gram + gram.T) / 2
             squares = np.maximum(norms[:, None] + norms[None] - 2 * gram, 0)
             pairs = near_pairs(gram, min(neighbors, cohort - 1))
@@ -133,7 +142,7 @@ def distances(uploads: Mapping, neighbors: int | None = None, space: str = "fact
         padded = np.zeros((max(len(everyone), 1), 2), np.int32)
         padded[:len(pairs)] = pairs
         exact = sum(pool.map(lambda part: np.asarray(
-            pairs_of(*part, padded[:, 0], padded[:, 1], len(pairs)), np.float64), parts))
+            on_parts(pairs_of, part, 3)(*part, padded[:, 0], padded[:, 1], len(pairs)), np.float64), parts))
     squares[pairs[:, 0], pairs[:, 1]] = squares[pairs[:, 1], pairs[:, 0]] = exact[:len(pairs)]
     np.fill_diagonal(squares, 0)
     return jnp.asarray(np.sqrt(squares), jnp.float32)

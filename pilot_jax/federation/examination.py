@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from pilot_jax.evaluation.evaluate import Examinee, base_examinee, scores, speak
 from pilot_jax.federation.federation import Federation
 from pilot_jax.federation.population import ClientState
 from pilot_jax.federation.roles import Roles
+from pilot_jax.federation.sharding import over_clients
 
 
 def used_adapters(fed: Federation, state: ClientState) -> dict[str, Any]:
@@ -57,9 +59,11 @@ def evaluate_together(feds: Sequence[Federation], tokenizer: Any, populations: S
 
 
 def _scores(fed: Federation, tokenizer: Any, asked: list[Examinee]) -> list[float]:
-    width = min(fed.config.system.client_chunk, len(fed.examined))
+    mesh, chunk = fed.server_mesh, fed.config.system.client_chunk
+    rows = 1 if mesh is None else mesh.shape["clients"]
+    width = rows * min(chunk, -(-len(fed.examined) // rows))
     voice = speaker(tokenizer, fed.config.data.template, fed.config.eval, fed.config.system.seed)
-    return scores(fed.model, voice, asked, fed.config.eval.metrics, width)
+    return scores(fed.model, voice, asked, fed.config.eval.metrics, width, partial(over_clients, mesh=mesh))
 
 
 def mean_score(values: list[float]) -> float | None:

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pilot_jax.config import Config
+from pilot_jax.config import Config, MeshConfig
 from pilot_jax.data.batches import ClientData, num_steps
 from pilot_jax.errors import InputError
 from pilot_jax.federation.client import Phase
 from pilot_jax.federation.population import ClientState
+from pilot_jax.federation.sharding import make_mesh
 from pilot_jax.federation.strategies.base import Strategy
 from pilot_jax.models.pretrained import PretrainedModel
 
@@ -50,13 +51,20 @@ class Federation:
 
     @functools.cached_property
     def training(self) -> tuple[jax.sharding.Mesh | None, dict[str, Any]]:
-        """The devices that train clients side by side (None: one), and the base as they see it."""
+        """The device mesh (None: one device), and the base as it lies on it."""
+        asked = self.config.system.mesh
+        if asked.devices > 1:  # the base was loaded onto it
+            return make_mesh(asked), self.model.base
         count = client_devices(self.config.system.client_devices, self.model.base)
         if count == 1:
             return None, self.model.base
-        mesh = jax.make_mesh((count,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,),
-                             devices=jax.devices()[:count])
+        mesh = make_mesh(MeshConfig(clients=count))
         return mesh, jax.device_put(self.model.base, NamedSharding(mesh, PartitionSpec()))
+
+    @property
+    def server_mesh(self) -> jax.sharding.Mesh | None:
+        """Over what the uploads of a cohort are spread; None where devices share one memory."""
+        return self.training[0] if self.config.system.mesh.devices > 1 else None
 
     @property
     def examined(self) -> tuple[ClientData, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ from pilot_jax.config import Config
 from pilot_jax.costs import matmul_flops, saved_bytes
 from pilot_jax.data.batches import num_steps, training_length
 from pilot_jax.data.conversations import encode
-from pilot_jax.errors import InputError
-from pilot_jax.federation.client import Phase, client_loss, local_update, peak_rates
+from pilot_jax.federation.client import Phase, client_loss
 from pilot_jax.federation.roles import num_bytes
-from pilot_jax.federation.sharding import base_spec, make_mesh, on_clients, replicated, shard_elements, sharded_shapes
+from pilot_jax.federation.sharding import base_spec, shard_elements
 from pilot_jax.federation.simulation import load_samples
 from pilot_jax.federation.strategies import Strategy, make_strategy
 from pilot_jax.models.config import VlmConfig
@@ -136,7 +134,7 @@ def memory(config: Config, shapes: Shapes, work: Workload) -> dict[str, dict[str
     Activations are not divided among fsdp and tensor devices: an upper bound there.
     """
     mesh, roles = config.system.mesh, shapes.strategy.roles()
-    width = -(-min(config.system.client_chunk, len(work.sizes)) // mesh.clients)  # clients on one device
+    width = min(config.system.client_chunk, -(-len(work.sizes) // mesh.clients))  # clients on one device
     base = sum(shard_elements(leaf.shape, base_spec(tuple(k.key for k in path), leaf.shape, mesh), mesh)
                * leaf.dtype.itemsize
                for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.base))
@@ -193,40 +191,3 @@ def make_plan(config: Config, **assumptions: int) -> dict[str, Any]:
         "bytes_up": {"round_1": up * cohort * len(first), "later_rounds": up * cohort * len(later)},
         "bytes_down": {"round_1": down * cohort * len(first), "later_rounds": down * cohort * len(later)},
     }
-
-
-def lower_phase(config: Config, stage: str, **assumptions: int) -> jax.stages.Lowered:
-    """The program of one chunk of `stage`, lowered for `system.mesh` without weights.
-
-    Raises:
-        InputError: the mesh needs more devices than there are, or does not divide the chunk.
-    """
-    model, text_directory = read_shapes(config.model)
-    work = read_workload(config, model, text_directory, **assumptions)
-    shapes, mesh_config = phase_shapes(config, model, work), config.system.mesh
-    if mesh_config.devices > jax.device_count():
-        raise InputError(f"system.mesh: {mesh_config.devices} devices asked for, {jax.device_count()} there. On CPU, "
-                         f"set XLA_FLAGS=--xla_force_host_platform_device_count={mesh_config.devices}.")
-    width = min(config.system.client_chunk, len(work.sizes))
-    if width % mesh_config.clients:
-        raise InputError(f"system.client_chunk: {width} clients do not divide over {mesh_config.clients} devices.")
-    mesh, roles = make_mesh(mesh_config), shapes.strategy.roles()
-    phase = Phase(shapes.module, roles, stage, config.train, shapes.strategy.local_rule())
-
-    def chunk(tree: Any) -> Any:
-        stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((width, *leaf.shape), leaf.dtype), tree)
-        return on_clients(stacked, mesh)
-
-    received = roles.names(scope="received")
-    steps = max(num_steps(n, config.train.batch_size, config.federation.local_epochs, config.federation.local_steps)
-                for n in work.sizes)
-    order = jax.ShapeDtypeStruct((steps, config.train.batch_size), jnp.int32)
-    count = jax.ShapeDtypeStruct((), jnp.int32)
-    lower = partial(local_update.lower, phase)
-    return lower(
-        sharded_shapes(shapes.base, mesh, mesh_config),
-        chunk({n: t for n, t in shapes.adapters.items() if n not in received}),
-        replicated({n: shapes.adapters[n] for n in received}, mesh),
-        chunk(data_shapes(model, shapes.module.dtype, work, max(work.sizes))),
-        chunk(order), chunk(jax.ShapeDtypeStruct(order.shape, jnp.float32)), chunk(count), chunk(count),
-        chunk(jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), peak_rates(config.train, stage))))

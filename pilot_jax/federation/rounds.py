@@ -7,7 +7,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pilot_jax.config import Config
@@ -15,6 +14,7 @@ from pilot_jax.errors import InputError
 from pilot_jax.federation import mixing
 from pilot_jax.federation.federation import Federation, State, client_generator
 from pilot_jax.federation.population import ClientState, row, stack, to_host
+from pilot_jax.federation.sharding import spread
 from pilot_jax.federation.training import Trained, Work, train_together
 
 
@@ -129,8 +129,8 @@ def round_of(fed: Federation, state: State, round_: int, progress: Callable[[dic
         _check_uploads(fed, uploads, taking, f"round {round_} {label}")
         sizes = np.asarray([fed.clients[c].size for c in taking])
         tasks = np.asarray([fed.task_index(c) for c in taking])
-        downloads, server, log = strategy.aggregate(jax.tree.map(jnp.asarray, uploads), sizes, tasks,
-                                                    np.asarray(taking), server)
+        downloads, server, log = strategy.aggregate(spread(uploads, fed.server_mesh), sizes, tasks, np.asarray(taking),
+                                                    server)
         mixing.check_rows(log["weights"])
         downloads = to_host(downloads)
         received = roles.names(scope="received")

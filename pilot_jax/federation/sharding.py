@@ -6,15 +6,20 @@ Mesh axes: `clients` (stacked adapters, their optimizer state and data), `fsdp` 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from pilot_jax.config import MeshConfig
+from pilot_jax.config import MeshConfig, SystemConfig
+from pilot_jax.errors import InputError
 
 AXES = ("clients", "fsdp", "tensor")
 
@@ -48,12 +53,14 @@ def shard_elements(shape: tuple[int, ...], spec: PartitionSpec, mesh: MeshConfig
     return total
 
 
-def split_cpu(count: int | None) -> None:
-    """Have JAX see the CPU as `count` devices (default: one per core). Too late once JAX has started; then nothing.
+def split_cpu(system: SystemConfig) -> None:
+    """Have JAX see the CPU as what `mesh` or `client_devices` ask for (default: one device per core). Too late once JAX
+    has started; then nothing.
 
     On two cores, two devices with a client each train about a third more than one device with both: what XLA does not
     spread over threads runs side by side all the same.
     """
+    count = system.mesh.devices if system.mesh.devices > 1 else system.client_devices
     # Whatever the reason: JAX has started, or XLA_FLAGS settle it already.
     with contextlib.suppress(RuntimeError, ValueError):
         if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -63,26 +70,107 @@ def split_cpu(count: int | None) -> None:
 
 
 def make_mesh(mesh: MeshConfig) -> jax.sharding.Mesh:
-    """The device mesh, Auto axes: XLA propagates shardings from the arguments."""
+    """The device mesh, of the first devices there are; Auto axes: XLA propagates shardings from the arguments.
+
+    Raises:
+        InputError: it needs more devices than there are.
+    """
+    if mesh.devices > jax.device_count():
+        raise InputError(f"system.mesh: {mesh.devices} devices asked for, {jax.device_count()} there. On CPU, "
+                         f"set XLA_FLAGS=--xla_force_host_platform_device_count={mesh.devices}.")
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(mesh.model_dump()[a] for a in AXES), AXES, axis_types=types)
+    return jax.make_mesh(tuple(mesh.model_dump()[a] for a in AXES), AXES, axis_types=types,
+                         devices=jax.devices()[:mesh.devices])
+
+
+def base_placement(mesh: MeshConfig) -> Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding] | None:
+    """Where `models.loading` puts each leaf of the base; None for one device."""
+    if mesh.devices == 1:
+        return None
+    devices = make_mesh(mesh)
+    return lambda path, shape: NamedSharding(devices, base_spec(path, shape, mesh))
 
 
 def sharded_shapes(tree: Mapping[str, Any], mesh: jax.sharding.Mesh, config: MeshConfig) -> Any:
     """The base's shapes with their shardings, for lowering without weights."""
     def one(path, leaf):
         spec = base_spec(tuple(key.key for key in path), leaf.shape, config)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def on_clients(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Shapes [k, …] with the clients over the mesh's `clients` axis."""
-    sharding = jax.sharding.NamedSharding(mesh, PartitionSpec("clients"))
+    sharding = NamedSharding(mesh, PartitionSpec("clients"))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
 def replicated(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    sharding = jax.sharding.NamedSharding(mesh, PartitionSpec())
+    sharding = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def mesh_of(tree: Any) -> jax.sharding.Mesh | None:
+    """The mesh on which arrays lie; None if there is none."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+            return leaf.sharding.mesh
+    return None
+
+
+def over_clients(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """Leaves [k, …] on the devices, the clients over the mesh's `clients` axis, which divides k."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, tree)
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("clients")))
+
+
+def spread(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """Leaves [S, …] on the devices, each device with all clients and a part of the parameters.
+
+    What the server computes is a sum over clients, entry by entry, or over entries, so that nothing but [S, S] matrices
+    goes from device to device. A leaf lies over as many mesh axes as divide its longest axis.
+    """
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, tree)
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, columns(np.shape(leaf), mesh))), tree)
+
+
+def columns(shape: tuple[int, ...], mesh: jax.sharding.Mesh, axis: int | None = None) -> PartitionSpec:
+    """Spec of an array [S, …] whose parameters lie over the mesh, along `axis` (default: the one that most devices
+    divide, of these the longest)."""
+    def dividing(length: int) -> tuple[str, ...]:
+        taken, size = (), 1
+        for name in mesh.axis_names:
+            if length % (size * mesh.shape[name]) == 0:
+                taken, size = (*taken, name), size * mesh.shape[name]
+        return taken
+
+    def devices(i: int) -> int:
+        return math.prod(mesh.shape[name] for name in dividing(shape[i]))
+
+    inner = range(1, len(shape))
+    best = axis if axis is not None else max(inner, key=lambda i: (devices(i), shape[i]), default=0)
+    names = dividing(shape[best]) if best else ()
+    return PartitionSpec(*(None,) * best, names) if names else PartitionSpec()
+
+
+def on_parts(function: Callable[..., Any], parts: Sequence[jax.Array], others: int = 0) -> Callable[..., Any]:
+    """`function(*parts, *others)`, a sum over parameters: of each device's part of `parts`, then over the devices."""
+    sharding = getattr(parts[0], "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
+        return function
+    return _on_parts(function, sharding.mesh, tuple(part.sharding.spec for part in parts), others)
+
+
+@functools.lru_cache(maxsize=256)
+def _on_parts(function: Callable[..., Any], mesh: jax.sharding.Mesh, specs: tuple[PartitionSpec, ...],
+              others: int) -> Callable[..., Any]:
+    over = tuple(name for axis in specs[0] if axis for name in axis)
+
+    def summed(*arguments: jax.Array) -> jax.Array:
+        return jax.lax.psum(function(*arguments), over)
+
+    return jax.jit(jax.shard_map(summed, mesh=mesh, in_specs=(*specs, *(PartitionSpec(),) * others),
+                                 out_specs=PartitionSpec(), check_vma=False))

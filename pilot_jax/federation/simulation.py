@@ -28,6 +28,7 @@ from pilot_jax.federation.examination import evaluate, examinee, mean_score, sco
 from pilot_jax.federation.federation import Federation, State
 from pilot_jax.federation.population import ClientState, to_host
 from pilot_jax.federation.rounds import cohort, members_of, run_round
+from pilot_jax.federation.sharding import base_placement
 from pilot_jax.federation.strategies import Strategy, make_strategy
 from pilot_jax.metrics import CompileClock, MetricsFile
 from pilot_jax.models.pretrained import load, load_from_parts
@@ -85,14 +86,13 @@ def _check_names(config: Config, names: list[str], tasks: list[str]) -> None:
 
 def prepare(config: Config, strategy: Strategy | None = None) -> tuple[Federation, Any]:
     """Load model and data, check them against the config. Nothing is written."""
-    if config.system.mesh.devices > 1:
-        raise InputError("system.mesh: `run` uses one device as yet; only `plan` knows meshes. Drop the key.")
     samples = load_samples(config)
     names, tasks = sorted({s.client for s in samples}), sorted({s.task for s in samples})
     _check_names(config, names, tasks)
     lora = config.model.lora
     options = {"dtype": None if config.model.dtype == "auto" else config.model.dtype,
-               "lora_scale": lora.alpha / lora.rank, "remat": config.model.remat, "unroll": config.system.unroll}
+               "lora_scale": lora.alpha / lora.rank, "remat": config.model.remat, "unroll": config.system.unroll,
+               "place": base_placement(config.system.mesh)}
     if config.model.parts is None:
         model = load(config.model.path, **options)
     else:

@@ -98,7 +98,7 @@ def train_together(works: Sequence[Work], progress: Callable[[dict], None]) -> l
     shapes = (max(c.size for f in feds for c in f.clients),
               max(f.full_steps(c) for f in feds for c in range(len(f.clients))))
     mesh, base = first.fed.training
-    devices = 1 if mesh is None else mesh.size
+    devices = 1 if mesh is None else mesh.shape["clients"]
     everyone = sum(len(f.clients) for f in feds)
     width = devices * min(first.fed.config.system.client_chunk, -(-everyone // devices))
     received = phase.roles.names(scope="received")
