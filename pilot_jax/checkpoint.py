@@ -52,21 +52,22 @@ def file_name(client: str) -> str:
 
 
 def save_population(folder: Path, names: Iterable[str], population: Iterable[ClientState], roles: Roles) -> None:
-    """Write every client's adapters: the shared scope to `server`, the rest to `clients/<id>`."""
+    """Write the adapters of every client that has trained: the shared scope to `server`, the rest to `clients/<id>`."""
     names, population = list(names), list(population)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "server", {file_name(n): roles.select(c.adapters, "shared") for n, c in
-                               zip(names, population, strict=True)} | {"_": np.zeros(1)})
+    trained = [(n, c) for n, c in zip(names, population, strict=True) if c.stage != "none"]
+    _write(folder / "server", {file_name(n): roles.select(c.adapters, "shared") for n, c in trained}
+           | {"_": np.zeros(1)})
     (folder / "clients").mkdir(exist_ok=True)
-    for name, client in zip(names, population, strict=True):
+    for name, client in trained:
         rest = roles.select(client.adapters, "local") | roles.select(client.adapters, "received")
         _write(folder / "clients" / file_name(name), rest | {"_": np.zeros(1)})  # orbax refuses an empty tree
     index = {name: {"stage": c.stage, "rounds": c.rounds} for name, c in zip(names, population, strict=True)}
     (folder / "population.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
-def load_population(folder: Path, names: Iterable[str]) -> tuple[ClientState, ...]:
-    """What `save_population` wrote, for `names` in order."""
+def load_population(folder: Path, names: Iterable[str], initial: dict[str, Any]) -> tuple[ClientState, ...]:
+    """What `save_population` wrote, for `names` in order; clients that have not trained have the `initial` adapters."""
     index_file = folder / "population.json"
     if not index_file.is_file():
         raise InputError(f"{index_file} does not exist. Give the directory of a finished run.")
@@ -76,6 +77,9 @@ def load_population(folder: Path, names: Iterable[str]) -> tuple[ClientState, ..
     for name in names:
         if name not in index:
             raise InputError(f"{index_file}: client {name!r} is not in this run. Known: {', '.join(index)}.")
+        if index[name]["stage"] == "none":
+            out.append(ClientState(initial))
+            continue
         rest = _read(folder / "clients" / file_name(name))
         adapters = {**server[file_name(name)], **rest}
         adapters.pop("_", None)

@@ -48,6 +48,8 @@ class ModelConfig(_Section):
 
 class DigitsConfig(_Section):
     scenario: Literal["a", "b"] = Field("a", description="a: 3 tasks × 3 clients; b: 4 tasks × 5, uneven sizes")
+    clients_per_task: int | None = Field(None, ge=1, description="default: the scenario's; looks and wordings repeat "
+                                         "after five")
     heterogeneity: float = Field(1.0, ge=0, le=1, description="how far a task's clients differ in look and wording: "
                                  "0 not at all, 1 each has its own")
     train: int = Field(480, ge=1, description="training samples of a (full-size) client")
@@ -192,6 +194,8 @@ class SystemConfig(_Section):
         1.2, ge=1, description="clients whose longest samples differ by up to this factor share one program: a smaller "
         "one pads less and compiles more")
     mesh: MeshConfig = Field(MeshConfig(), description="device mesh; default: one device, or client_devices")
+    store: str | None = Field(None, description="folder for clients' adapters and image features, for populations that "
+                              "do not fit in memory; what a run puts there goes with it. Default: all in memory")
     unroll: int = Field(4, ge=1, description="decoder layers unrolled in the scan: faster on CPU, longer to compile. "
                         "With all of them unrolled, training computes the last one on answers alone")
     compilation_cache: str | None = Field(None, description="folder for compiled programs; default: none")

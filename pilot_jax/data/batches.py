@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from pilot_jax.data.conversations import Encoded, encode
 from pilot_jax.data.images import image_features
 from pilot_jax.data.llava import Sample
 from pilot_jax.errors import InputError
+from pilot_jax.store import Rows
 
 if TYPE_CHECKING:
     from pilot_jax.models.pretrained import PretrainedModel
@@ -27,7 +29,7 @@ class Prompts:
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
-    features: np.ndarray
+    features: np.ndarray | Rows
     references: tuple[tuple[str, ...], ...]
 
 
@@ -42,7 +44,7 @@ class ClientData:
 
     name: str
     task: str
-    train: dict[str, np.ndarray]
+    train: dict[str, np.ndarray | Rows]  # Rows: read from disk when a chunk is made
     evaluation: dict[str, Prompts]  # per split
 
     @property
@@ -144,21 +146,22 @@ def encode_samples(model: PretrainedModel, tokenizer, samples: list[Sample], dat
 
 
 def build_clients(model: PretrainedModel, tokenizer, samples: list[Sample], data: DataConfig,
-                  length_spread: float) -> list[ClientData]:
+                  length_spread: float, features_file: Path | None = None) -> list[ClientData]:
     """Every client's data, ordered by client name. Clients of like lengths share L and A, so that few programs train
-    them all and none is padded far.
+    them all and none is padded far. With `features_file` their image features lie there, not in memory.
 
     Raises:
         InputError: a client without training samples or with several tasks; a sample that is too long or has
             nothing to learn from.
     """
+    samples = sorted(samples, key=lambda s: (s.client, s.split))  # a client's split is then one slice of all features
     train_rows = [i for i, s in enumerate(samples) if s.split == "train"]
     asked_rows = [i for i, s in enumerate(samples) if s.split != "train"]
     encoded = dict(zip(train_rows, encode_samples(model, tokenizer, [samples[i] for i in train_rows], data),
                        strict=True))
     asked = dict(zip(asked_rows, encode_prompts(model, tokenizer, [samples[i] for i in asked_rows], data),
                      strict=True))
-    features = image_features(model, samples, data.image_fit)
+    features = image_features(model, samples, data.image_fit, file=features_file)
     prompt_length = _round_up(max((len(ids) for ids in asked.values()), default=8), 8)
 
     rows_of: dict[str, list[int]] = {}
@@ -177,15 +180,21 @@ def build_clients(model: PretrainedModel, tokenizer, samples: list[Sample], data
         if not mine:
             raise InputError(f"client {name!r} has no training sample. Give it some or remove it from data.path.")
         has_image = np.asarray([samples[i].image is not None for i in mine])
-        train = _training_arrays([encoded[i] for i in mine], features[mine], has_image, length, answers)
+        train = _training_arrays([encoded[i] for i in mine], _slice(features, mine), has_image, length, answers)
         evaluation = {}
         for split in ("validation", "test"):
             chosen = [i for i in rows if samples[i].split == split]
             if chosen:
                 evaluation[split] = build_prompts([samples[i] for i in chosen], [asked[i] for i in chosen],
-                                                  features[chosen], prompt_length)
+                                                  _slice(features, chosen), prompt_length)
         clients.append(ClientData(name, tasks[0], train, evaluation))
     return clients
+
+
+def _slice(features: np.ndarray | Rows, rows: list[int]) -> np.ndarray | Rows:
+    """Consecutive rows."""
+    start, stop = rows[0], rows[-1] + 1
+    return features.part(start, stop) if isinstance(features, Rows) else features[start:stop]
 
 
 def _padded(array: np.ndarray, length: int) -> np.ndarray:

@@ -152,15 +152,17 @@ SCENARIOS = {
 
 
 def scenario_clients(scenario: str, train: int, validation: int, test: int,
-                     heterogeneity: float = 1.0) -> list[ClientSpec]:
+                     heterogeneity: float = 1.0, clients_per_task: int | None = None) -> list[ClientSpec]:
     """Clients of scenario "a" (3 tasks × 3, equal sizes) or "b" (4 tasks × 5, sizes falling to a quarter)."""
     tasks, per_task = SCENARIOS[scenario]
+    per_task = clients_per_task or per_task
+    digits = len(str(per_task - 1))
     out = []
     for task in tasks:
         for number in range(per_task):
-            share = 1.0 if scenario == "a" else 1.0 - 0.75 * number / (per_task - 1)
+            share = 1.0 if scenario == "a" else 1.0 - 0.75 * number / max(per_task - 1, 1)
             sizes = {"train": max(1, round(train * share)), "validation": validation, "test": test}
-            out.append(ClientSpec(f"{task}_{number}", task, client_style(number, heterogeneity), sizes))
+            out.append(ClientSpec(f"{task}_{number:0{digits}d}", task, client_style(number, heterogeneity), sizes))
     return out
 
 

@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from pilot_jax.data.llava import Sample, StoredImage
 from pilot_jax.errors import InputError
 from pilot_jax.models.processors import load_image_processor
+from pilot_jax.store import Rows, RowsWriter
 
 if TYPE_CHECKING:
     from pilot_jax.models.pretrained import PretrainedModel
@@ -65,10 +66,13 @@ def pixel_values(model: PretrainedModel, images: list[Image.Image], fit: str = "
 
 
 def image_features(model: PretrainedModel, samples: list[Sample], fit: str = "processor",
-                   batch: int = 64) -> np.ndarray:
-    """H_v of each sample's image, [len(samples), N, D] in the model's dtype; zeros where a sample has none."""
+                   batch: int = 64, file: Path | None = None) -> np.ndarray | Rows:
+    """H_v of each sample's image, [len(samples), N, D] in the model's dtype; zeros where a sample has none. With `file`
+    they are written there."""
     c = model.config
-    out = np.zeros((len(samples), c.num_image_tokens, c.vision.feature_size), jnp.dtype(model.module.dtype))
+    shape = len(samples), c.num_image_tokens, c.vision.feature_size
+    dtype = jnp.dtype(model.module.dtype)
+    out = np.zeros(shape, dtype) if file is None else RowsWriter(file, shape, dtype)
     shown = [i for i, sample in enumerate(samples) if sample.image is not None]
     running: tuple[list[int], jax.Array] | None = None
     for start in range(0, len(shown), batch):
@@ -82,4 +86,4 @@ def image_features(model: PretrainedModel, samples: list[Sample], fit: str = "pr
         running = rows, computed
     if running is not None:
         out[running[0]] = np.asarray(running[1])[:len(running[0])]
-    return out
+    return out if file is None else out.rows

@@ -13,16 +13,19 @@ from pilot_jax.data.images import image_features
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.evaluate import Examinee, base_examinee, scores, speaker
 from pilot_jax.federation.federation import Federation
-from pilot_jax.federation.population import ClientState
+from pilot_jax.federation.population import ClientState, Population
 from pilot_jax.federation.roles import Roles
 from pilot_jax.federation.sharding import over_clients
+
+AT_ONCE = 128  # models in memory
 
 
 def used_adapters(fed: Federation, state: ClientState) -> dict[str, Any]:
     """The subtrees that a client's model reads: those of the last stage it was trained in."""
     roles: Roles = fed.strategy.roles()
     used = roles.names(stage=state.stage, mode="trained") + roles.names(stage=state.stage, mode="frozen")
-    return {n: state.adapters[n] for n in used}
+    adapters = state.adapters
+    return {n: adapters[n] for n in used}
 
 
 def examinee(fed: Federation, index: int, state: ClientState, prompts: Prompts, task: str) -> Examinee:
@@ -33,9 +36,6 @@ def examinee(fed: Federation, index: int, state: ClientState, prompts: Prompts, 
     return Examinee(used_adapters(fed, state), state.stage, fed.task_index(index), task, prompts)
 
 
-Population = tuple[ClientState, ...]
-
-
 def evaluate(fed: Federation, tokenizer: Any, population: Population | None, split: str = "test") -> dict[str, float]:
     """Score of each client that has `split` samples; `population` None: of the untouched base model."""
     return evaluate_together([fed], tokenizer, [population], split)[0]
@@ -44,17 +44,18 @@ def evaluate(fed: Federation, tokenizer: Any, population: Population | None, spl
 def evaluate_together(feds: Sequence[Federation], tokenizer: Any, populations: Sequence[Population | None],
                       split: str = "test") -> list[dict[str, float]]:
     """`evaluate` of several federations with one base, their models decoded side by side."""
-    asked, who = [], []
-    for number, (fed, population) in enumerate(zip(feds, populations, strict=True)):
-        for i, client in enumerate(fed.examined):
-            if split in client.evaluation:
-                model = fed.model_of(i)
-                state = population[model] if population is not None else ClientState({})
-                asked.append(examinee(fed, model, state, client.evaluation[split], client.task))
-                who.append((number, client.name))
+    who = [(number, i) for number, fed in enumerate(feds) for i, c in enumerate(fed.examined) if split in c.evaluation]
     out: list[dict[str, float]] = [{} for _ in feds]
-    for (number, name), value in zip(who, _scores(feds[0], tokenizer, asked), strict=True):
-        out[number][name] = value
+    for start in range(0, len(who), AT_ONCE):  # adapters and prompts may come from disk
+        block = who[start:start + AT_ONCE]
+        asked = []
+        for number, i in block:
+            fed, population = feds[number], populations[number]
+            model, client = fed.model_of(i), fed.examined[i]
+            state = population[model] if population is not None else ClientState({})
+            asked.append(examinee(fed, model, state, client.evaluation[split], client.task))
+        for (number, i), value in zip(block, _scores(feds[0], tokenizer, asked), strict=True):
+            out[number][feds[number].examined[i].name] = value
     return out
 
 

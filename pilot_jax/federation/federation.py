@@ -17,10 +17,11 @@ from pilot_jax.config import Config, MeshConfig
 from pilot_jax.data.batches import ClientData, num_steps
 from pilot_jax.errors import InputError
 from pilot_jax.federation.client import Phase
-from pilot_jax.federation.population import ClientState
+from pilot_jax.federation.population import Population
 from pilot_jax.federation.sharding import make_mesh
 from pilot_jax.federation.strategies.base import Strategy
 from pilot_jax.models.pretrained import PretrainedModel
+from pilot_jax.store import Store
 
 
 def client_devices(wanted: int | None, base: Mapping[str, Any]) -> int:
@@ -48,6 +49,7 @@ class Federation:
     clients: tuple[ClientData, ...]  # ordered by name; a client's index is its id in mixing
     tasks: tuple[str, ...]  # global task order
     pool_of: tuple[ClientData, ...] = ()  # the clients whose data the one client has, where a strategy pools them
+    store: Store | None = None  # where clients' adapters and data are, if not in memory
 
     @functools.cached_property
     def training(self) -> tuple[jax.sharding.Mesh | None, dict[str, Any]]:
@@ -101,7 +103,7 @@ class Federation:
 class State:
     """What a run carries from phase to phase."""
 
-    population: tuple[ClientState, ...]
+    population: Population
     server: dict[str, Any]
     client_steps: int = 0
     bytes_up: int = 0

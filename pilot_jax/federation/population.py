@@ -1,4 +1,5 @@
-"""Per-client state, in memory. Trees that clients share (initial adapters, the bank) are stored once, by reference."""
+"""Per-client state: in memory, where trees that clients share (initial adapters, the bank) are there once, by
+reference, or in a store on disk."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from pilot_jax.store import Key, Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +21,36 @@ class ClientState:
     @property
     def is_new(self) -> bool:
         return self.rounds == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredState:
+    """A `ClientState` whose adapters are read when they are asked for."""
+
+    store: Store
+    key: Key
+    stage: str
+    rounds: int
+
+    is_new = False
+
+    @property
+    def adapters(self) -> dict[str, Any]:
+        return self.store.read(self.key)
+
+
+Population = tuple[ClientState | StoredState, ...]
+
+
+def stored(store: Store | None, client: int, state: ClientState) -> ClientState | StoredState:
+    """The state, handed to the store if there is one."""
+    return state if store is None else StoredState(store, store.write(client, state.adapters), state.stage,
+                                                   state.rounds)
+
+
+def prune(store: Store, population: Population) -> None:
+    """Forget what the population no longer refers to."""
+    store.prune({state.key for state in population if isinstance(state, StoredState)})
 
 
 def to_host(tree: Any) -> Any:

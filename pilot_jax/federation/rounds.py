@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from pilot_jax.config import Config
 from pilot_jax.errors import InputError
 from pilot_jax.federation import mixing
 from pilot_jax.federation.federation import Federation, State, client_generator
-from pilot_jax.federation.population import ClientState, row, stack, to_host
+from pilot_jax.federation.population import ClientState, row, stack, stored, to_host
 from pilot_jax.federation.sharding import spread
 from pilot_jax.federation.training import Trained, Work, train_together
 
@@ -63,17 +63,36 @@ def _check_uploads(fed: Federation, uploads: Mapping[str, Any], members: list[in
                                          f"{jax.tree_util.keystr(path)}. Lower train.lr_*.")
 
 
-def _fetch(fed: Federation, population: list[ClientState], taking: list[int], server: Mapping[str, Any]) -> int:
-    """Bring `taking` up to date with the server, in place; returns the bytes of what they did not have yet."""
-    total = 0
-    for client in taking:
-        old = population[client].adapters
-        new = to_host(fed.strategy.fetch(old, server, fed.task_index(client)))
-        for name, size in fed.strategy.sent_bytes(new)[1].items():
-            same = all(a is b for a, b in zip(jax.tree.leaves(old[name]), jax.tree.leaves(new[name]), strict=True))
-            total += 0 if same else size
-        population[client] = dataclasses.replace(population[client], adapters=new)
-    return total
+class _Fetched(Mapping):
+    """The adapters of `taking`, brought up to date with the server when they are asked for: one chunk of clients after
+    another may come from disk. `bytes`: of what they did not have yet."""
+
+    def __init__(self, fed: Federation, population: list[ClientState], taking: list[int],
+                 server: Mapping[str, Any]) -> None:
+        self._fed, self._population, self._taking, self._server = fed, population, taking, server
+        self._bytes: dict[int, int] = {}
+
+    def __getitem__(self, client: int) -> dict[str, Any]:
+        old = self._population[client].adapters
+        new = to_host(self._fed.strategy.fetch(old, self._server, self._fed.task_index(client)))
+        if client not in self._bytes:
+            self._bytes[client] = sum(size for name, size in self._fed.strategy.sent_bytes(new)[1].items()
+                                      if not _equal(old[name], new[name]))
+        return new
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._taking)
+
+    def __len__(self) -> int:
+        return len(self._taking)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._bytes.values())
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return all(x is y or np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def run_round(fed: Federation, state: State, round_: int, progress: Callable[[dict], None],
@@ -120,8 +139,8 @@ def round_of(fed: Federation, state: State, round_: int, progress: Callable[[dic
         taking = [c for c in members if number >= len(longest) - len(phases[c])]
         if not taking:
             continue
-        fetched = _fetch(fed, population, taking, server)
-        done = yield Work(fed, {c: population[c].adapters for c in taking}, round_, stage, label)
+        fetched = _Fetched(fed, population, taking, server)
+        done = yield Work(fed, fetched, round_, stage, label)
         trained, records = done.adapters, done.records
         for entry in records:
             record(entry)
@@ -138,15 +157,16 @@ def round_of(fed: Federation, state: State, round_: int, progress: Callable[[dic
             down = {n: t if n in received else row(t, k) for n, t in downloads.items()}
             # Fetching again puts the server's own arrays in place of equal copies.
             adapters = strategy.fetch({**trained[client], **down}, server, fed.task_index(client))
-            population[client] = dataclasses.replace(population[client], adapters=adapters, stage=stage)
+            population[client] = ClientState(adapters, stage, population[client].rounds)
         up, down = strategy.sent_bytes(population[taking[0]].adapters)
         log = {"effective_neighbors": np.asarray(mixing.effective_neighbors(log["weights"]))} | log
         names = [fed.clients[c].name for c in taking]
         save_mixing(round_, label, log | {"client_ids": np.asarray(names)})
         steps = sum(r["step"] for r in records)
         summary = {"round": round_, "phase": label, "clients": len(taking), "client_steps": steps,
-                   "seconds": round(done.seconds, 3), "bytes_up": len(taking) * sum(up.values()),
-                   "bytes_down": len(taking) * sum(down.values()) + fetched,
+                   "seconds": round(done.seconds, 3), "prepare_seconds": round(done.prepare_seconds, 3),
+                   "waited_seconds": round(done.waited_seconds, 3), "bytes_up": len(taking) * sum(up.values()),
+                   "bytes_down": len(taking) * sum(down.values()) + fetched.bytes,
                    "loss": float(np.average([r["loss"] for r in records], weights=[r["step"] for r in records])),
                    "effective_neighbors": float(np.mean(log["effective_neighbors"]))}
         if "product_gap" in log:
@@ -155,9 +175,10 @@ def round_of(fed: Federation, state: State, round_: int, progress: Callable[[dic
                           "bytes_down_by_subtree": {n: v * len(taking) for n, v in down.items()}})
         progress({"kind": "phase"} | summary)
         state = dataclasses.replace(
-            state, population=tuple(population), server=server, client_steps=state.client_steps + steps,
+            state, server=server, client_steps=state.client_steps + steps,
             bytes_up=state.bytes_up + summary["bytes_up"], bytes_down=state.bytes_down + summary["bytes_down"],
             train_seconds=state.train_seconds + done.seconds)
     for client in members:
-        population[client] = dataclasses.replace(population[client], rounds=population[client].rounds + 1)
+        now = dataclasses.replace(population[client], rounds=population[client].rounds + 1)
+        population[client] = stored(fed.store, client, now)
     return dataclasses.replace(state, population=tuple(population), server=server)

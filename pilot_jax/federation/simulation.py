@@ -26,12 +26,13 @@ from pilot_jax.evaluation.evaluate import answers, speaker
 from pilot_jax.evaluation.scores import check_metrics
 from pilot_jax.federation.examination import evaluate, examinee, mean_score, score_by_task
 from pilot_jax.federation.federation import Federation, State
-from pilot_jax.federation.population import ClientState, to_host
+from pilot_jax.federation.population import ClientState, Population, prune, to_host
 from pilot_jax.federation.rounds import cohort, members_of, run_round
 from pilot_jax.federation.sharding import base_placement
 from pilot_jax.federation.strategies import Strategy, make_strategy
 from pilot_jax.metrics import CompileClock, MetricsFile
 from pilot_jax.models.pretrained import load, load_from_parts
+from pilot_jax.store import Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Run:
     config: Config
     federation: Federation
     tokenizer: Any
-    population: tuple[ClientState, ...]
+    population: Population
     summary: dict[str, Any]
     records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
@@ -63,8 +64,8 @@ def load_samples(config: Config) -> list[Sample]:
         from pilot_jax.data.digits import scenario_clients, scene_samples
 
         d = config.data.digits
-        samples = list(scene_samples(scenario_clients(d.scenario, d.train, d.validation, d.test, d.heterogeneity),
-                                     d.seed))
+        samples = list(scene_samples(scenario_clients(d.scenario, d.train, d.validation, d.test, d.heterogeneity,
+                                                      d.clients_per_task), d.seed))
     else:
         samples = read_samples(config.data.path, config.data.image_root, config.data.file_names)
     return partition(samples, config.data.partition, config.federation.clients, config.data.dirichlet_alpha,
@@ -99,9 +100,11 @@ def prepare(config: Config, strategy: Strategy | None = None) -> tuple[Federatio
         model = load_from_parts(**config.model.parts.model_dump(), **options)
     tokenizer = model.tokenizer()
     stop_tokens(tokenizer, config.data.template)  # refuses a template the tokenizer cannot end
-    clients = build_clients(model, tokenizer, samples, config.data, config.system.length_spread)
+    store = None if config.system.store is None else Store(config.system.store)
+    clients = build_clients(model, tokenizer, samples, config.data, config.system.length_spread,
+                            None if store is None else store.folder / "features")
     strategy = strategy or make_strategy(config.strategy, config.federation.schedule)
-    fed = Federation(config, strategy, model, tuple(clients), tuple(tasks))
+    fed = Federation(config, strategy, model, tuple(clients), tuple(tasks), store=store)
     return with_strategy(fed, strategy), tokenizer
 
 
@@ -204,6 +207,8 @@ def simulate(config: Config, *, out: str | Path | None = None, strategy: Strateg
             before = clock.seconds
             state = run_round(fed, state, round_, show, record, save_mixing)
             train_compile += clock.seconds - before
+            if fed.store is not None:
+                prune(fed.store, state.population)
             if config.eval.every and round_ % config.eval.every == 0:
                 by_client = evaluate(fed, tokenizer, state.population, "validation")
                 for name, value in by_client.items():
@@ -234,7 +239,8 @@ def restore(folder: str | Path) -> Run:
         raise InputError(f"{folder}: not a run directory (no config.yaml or checkpoints). Give what `run` wrote.")
     config = load_config(folder / "config.yaml")
     fed, tokenizer = prepare(config)
-    population = checkpoint.load_population(folder / "checkpoints", [c.name for c in fed.clients])
+    population = checkpoint.load_population(folder / "checkpoints", [c.name for c in fed.clients],
+                                            initial_adapters(fed))
     summary_file = folder / "summary.json"
     summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {}
     return Run(config, fed, tokenizer, population, summary)

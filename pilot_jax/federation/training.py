@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -35,6 +36,8 @@ class Trained:
     adapters: dict[int, dict]
     records: list[dict]  # one per client
     seconds: float
+    prepare_seconds: float = 0.0  # spent on making the chunks' inputs, beside the device's work
+    waited_seconds: float = 0.0  # of these, how long the device waited
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,33 +105,47 @@ def train_together(works: Sequence[Work], progress: Callable[[dict], None]) -> l
     everyone = sum(len(f.clients) for f in feds)
     width = devices * min(first.fed.config.system.client_chunk, -(-everyone // devices))
     received = phase.roles.names(scope="received")
+    apart = len(works) > 1 and bool(received)  # what was received differs from federation to federation
     trained: dict[int, dict[int, dict]] = {id(w): {} for w in works}
     records: dict[int, dict[int, dict]] = {id(w): {} for w in works}
-    seconds, done, began = dict.fromkeys(trained, 0.0), 0, time.perf_counter()
-    for members in chunks(jobs, width):
+    seconds, done, prepared, waited, began = dict.fromkeys(trained, 0.0), 0, 0.0, 0.0, time.perf_counter()
+
+    def prepare(members: list[_Job]) -> tuple[list[dict], tuple[dict, dict, dict], float]:
+        """The members' adapters, the chunk's arrays, and the seconds it took; may read files."""
+        start = time.perf_counter()
+        adapters = [j.work.adapters[j.client] for j in members]
+        padded = adapters + adapters[:1] * (width - len(members))
+        own = stack([{n: t for n, t in a.items() if n not in received} for a in padded])
+        given = stack([{n: a[n] for n in received} for a in padded]) if apart else {n: padded[0][n] for n in received}
         inputs = _chunk_inputs(members, shapes, width)
-        padded = members + members[:1] * (width - len(members))
-        adapters = [j.work.adapters[j.client] for j in padded]
-        own = stack([{n: t for n, t in a.items() if n not in received} for a in adapters])
-        apart = len(works) > 1 and bool(received)  # what was received differs from federation to federation
-        given = stack([{n: a[n] for n in received} for a in adapters]) if apart else {
-            n: adapters[0][n] for n in received}
-        new, metrics = local_update(phase, base, own, given, **inputs, mesh=mesh, own_received=apart)
-        new, metrics = to_host(new), to_host(metrics)
-        taken = time.perf_counter() - began
-        began += taken
-        for k, job in enumerate(members):
-            key = id(job.work)
-            trained[key][job.client] = {**job.work.adapters[job.client], **row(new, k)}
-            records[key][job.client] = {
-                "round": job.work.round_, "phase": job.work.label, "client": job.data.name, "task": job.data.task,
-                "step": int(inputs["steps"][k])} | {name: float(value[k]) for name, value in metrics.items()}
-            seconds[key] += taken / len(members)
-        done += int(inputs["steps"].sum())
-        progress({"kind": "chunk", "round": first.round_, "phase": first.label, "of": len(jobs), "steps": done,
-                  "clients": sum(len(t) for t in trained.values()),
-                  "loss": float(np.mean([records[id(j.work)][j.client]["last_loss"] for j in members]))})
-    return [Trained(trained[id(w)], [records[id(w)][c] for c in sorted(w.adapters)], seconds[id(w)]) for w in works]
+        return adapters, (own, given, inputs), time.perf_counter() - start
+
+    groups = chunks(jobs, width)
+    with ThreadPoolExecutor(1, thread_name_prefix="prepare") as reader:  # the next chunk's, while the device works
+        upcoming = reader.submit(prepare, groups[0])
+        for number, members in enumerate(groups):
+            start = time.perf_counter()
+            adapters, (own, given, inputs), took = upcoming.result()
+            prepared, waited = prepared + took, waited + time.perf_counter() - start
+            if number + 1 < len(groups):
+                upcoming = reader.submit(prepare, groups[number + 1])
+            new, metrics = local_update(phase, base, own, given, **inputs, mesh=mesh, own_received=apart)
+            new, metrics = to_host(new), to_host(metrics)
+            taken = time.perf_counter() - began
+            began += taken
+            for k, job in enumerate(members):
+                key = id(job.work)
+                trained[key][job.client] = {**adapters[k], **row(new, k)}
+                records[key][job.client] = {
+                    "round": job.work.round_, "phase": job.work.label, "client": job.data.name, "task": job.data.task,
+                    "step": int(inputs["steps"][k])} | {name: float(value[k]) for name, value in metrics.items()}
+                seconds[key] += taken / len(members)
+            done += int(inputs["steps"].sum())
+            progress({"kind": "chunk", "round": first.round_, "phase": first.label, "of": len(jobs), "steps": done,
+                      "clients": sum(len(t) for t in trained.values()),
+                      "loss": float(np.mean([records[id(j.work)][j.client]["last_loss"] for j in members]))})
+    return [Trained(trained[id(w)], [records[id(w)][c] for c in sorted(w.adapters)], seconds[id(w)], prepared, waited)
+            for w in works]
 
 
 def train_phase(fed: Federation, adapters: Mapping[int, dict], round_: int, stage: str, label: str,

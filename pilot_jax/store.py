@@ -1,0 +1,176 @@
+"""A folder for what does not fit in memory: clients' adapters, one file each, and their data's arrays.
+
+Files are written aside and renamed, so that none is ever half there. What is written is the business of a thread; what
+has not been written yet is read from memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from pilot_jax.errors import InputError
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
+    """Nested dicts of arrays → {"a/b/c": array}."""
+    out: dict[str, np.ndarray] = {}
+    for name, value in tree.items():
+        out |= flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: np.asarray(value)}
+    return out
+
+
+def nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The inverse of `flat`."""
+    out: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *path, leaf = name.split("/")
+        at = out
+        for part in path:
+            at = at.setdefault(part, {})
+        at[leaf] = array
+    return out
+
+
+class Rows:
+    """Rows `start` to `stop` of an array in a file, read when asked for; no page of it stays mapped."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: Any, start: int = 0) -> None:
+        self.path, self.shape, self.dtype, self.start = path, shape, np.dtype(dtype), start
+        self.ndim = len(shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        count = int(np.prod(self.shape, dtype=np.int64))
+        row = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        got = np.fromfile(self.path, self.dtype, count, offset=self.start * row).reshape(self.shape)
+        return got if dtype is None else got.astype(dtype)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return np.asarray(self)[index]
+
+    def part(self, start: int, stop: int) -> Rows:
+        return Rows(self.path, (stop - start, *self.shape[1:]), self.dtype, self.start + start)
+
+
+class RowsWriter:
+    """An array [n, …] of zeros in a file; rows are assigned, `rows` reads them."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: Any) -> None:
+        self.rows = Rows(path, shape, dtype)
+        self._row = int(np.prod(shape[1:], dtype=np.int64)) * self.rows.dtype.itemsize
+        with path.open("wb") as file:
+            file.truncate(shape[0] * self._row)
+
+    def __setitem__(self, rows: Sequence[int], values: np.ndarray) -> None:
+        with self.rows.path.open("r+b") as file:
+            for row, value in zip(rows, values, strict=True):
+                file.seek(row * self._row)
+                file.write(np.ascontiguousarray(value, self.rows.dtype).tobytes())
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One version of one client's adapters."""
+
+    client: int
+    version: int
+
+
+class Store:
+    """A folder of one run, which goes when the store does. A client's earlier adapters stay readable until `prune`."""
+
+    def __init__(self, parent: str | Path, most_waiting: int = 128) -> None:
+        """most_waiting: clients that may wait to be written; beyond, `write` waits too.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        try:
+            Path(parent).expanduser().mkdir(parents=True, exist_ok=True)
+            self.folder = Path(tempfile.mkdtemp(prefix="pilot-jax-", dir=Path(parent).expanduser()))
+        except OSError as error:
+            raise InputError(f"system.store: {parent}: {error.strerror}. Give a folder that can be written.") from None
+        # Also when the process ends.
+        self._finalizer = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self.read_seconds = self.write_seconds = self.waited_seconds = 0.0
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._waiting: dict[Key, tuple[dict, Future]] = {}
+        self._lock, self._most, self._versions = threading.Lock(), most_waiting, 0
+
+    def _path(self, key: Key) -> Path:
+        return self.folder / f"client-{key.client:08d}-{key.version}.safetensors"
+
+    def write(self, client: int, adapters: dict[str, Any]) -> Key:
+        """Has `adapters` written; they can be read at once."""
+        began = time.perf_counter()
+        while len(self._waiting) >= self._most:
+            self._oldest().result()
+        self.waited_seconds += time.perf_counter() - began
+        self._versions += 1
+        key = Key(client, self._versions)
+        with self._lock:
+            self._waiting[key] = adapters, self._writer.submit(self._put, key, adapters)
+        return key
+
+    def _oldest(self) -> Future:
+        with self._lock:
+            return next(iter(self._waiting.values()))[1] if self._waiting else _done()
+
+    def _put(self, key: Key, adapters: dict[str, Any]) -> None:
+        began, path = time.perf_counter(), self._path(key)
+        partial = path.with_suffix(".partial")
+        save_file({n: np.ascontiguousarray(a) for n, a in flat(adapters).items()}, partial)
+        os.replace(partial, path)
+        self.write_seconds += time.perf_counter() - began
+        with self._lock:
+            self._waiting.pop(key, None)
+
+    def read(self, key: Key) -> dict[str, Any]:
+        with self._lock:
+            waiting = self._waiting.get(key)
+        if waiting is not None:
+            return waiting[0]
+        began = time.perf_counter()
+        adapters = nested(load_file(self._path(key)))
+        self.read_seconds += time.perf_counter() - began
+        return adapters
+
+    def flush(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+            OSError: something could not be.
+        """
+        with self._lock:
+            left = [future for _, future in self._waiting.values()]
+        for future in left:
+            future.result()
+
+    def prune(self, keep: set[Key]) -> None:
+        """Remove the versions that are not in `keep`."""
+        self.flush()
+        wanted = {self._path(key).name for key in keep}
+        for path in self.folder.glob("client-*.safetensors"):
+            if path.name not in wanted:
+                path.unlink()
+
+
+def _done() -> Future:
+    future: Future = Future()
+    future.set_result(None)
+    return future

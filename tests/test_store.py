@@ -1,0 +1,92 @@
+"""Populations on disk: the same run, bit for bit; what is read is what was written; nothing is left behind."""
+
+from __future__ import annotations
+
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import small_config, tree_max_difference
+
+from pilot_jax.errors import InputError
+from pilot_jax.federation import simulation
+from pilot_jax.federation.population import StoredState
+from pilot_jax.store import RowsWriter, Store, flat, nested
+
+
+def test_a_population_on_disk_changes_nothing(tmp_path):
+    """Two rounds of four clients each out of nine: adapters, bytes and scores of the run in memory."""
+    sections = {"federation": {"rounds": 2, "clients_per_round": 4}}
+    memory = simulation.simulate(small_config(**sections), out=tmp_path / "memory")
+    disk = simulation.simulate(small_config(**sections, system={"store": str(tmp_path / "store")}),
+                               out=tmp_path / "disk")
+    for key in ("adapters_sha256", "bytes_up", "bytes_down", "client_steps", "score_by_client"):
+        assert memory.summary[key] == disk.summary[key], key
+    on_disk = [isinstance(state, StoredState) for state in disk.population]
+    assert on_disk == [not state.is_new for state in memory.population] and 4 <= sum(on_disk) < 9
+    files = list(disk.federation.store.folder.glob("client-*"))
+    assert len(files) == sum(on_disk)  # one version each
+    phases = [r for r in disk.records if "waited_seconds" in r]
+    assert len(phases) >= 3 and all(p["prepare_seconds"] > 0 and p["waited_seconds"] < p["seconds"] for p in phases)
+    # The run directory holds those who have trained; the others come back as they started.
+    again = simulation.restore(tmp_path / "disk")
+    for a, b in zip(again.population, memory.population, strict=True):
+        assert tree_max_difference(a.adapters, b.adapters) == 0 and (a.stage, a.rounds) == (b.stage, b.rounds)
+    folder = disk.federation.store.folder
+    disk.federation.store._finalizer()
+    assert not folder.exists()
+
+
+def test_versions(tmp_path, monkeypatch):
+    store = Store(tmp_path / "new" / "folder", most_waiting=2)
+    tree = {"a": {"b": np.arange(6, dtype=np.float32).reshape(2, 3)}, "c": np.float32([1])}
+    assert nested(flat(tree)).keys() == tree.keys() and flat(tree).keys() == {"a/b", "c"}
+    first = store.write(3, tree)
+    second = store.write(3, {"a": {"b": tree["a"]["b"] + 1}, "c": tree["c"]})
+    store.flush()
+    assert tree_max_difference(store.read(first), tree) == 0  # still there
+    assert store.read(second)["a"]["b"][1, 2] == 6
+    store.prune({second})
+    assert [p.name for p in store.folder.iterdir()] == [store._path(second).name]
+    # What waits to be written is read from memory, and a full queue makes the next one wait.
+    gate, put = threading.Event(), store._put
+    monkeypatch.setattr(store, "_put", lambda *a: (gate.wait(), put(*a)))
+    keys = [store.write(i, tree) for i in range(2)]
+    assert all(store.read(key) is tree for key in keys)
+    blocked = threading.Thread(target=store.write, args=(9, tree))
+    blocked.start()
+    blocked.join(0.2)
+    assert blocked.is_alive()
+    gate.set()
+    blocked.join(10)
+    assert not blocked.is_alive()
+    store.flush()
+    assert len(list(store.folder.glob("client-*"))) == 4 and not list(store.folder.glob("*.partial"))
+
+
+def test_a_write_that_fails_is_reported(tmp_path):
+    store = Store(tmp_path)
+    store.folder.rmdir()
+    store.write(1, {"a": np.zeros(3, np.float32)})
+    with pytest.raises(Exception, match="No such file"):
+        store.flush()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_rows(tmp_path, dtype):
+    writer = RowsWriter(tmp_path / "rows", (5, 2, 3), dtype)
+    values = np.arange(12).reshape(2, 2, 3).astype(dtype)
+    writer[[1, 4]] = values
+    rows = writer.rows
+    assert len(rows) == 5 and rows.shape == (5, 2, 3) and np.asarray(rows).dtype == dtype
+    assert (np.asarray(rows)[[1, 4]] == values).all() and not np.asarray(rows)[[0, 2, 3]].any()
+    part = rows.part(3, 5)
+    assert part.shape == (2, 2, 3) and (part[1] == values[1]).all() and (part.part(1, 2)[0] == values[1]).all()
+    assert np.pad(part, ((0, 1), (0, 0), (0, 0))).shape == (3, 2, 3)
+
+
+def test_a_store_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="folder that can be written"):
+        Store(tmp_path / "file" / "below")
