@@ -10,7 +10,7 @@ import pytest
 from conftest import small_config, tree_max_difference
 
 from pilot_jax.errors import InputError
-from pilot_jax.federation import simulation
+from pilot_jax.federation import mixing, simulation
 from pilot_jax.federation.population import StoredState
 from pilot_jax.store import RowsWriter, Store, flat, nested
 
@@ -84,6 +84,26 @@ def test_rows(tmp_path, dtype):
     part = rows.part(3, 5)
     assert part.shape == (2, 2, 3) and (part[1] == values[1]).all() and (part.part(1, 2)[0] == values[1]).all()
     assert np.pad(part, ((0, 1), (0, 0), (0, 0))).shape == (3, 2, 3)
+
+
+@pytest.mark.parametrize("space", ["factors", "product"])
+def test_mixing_from_disk(tmp_path, space):
+    """Weights and mixed adapters of uploads in files equal those of arrays; 20 clients: a Gram shortlists."""
+    rng, arrays, files = np.random.default_rng(0), {"layers": {}}, {"layers": {}}
+    for target in "qv":
+        pair = {"a": rng.normal(size=(20, 2, 3, 8)), "b": rng.normal(size=(20, 2, 8, 3))}
+        arrays["layers"][target] = {n: x.astype(np.float32) for n, x in pair.items()}
+        files["layers"][target] = {}
+        for name, values in arrays["layers"][target].items():
+            writer = RowsWriter(tmp_path / (target + name), values.shape, np.float32)
+            writer[range(20)] = values
+            files["layers"][target][name] = writer.rows
+    expected, weights = (mixing.ata(x, np.ones(20), neighbors=2, space=space)[0] for x in (arrays, files))
+    assert (np.asarray(weights) == np.asarray(expected)).all() and np.asarray(weights).max() < 1
+    mixed = mixing.apply_on_disk(weights, files, tmp_path)
+    np.testing.assert_allclose(np.asarray(mixed["layers"]["q"]["b"]),
+                               np.einsum("ms,sldr->mldr", weights, arrays["layers"]["q"]["b"]), atol=1e-6)
+    assert mixed["layers"]["v"]["a"].shape == (20, 2, 3, 8)
 
 
 def test_a_store_that_cannot_be_written(tmp_path):

@@ -6,8 +6,9 @@ what enters a weight is always the norm of a difference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,7 @@ def _factor_gram(leaf: jax.Array) -> jax.Array:
 def _product_gram(a: jax.Array, b: jax.Array) -> jax.Array:
     """⟨B_kA_k, B_jA_j⟩ summed over the layers of a target; [S, layers, …] → [S, S]."""
     cohort, _, rank, _ = a.shape
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
 
     def layer(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
         rows = [x.reshape(cohort * rank, -1) for x in pair]
@@ -92,7 +94,8 @@ def _factor_pairs(leaf: jax.Array, rows: jax.Array, columns: jax.Array, count: j
 def _product_pairs(a: jax.Array, b: jax.Array, rows: jax.Array, columns: jax.Array, count: jax.Array) -> jax.Array:
     def pair(i, out):
         k, j = rows[i], columns[i]
-        return out.at[i].set(_product_squares(a[j][None], b[j][None], a[k], b[k])[0])
+        a_k, b_k, a_j, b_j = (x[n].astype(jnp.float32) for n in (k, j) for x in (a, b))
+        return out.at[i].set(_product_squares(a_j[None], b_j[None], a_k, b_k)[0])
 
     return jax.lax.fori_loop(0, count, pair, jnp.zeros(len(rows)))
 
@@ -115,34 +118,39 @@ def distances(uploads: Mapping, neighbors: int | None = None, space: str = "fact
     In cohorts above EVERY_PAIR with `neighbors` given, only pairs of which one may be among the other's `neighbors`
     nearest are subtracted. The rest, which no weight depends on, come from a Gram matrix.
 
-    Leaves [S, …] are visited one after another and may be NumPy arrays: two of them are on the device at once. Leaves
-    whose parameters are spread over a mesh (`sharding.spread`) stay so: matrices [S, S] alone are sent.
+    Leaves [S, …] are visited one after another and may be NumPy arrays or `store.Rows`: two of them are in memory and
+    on the device at once. Leaves whose parameters are spread over a mesh (`sharding.spread`) stay so: matrices [S, S] alone are sent.
     """
     mesh = mesh_of(uploads)
     if space == "factors":
         parts = [(leaf,) for leaf in jax.tree.leaves(uploads)]
         gram_of, pairs_of = _factor_gram, _factor_pairs
     else:
-        parts, gram_of, pairs_of = targets(uploads), _product_gram, _product_pairs
+        parts = [(pair["a"], pair["b"]) for pair in uploads["layers"].values()]
+        gram_of, pairs_of = _product_gram, _product_pairs
         if mesh is not None:  # products need a layer's A and B whole
             parts = [tuple(jax.device_put(x, NamedSharding(mesh, columns(x.shape, mesh, axis=1))) for x in pair)
                      for pair in parts]
     cohort = len(parts[0][0])
+
+    def summed(function: Callable[..., jax.Array], part: tuple, *others: Any) -> np.ndarray:
+        loaded = tuple(x if isinstance(x, jax.Array) else np.asarray(x) for x in part)
+        return np.asarray(on_parts(function, loaded, len(others))(*loaded, *others), np.float64)
+
     # Sums over leaves in float64, on the host. A device that is a CPU has two leaves worked on side by side.
     # On a mesh one after another: two programs that communicate could wait for each other.
     with ThreadPoolExecutor(2 if mesh is None else 1) as pool:
         squares, everyone = np.zeros((cohort, cohort)), np.argwhere(np.triu(np.ones((cohort, cohort)), 1))
         pairs = everyone
         if neighbors is not None and cohort > EVERY_PAIR:
-            gram = sum(pool.map(lambda part: np.asarray(on_parts(gram_of, part)(*part), np.float64), parts))
+            gram = sum(pool.map(lambda part: summed(gram_of, part), parts))
             norms, gram = np.diag(gram), (gram + gram.T) / 2
             squares = np.maximum(norms[:, None] + norms[None] - 2 * gram, 0)
             pairs = near_pairs(gram, min(neighbors, cohort - 1))
         # Padded to all pairs, so that how many are near compiles nothing anew.
         padded = np.zeros((max(len(everyone), 1), 2), np.int32)
         padded[:len(pairs)] = pairs
-        exact = sum(pool.map(lambda part: np.asarray(
-            on_parts(pairs_of, part, 3)(*part, padded[:, 0], padded[:, 1], len(pairs)), np.float64), parts))
+        exact = sum(pool.map(lambda part: summed(pairs_of, part, padded[:, 0], padded[:, 1], len(pairs)), parts))
     squares[pairs[:, 0], pairs[:, 1]] = squares[pairs[:, 1], pairs[:, 0]] = exact[:len(pairs)]
     np.fill_diagonal(squares, 0)
     return jnp.asarray(np.sqrt(squares), jnp.float32)

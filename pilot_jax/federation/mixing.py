@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pilot_jax.federation.distances import distances, exact_einsum, targets
+from pilot_jax.store import RowsWriter
 
 
 def identity(cohort: int) -> jax.Array:
@@ -39,6 +41,20 @@ def apply(matrix: jax.Array, uploads: Any) -> Any:
     """matrix [M, S] times leaves [S, …] → leaves [M, …], in float32."""
     return jax.tree.map(
         lambda leaf: exact_einsum("ms,s...->m...", matrix, leaf.astype(jnp.float32)).astype(leaf.dtype), uploads)
+
+
+def apply_on_disk(matrix: jax.Array, uploads: Any, folder: Path) -> Any:
+    """`apply` for uploads of `store.Rows`, one leaf in memory at a time; mixed leaves [M, …] become files in `folder`."""
+    leaves, structure = jax.tree.flatten(uploads)
+    mixed = []
+    for number, leaf in enumerate(leaves):
+        writer = RowsWriter(folder / f"mixed-{number}", (len(matrix), *leaf.shape[1:]), leaf.dtype)
+        writer[range(len(matrix))] = np.asarray(_apply(matrix, np.asarray(leaf)))
+        mixed.append(writer.rows)
+    return jax.tree.unflatten(structure, mixed)
+
+
+_apply = jax.jit(apply)
 
 
 def effective_neighbors(matrix: jax.Array) -> jax.Array:
