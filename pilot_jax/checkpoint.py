@@ -15,8 +15,9 @@ import jax
 import numpy as np
 
 from pilot_jax.errors import InputError
-from pilot_jax.federation.population import ClientState, to_host
+from pilot_jax.federation.population import ClientState
 from pilot_jax.federation.roles import Roles
+from pilot_jax.hosts import to_host
 
 
 def _write(path: Path, tree: Any) -> None:
@@ -29,7 +30,11 @@ def _write(path: Path, tree: Any) -> None:
         shutil.rmtree(aside)
     if path.exists():
         path.rename(aside)
-    with ocp.StandardCheckpointer() as checkpointer:
+    # Of several processes only this one writes: the others are not waited for.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="writer",
+    ) if jax.process_count() > 1 else ocp.options.MultiprocessingOptions()
+    with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
         checkpointer.save(path.absolute(), tree)
         checkpointer.wait_until_finished()
     if aside.exists():

@@ -26,17 +26,25 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None,
         out: Annotated[Path | None, typer.Option(help="New run directory; default runs/<config>-<time>.")] = None,
-        ) -> None:
+        coordinator: Annotated[str | None, typer.Option(
+            help="host:port of process 0, where several processes run one federation.")] = None,
+        num_processes: Annotated[int | None, typer.Option(min=1, help="With --coordinator: how many.")] = None,
+        process_id: Annotated[int | None, typer.Option(min=0, help="With --coordinator: which this is.")] = None,
+        distributed: Annotated[bool, typer.Option(
+            help="Several processes, of which Slurm, a TPU pod or MPI tells.")] = False) -> None:
     """Simulate a federation and write its run directory."""
     import time
 
+    from pilot_jax import hosts
     from pilot_jax.config import load_config
     from pilot_jax.federation.sharding import split_cpu
     from pilot_jax.federation.simulation import Federation, simulate, total_client_steps
     from pilot_jax.metrics import ProgressDisplay
 
     settings = load_config(config, overrides)
-    split_cpu(settings.system)
+    split_cpu(settings.system, num_processes or 1)
+    if distributed or coordinator is not None or num_processes is not None or process_id is not None:
+        hosts.start(coordinator, num_processes, process_id)
     folder = out or Path("runs") / f"{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     displays: list[ProgressDisplay] = []
 
@@ -53,7 +61,7 @@ def run(config: ConfigPath, overrides: Overrides = None,
         return display
 
     try:
-        result = simulate(settings, out=folder, progress=progress)
+        result = simulate(settings, out=folder, progress=progress if hosts.is_writer() else None)
     except KeyboardInterrupt:
         saved = (folder / "checkpoints").is_dir()
         kept = f"What the last complete round learnt is in {folder}" if saved else "No complete round, nothing saved"
@@ -65,8 +73,9 @@ def run(config: ConfigPath, overrides: Overrides = None,
     finally:
         for display in displays:
             display.close()
-    _print_scores(result.summary)
-    typer.echo(f"Run directory: {folder}")
+    if hosts.is_writer():
+        _print_scores(result.summary)
+        typer.echo(f"Run directory: {folder}")
 
 
 def _print_scores(summary: dict) -> None:

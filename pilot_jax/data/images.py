@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pilot_jax.data.llava import Sample, StoredImage
 from pilot_jax.errors import InputError
+from pilot_jax.hosts import to_host
 from pilot_jax.models.processors import load_image_processor
 from pilot_jax.store import Rows, RowsWriter
 
@@ -82,8 +83,8 @@ def image_features(model: PretrainedModel, samples: list[Sample], fit: str = "pr
         padded[:len(rows)] = pixels
         computed = model.features(padded)  # runs while the next images are read
         if running is not None:
-            out[running[0]] = np.asarray(running[1])[:len(running[0])]
+            out[running[0]] = to_host(running[1])[:len(running[0])]
         running = rows, computed
     if running is not None:
-        out[running[0]] = np.asarray(running[1])[:len(running[0])]
+        out[running[0]] = to_host(running[1])[:len(running[0])]
     return out if file is None else out.rows

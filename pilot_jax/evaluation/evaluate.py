@@ -15,6 +15,7 @@ from pilot_jax.config import EvalConfig
 from pilot_jax.data.batches import Prompts
 from pilot_jax.data.conversations import stop_tokens
 from pilot_jax.evaluation.scores import METRICS
+from pilot_jax.hosts import to_host
 from pilot_jax.models.generate import Decoding, generate
 from pilot_jax.models.pretrained import PretrainedModel
 
@@ -79,7 +80,7 @@ def _answers_of_group(model: PretrainedModel, voice: Speaker, group: list[Examin
                 for name in ("input_ids", "attention_mask", "features")})
             # A prompt's randomness depends on its place among its client's prompts, not on who is decoded beside it.
             keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(voice.seed)))(take)
-            tokens = np.asarray(generate(model.module, model.base, adapters, batch, tasks,
+            tokens = to_host(generate(model.module, model.base, adapters, batch, tasks,
                                          jnp.broadcast_to(keys, (width, len(take))), stage=members[0].stage,
                                          how=voice.how))
             for k, examinee in enumerate(members):

@@ -119,7 +119,8 @@ def distances(uploads: Mapping, neighbors: int | None = None, space: str = "fact
     nearest are subtracted. The rest, which no weight depends on, come from a Gram matrix.
 
     Leaves [S, …] are visited one after another and may be NumPy arrays or `store.Rows`: two of them are in memory and
-    on the device at once. Leaves whose parameters are spread over a mesh (`sharding.spread`) stay so: matrices [S, S] alone are sent.
+    on the device at once. Leaves whose parameters are spread over a mesh (`sharding.spread`) stay so: matrices [S, S]
+    alone are sent.
     """
     mesh = mesh_of(uploads)
     if space == "factors":

@@ -60,7 +60,7 @@ def evaluate_together(feds: Sequence[Federation], tokenizer: Any, populations: S
 
 
 def _scores(fed: Federation, tokenizer: Any, asked: list[Examinee]) -> list[float]:
-    mesh, chunk = fed.server_mesh, fed.config.system.client_chunk
+    mesh, chunk = fed.model_mesh, fed.config.system.client_chunk
     rows = 1 if mesh is None else mesh.shape["clients"]
     width = rows * min(chunk, -(-len(fed.examined) // rows))
     voice = speaker(tokenizer, fed.config.data.template, fed.config.eval, fed.config.system.seed)

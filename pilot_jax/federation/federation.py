@@ -64,9 +64,15 @@ class Federation:
         return mesh, jax.device_put(self.model.base, NamedSharding(mesh, PartitionSpec()))
 
     @property
-    def server_mesh(self) -> jax.sharding.Mesh | None:
-        """Over what the uploads of a cohort are spread; None where devices share one memory."""
+    def model_mesh(self) -> jax.sharding.Mesh | None:
+        """Over what models that answer are spread: the mesh that the config asks for."""
         return self.training[0] if self.config.system.mesh.devices > 1 else None
+
+    @property
+    def server_mesh(self) -> jax.sharding.Mesh | None:
+        """Over what the uploads of a cohort are spread; None where devices share one memory, and where processes each
+        have all uploads."""
+        return self.model_mesh if jax.process_count() == 1 else None
 
     @property
     def examined(self) -> tuple[ClientData, ...]:

@@ -44,7 +44,7 @@ def apply(matrix: jax.Array, uploads: Any) -> Any:
 
 
 def apply_on_disk(matrix: jax.Array, uploads: Any, folder: Path) -> Any:
-    """`apply` for uploads of `store.Rows`, one leaf in memory at a time; mixed leaves [M, …] become files in `folder`."""
+    """`apply` for uploads of `store.Rows`, one leaf in memory at a time; mixed leaves [M, …] are files in `folder`."""
     leaves, structure = jax.tree.flatten(uploads)
     mixed = []
     for number, leaf in enumerate(leaves):

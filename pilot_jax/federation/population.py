@@ -53,10 +53,6 @@ def prune(store: Store, population: Population) -> None:
     store.prune({state.key for state in population if isinstance(state, StoredState)})
 
 
-def to_host(tree: Any) -> Any:
-    return jax.tree.map(np.asarray, tree)
-
-
 def stack(trees: list[Any]) -> Any:
     """Trees of one structure → leaves [len(trees), …]."""
     return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *trees)

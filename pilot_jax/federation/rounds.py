@@ -13,9 +13,10 @@ from pilot_jax.config import Config
 from pilot_jax.errors import InputError
 from pilot_jax.federation import mixing
 from pilot_jax.federation.federation import Federation, State, client_generator
-from pilot_jax.federation.population import ClientState, row, stack, stored, to_host
+from pilot_jax.federation.population import ClientState, row, stack, stored
 from pilot_jax.federation.sharding import spread
 from pilot_jax.federation.training import Trained, Work, train_together
+from pilot_jax.hosts import to_host
 
 
 def cohort(config: Config, names: tuple[str, ...], round_: int) -> list[int]:

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pilot_jax.config import MeshConfig, SystemConfig
 from pilot_jax.errors import InputError
+from pilot_jax.hosts import from_host
 
 AXES = ("clients", "fsdp", "tensor")
 
@@ -53,14 +54,14 @@ def shard_elements(shape: tuple[int, ...], spec: PartitionSpec, mesh: MeshConfig
     return total
 
 
-def split_cpu(system: SystemConfig) -> None:
+def split_cpu(system: SystemConfig, processes: int = 1) -> None:
     """Have JAX see the CPU as what `mesh` or `client_devices` ask for (default: one device per core). Too late once JAX
-    has started; then nothing.
+    has started; then nothing. A mesh is divided among the processes.
 
     On two cores, two devices with a client each train about a third more than one device with both: what XLA does not
     spread over threads runs side by side all the same.
     """
-    count = system.mesh.devices if system.mesh.devices > 1 else system.client_devices
+    count = -(-system.mesh.devices // processes) if system.mesh.devices > 1 else system.client_devices
     # Whatever the reason: JAX has started, or XLA_FLAGS settle it already.
     with contextlib.suppress(RuntimeError, ValueError):
         if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -78,6 +79,9 @@ def make_mesh(mesh: MeshConfig) -> jax.sharding.Mesh:
     if mesh.devices > jax.device_count():
         raise InputError(f"system.mesh: {mesh.devices} devices asked for, {jax.device_count()} there. On CPU, "
                          f"set XLA_FLAGS=--xla_force_host_platform_device_count={mesh.devices}.")
+    if jax.process_count() > 1 and mesh.devices != jax.device_count():
+        raise InputError(f"system.mesh: {mesh.devices} devices, the {jax.process_count()} processes have "
+                         f"{jax.device_count()} together. A run on several processes uses all.")
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(mesh.model_dump()[a] for a in AXES), AXES, axis_types=types,
                          devices=jax.devices()[:mesh.devices])
@@ -123,7 +127,7 @@ def over_clients(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
     """Leaves [k, …] on the devices, the clients over the mesh's `clients` axis, which divides k."""
     if mesh is None:
         return jax.tree.map(jnp.asarray, tree)
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("clients")))
+    return from_host(tree, NamedSharding(mesh, PartitionSpec("clients")))
 
 
 def spread(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from pilot_jax import checkpoint
-from pilot_jax.config import Config, EvalConfig
+from pilot_jax.config import Config, EvalConfig, apply_overrides
 from pilot_jax.data.batches import build_clients, build_prompts, encode_prompts, pooled
 from pilot_jax.data.conversations import stop_tokens
 from pilot_jax.data.images import image_features
@@ -26,10 +26,11 @@ from pilot_jax.evaluation.evaluate import answers, speaker
 from pilot_jax.evaluation.scores import check_metrics
 from pilot_jax.federation.examination import evaluate, examinee, mean_score, score_by_task
 from pilot_jax.federation.federation import Federation, State
-from pilot_jax.federation.population import ClientState, Population, prune, to_host
+from pilot_jax.federation.population import ClientState, Population, prune
 from pilot_jax.federation.rounds import cohort, members_of, run_round
-from pilot_jax.federation.sharding import base_placement
+from pilot_jax.federation.sharding import AXES, base_placement
 from pilot_jax.federation.strategies import Strategy, make_strategy
+from pilot_jax.hosts import is_writer, to_host, wait
 from pilot_jax.metrics import CompileClock, MetricsFile
 from pilot_jax.models.pretrained import load, load_from_parts
 from pilot_jax.store import Store
@@ -120,7 +121,7 @@ def with_strategy(fed: Federation, strategy: Strategy, config: Config | None = N
 def initial_adapters(fed: Federation) -> dict[str, Any]:
     """What every client starts from; LoRA's A from fold_in(root, "init"), one for all."""
     key = jax.random.fold_in(jax.random.key(fed.config.system.seed), 0x696E6974)  # "init"
-    adapters = fed.strategy.initial_adapters(key, fed.model.base["projector"], fed.model.config,
+    adapters = fed.strategy.initial_adapters(key, to_host(fed.model.base["projector"]), fed.model.config,
                                              fed.config.model.lora.rank, len(fed.tasks))
     fed.strategy.roles().check(adapters)
     return to_host(adapters)
@@ -183,7 +184,7 @@ def simulate(config: Config, *, out: str | Path | None = None, strategy: Strateg
     clock = CompileClock()
     if config.system.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.system.compilation_cache).expanduser()))
-    folder = None if out is None else Path(out)
+    folder = None if out is None or not is_writer() else Path(out)
     if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--out: {folder} exists and is not an empty folder. Choose another; nothing was written.")
     fed, tokenizer = prepare(config, strategy)
@@ -227,17 +228,20 @@ def simulate(config: Config, *, out: str | Path | None = None, strategy: Strateg
             checkpoint.save_population(folder / "checkpoints", names, state.population, roles)
         record.close()
         clock.stop()
+    wait("end of run")  # the writer is done
     return Run(config, fed, tokenizer, state.population, summary, record.records)
 
 
 def restore(folder: str | Path) -> Run:
-    """A finished run from its directory."""
+    """A finished run from its directory; on one device where its mesh is not there."""
     from pilot_jax.config import load_config
 
     folder = Path(folder)
     if not (folder / "config.yaml").is_file() or not (folder / "checkpoints").is_dir():
         raise InputError(f"{folder}: not a run directory (no config.yaml or checkpoints). Give what `run` wrote.")
     config = load_config(folder / "config.yaml")
+    if config.system.mesh.devices > jax.device_count():
+        config = apply_overrides(config, [f"system.mesh.{axis}=1" for axis in AXES])
     fed, tokenizer = prepare(config)
     population = checkpoint.load_population(folder / "checkpoints", [c.name for c in fed.clients],
                                             initial_adapters(fed))

@@ -17,7 +17,8 @@ import numpy as np
 from pilot_jax.data.batches import ClientData, visiting_order
 from pilot_jax.federation.client import local_update, peak_rates
 from pilot_jax.federation.federation import Federation, client_generator
-from pilot_jax.federation.population import row, stack, to_host
+from pilot_jax.federation.population import row, stack
+from pilot_jax.hosts import to_host
 
 
 @dataclasses.dataclass(frozen=True)

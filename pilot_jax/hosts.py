@@ -1,0 +1,71 @@
+"""Several processes that run one program on the devices of all, under `jax.distributed`.
+
+Every process goes the same way with the same host arrays; what the devices compute is divided by the mesh. One process,
+the writer, leaves the files.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from pilot_jax.errors import InputError
+
+
+def start(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Join the other processes; before JAX is used for anything else.
+
+    Args:
+        coordinator: "host:port" of process 0. All None: the cluster's own variables say it (Slurm, TPU pods, MPI).
+
+    Raises:
+        InputError: some are given but not all, or the others do not answer.
+    """
+    given = [x is not None for x in (coordinator, processes, process)]
+    if any(given) and not all(given):
+        raise InputError("--coordinator, --num-processes and --process-id go together. Give all three, or only "
+                         "--distributed where Slurm or a TPU pod says them.")
+    if processes is not None and not 0 <= process < processes:
+        raise InputError(f"--process-id: {process}, expected 0 to {processes - 1}.")
+    try:
+        jax.distributed.initialize(coordinator, processes, process)
+    except (RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"--coordinator: cannot join the other processes ({first}). Start all of them, with the same "
+                         "address.") from None
+
+
+def is_writer() -> bool:
+    """Whether this process leaves the files and speaks."""
+    return jax.process_index() == 0
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays as NumPy arrays, in every process, wherever their parts lie."""
+    def one(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+            from jax.experimental.multihost_utils import process_allgather
+
+            return np.asarray(process_allgather(leaf, tiled=True))
+        return np.asarray(leaf)
+
+    return jax.tree.map(one, tree)
+
+
+def from_host(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """NumPy arrays, which every process has alike, on the devices of all."""
+    def one(leaf: Any) -> jax.Array:
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.device_put(tree, sharding) if jax.process_count() == 1 else jax.tree.map(one, tree)
+
+
+def wait(what: str) -> None:
+    """Until every process is here."""
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices(what)

@@ -1,0 +1,71 @@
+"""Several processes under `jax.distributed`, over gloo on this machine, give what one process gives."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import small_config, tree_max_difference
+
+from pilot_jax import hosts
+from pilot_jax.errors import InputError
+from pilot_jax.federation.simulation import restore
+
+ROOT = Path(__file__).parent.parent
+RATES = {"optimizer": "sgd", "lr_connector": 0.005, "lr_lora_stage1": 0.005, "lr_lora_stage2": 0.005}
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def command(config: Path, out: Path, *more: object) -> subprocess.Popen:
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen([sys.executable, "-m", "pilot_jax", "run", config, "--out", out, *map(str, more)], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def finished(processes: list[subprocess.Popen]) -> list[str]:
+    try:
+        texts = [process.communicate(timeout=600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [p.returncode for p in processes] == [0] * len(processes), "\n".join(err[-2000:] for _, err in texts)
+    return [out for out, _ in texts]
+
+
+def test_processes_give_what_one_gives(tmp_path):
+    """Two processes, a row of the mesh each; four, the base's weights divided among two in each row. The writer alone
+    leaves files and speaks, and the run directory can be read on one device."""
+    config = tmp_path / "config.yaml"
+    config.write_text(small_config(train=RATES, system={"client_chunk": 1, "unroll": 1}).to_yaml())
+    one = tmp_path / "one"
+    finished([command(config, one, "--set", "system.client_devices=1")])
+    alone = restore(one)
+    for count, mesh in ((2, {"clients": 2}), (4, {"clients": 2, "fsdp": 2})):
+        port, folder = free_port(), tmp_path / f"{count}"
+        sets = [x for axis, size in mesh.items() for x in ("--set", f"system.mesh.{axis}={size}")]
+        texts = finished([command(config, folder, *sets, "--coordinator", f"127.0.0.1:{port}", "--num-processes", count,
+                                  "--process-id", i) for i in range(count)])
+        assert "Run directory" in texts[0] and not any("client steps" in text for text in texts[1:])
+        run = restore(folder)
+        for a, b in zip(alone.population, run.population, strict=True):
+            assert tree_max_difference(a.adapters, b.adapters) <= 1e-5
+        for key in ("score_by_client", "bytes_up", "bytes_down", "client_steps"):
+            assert run.summary[key] == alone.summary[key], key
+        lines = [(folder / "metrics.jsonl").read_text().count("\n") for folder in (one, folder)]
+        assert lines[0] == lines[1] > 18
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("127.0.0.1:1", 2, None), "go together"), ((None, 2, 0), "go together"), (("127.0.0.1:1", 2, 2), "0 to 1")])
+def test_incomplete_addresses_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        hosts.start(*arguments)
