@@ -42,6 +42,14 @@ def is_writer() -> bool:
     return jax.process_index() == 0
 
 
+def mesh_of(tree: Any) -> jax.sharding.Mesh | None:
+    """The mesh on which arrays lie; None if there is none."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, jax.sharding.NamedSharding):
+            return leaf.sharding.mesh
+    return None
+
+
 def to_host(tree: Any) -> Any:
     """Arrays as NumPy arrays, in every process, wherever their parts lie."""
     def one(leaf: Any) -> np.ndarray:

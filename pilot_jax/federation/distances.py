@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from pilot_jax.federation.sharding import columns, mesh_of, on_parts
+from pilot_jax.federation.sharding import columns, on_parts
+from pilot_jax.hosts import mesh_of
 
 # Of |a|² + |b|²: forty times the float32 error of the Gram matrices seen (2e-7 with a million numbers a client).
 MARGIN = 1e-5

@@ -115,14 +115,6 @@ def replicated(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
-def mesh_of(tree: Any) -> jax.sharding.Mesh | None:
-    """The mesh on which arrays lie; None if there is none."""
-    for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
-            return leaf.sharding.mesh
-    return None
-
-
 def over_clients(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
     """Leaves [k, …] on the devices, the clients over the mesh's `clients` axis, which divides k."""
     if mesh is None:

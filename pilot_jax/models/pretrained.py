@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pilot_jax.config import ModelConfig
 from pilot_jax.errors import InputError
+from pilot_jax.hosts import from_host, mesh_of
 from pilot_jax.models.config import VlmConfig, read_vlm_config
 from pilot_jax.models.generate import Decoding, generate
 from pilot_jax.models.loading import Place, load_base
@@ -72,7 +74,11 @@ class PretrainedModel:
         return tokenizer
 
     def features(self, pixel_values: np.ndarray) -> jax.Array:
-        """pixel_values [B, 3, H, W] as the image processor gives them → H_v [B, N, D]."""
+        """pixel_values [B, 3, H, W] as the image processor gives them → H_v [B, N, D]. On a mesh whose size divides B
+        each device takes its share of the images."""
+        mesh = mesh_of(self.base)
+        if mesh is not None and len(pixel_values) % mesh.size == 0:
+            pixel_values = from_host(pixel_values, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
         return _features(self.module, self.base["vision_tower"], jnp.asarray(pixel_values))
 
     def logits(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None,
