@@ -118,8 +118,8 @@ class Store:
     def write(self, client: int, adapters: dict[str, Any]) -> Key:
         """Has `adapters` written; they can be read at once."""
         began = time.perf_counter()
-        while len(self._waiting) >= self._most:
-            self._oldest().result()
+        while len(left := self._left()) >= self._most:
+            left[0].result()
         self.waited_seconds += time.perf_counter() - began
         self._versions += 1
         key = Key(client, self._versions)
@@ -127,9 +127,10 @@ class Store:
             self._waiting[key] = adapters, self._writer.submit(self._put, key, adapters)
         return key
 
-    def _oldest(self) -> Future:
+    def _left(self) -> list[Future]:
+        """What waits to be written, or could not be, oldest first."""
         with self._lock:
-            return next(iter(self._waiting.values()))[1] if self._waiting else _done()
+            return [future for _, future in self._waiting.values()]
 
     def _put(self, key: Key, adapters: dict[str, Any]) -> None:
         began, path = time.perf_counter(), self._path(key)
@@ -156,21 +157,21 @@ class Store:
         Raises:
             OSError: something could not be.
         """
-        with self._lock:
-            left = [future for _, future in self._waiting.values()]
-        for future in left:
+        began = time.perf_counter()
+        for future in self._left():
             future.result()
+        self.waited_seconds += time.perf_counter() - began
 
     def prune(self, keep: set[Key]) -> None:
-        """Remove the versions that are not in `keep`."""
-        self.flush()
+        """Remove the written versions that are not in `keep`; what waits to be written goes on waiting.
+
+        Raises:
+            OSError: something could not be written.
+        """
+        for future in self._left():
+            if future.done():
+                future.result()
         wanted = {self._path(key).name for key in keep}
         for path in self.folder.glob("client-*.safetensors"):
             if path.name not in wanted:
                 path.unlink()
-
-
-def _done() -> Future:
-    future: Future = Future()
-    future.set_result(None)
-    return future

@@ -220,6 +220,8 @@ def simulate(config: Config, *, out: str | Path | None = None, strategy: Strateg
                           f"{mean_score(list(by_client.values())):.3f}"})
         show({"kind": "note", "text": "evaluating on the test split …"})
         summary = _summary(fed, state, tokenizer, clock, began, train_compile)
+        if fed.store is not None:
+            fed.store.flush()  # had anything not been written, the run would end here
         if folder is not None:
             (folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     finally:
