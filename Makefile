@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: quickstart test bench lint clean
+.PHONY: quickstart test test-long bench lint clean
 
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,9 @@ quickstart: $(VENV)/.run  ## 9 clients, 3 tasks, 3 rounds of Pilot on the digit 
 test: $(VENV)/.test  ## style, then every test
 	$(PY) -m ruff check .
 	$(PY) -m pytest -n 2 --dist loadfile
+
+test-long: $(VENV)/.test  ## many kills, fuzzing, a soak: about half an hour
+	$(PY) -m pytest -m long
 
 bench: $(VENV)/.test  ## this package and torch on the same work, side by side
 	$(PY) benchmarks/peer.py

@@ -20,7 +20,12 @@ from pilot_jax.federation.roles import Roles
 from pilot_jax.hosts import to_host
 
 
-def _write(path: Path, tree: Any) -> None:
+def write_arrays(path: Path, tree: dict[str, Any]) -> None:
+    """A dict of arrays as an orbax checkpoint.
+
+    Raises:
+        OSError: it could not be written.
+    """
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").setLevel(logging.WARNING)
@@ -34,21 +39,31 @@ def _write(path: Path, tree: Any) -> None:
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="writer",
     ) if jax.process_count() > 1 else ocp.options.MultiprocessingOptions()
-    with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
-        checkpointer.save(path.absolute(), tree)
-        checkpointer.wait_until_finished()
+    try:
+        with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
+            checkpointer.save(path.absolute(), tree | {"%": np.zeros(1)})  # orbax refuses an empty tree
+            checkpointer.wait_until_finished()
+    except (ValueError, RuntimeError) as error:  # what tensorstore makes of a full disk
+        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
     if aside.exists():
         shutil.rmtree(aside)
 
 
-def _read(path: Path) -> Any:
+def read_arrays(path: Path) -> dict[str, Any]:
+    """What `write_arrays` wrote, as NumPy arrays.
+
+    Raises:
+        InputError: there is no such checkpoint.
+    """
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").setLevel(logging.ERROR)
     if not path.is_dir():
         raise InputError(f"{path}: no such checkpoint. The run has not been saved yet, or is not a run directory.")
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return to_host(checkpointer.restore(path.absolute()))
+        tree = to_host(checkpointer.restore(path.absolute()))
+    tree.pop("%", None)  # no client's `file_name`
+    return tree
 
 
 def file_name(client: str) -> str:
@@ -61,12 +76,11 @@ def save_population(folder: Path, names: Iterable[str], population: Iterable[Cli
     names, population = list(names), list(population)
     folder.mkdir(parents=True, exist_ok=True)
     trained = [(n, c) for n, c in zip(names, population, strict=True) if c.stage != "none"]
-    _write(folder / "server", {file_name(n): roles.select(c.adapters, "shared") for n, c in trained}
-           | {"_": np.zeros(1)})
+    write_arrays(folder / "server", {file_name(n): roles.select(c.adapters, "shared") for n, c in trained})
     (folder / "clients").mkdir(exist_ok=True)
     for name, client in trained:
         rest = roles.select(client.adapters, "local") | roles.select(client.adapters, "received")
-        _write(folder / "clients" / file_name(name), rest | {"_": np.zeros(1)})  # orbax refuses an empty tree
+        write_arrays(folder / "clients" / file_name(name), rest)
     index = {name: {"stage": c.stage, "rounds": c.rounds} for name, c in zip(names, population, strict=True)}
     (folder / "population.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
@@ -77,7 +91,7 @@ def load_population(folder: Path, names: Iterable[str], initial: dict[str, Any])
     if not index_file.is_file():
         raise InputError(f"{index_file} does not exist. Give the directory of a finished run.")
     index = json.loads(index_file.read_text(encoding="utf-8"))
-    server = _read(folder / "server")
+    server = read_arrays(folder / "server")
     out = []
     for name in names:
         if name not in index:
@@ -85,9 +99,8 @@ def load_population(folder: Path, names: Iterable[str], initial: dict[str, Any])
         if index[name]["stage"] == "none":
             out.append(ClientState(initial))
             continue
-        rest = _read(folder / "clients" / file_name(name))
+        rest = read_arrays(folder / "clients" / file_name(name))
         adapters = {**server[file_name(name)], **rest}
-        adapters.pop("_", None)
         out.append(ClientState(adapters, index[name]["stage"], index[name]["rounds"]))
     return tuple(out)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pilot_jax.errors import InputError
+from pilot_jax.errors import InputError, Interrupted
 
 app = typer.Typer(name="pilot-jax", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Federated multimodal instruction tuning in JAX: Pilot, its baselines, its ablations.")
@@ -26,6 +27,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None,
         out: Annotated[Path | None, typer.Option(help="New run directory; default runs/<config>-<time>.")] = None,
+        resume: Annotated[bool, typer.Option(
+            "--resume", help="Go on with the run in --out; if none is there, begin it.")] = False,
         coordinator: Annotated[str | None, typer.Option(
             help="host:port of process 0, where several processes run one federation.")] = None,
         num_processes: Annotated[int | None, typer.Option(min=1, help="With --coordinator: how many.")] = None,
@@ -61,14 +64,18 @@ def run(config: ConfigPath, overrides: Overrides = None,
         return display
 
     try:
-        result = simulate(settings, out=folder, progress=progress if hosts.is_writer() else None)
-    except KeyboardInterrupt:
-        saved = (folder / "checkpoints").is_dir()
-        kept = f"What the last complete round learnt is in {folder}" if saved else "No complete round, nothing saved"
-        typer.echo(f"\nInterrupted. {kept}.", err=True)
-        raise typer.Exit(130) from None
+        if resume and out is None:
+            raise InputError("--resume: which run? Give its folder as --out.")
+        result = simulate(settings, out=folder, resume=resume, progress=progress if hosts.is_writer() else None)
+    except (Interrupted, KeyboardInterrupt) as stop:  # the second before anything is trained
+        if hosts.is_writer():
+            typer.echo(f"\nInterrupted. {_how_to_go_on(folder)}", err=True)
+        raise typer.Exit(128 + getattr(stop, "signum", signal.SIGINT)) from None
     except FloatingPointError as error:
         typer.echo(f"Failed: {error}", err=True)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        typer.echo(f"Failed: {error}. {_how_to_go_on(folder)}", err=True)
         raise typer.Exit(1) from None
     finally:
         for display in displays:
@@ -76,6 +83,12 @@ def run(config: ConfigPath, overrides: Overrides = None,
     if hosts.is_writer():
         _print_scores(result.summary)
         typer.echo(f"Run directory: {folder}")
+
+
+def _how_to_go_on(folder: Path) -> str:
+    if not (folder / "config.yaml").is_file():
+        return "Nothing was written."
+    return f"To go on: pilot-jax run {folder / 'config.yaml'} --out {folder} --resume"
 
 
 def _print_scores(summary: dict) -> None:

@@ -95,6 +95,11 @@ class FederationConfig(_Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="probability that a client of the cohort drops out of a round; "
                            "one always stays")
     stragglers: StragglersConfig = StragglersConfig()
+    on_bad_client: Literal["quarantine", "stop"] = Field(
+        "quarantine", description="an upload that is not finite, of another shape, or exploded: leave it out of the "
+        "round and let the client go on from what it had before, or stop")
+    max_update_ratio: float | None = Field(
+        100.0, gt=1, description="an update this many times longer than the cohort's median has exploded; null: none")
     local_epochs: int = Field(1, ge=1, description="E, passes over a client's data per phase")
     local_steps: int | None = Field(None, ge=1, description="steps per phase; overrides local_epochs")
     schedule: Literal["first_time", "every_round"] = Field(
@@ -198,6 +203,9 @@ class SystemConfig(_Section):
                               "do not fit in memory; what a run puts there goes with it. Default: all in memory")
     unroll: int = Field(4, ge=1, description="decoder layers unrolled in the scan: faster on CPU, longer to compile. "
                         "With all of them unrolled, training computes the last one on answers alone")
+    save_every: Literal["phase", "round", "never"] = Field(
+        "phase", description="when a run saves what `--resume` goes on from")
+    keep_saved: int = Field(2, ge=1, description="how many of these are kept, should the newest be damaged")
     compilation_cache: str | None = Field(None, description="folder for compiled programs; default: none")
 
 
@@ -267,6 +275,18 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a config is a mapping of sections, this is a {type(raw).__name__}.")
     return parse_config(_overridden(raw, overrides or []), str(path))
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """"section.key: old → new" for every key in which configs differ."""
+    def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(node, dict) or not node:
+            return {prefix[:-1]: node}
+        return {k: v for name, value in node.items() for k, v in leaves(value, f"{prefix}{name}.").items()}
+
+    before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
+    return [f"{key}: {before.get(key)!r} → {after.get(key)!r}" for key in {**before, **after}
+            if before.get(key) != after.get(key)]
 
 
 def apply_overrides(config: Config, overrides: list[str]) -> Config:

@@ -71,6 +71,15 @@ def from_host(tree: Any, sharding: jax.sharding.Sharding) -> Any:
     return jax.device_put(tree, sharding) if jax.process_count() == 1 else jax.tree.map(one, tree)
 
 
+def largest(value: int) -> int:
+    """The largest of the processes' values, in every process."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental.multihost_utils import process_allgather
+
+    return int(np.max(process_allgather(np.int32(value))))
+
+
 def wait(what: str) -> None:
     """Until every process is here."""
     if jax.process_count() > 1:

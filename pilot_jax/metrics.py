@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,41 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from pilot_jax.errors import InputError
+
 
 class MetricsFile:
-    """Appends one JSON object per line; every line is complete on disk before the next begins."""
+    """Appends one JSON object per line; every line is complete on disk before the next begins.
 
-    def __init__(self, path: Path | None) -> None:
-        self._file = None if path is None else path.open("a", encoding="utf-8")
-        self.records: list[dict[str, Any]] = []
+    keep: bytes of an earlier attempt's file that count; what comes after them is cut off.
+
+    Raises:
+        InputError: the file is shorter than that.
+    """
+
+    def __init__(self, path: Path | None, keep: int = 0) -> None:
+        self._file, self.records = None, []
+        if path is None:
+            return
+        self._file = path.open("ab")
+        if self._file.tell() < keep:
+            raise InputError(f"{path}: {keep} bytes were written to it, {self._file.tell()} are there. Start the run "
+                             "anew, with another --out.")
+        self._file.truncate(keep)
+        self.records = [json.loads(line) for line in path.read_bytes().splitlines()]
 
     def __call__(self, record: dict[str, Any]) -> None:
         self.records.append(record)
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write((json.dumps(record) + "\n").encode())
             self._file.flush()
+
+    def synced(self) -> int:
+        """Bytes of the file, when they are on disk for good."""
+        if self._file is None:
+            return 0
+        os.fsync(self._file.fileno())
+        return self._file.tell()
 
     def close(self) -> None:
         if self._file is not None:

@@ -124,7 +124,7 @@ def test_used_run_directory_is_refused(call, tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "summary.json").write_text("{}")
     code, _, err = call("run", QUICK, "--out", tmp_path / "old")
-    assert code == 2 and "not an empty folder" in err
+    assert code == 2 and "is not empty" in err
     assert [p.name for p in (tmp_path / "old").iterdir()] == ["summary.json"]
 
 

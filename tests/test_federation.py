@@ -210,8 +210,8 @@ def test_checkpoints_hold_what_their_place_allows_and_restore(two_runs):
     with ocp.PyTreeCheckpointer() as checkpointer:
         server = checkpointer.restore((folder / "checkpoints" / "server").absolute())
         client = checkpointer.restore((folder / "checkpoints" / "clients" / "ocr_1").absolute())
-    assert {n for name, tree in server.items() if name != "_" for n in tree} == {"text_adapter", "task"}
-    assert set(client) - {"_"} == {"client", "task_bank", "cross_task", "router"}
+    assert {n for name, tree in server.items() if name != "%" for n in tree} == {"text_adapter", "task"}
+    assert set(client) - {"%"} == {"client", "task_bank", "cross_task", "router"}
     back = simulation.restore(folder)
     for a, b in zip(run.population, back.population, strict=True):
         assert same(a.adapters, b.adapters) and (a.stage, a.rounds) == (b.stage, b.rounds)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -50,6 +50,7 @@ class Federation:
     tasks: tuple[str, ...]  # global task order
     pool_of: tuple[ClientData, ...] = ()  # the clients whose data the one client has, where a strategy pools them
     store: Store | None = None  # where clients' adapters and data are, if not in memory
+    tamper: Callable[[str, int, dict], dict] | None = None  # (client, round, upload) -> upload: simulated attackers
 
     @functools.cached_property
     def training(self) -> tuple[jax.sharding.Mesh | None, dict[str, Any]]:
@@ -115,6 +116,11 @@ class State:
     bytes_up: int = 0
     bytes_down: int = 0
     train_seconds: float = 0.0
+    round: int = 1  # the round that is running or comes next
+    phase: int = 0  # its phases that are done
+    benched: tuple[int, ...] = ()  # clients whose upload was refused in this round
+    quarantined: int = 0  # refused uploads, of the whole run
+    partial: Any = None  # `Trained` of a phase that was interrupted
 
 
 def client_generator(seed: int, client: str, round_: int, phase: str) -> np.random.Generator:

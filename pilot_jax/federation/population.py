@@ -32,7 +32,9 @@ class StoredState:
     stage: str
     rounds: int
 
-    is_new = False
+    @property
+    def is_new(self) -> bool:
+        return self.rounds == 0
 
     @property
     def adapters(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pilot_jax.federation.federation import Federation, State, client_generator
 from pilot_jax.federation.population import ClientState, row, stack, stored
 from pilot_jax.federation.sharding import spread
 from pilot_jax.federation.training import Trained, Work, train_together
+from pilot_jax.federation.uploads import refusals
 from pilot_jax.hosts import to_host
 
 
@@ -54,16 +55,6 @@ def members_of(fed: Federation, round_: int) -> list[int]:
     return [0] if fed.pool_of else cohort(fed.config, tuple(c.name for c in fed.clients), round_)
 
 
-def _check_uploads(fed: Federation, uploads: Mapping[str, Any], members: list[int], label: str) -> None:
-    for name, tree in uploads.items():
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            bad = ~np.isfinite(leaf).reshape(len(members), -1).all(axis=1)
-            if bad.any():
-                who = ", ".join(fed.clients[members[i]].name for i in np.flatnonzero(bad))
-                raise FloatingPointError(f"{label}: the upload of {who} is not finite in {name}"
-                                         f"{jax.tree_util.keystr(path)}. Lower train.lr_*.")
-
-
 class _Fetched(Mapping):
     """The adapters of `taking`, brought up to date with the server when they are asked for: one chunk of clients after
     another may come from disk. `bytes`: of what they did not have yet."""
@@ -97,12 +88,24 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def run_round(fed: Federation, state: State, round_: int, progress: Callable[[dict], None],
-              record: Callable[[dict], None], save_mixing: Callable[[int, str, dict], None]) -> State:
-    """All phases of one round. Pure in `state`: what it returns is complete after a phase's aggregation."""
-    return run_together([round_of(fed, state, round_, progress, record, save_mixing)], progress)[0]
+              record: Callable[[dict], None], save_mixing: Callable[[int, str, dict], None],
+              after_phase: Callable[[State, list[int]], None] = lambda state, trained: None,
+              stop: Callable[[], int] = lambda: 0) -> State:
+    """All phases of one round that `state` has not behind it. Pure in `state`.
+
+    Args:
+        after_phase: called with the state after each phase, complete with its aggregation, and who trained.
+        stop: asked after every chunk; a signal's number ends the round.
+
+    Raises:
+        Interrupted: `stop` said so.
+        FloatingPointError: an upload was refused, and `federation.on_bad_client` is stop; or all were.
+    """
+    return run_together([round_of(fed, state, round_, progress, record, save_mixing, after_phase)], progress, stop)[0]
 
 
-def run_together(rounds: Sequence[Generator[Work, Trained, State]], progress: Callable[[dict], None]) -> list[State]:
+def run_together(rounds: Sequence[Generator[Work, Trained, State]], progress: Callable[[dict], None],
+                 stop: Callable[[], int] = lambda: 0) -> list[State]:
     """Rounds of several federations, phase by phase; what they want trained in the same stage is trained together."""
     states: list[Any] = [None] * len(rounds)
     wanted: dict[int, Work] = {}
@@ -118,14 +121,16 @@ def run_together(rounds: Sequence[Generator[Work, Trained, State]], progress: Ca
     while wanted:
         stage = next(iter(wanted.values())).stage
         these = [i for i, work in wanted.items() if work.stage == stage]
-        for i, answer in zip(these, train_together([wanted.pop(i) for i in these], progress), strict=True):
+        for i, answer in zip(these, train_together([wanted.pop(i) for i in these], progress, stop), strict=True):
             advance(i, answer)
     return states
 
 
 def round_of(fed: Federation, state: State, round_: int, progress: Callable[[dict], None] = lambda event: None,
              record: Callable[[dict], None] = lambda entry: None,
-             save_mixing: Callable[[int, str, dict], None] = lambda *args: None) -> Generator[Work, Trained, State]:
+             save_mixing: Callable[[int, str, dict], None] = lambda *args: None,
+             after_phase: Callable[[State, list[int]], None] = lambda *args: None,
+             ) -> Generator[Work, Trained, State]:
     """One round as a generator, for `run_together`: yields what it wants trained, and returns the state after it."""
     strategy, population = fed.strategy, list(state.population)
     roles = strategy.roles()
@@ -135,18 +140,28 @@ def round_of(fed: Federation, state: State, round_: int, progress: Callable[[dic
     phases = {c: strategy.stages(c in newcomers, round_) for c in members}
     longest = max(phases.values(), key=len)
     for number, stage in enumerate(longest):
+        if number < state.phase:
+            continue
         label = stage if longest.count(stage) == 1 else f"{stage}{number + 1}"
         # Shorter schedules are the end of the longest: everyone's last phase is the round's last.
-        taking = [c for c in members if number >= len(longest) - len(phases[c])]
+        taking = [c for c in members if number >= len(longest) - len(phases[c]) and c not in state.benched]
         if not taking:
             continue
         fetched = _Fetched(fed, population, taking, server)
-        done = yield Work(fed, fetched, round_, stage, label)
-        trained, records = done.adapters, done.records
+        done = yield Work(fed, fetched, round_, stage, label, state.partial)
+        trained, records, asked = done.adapters, done.records, len(taking)
         for entry in records:
             record(entry)
+        refused = refusals(fed.config.federation, dict(zip(taking, records, strict=True)))
+        for client, why in refused.items():
+            text = f"round {round_} {label}: the upload of {fed.clients[client].name} {why}"
+            if fed.config.federation.on_bad_client == "stop" or len(refused) == asked:
+                raise FloatingPointError(f"{text}. Lower train.lr_*, or look at its data.")
+            progress({"kind": "note", "text": f"warning: {text}; it is left out of this round, and goes on from what "
+                      "it had before."})
+        taking = [c for c in taking if c not in refused]
+        used = [entry for entry in records if entry["client"] not in {fed.clients[c].name for c in refused}]
         uploads = stack([roles.select(trained[c], "shared") for c in taking])
-        _check_uploads(fed, uploads, taking, f"round {round_} {label}")
         sizes = np.asarray([fed.clients[c].size for c in taking])
         tasks = np.asarray([fed.task_index(c) for c in taking])
         downloads, server, log = strategy.aggregate(spread(uploads, fed.server_mesh), sizes, tasks, np.asarray(taking),
@@ -166,20 +181,27 @@ def round_of(fed: Federation, state: State, round_: int, progress: Callable[[dic
         steps = sum(r["step"] for r in records)
         summary = {"round": round_, "phase": label, "clients": len(taking), "client_steps": steps,
                    "seconds": round(done.seconds, 3), "prepare_seconds": round(done.prepare_seconds, 3),
-                   "waited_seconds": round(done.waited_seconds, 3), "bytes_up": len(taking) * sum(up.values()),
+                   "waited_seconds": round(done.waited_seconds, 3), "bytes_up": asked * sum(up.values()),
                    "bytes_down": len(taking) * sum(down.values()) + fetched.bytes,
-                   "loss": float(np.average([r["loss"] for r in records], weights=[r["step"] for r in records])),
-                   "effective_neighbors": float(np.mean(log["effective_neighbors"]))}
+                   "loss": float(np.average([r["loss"] for r in used], weights=[r["step"] for r in used])),
+                   "effective_neighbors": float(np.mean(log["effective_neighbors"])),
+                   "quarantined": [fed.clients[c].name for c in refused]}
         if "product_gap" in log:
             summary["product_gap"] = float(np.mean(log["product_gap"]))
-        record(summary | {"bytes_up_by_subtree": {n: v * len(taking) for n, v in up.items()},
+        record(summary | {"bytes_up_by_subtree": {n: v * asked for n, v in up.items()},
                           "bytes_down_by_subtree": {n: v * len(taking) for n, v in down.items()}})
         progress({"kind": "phase"} | summary)
         state = dataclasses.replace(
-            state, server=server, client_steps=state.client_steps + steps,
+            state, population=tuple(population), server=server, round=round_, phase=number + 1, partial=None,
+            benched=(*state.benched, *refused), quarantined=state.quarantined + len(refused),
+            client_steps=state.client_steps + steps,
             bytes_up=state.bytes_up + summary["bytes_up"], bytes_down=state.bytes_down + summary["bytes_down"],
             train_seconds=state.train_seconds + done.seconds)
+        after_phase(state, taking)
     for client in members:
+        if client in state.benched:
+            continue
         now = dataclasses.replace(population[client], rounds=population[client].rounds + 1)
         population[client] = stored(fed.store, client, now)
-    return dataclasses.replace(state, population=tuple(population), server=server)
+    return dataclasses.replace(state, population=tuple(population), server=server, round=round_ + 1, phase=0,
+                               benched=())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import resource
 import sys
@@ -21,7 +22,7 @@ from pilot_jax.data.conversations import stop_tokens
 from pilot_jax.data.images import image_features
 from pilot_jax.data.llava import Sample, read_samples
 from pilot_jax.data.partition import partition
-from pilot_jax.errors import InputError
+from pilot_jax.errors import InputError, Interrupted
 from pilot_jax.evaluation.evaluate import answers, speaker
 from pilot_jax.evaluation.scores import check_metrics
 from pilot_jax.federation.examination import evaluate, examinee, mean_score, score_by_task
@@ -31,8 +32,11 @@ from pilot_jax.federation.rounds import cohort, members_of, run_round
 from pilot_jax.federation.sharding import AXES, base_placement
 from pilot_jax.federation.strategies import Strategy, make_strategy
 from pilot_jax.hosts import is_writer, to_host, wait
+from pilot_jax.interrupts import StopSignals
 from pilot_jax.metrics import CompileClock, MetricsFile
 from pilot_jax.models.pretrained import load, load_from_parts
+from pilot_jax.run_folder import RunFolder
+from pilot_jax.snapshots import Snapshots
 from pilot_jax.store import Store
 
 
@@ -146,8 +150,25 @@ def total_client_steps(fed: Federation) -> int:
     return total
 
 
-def _summary(fed: Federation, state: State, tokenizer: Any, clock: CompileClock, began: float,
-             train_compile: float) -> dict[str, Any]:
+def data_sha256(fed: Federation) -> str:
+    """Of the clients' names, tasks and training tokens: whether a run that goes on has the data it began with."""
+    digest = hashlib.sha256()
+    for client in fed.examined:
+        digest.update(json.dumps([client.name, client.task, client.size]).encode())
+        digest.update(np.ascontiguousarray(client.train["input_ids"]).tobytes())
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass
+class Clocks:
+    """Seconds, those of earlier attempts at the run included."""
+
+    wall: float = 0.0
+    compile: float = 0.0
+    train_compile: float = 0.0
+
+
+def _summary(fed: Federation, state: State, tokenizer: Any, clocks: Clocks) -> dict[str, Any]:
     by_client, base = evaluate(fed, tokenizer, state.population), evaluate(fed, tokenizer, None)
     names = [c.name for c in fed.examined]
     device = jax.local_devices()[0].memory_stats() or {}
@@ -161,81 +182,160 @@ def _summary(fed: Federation, state: State, tokenizer: Any, clock: CompileClock,
         "score_base_by_client": base,
         "bytes_up": state.bytes_up, "bytes_down": state.bytes_down, "client_steps": state.client_steps,
         # Compilation apart: it is reported beside, and would otherwise hide the speed of long runs.
-        "client_steps_per_second": state.client_steps / max(state.train_seconds - train_compile, 1e-9),
-        "wall_seconds": time.perf_counter() - began, "compile_seconds": clock.seconds,
+        "client_steps_per_second": state.client_steps / max(state.train_seconds - clocks.train_compile, 1e-9),
+        "quarantined": state.quarantined, "wall_seconds": clocks.wall, "compile_seconds": clocks.compile,
         "peak_memory_bytes": int(device.get("peak_bytes_in_use", host_peak)),
         "adapters_sha256": checkpoint.adapters_sha256([c.name for c in fed.clients], state.population),
     }
 
 
-def simulate(config: Config, *, out: str | Path | None = None, strategy: Strategy | None = None,
+def simulate(config: Config, *, out: str | Path | None = None, resume: bool = False, strategy: Strategy | None = None,
+             tamper: Callable[[str, int, dict], dict] | None = None,
              progress: Callable[[Federation], Callable[[dict], None]] | None = None) -> Run:
     """Run a federation.
 
     Args:
         out: the run directory, which must not exist or be empty; None writes nothing.
+        resume: whether to go on with the run that is in `out`; if none is, this is its start.
         strategy: an object of your own instead of `config.strategy.name`.
+        tamper: (client, round, upload) -> upload, what simulated attackers make of theirs.
         progress: makes, from the federation, a function that is called with progress events.
 
     Raises:
-        InputError: bad config, data or checkpoint; nothing has been written then.
+        InputError: bad config, data or checkpoint, or another run's folder; nothing has been written then.
+        Interrupted: SIGINT or SIGTERM; what was trained is saved, and `resume` goes on from there.
+        FloatingPointError: see `federation.on_bad_client`.
+        OSError: something could not be written; what was saved before is intact.
     """
     began = time.perf_counter()
     clock = CompileClock()
     if config.system.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.system.compilation_cache).expanduser()))
-    folder = None if out is None or not is_writer() else Path(out)
-    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"--out: {folder} exists and is not an empty folder. Choose another; nothing was written.")
-    fed, tokenizer = prepare(config, strategy)
-    show = progress(fed) if progress else (lambda event: None)
-    if config.strategy.name == "pilot" and config.strategy.init == "copy":
-        show({"kind": "note", "text": "warning: strategy.init: copy starts ψ_t and ψ_s equal; L_d is symmetric in "
-              "them, so they stay equal and never separate. 'preserve' does not have this."})
-    if folder is not None:
-        (folder / "mixing").mkdir(parents=True)
-        (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    record = MetricsFile(None if folder is None else folder / "metrics.jsonl")
-    names, task_of = [c.name for c in fed.clients], {c.name: c.task for c in fed.examined}
-
-    def save_mixing(round_: int, label: str, arrays: dict) -> None:
-        if folder is not None:
-            np.savez(folder / "mixing" / f"round_{round_:04d}_{label}.npz", **arrays)
-
-    state, roles, train_compile = initial_state(fed), fed.strategy.roles(), 0.0
+    if resume and out is None:
+        raise InputError("--resume: which run? Give its folder as --out.")
+    folder = None if out is None else RunFolder(out, config, resume, is_writer())
     try:
-        for round_ in range(1, config.federation.rounds + 1):
-            before = clock.seconds
-            state = run_round(fed, state, round_, show, record, save_mixing)
-            train_compile += clock.seconds - before
-            if fed.store is not None:
-                prune(fed.store, state.population)
-            if config.eval.every and round_ % config.eval.every == 0:
-                by_client = evaluate(fed, tokenizer, state.population, "validation")
-                for name, value in by_client.items():
-                    record({"round": round_, "split": "validation", "client": name,
-                            "task": task_of[name], "score": value})
-                if by_client:
-                    show({"kind": "score", "text": f"round {round_}: validation score "
-                          f"{mean_score(list(by_client.values())):.3f}"})
-        show({"kind": "note", "text": "evaluating on the test split …"})
-        summary = _summary(fed, state, tokenizer, clock, began, train_compile)
-        if fed.store is not None:
-            fed.store.flush()  # had anything not been written, the run would end here
+        if folder is not None and folder.finished:
+            return restore(folder.path)
+        fed, tokenizer = prepare(config, strategy)
+        fed = dataclasses.replace(fed, tamper=tamper)
         if folder is not None:
-            (folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+            folder.begin()
+        return _run(fed, tokenizer, folder, clock, began, progress(fed) if progress else (lambda event: None))
     finally:
-        # Also after Ctrl-C: `state` is always as of the last complete round.
-        if folder is not None and state.client_steps:
-            checkpoint.save_population(folder / "checkpoints", names, state.population, roles)
-        record.close()
         clock.stop()
+        if folder is not None:
+            folder.close()
+
+
+def _run(fed: Federation, tokenizer: Any, folder: RunFolder | None, clock: CompileClock, began: float,
+         show: Callable[[dict], None]) -> Run:
+    """Train what is left to train, evaluate, write."""
+    config, roles, writes = fed.config, fed.strategy.roles(), folder is not None and is_writer()
+
+    def note(text: str) -> None:
+        show({"kind": "note", "text": text})
+
+    if config.strategy.name == "pilot" and config.strategy.init == "copy":
+        note("warning: strategy.init: copy starts ψ_t and ψ_s equal; L_d is symmetric in them, so they stay equal and "
+             "never separate. 'preserve' does not have this.")
+    names, task_of = [c.name for c in fed.clients], {c.name: c.task for c in fed.examined}
+    state, earlier, keep = initial_state(fed), Clocks(), 0
+    snapshots = None if folder is None else Snapshots(folder.path / "checkpoints" / "resume", names, roles,
+                                                      config.system.keep_saved)
+    if folder is not None and folder.resumes:
+        found = snapshots.load(state, fed.store, note, writes)
+        for line in folder.notes:
+            note(line)
+        if found is not None:
+            state, extra = found
+            if extra["data"] != data_sha256(fed):
+                raise InputError(f"data.path: {config.data.path} has other training samples than when the run in "
+                                 f"{folder.path} began. Give the same data, or start another run.")
+            if extra["versions"] != _versions():
+                note(f"note: begun with {extra['versions']}, now {_versions()}: results agree to rounding, not bit for "
+                     "bit.")
+            earlier, keep = Clocks(**extra["clocks"]), extra["metrics"]
+            note(f"going on in round {state.round} after {state.client_steps} client steps")
+    record = MetricsFile(folder.path / "metrics.jsonl" if writes else None, keep)
+    train_compile, saved = earlier.train_compile, state
+
+    def clocks() -> Clocks:
+        return Clocks(earlier.wall + time.perf_counter() - began, earlier.compile + clock.seconds, train_compile)
+
+    def save() -> None:
+        nonlocal saved
+        if writes and saved is not state:
+            snapshots.save(state, {"metrics": record.synced(), "clocks": dataclasses.asdict(clocks()),
+                                   "data": data_sha256(fed), "versions": _versions()})
+        saved = state
+
+    def after_phase(now: State, trained: list[int]) -> None:
+        nonlocal state, train_compile, compiled
+        state, train_compile, compiled = now, train_compile + clock.seconds - compiled, clock.seconds
+        if snapshots is not None:
+            snapshots.note(trained)
+        if config.system.save_every == "phase":
+            save()
+        if signum := stop():
+            raise Interrupted(signum)
+
+    stop = StopSignals(note)
+    try:
+        with stop:
+            while state.round <= config.federation.rounds:
+                round_, compiled = state.round, clock.seconds
+                after = run_round(fed, state, round_, show, record,
+                                  folder.save_mixing if folder is not None else lambda *args: None, after_phase, stop)
+                if fed.store is not None:
+                    prune(fed.store, after.population)
+                # Until this is done, `state` is as of the last phase: who goes on from there scores again.
+                if config.eval.every and round_ % config.eval.every == 0:
+                    stop.waits = False
+                    _validate(fed, tokenizer, after, round_, task_of, record, show)
+                    stop.waits = True
+                state = after
+                if config.system.save_every == "round":
+                    save()
+            note("evaluating on the test split …")
+            stop.waits = False
+            summary = _summary(fed, state, tokenizer, clocks())
+            stop.waits = True
+            if fed.store is not None:
+                fed.store.flush()  # had anything not been written, the run would end here
+            if writes:
+                checkpoint.save_population(folder.path / "checkpoints", names, state.population, roles)
+                folder.end(summary)
+                snapshots.remove()
+    except Interrupted as interrupted:
+        if interrupted.partial is not None:
+            state = dataclasses.replace(state, partial=interrupted.partial[0])
+        save()
+        raise
+    finally:
+        record.close()
     wait("end of run")  # the writer is done
     return Run(config, fed, tokenizer, state.population, summary, record.records)
 
 
+def _validate(fed: Federation, tokenizer: Any, state: State, round_: int, task_of: dict[str, str],
+              record: Callable[[dict], None], show: Callable[[dict], None]) -> None:
+    by_client = evaluate(fed, tokenizer, state.population, "validation")
+    for name, value in by_client.items():
+        record({"round": round_, "split": "validation", "client": name, "task": task_of[name], "score": value})
+    if by_client:
+        show({"kind": "score", "text": f"round {round_}: validation score "
+              f"{mean_score(list(by_client.values())):.3f}"})
+
+
+def _versions() -> dict[str, str]:
+    """What decides whether the same program gives the same bits."""
+    device = jax.devices()[0]
+    return {"jax": jax.__version__, "device": device.device_kind, "numpy": np.__version__}
+
+
 def restore(folder: str | Path) -> Run:
-    """A finished run from its directory; on one device where its mesh is not there."""
+    """A run from its directory, finished or as of its last snapshot; on one device where its mesh is not there."""
     from pilot_jax.config import load_config
 
     folder = Path(folder)
@@ -245,8 +345,15 @@ def restore(folder: str | Path) -> Run:
     if config.system.mesh.devices > jax.device_count():
         config = apply_overrides(config, [f"system.mesh.{axis}=1" for axis in AXES])
     fed, tokenizer = prepare(config)
-    population = checkpoint.load_population(folder / "checkpoints", [c.name for c in fed.clients],
-                                            initial_adapters(fed))
+    names = [c.name for c in fed.clients]
+    if (folder / "checkpoints" / "population.json").is_file():
+        population = checkpoint.load_population(folder / "checkpoints", names, initial_adapters(fed))
+    else:
+        snapshots = Snapshots(folder / "checkpoints" / "resume", names, fed.strategy.roles())
+        found = snapshots.load(initial_state(fed), None, lambda text: None, writing=False)
+        if found is None:
+            raise InputError(f"{folder}: the run has not saved anything yet. Go on with it: run … --resume.")
+        population = found[0].population
     summary_file = folder / "summary.json"
     summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {}
     return Run(config, fed, tokenizer, population, summary)

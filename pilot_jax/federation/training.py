@@ -15,9 +15,11 @@ import jax
 import numpy as np
 
 from pilot_jax.data.batches import ClientData, visiting_order
+from pilot_jax.errors import Interrupted
 from pilot_jax.federation.client import local_update, peak_rates
 from pilot_jax.federation.federation import Federation, client_generator
 from pilot_jax.federation.population import row, stack
+from pilot_jax.federation.uploads import sent
 from pilot_jax.hosts import to_host
 
 
@@ -30,6 +32,7 @@ class Work:
     round_: int
     stage: str
     label: str
+    partial: Trained | None = None  # what an interrupted attempt at this has done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +94,19 @@ def chunks(jobs: list[_Job], width: int) -> list[list[_Job]]:
     return [group[i:i + width] for _, group in sorted(by_shape.items()) for i in range(0, len(group), width)]
 
 
-def train_together(works: Sequence[Work], progress: Callable[[dict], None]) -> list[Trained]:
-    """Local updates of the clients of all `works`, chunk by chunk. The works' phases must be equal."""
+def train_together(works: Sequence[Work], progress: Callable[[dict], None],
+                   stop: Callable[[], int] = lambda: 0) -> list[Trained]:
+    """Local updates of the clients of all `works`, chunk by chunk. The works' phases must be equal.
+
+    Raises:
+        Interrupted: after a chunk, `stop` gave a signal's number; with what is done.
+    """
     first = works[0]
     phase = first.fed.phase(first.stage)
     if any(w.fed.phase(w.stage) != phase for w in works[1:]):
         raise ValueError("federations that train together must train alike")
-    jobs = [_Job(w, client) for w in works for client in sorted(w.adapters)]
+    jobs = [_Job(w, client) for w in works for client in sorted(w.adapters)
+            if w.partial is None or client not in w.partial.adapters]
     feds = [w.fed for w in works]
     shapes = (max(c.size for f in feds for c in f.clients),
               max(f.full_steps(c) for f in feds for c in range(len(f.clients))))
@@ -110,6 +119,12 @@ def train_together(works: Sequence[Work], progress: Callable[[dict], None]) -> l
     trained: dict[int, dict[int, dict]] = {id(w): {} for w in works}
     records: dict[int, dict[int, dict]] = {id(w): {} for w in works}
     seconds, done, prepared, waited, began = dict.fromkeys(trained, 0.0), 0, 0.0, 0.0, time.perf_counter()
+    for w in works:
+        if w.partial is not None:
+            trained[id(w)], seconds[id(w)] = dict(w.partial.adapters), w.partial.seconds
+            records[id(w)] = {c: r for c, r in zip(sorted(w.partial.adapters), w.partial.records, strict=True)}
+            for client in w.partial.adapters:
+                w.adapters[client]  # what it was sent counts as sent
 
     def prepare(members: list[_Job]) -> tuple[list[dict], tuple[dict, dict, dict], float]:
         """The members' adapters, the chunk's arrays, and the seconds it took; may read files."""
@@ -121,7 +136,13 @@ def train_together(works: Sequence[Work], progress: Callable[[dict], None]) -> l
         inputs = _chunk_inputs(members, shapes, width)
         return adapters, (own, given, inputs), time.perf_counter() - start
 
+    def result() -> list[Trained]:
+        return [Trained(trained[id(w)], [records[id(w)][c] for c in sorted(trained[id(w)])], seconds[id(w)], prepared,
+                        waited) for w in works]
+
     groups = chunks(jobs, width)
+    if not groups:
+        return result()
     with ThreadPoolExecutor(1, thread_name_prefix="prepare") as reader:  # the next chunk's, while the device works
         upcoming = reader.submit(prepare, groups[0])
         for number, members in enumerate(groups):
@@ -136,17 +157,19 @@ def train_together(works: Sequence[Work], progress: Callable[[dict], None]) -> l
             began += taken
             for k, job in enumerate(members):
                 key = id(job.work)
-                trained[key][job.client] = {**adapters[k], **row(new, k)}
+                trained[key][job.client], told = sent(job.work.fed, job.client, job.work.round_, adapters[k],
+                                                      {**adapters[k], **row(new, k)})
                 records[key][job.client] = {
                     "round": job.work.round_, "phase": job.work.label, "client": job.data.name, "task": job.data.task,
-                    "step": int(inputs["steps"][k])} | {name: float(value[k]) for name, value in metrics.items()}
+                    "step": int(inputs["steps"][k])} | {name: float(value[k]) for name, value in metrics.items()} | told
                 seconds[key] += taken / len(members)
             done += int(inputs["steps"].sum())
-            progress({"kind": "chunk", "round": first.round_, "phase": first.label, "of": len(jobs), "steps": done,
-                      "clients": sum(len(t) for t in trained.values()),
+            progress({"kind": "chunk", "round": first.round_, "phase": first.label, "steps": done,
+                      "of": sum(len(w.adapters) for w in works), "clients": sum(len(t) for t in trained.values()),
                       "loss": float(np.mean([records[id(j.work)][j.client]["last_loss"] for j in members]))})
-    return [Trained(trained[id(w)], [records[id(w)][c] for c in sorted(w.adapters)], seconds[id(w)], prepared, waited)
-            for w in works]
+            if number + 1 < len(groups) and (signum := stop()):
+                raise Interrupted(signum, result())
+    return result()
 
 
 def train_phase(fed: Federation, adapters: Mapping[int, dict], round_: int, stage: str, label: str,

@@ -1,0 +1,72 @@
+"""What leaves a client, and what the server makes of it before it mixes: which uploads are refused, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from pilot_jax.config import FederationConfig
+from pilot_jax.federation.federation import Federation
+
+
+def sent(fed: Federation, client: int, round_: int, before: Mapping[str, Any], after: dict[str, Any],
+         ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A client's adapters when it has trained, the shared subtrees as they are sent; and what to record of them:
+    `update_norm`, the L2 norm of the shared subtrees' change, or `fault`, why the server cannot use it.
+
+    before, after: its adapters at the start and at the end of the phase.
+    """
+    roles = fed.strategy.roles()
+    start, upload = roles.select(before, "shared"), roles.select(after, "shared")
+    if fed.tamper is not None:
+        upload = fed.tamper(fed.clients[client].name, round_, upload)
+    fault = misfit(upload, start) or not_finite({**after, **upload})
+    told = {"fault": fault} if fault else {"update_norm": change(upload, start)}
+    return {**after, **upload}, told
+
+
+def misfit(upload: Any, expected: Any) -> str | None:
+    """What is wrong with the structure, shapes or dtypes of an upload, if anything is."""
+    if jax.tree.structure(upload) != jax.tree.structure(expected):
+        return "has other subtrees than were asked for"
+    for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(upload), jax.tree.leaves(expected), strict=True):
+        got, want = np.asarray(got), np.asarray(want)
+        if got.shape != want.shape or got.dtype != want.dtype:
+            return (f"has {got.dtype} {list(got.shape)} in {jax.tree_util.keystr(path)}, expected {want.dtype} "
+                    f"{list(want.shape)}")
+    return None
+
+
+def not_finite(adapters: Any) -> str | None:
+    """Where adapters are not finite, if anywhere: local-only ones too, which would spoil the client's next phase."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(adapters):
+        if not np.isfinite(leaf).all():
+            return f"is not finite in {jax.tree_util.keystr(path)}"
+    return None
+
+
+def change(upload: Any, start: Any) -> float:
+    """‖upload − start‖₂ over all leaves, in float64."""
+    squares = [np.sum(np.square(np.subtract(a, b, dtype=np.float64)))
+               for a, b in zip(jax.tree.leaves(upload), jax.tree.leaves(start), strict=True)]
+    return float(np.sqrt(np.sum(squares)))
+
+
+def refusals(federation: FederationConfig, records: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
+    """Whose upload the server does not use, and why; records: of each client of the phase, from `sent`.
+
+    An update counts as exploded that is `max_update_ratio` times longer than the median one. Of an even number, the
+    median is the lower of the middle two: of two clients, one can be found to have exploded.
+    """
+    out = {client: r["fault"] for client, r in records.items() if "fault" in r}
+    norms = sorted(r["update_norm"] for r in records.values() if "fault" not in r)
+    if federation.max_update_ratio is not None and norms:
+        most = federation.max_update_ratio * norms[(len(norms) - 1) // 2]
+        for client, r in records.items():
+            if client not in out and r["update_norm"] > most > 0:
+                out[client] = (f"has a norm of {r['update_norm']:.3g}, above federation.max_update_ratio "
+                               f"({federation.max_update_ratio:g}) times the median")
+    return out

@@ -1,0 +1,66 @@
+"""A run that kills itself: `python killed.py CONFIG OUT KIND SEED`. Not a test; test_resume.py starts it.
+
+KIND: never; time, a random moment of training; or a point, such as when a snapshot's arrays are there but not its
+manifest, at one of the times that it is passed. SIGKILL: nothing is cleaned up.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import threading
+
+from pilot_jax import checkpoint, metrics, run_folder, snapshots
+from pilot_jax.config import load_config
+from pilot_jax.federation import mixing, simulation
+
+POINTS = {
+    "mixing": (mixing, "check_rows"), "mixing file": (run_folder.RunFolder, "save_mixing"),
+    "metrics": (metrics.MetricsFile, "__call__"), "snapshot": (snapshots.Snapshots, "save"),
+    "arrays": (snapshots, "write_arrays"), "sync": (snapshots, "_synced"), "prune": (snapshots.Snapshots, "_prune"),
+    "results": (checkpoint, "write_arrays"), "summary": (run_folder.RunFolder, "end"),
+    "removal": (snapshots.Snapshots, "remove"),
+}
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at(point: str, count: int, before: bool) -> None:
+    """At the `count`-th call of a function: before it, or after it."""
+    owner, name = POINTS[point]
+    real, calls = getattr(owner, name), []
+
+    def passed(*args, **options):
+        calls.append(None)
+        if before and len(calls) == count:
+            kill()
+        out = real(*args, **options)
+        if not before and len(calls) == count:
+            kill()
+        return out
+
+    setattr(owner, name, passed)
+
+
+def main() -> None:
+    config, out, kind, seed = sys.argv[1:]
+    rng = random.Random(int(seed))
+    if kind in POINTS:
+        kill_at(kind, rng.randint(1, 40 if kind == "metrics" else 2), rng.random() < 0.5)
+
+    def progress(fed):
+        if kind == "time":
+            threading.Timer(rng.uniform(0.0, 4.0), kill).start()
+        return lambda event: None
+
+    run = simulation.simulate(load_config(config), out=out, resume=True, progress=progress)
+    print(run.summary["adapters_sha256"])
+    os._exit(0)  # not waiting for the timer
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""A run that is killed, interrupted or damaged goes on and ends as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import killed
+import numpy as np
+import pytest
+from conftest import small_config, tree_max_difference
+
+from pilot_jax import snapshots
+from pilot_jax.errors import InputError, Interrupted
+from pilot_jax.federation import simulation
+
+SECONDS = ("seconds", "prepare_seconds", "waited_seconds")
+# Fewer clients than there are take part, and some only later: snapshots refer to earlier ones.
+SECTIONS = {"federation": {"rounds": 3, "clients_per_round": 5, "local_steps": 2}, "eval": {"every": 2}}
+
+
+class Killed(BaseException):
+    """As SIGKILL, for what is on disk."""
+
+
+def told(folder):
+    """metrics.jsonl without what a clock says, and the mixing files."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    mixing = {}
+    for file in sorted((folder / "mixing").iterdir()):
+        with np.load(file) as arrays:
+            mixing[file.name] = {n: arrays[n].tolist() for n in arrays.files}
+    return [{k: v for k, v in line.items() if k not in SECONDS} for line in lines], mixing
+
+
+def same_run(folder, other):
+    one, two = (json.loads((f / "summary.json").read_text()) for f in (folder, other))
+    timed = {"wall_seconds", "compile_seconds", "client_steps_per_second", "peak_memory_bytes"}
+    assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
+    assert told(folder) == told(other)
+    assert not (other / "checkpoints" / "resume").exists()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    return folder, simulation.simulate(small_config(**SECTIONS), out=folder)
+
+
+def die(*_, **__):
+    raise Killed
+
+
+def dies_at(count, event="chunk"):
+    """A `progress` that dies at an event."""
+    def progress(fed):
+        seen = []
+
+        def show(e):
+            seen.append(e["kind"])
+            if seen.count(event) == count and e["kind"] == event:
+                die()
+
+        return show
+
+    return progress
+
+
+@pytest.mark.parametrize("system", [{}, {"save_every": "round"}, {"store": "store"}])
+def test_goes_on_wherever_it_died(undisturbed, tmp_path, monkeypatch, system):
+    """Died in training, between phases, in the middle of a snapshot, while old ones were removed, while results were
+    written; adapters, scores, metrics, mixing files are those of the undisturbed run."""
+    if "store" in system:
+        system = {"store": str(tmp_path / "store")}
+    config, folder = small_config(**SECTIONS, system=system), tmp_path / "run"
+    for progress in (dies_at(1), dies_at(2), dies_at(2, "phase")):
+        with pytest.raises(Killed):
+            simulation.simulate(config, out=folder, resume=True, progress=progress)
+    for owner, name in ((snapshots, "_synced"), (snapshots.Snapshots, "_prune"), (simulation, "evaluate"),
+                        (simulation.checkpoint, "save_population"), (snapshots.Snapshots, "remove")):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(owner, name, die)
+            simulation.simulate(config, out=folder, resume=True)
+        if name == "save_population" and not system:
+            back = simulation.restore(folder)  # what a snapshot holds can be used
+            assert tree_max_difference(back.population[0].adapters, undisturbed[1].population[0].adapters) == 0
+    simulation.simulate(config, out=folder, resume=True)
+    if (folder / "checkpoints" / "resume").exists():  # died after the summary: the run had ended
+        shutil.rmtree(folder / "checkpoints" / "resume")
+    same_run(undisturbed[0], folder)
+
+
+@pytest.mark.parametrize(("number", "phases"), [(signal.SIGINT, 0), (signal.SIGTERM, 1)])
+def test_a_signal_saves_the_clients_that_have_trained(undisturbed, tmp_path, number, phases):
+    """In the middle of a phase: the chunk is finished, its clients are not trained again."""
+    def progress(fed):
+        seen = []
+
+        def show(event):
+            seen.append(event["kind"])
+            if event["kind"] == "chunk" and seen.count("phase") == phases and event["clients"] < event["of"]:
+                os.kill(os.getpid(), number)
+
+        return show
+
+    config, folder = small_config(**SECTIONS, system={"client_chunk": 1}), tmp_path / "run"
+    with pytest.raises(Interrupted) as caught:
+        simulation.simulate(config, out=folder, progress=progress)
+    assert caught.value.signum == number and not (folder / "summary.json").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    events = []
+    with pytest.raises(Interrupted):  # again, with what was saved before
+        simulation.simulate(config, out=folder, resume=True, progress=progress)
+    simulation.simulate(config, out=folder, resume=True, progress=lambda fed: events.append)
+    first = next(e for e in events if e["kind"] == "chunk")
+    assert first["steps"] < 2 * first["clients"]  # two steps each: some had been trained before
+    plain = tmp_path / "plain"
+    simulation.simulate(config, out=plain)
+    same_run(plain, folder)
+
+
+def test_a_damaged_snapshot_is_passed_over_loudly(undisturbed, tmp_path):
+    config, folder = small_config(**SECTIONS), tmp_path / "run"
+    with pytest.raises(Killed):
+        simulation.simulate(config, out=folder, progress=dies_at(3, "phase"))
+    saved = sorted((folder / "checkpoints" / "resume").iterdir())
+    assert len(saved) >= 2
+    for victim in ("manifest.json", "server"):
+        again = tmp_path / victim
+        shutil.copytree(folder, again)
+        newest = again / "checkpoints" / "resume" / saved[-1].name / victim
+        victim_file = newest if newest.is_file() else max((p for p in newest.rglob("*") if p.is_file()),
+                                                          key=lambda p: p.stat().st_size)
+        content = bytearray(victim_file.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim_file.write_bytes(content)
+        events = []
+        simulation.simulate(config, out=again, resume=True, progress=lambda fed: events.append)  # noqa: B023
+        warnings = [e["text"] for e in events if e["kind"] == "note" and "Going back" in e["text"]]
+        assert len(warnings) == 1 and saved[-1].name in warnings[0]
+        same_run(undisturbed[0], again)
+    for path in (folder / "checkpoints" / "resume").iterdir():
+        (path / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match=r"none of the .* is whole"):
+        simulation.simulate(config, out=folder, resume=True)
+
+
+def test_another_config_or_other_data_are_refused(tmp_path):
+    config, folder = small_config(), tmp_path / "run"
+    with pytest.raises(Killed):
+        simulation.simulate(config, out=folder, progress=dies_at(2, "phase"))
+    with pytest.raises(InputError, match=r"train.batch_size: 4 → 2\n"):
+        simulation.simulate(small_config(train={"batch_size": 2}), out=folder, resume=True)
+    with pytest.raises(InputError, match="add --resume"):
+        simulation.simulate(config, out=folder)
+    manifest = next((folder / "checkpoints" / "resume").iterdir()) / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["extra"]["data"] = "other"
+    content["sha256"] = snapshots._own_sha256(content)
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="other training samples"):
+        simulation.simulate(config, out=folder, resume=True)
+    with pytest.raises(InputError, match="Give its folder"):
+        simulation.simulate(config, resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match="not a run directory"):
+        simulation.simulate(config, out=tmp_path / "other", resume=True)
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.tex"]
+
+
+def test_what_may_change_is_said(tmp_path):
+    """A run that goes on with other chunks ends as the undisturbed one to rounding, and says so."""
+    config, folder, events = small_config(), tmp_path / "run", []
+    with pytest.raises(Killed):
+        simulation.simulate(config, out=folder, progress=dies_at(1, "phase"))
+    other = small_config(system={"client_chunk": 1})
+    run = simulation.simulate(other, out=folder, resume=True, progress=lambda fed: events.append)
+    assert any("system.client_chunk: 3 → 1: results agree to rounding" in e.get("text", "") for e in events)
+    plain = simulation.simulate(config)
+    for a, b in zip(run.population, plain.population, strict=True):
+        assert tree_max_difference(a.adapters, b.adapters) <= 1e-5
+    again = simulation.simulate(other, out=folder, resume=True)  # has ended: nothing is trained
+    assert again.summary == json.loads((folder / "summary.json").read_text()) == run.summary
+
+
+def test_one_run_at_a_time(tmp_path, monkeypatch):
+    config, folder, refused = small_config(), tmp_path / "run", []
+
+    def progress(fed):
+        with pytest.raises(InputError, match="in use by another run"):
+            simulation.simulate(config, out=folder, resume=True)
+        refused.append(1)
+        die()
+
+    with pytest.raises(Killed):
+        simulation.simulate(config, out=folder, progress=progress)
+    assert refused == [1]
+
+
+def test_server_state_of_any_shape_comes_back():
+    import optax
+
+    tree = {"round": 3, "bank": {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}, "none": None, "empty": {},
+            "members": {4: {"size": 7, "adapter": {"b": np.float32([1, 2])}}},
+            "optimizer": optax.adam(1e-3).init({"w": np.ones(3, np.float32)}), "list": [1.5, (np.int32(4), "x")]}
+    arrays: dict = {}
+    node = json.loads(json.dumps(snapshots.packed(tree, arrays)))
+    back = snapshots.unpacked(node, {k: np.concatenate(v) for k, v in arrays.items()}, tree)
+    import jax
+
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+        assert np.array_equal(a, b) and np.asarray(a).dtype == np.asarray(b).dtype
+    with pytest.raises(snapshots.Damaged, match="where NoneType was expected"):
+        snapshots.unpacked(node, {k: np.concatenate(v) for k, v in arrays.items()}, {})
+
+
+def start(config: Path, folder: Path, kind: str, seed: int, cache: Path) -> subprocess.CompletedProcess:
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                        "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.run([sys.executable, killed.__file__, config, folder, kind, str(seed)], env=env, text=True,
+                          capture_output=True, timeout=600)
+
+
+def kill_and_resume(tmp_path, kinds: list[str]) -> None:
+    """SIGKILL by `kinds`, one start after another; started until it ends."""
+    config, cache = tmp_path / "config.yaml", tmp_path / "cache"
+    config.write_text(small_config(**SECTIONS).to_yaml())
+    plain = start(config, tmp_path / "plain", "never", 0, cache)
+    assert plain.returncode == 0, plain.stderr[-2000:]
+    kills, number = 0, 0
+    while kills < len(kinds):
+        folder = tmp_path / f"run-{number}"
+        number += 1
+        for _ in range(100):
+            done = start(config, folder, kinds[kills] if kills < len(kinds) else "never", kills, cache)
+            if done.returncode == 0:
+                break
+            assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+            kills += 1
+        assert done.stdout == plain.stdout
+        if (folder / "checkpoints" / "resume").exists():  # killed after the summary
+            shutil.rmtree(folder / "checkpoints" / "resume")
+        same_run(tmp_path / "plain", folder)
+
+
+def test_three_kills(tmp_path):
+    kill_and_resume(tmp_path, ["time", "arrays", "mixing"])
+
+
+@pytest.mark.long
+def test_many_kills(tmp_path):
+    """At least twenty: half of them at any moment, half at the points that are most delicate."""
+    rng = random.Random(0)
+    kill_and_resume(tmp_path, ["time" if rng.random() < 0.5 else rng.choice(list(killed.POINTS)) for _ in range(24)])
+
+
+def test_the_command_says_how_to_go_on(tmp_path):
+    """SIGTERM to the command: exit code 143, and the command that it prints ends the run."""
+    config, folder = tmp_path / "config.yaml", tmp_path / "run"
+    config.write_text(small_config(federation={"rounds": 60}).to_yaml())
+    command = [sys.executable, "-m", "pilot_jax", "run", str(config), "--out", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               cwd=Path(__file__).parent.parent)
+
+    def stop():
+        for _ in range(2400):
+            if (folder / "metrics.jsonl").is_file() and (folder / "metrics.jsonl").stat().st_size:
+                return process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+
+    threading.Thread(target=stop).start()
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 143, err
+    assert "Traceback" not in err and f"pilot-jax run {folder / 'config.yaml'} --out {folder} --resume" in err
+    assert "stopping after the clients" in out
+    assert list((folder / "checkpoints" / "resume").iterdir())
