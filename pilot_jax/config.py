@@ -85,6 +85,22 @@ class StragglersConfig(_Section):
     steps: float = Field(0.5, gt=0, le=1, description="share of its steps that a slow client takes, at least one")
 
 
+class PrivacyConfig(_Section):
+    """Differential privacy of uploads; off without `clip`."""
+
+    clip: float | None = Field(None, gt=0, description="C, L2 norm to which what an upload changes is clipped")
+    noise_multiplier: float | None = Field(None, gt=0, description="z: noise of standard deviation 2·z·C per entry")
+    epsilon: float | None = Field(None, gt=0, description="instead: the ε that all uploads of a client may cost")
+    delta: float = Field(1e-5, gt=0, lt=1, description="δ")
+
+    @model_validator(mode="after")
+    def _complete(self) -> PrivacyConfig:
+        given = (self.noise_multiplier is not None) + (self.epsilon is not None)
+        if (self.clip is not None) != (given == 1) or given > 1:
+            raise ValueError("give clip and one of noise_multiplier and epsilon, or none of the three")
+        return self
+
+
 class FederationConfig(_Section):
     clients: int | None = Field(None, ge=1, description="K for partition equal/dirichlet; 'given' takes it from data")
     rounds: int = Field(3, ge=1, description="R")
@@ -98,6 +114,7 @@ class FederationConfig(_Section):
     on_bad_client: Literal["quarantine", "stop"] = Field(
         "quarantine", description="an upload that is not finite, of another shape, or exploded: leave it out of the "
         "round and let the client go on from what it had before, or stop")
+    privacy: PrivacyConfig = PrivacyConfig()
     max_update_ratio: float | None = Field(
         100.0, gt=1, description="an update this many times longer than the cohort's median has exploded; null: none")
     local_epochs: int = Field(1, ge=1, description="E, passes over a client's data per phase")

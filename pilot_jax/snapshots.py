@@ -27,7 +27,8 @@ from pilot_jax.federation.roles import Roles
 from pilot_jax.federation.training import Trained
 from pilot_jax.store import Store
 
-COUNTERS = ("round", "phase", "client_steps", "bytes_up", "bytes_down", "train_seconds", "benched", "quarantined")
+COUNTERS = ("round", "phase", "client_steps", "bytes_up", "bytes_down", "train_seconds", "uploads", "benched",
+            "quarantined")
 
 
 class Damaged(Exception):
@@ -236,8 +237,9 @@ class Snapshots:
         if partial is not None:
             members = {c: _row(server["partial"], clients["partial"], k) for k, c in enumerate(partial["clients"])}
             partial = Trained(members, partial["records"], partial["seconds"])
+        counters = {n: tuple(v) if isinstance(v := manifest[n], list) else v for n in COUNTERS}
         state = dataclasses.replace(
-            initial, population=tuple(population), partial=partial, **{name: manifest[name] for name in COUNTERS},
+            initial, population=tuple(population), partial=partial, **counters,
             server=unpacked(manifest["server"], server.get("state", {}), initial.server))
         return state, manifest["extra"]
 

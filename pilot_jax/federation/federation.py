@@ -18,6 +18,7 @@ from pilot_jax.data.batches import ClientData, num_steps
 from pilot_jax.errors import InputError
 from pilot_jax.federation.client import Phase
 from pilot_jax.federation.population import Population
+from pilot_jax.federation.privacy import multiplier
 from pilot_jax.federation.sharding import make_mesh
 from pilot_jax.federation.strategies.base import Strategy
 from pilot_jax.models.pretrained import PretrainedModel
@@ -50,6 +51,7 @@ class Federation:
     tasks: tuple[str, ...]  # global task order
     pool_of: tuple[ClientData, ...] = ()  # the clients whose data the one client has, where a strategy pools them
     store: Store | None = None  # where clients' adapters and data are, if not in memory
+    most_uploads: int = 0  # of one client in the whole run, if none is refused
     tamper: Callable[[str, int, dict], dict] | None = None  # (client, round, upload) -> upload: simulated attackers
 
     @functools.cached_property
@@ -102,6 +104,12 @@ class Federation:
                 return max(1, math.ceil(slow.steps * count))
         return count
 
+    @functools.cached_property
+    def noise_multiplier(self) -> float:
+        """z of `federation.privacy`: 0 without it."""
+        return 0.0 if self.config.federation.privacy.clip is None else multiplier(
+            self.config.federation.privacy, self.most_uploads)
+
     def phase(self, stage: str) -> Phase:
         return Phase(self.model.module, self.strategy.roles(), stage, self.config.train, self.strategy.local_rule())
 
@@ -118,6 +126,7 @@ class State:
     train_seconds: float = 0.0
     round: int = 1  # the round that is running or comes next
     phase: int = 0  # its phases that are done
+    uploads: tuple[int, ...] = ()  # how often each client has sent something
     benched: tuple[int, ...] = ()  # clients whose upload was refused in this round
     quarantined: int = 0  # refused uploads, of the whole run
     partial: Any = None  # `Trained` of a phase that was interrupted

@@ -14,6 +14,7 @@ from pilot_jax.errors import InputError
 from pilot_jax.federation import mixing
 from pilot_jax.federation.federation import Federation, State, client_generator
 from pilot_jax.federation.population import ClientState, row, stack, stored
+from pilot_jax.federation.privacy import epsilon
 from pilot_jax.federation.sharding import spread
 from pilot_jax.federation.training import Trained, Work, train_together
 from pilot_jax.federation.uploads import refusals
@@ -48,6 +49,15 @@ def cohort(config: Config, names: tuple[str, ...], round_: int) -> list[int]:
         staying = [i for i in taking if draws[i] >= f.dropout]
         taking = staying or [max(taking, key=lambda i: draws[i])]
     return taking
+
+
+def most_uploads(fed: Federation) -> int:
+    """How often one client uploads in the whole run, at most, if no upload is refused."""
+    count = [0] * len(fed.clients)
+    for round_ in range(1, fed.config.federation.rounds + 1):
+        for c in members_of(fed, round_):
+            count[c] += len(fed.strategy.stages(count[c] == 0, round_))
+    return max(count)
 
 
 def members_of(fed: Federation, round_: int) -> list[int]:
@@ -149,13 +159,13 @@ def round_of(fed: Federation, state: State, round_: int, progress: Callable[[dic
             continue
         fetched = _Fetched(fed, population, taking, server)
         done = yield Work(fed, fetched, round_, stage, label, state.partial)
-        trained, records, asked = done.adapters, done.records, len(taking)
+        trained, records, asked = done.adapters, done.records, set(taking)
         for entry in records:
             record(entry)
         refused = refusals(fed.config.federation, dict(zip(taking, records, strict=True)))
         for client, why in refused.items():
             text = f"round {round_} {label}: the upload of {fed.clients[client].name} {why}"
-            if fed.config.federation.on_bad_client == "stop" or len(refused) == asked:
+            if fed.config.federation.on_bad_client == "stop" or len(refused) == len(asked):
                 raise FloatingPointError(f"{text}. Lower train.lr_*, or look at its data.")
             progress({"kind": "note", "text": f"warning: {text}; it is left out of this round, and goes on from what "
                       "it had before."})
@@ -181,19 +191,22 @@ def round_of(fed: Federation, state: State, round_: int, progress: Callable[[dic
         steps = sum(r["step"] for r in records)
         summary = {"round": round_, "phase": label, "clients": len(taking), "client_steps": steps,
                    "seconds": round(done.seconds, 3), "prepare_seconds": round(done.prepare_seconds, 3),
-                   "waited_seconds": round(done.waited_seconds, 3), "bytes_up": asked * sum(up.values()),
+                   "waited_seconds": round(done.waited_seconds, 3), "bytes_up": len(asked) * sum(up.values()),
                    "bytes_down": len(taking) * sum(down.values()) + fetched.bytes,
                    "loss": float(np.average([r["loss"] for r in used], weights=[r["step"] for r in used])),
                    "effective_neighbors": float(np.mean(log["effective_neighbors"])),
                    "quarantined": [fed.clients[c].name for c in refused]}
+        uploads_sent = tuple(n + (c in asked) for c, n in enumerate(state.uploads or (0,) * len(population)))
+        if fed.noise_multiplier:
+            summary["epsilon"] = epsilon(fed.noise_multiplier, max(uploads_sent), fed.config.federation.privacy.delta)
         if "product_gap" in log:
             summary["product_gap"] = float(np.mean(log["product_gap"]))
-        record(summary | {"bytes_up_by_subtree": {n: v * asked for n, v in up.items()},
+        record(summary | {"bytes_up_by_subtree": {n: v * len(asked) for n, v in up.items()},
                           "bytes_down_by_subtree": {n: v * len(taking) for n, v in down.items()}})
         progress({"kind": "phase"} | summary)
         state = dataclasses.replace(
             state, population=tuple(population), server=server, round=round_, phase=number + 1, partial=None,
-            benched=(*state.benched, *refused), quarantined=state.quarantined + len(refused),
+            uploads=uploads_sent, benched=(*state.benched, *refused), quarantined=state.quarantined + len(refused),
             client_steps=state.client_steps + steps,
             bytes_up=state.bytes_up + summary["bytes_up"], bytes_down=state.bytes_down + summary["bytes_down"],
             train_seconds=state.train_seconds + done.seconds)

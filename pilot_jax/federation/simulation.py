@@ -28,7 +28,8 @@ from pilot_jax.evaluation.scores import check_metrics
 from pilot_jax.federation.examination import evaluate, examinee, mean_score, score_by_task
 from pilot_jax.federation.federation import Federation, State
 from pilot_jax.federation.population import ClientState, Population, prune
-from pilot_jax.federation.rounds import cohort, members_of, run_round
+from pilot_jax.federation.privacy import epsilon
+from pilot_jax.federation.rounds import cohort, members_of, most_uploads, run_round
 from pilot_jax.federation.sharding import AXES, base_placement
 from pilot_jax.federation.strategies import Strategy, make_strategy
 from pilot_jax.hosts import is_writer, to_host, wait
@@ -118,8 +119,9 @@ def with_strategy(fed: Federation, strategy: Strategy, config: Config | None = N
     `federation` or `eval` alone)."""
     clients = fed.examined
     pool = (pooled(list(clients)),) if strategy.pools_data else ()
-    return dataclasses.replace(fed, strategy=strategy, config=config or fed.config, clients=pool or clients,
-                               pool_of=clients if pool else ())
+    fed = dataclasses.replace(fed, strategy=strategy, config=config or fed.config, clients=pool or clients,
+                              pool_of=clients if pool else ())
+    return dataclasses.replace(fed, most_uploads=most_uploads(fed))
 
 
 def initial_adapters(fed: Federation) -> dict[str, Any]:
@@ -159,6 +161,12 @@ def data_sha256(fed: Federation) -> str:
     return digest.hexdigest()
 
 
+def _epsilon(fed: Federation, state: State) -> float | None:
+    """What the uploads of the client with most of them cost in privacy; None where nothing is promised."""
+    return epsilon(fed.noise_multiplier, max(state.uploads), fed.config.federation.privacy.delta
+                   ) if fed.noise_multiplier else None
+
+
 @dataclasses.dataclass
 class Clocks:
     """Seconds, those of earlier attempts at the run included."""
@@ -183,7 +191,8 @@ def _summary(fed: Federation, state: State, tokenizer: Any, clocks: Clocks) -> d
         "bytes_up": state.bytes_up, "bytes_down": state.bytes_down, "client_steps": state.client_steps,
         # Compilation apart: it is reported beside, and would otherwise hide the speed of long runs.
         "client_steps_per_second": state.client_steps / max(state.train_seconds - clocks.train_compile, 1e-9),
-        "quarantined": state.quarantined, "wall_seconds": clocks.wall, "compile_seconds": clocks.compile,
+        "quarantined": state.quarantined, "epsilon": _epsilon(fed, state),
+        "wall_seconds": clocks.wall, "compile_seconds": clocks.compile,
         "peak_memory_bytes": int(device.get("peak_bytes_in_use", host_peak)),
         "adapters_sha256": checkpoint.adapters_sha256([c.name for c in fed.clients], state.population),
     }

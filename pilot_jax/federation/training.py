@@ -157,8 +157,8 @@ def train_together(works: Sequence[Work], progress: Callable[[dict], None],
             began += taken
             for k, job in enumerate(members):
                 key = id(job.work)
-                trained[key][job.client], told = sent(job.work.fed, job.client, job.work.round_, adapters[k],
-                                                      {**adapters[k], **row(new, k)})
+                trained[key][job.client], told = sent(job.work.fed, job.client, job.work.round_, job.work.label,
+                                                      adapters[k], {**adapters[k], **row(new, k)})
                 records[key][job.client] = {
                     "round": job.work.round_, "phase": job.work.label, "client": job.data.name, "task": job.data.task,
                     "step": int(inputs["steps"][k])} | {name: float(value[k]) for name, value in metrics.items()} | told

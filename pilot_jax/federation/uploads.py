@@ -9,10 +9,11 @@ import jax
 import numpy as np
 
 from pilot_jax.config import FederationConfig
-from pilot_jax.federation.federation import Federation
+from pilot_jax.federation.federation import Federation, client_generator
+from pilot_jax.federation.privacy import noised
 
 
-def sent(fed: Federation, client: int, round_: int, before: Mapping[str, Any], after: dict[str, Any],
+def sent(fed: Federation, client: int, round_: int, label: str, before: Mapping[str, Any], after: dict[str, Any],
          ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A client's adapters when it has trained, the shared subtrees as they are sent; and what to record of them:
     `update_norm`, the L2 norm of the shared subtrees' change, or `fault`, why the server cannot use it.
@@ -21,9 +22,13 @@ def sent(fed: Federation, client: int, round_: int, before: Mapping[str, Any], a
     """
     roles = fed.strategy.roles()
     start, upload = roles.select(before, "shared"), roles.select(after, "shared")
+    fault, name, privacy = not_finite(after), fed.clients[client].name, fed.config.federation.privacy
+    if privacy.clip is not None and upload:
+        rng = client_generator(fed.config.system.seed, name, round_, f"{label} noise")
+        upload = noised(upload, start, privacy.clip, 2 * fed.noise_multiplier * privacy.clip, rng)
     if fed.tamper is not None:
-        upload = fed.tamper(fed.clients[client].name, round_, upload)
-    fault = misfit(upload, start) or not_finite({**after, **upload})
+        upload = fed.tamper(name, round_, upload)
+    fault = misfit(upload, start) or fault or not_finite(upload)
     told = {"fault": fault} if fault else {"update_norm": change(upload, start)}
     return {**after, **upload}, told
 

@@ -1,0 +1,79 @@
+"""Client-level differential privacy of uploads: clip the change, add Gaussian noise, account for every upload.
+
+The server mixes single uploads (ATA needs them one by one), so each is protected by itself, before it leaves, and the
+guarantee holds against the server too: whatever a client's data are, its uploads look the same up to (ε, δ). A change
+is clipped to L2 norm C, so two data sets move it by at most 2C; the noise has standard deviation z·2C in every entry.
+Several uploads of a client compose; nothing is gained by sampling, as the server sees who takes part. What follows the
+upload (distances, mixing, what others receive) is computed from noised values alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from pilot_jax.config import PrivacyConfig
+from pilot_jax.errors import InputError
+
+
+def _accounting() -> Any:
+    try:
+        import dp_accounting
+    except ImportError:
+        raise InputError("federation.privacy: needs dp-accounting. Install pilot-jax[privacy].") from None
+    return dp_accounting
+
+
+@functools.cache
+def epsilon(noise_multiplier: float, uploads: int, delta: float) -> float:
+    """ε of `uploads` releases with noise of `noise_multiplier` (z) times the sensitivity, by the privacy loss
+    distribution.
+
+    Raises:
+        InputError: dp-accounting is not installed.
+    """
+    accounting = _accounting()
+    if uploads == 0:
+        return 0.0
+    accountant = accounting.pld.PLDAccountant()
+    accountant.compose(accounting.GaussianDpEvent(noise_multiplier), uploads)
+    return float(accountant.get_epsilon(delta))
+
+
+@functools.cache
+def noise_multiplier(target: float, uploads: int, delta: float) -> float:
+    """The smallest z (to 0.1 %) with which `uploads` releases cost at most `target` ε."""
+    low, high = 1e-3, 1.0
+    while epsilon(high, uploads, delta) > target:
+        low, high = high, 2 * high
+    while high / low > 1.001:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if epsilon(middle, uploads, delta) > target else (low, middle)
+    return high
+
+
+def multiplier(privacy: PrivacyConfig, uploads: int) -> float:
+    """z: as configured, or what the configured ε needs for `uploads` of one client."""
+    if privacy.noise_multiplier is not None:
+        return privacy.noise_multiplier
+    return noise_multiplier(privacy.epsilon, max(uploads, 1), privacy.delta)
+
+
+def noised(upload: Any, start: Any, clip: float, deviation: float, rng: np.random.Generator) -> Any:
+    """start + (upload − start)·min(1, clip/‖upload − start‖₂) + N(0, deviation²); computed in float64.
+
+    start: what the server knows the client to have begun with. A change that is not finite counts as none: that it was
+    not is not told either.
+    """
+    apart = jax.tree.map(lambda u, s: np.subtract(u, s, dtype=np.float64), upload, start)
+    norm = float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(apart))))
+    scale = min(1.0, clip / norm) if 0 < norm < np.inf else 0.0
+
+    def one(leaf: np.ndarray, origin: np.ndarray) -> np.ndarray:
+        moved = origin + (scale * leaf if scale else 0.0)
+        return (moved + deviation * rng.standard_normal(leaf.shape)).astype(np.asarray(origin).dtype)
+
+    return jax.tree.map(one, apart, start)

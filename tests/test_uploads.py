@@ -1,0 +1,136 @@
+"""Uploads that cannot be used: left out of the round, told, and without effect on anybody else."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from conftest import small_config, tree_max_difference
+
+from pilot_jax.config import FederationConfig
+from pilot_jax.federation import rounds, simulation
+from pilot_jax.federation.uploads import change, misfit, refusals
+
+
+def spoilt(value=np.nan, who=("ocr_1",), when=(1, 2, 3)):
+    """A `tamper` under which some send `value` times their LoRA."""
+    def tamper(client, round_, upload):
+        if client not in who or round_ not in when:
+            return upload
+        return {**upload, "text_adapter": jax.tree.map(lambda x: (x * value).astype(x.dtype), upload["text_adapter"])}
+
+    return tamper
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
+def test_a_refused_client_is_as_if_it_had_not_taken_part(value):
+    """Everybody else: what a federation gives in whose rounds the client is not in the cohort. The client: as it
+    started, and new again when it is well."""
+    events = []
+    config = small_config(federation={"rounds": 2})
+    run = simulation.simulate(config, tamper=spoilt(value, when=(1,)), progress=lambda fed: events.append)
+    names = [c.name for c in run.federation.clients]
+    without = small_config(federation={"rounds": 1, "participation": [
+        {"round": 1, "clients": [n for n in names if n != "ocr_1"]}]})
+    fed = run.federation
+    first = rounds.run_round(fed, simulation.initial_state(fed), 1, lambda e: None, lambda r: None, lambda *a: None)
+    absent = simulation.simulate(without)
+    ill = names.index("ocr_1")
+    for i, name in enumerate(names):
+        a, b = first.population[i], absent.population[i]
+        assert (a.stage, a.rounds) == (b.stage, b.rounds) == (("none", 0) if i == ill else ("stage2", 1)), name
+        assert tree_max_difference(a.adapters, b.adapters) <= 1e-6  # other chunks
+    assert run.population[ill].rounds == 1 and run.population[0].rounds == 2 and run.summary["quarantined"] == 1
+    refused = [r for r in run.records if "bytes_up" in r]
+    # Round 1's first phase; it is then out of the second, and has both of its phases in round 2.
+    assert [(r["round"], r["phase"], r["clients"], r["quarantined"]) for r in refused] == [
+        (1, "stage1", 8, ["ocr_1"]), (1, "stage2", 8, []), (2, "stage1", 1, []), (2, "stage2", 9, [])]
+    told = [e["text"] for e in events if e["kind"] == "note" and "ocr_1" in e["text"]]
+    assert len(told) == 1 and "left out of this round" in told[0]
+    assert ("not finite" if not np.isfinite(value) else "federation.max_update_ratio") in told[0]
+    assert all(np.isfinite(x).all() for c in run.population for x in jax.tree.leaves(c.adapters))
+
+
+def test_stop_or_nobody_left():
+    with pytest.raises(FloatingPointError, match=r"stage1: the upload of ocr_1 is not finite in .*text_adapter"):
+        simulation.simulate(small_config(federation={"on_bad_client": "stop"}), tamper=spoilt())
+    everyone = [f"{task}_{i}" for task in ("caption", "ocr", "vqa") for i in range(3)]
+    with pytest.raises(FloatingPointError, match=r"Lower train\.lr"):
+        simulation.simulate(small_config(), tamper=spoilt(who=everyone))
+
+
+def test_a_client_that_diverges_by_itself_is_refused(monkeypatch):
+    """Local-only leaves count too: they would spoil the client's next phase."""
+    from pilot_jax.federation import training
+
+    real = training._chunk_inputs
+
+    def inputs(jobs, *shapes):
+        out = real(jobs, *shapes)
+        for k, job in enumerate(jobs):
+            if job.data.name == "vqa_0":
+                out["rates"]["connector"][k] = np.inf
+        return out
+
+    monkeypatch.setattr(training, "_chunk_inputs", inputs)
+    run = simulation.simulate(small_config())
+    assert run.summary["quarantined"] == 1 and [c.rounds for c in run.population] == [1] * 6 + [0, 1, 1]
+
+
+def test_misfits():
+    tree = {"a": np.zeros((2, 3), np.float32), "b": {"c": np.zeros(2, np.float32)}}
+    assert misfit(tree, tree) is None
+    assert "other subtrees" in misfit({"a": tree["a"]}, tree)
+    assert "float64" in misfit({**tree, "a": np.zeros((2, 3))}, tree)
+    assert "[3, 2]" in misfit({**tree, "a": np.zeros((3, 2), np.float32)}, tree)
+    assert change({"a": np.float32([3, 0]), "b": np.float32([4])}, {"a": np.float32([0, 0]), "b": np.float32([0])}) == 5
+
+
+@pytest.mark.parametrize(("norms", "bad"), [
+    ([1, 2, 3], []), ([1, 1, 101], [2]), ([1, 101], [1]), ([5], []), ([0, 0, 1], []), ([1, 99], []),
+    ([1] * 5 + [1e6] * 4, [5, 6, 7, 8])])
+def test_exploded(norms, bad):
+    records = {i: {"update_norm": n} for i, n in enumerate(norms)}
+    assert list(refusals(FederationConfig(), records)) == bad
+    assert refusals(FederationConfig(max_update_ratio=None), records) == {}
+    assert list(refusals(FederationConfig(), {**records, 99: {"fault": "is odd"}})) == [99, *bad]
+
+
+@pytest.mark.parametrize("name", ["median", "trimmed_mean"])
+def test_robust_mixing_bounds_what_hostile_clients_do(name):
+    """2 of 9 send their update times −10, too small to be refused: the model stays among the honest clients' values,
+    coordinate by coordinate, where FedAvg's does not."""
+    from pilot_jax.federation.simulation import initial_state, prepare, with_strategy
+    from pilot_jax.federation.strategies import make_strategy
+
+    hostile = ("caption_0", "vqa_2")
+    config = small_config(federation={"local_steps": 1}, strategy={"trim": 0.25})
+    fed, _ = prepare(config)
+    outside = {}
+    for strategy in (name, "fedavg"):
+        chosen = make_strategy(config.strategy.model_copy(update={"name": strategy}), "first_time")
+        one = with_strategy(fed, chosen)
+        start = initial_state(one)
+        uploads = []
+
+        def tamper(client, round_, upload, start=start, uploads=uploads):
+            if client in hostile:
+                origin = start.population[0].adapters
+                return {n: jax.tree.map(lambda x, o: (o - 10 * (x - o)).astype(x.dtype), tree, origin[n])
+                        for n, tree in upload.items()}
+            uploads.append(upload)
+            return upload
+
+        import dataclasses
+
+        one = dataclasses.replace(one, tamper=tamper)
+        generator = rounds.round_of(one, start, 1)
+        work = next(generator)
+        done = rounds.train_together([work], lambda e: None)[0]
+        work = generator.send(done)  # the next phase's adapters: the server's model
+        model = work.adapters[0]
+        low, high = (jax.tree.map(lambda *x, f=f: f(np.stack(x), axis=0), *uploads) for f in (np.min, np.max))
+        parts = [np.mean((m < lo - 1e-6) | (m > hi + 1e-6)) for n in uploads[0] for m, lo, hi in zip(
+            jax.tree.leaves(model[n]), jax.tree.leaves(low[n]), jax.tree.leaves(high[n]), strict=True)]
+        outside[strategy] = max(parts)
+    assert outside[name] == 0 and outside["fedavg"] > 0.1
