@@ -17,6 +17,7 @@ import numpy as np
 from pilot_jax.errors import InputError
 from pilot_jax.federation.population import ClientState
 from pilot_jax.federation.roles import Roles
+from pilot_jax.federation.uploads import misfit, not_finite
 from pilot_jax.hosts import to_host
 
 
@@ -61,7 +62,11 @@ def read_arrays(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise InputError(f"{path}: no such checkpoint. The run has not been saved yet, or is not a run directory.")
     with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = to_host(checkpointer.restore(path.absolute()))
+        try:
+            tree = to_host(checkpointer.restore(path.absolute()))
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            why = " ".join(str(error).split())[:300]
+            raise InputError(f"{path}: damaged, or no checkpoint of a run ({why}).") from None
     tree.pop("%", None)  # no client's `file_name`
     return tree
 
@@ -90,7 +95,11 @@ def load_population(folder: Path, names: Iterable[str], initial: dict[str, Any])
     index_file = folder / "population.json"
     if not index_file.is_file():
         raise InputError(f"{index_file} does not exist. Give the directory of a finished run.")
-    index = json.loads(index_file.read_text(encoding="utf-8"))
+    try:
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        index = {str(n): {"stage": str(c["stage"]), "rounds": int(c["rounds"])} for n, c in index.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(f"{index_file}: damaged ({type(error).__name__} {error}).") from None
     server = read_arrays(folder / "server")
     out = []
     for name in names:
@@ -100,7 +109,10 @@ def load_population(folder: Path, names: Iterable[str], initial: dict[str, Any])
             out.append(ClientState(initial))
             continue
         rest = read_arrays(folder / "clients" / file_name(name))
-        adapters = {**server[file_name(name)], **rest}
+        adapters = {**server.get(file_name(name), {}), **rest}
+        fault = misfit(adapters, initial) or not_finite(adapters)
+        if fault:
+            raise InputError(f"{folder}: what is there of client {name!r} {fault}. Was it written by another config?")
         out.append(ClientState(adapters, index[name]["stage"], index[name]["rounds"]))
     return tuple(out)
 

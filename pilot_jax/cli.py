@@ -59,7 +59,7 @@ def run(config: ConfigPath, overrides: Overrides = None,
         display.console.print(
             f"{fed.strategy.name}: {len(fed.clients)} clients, {len(fed.tasks)} tasks ({', '.join(fed.tasks)}), "
             f"{settings.federation.rounds} rounds, {total} client steps on {jax.devices()[0].device_kind} → {folder}",
-            highlight=False)
+            highlight=False, markup=False)
         displays.append(display)
         return display
 
@@ -72,10 +72,10 @@ def run(config: ConfigPath, overrides: Overrides = None,
             typer.echo(f"\nInterrupted. {_how_to_go_on(folder)}", err=True)
         raise typer.Exit(128 + getattr(stop, "signum", signal.SIGINT)) from None
     except FloatingPointError as error:
-        typer.echo(f"Failed: {error}", err=True)
+        typer.echo(f"Failed: {printable(str(error))}", err=True)
         raise typer.Exit(1) from None
     except OSError as error:
-        typer.echo(f"Failed: {error}. {_how_to_go_on(folder)}", err=True)
+        typer.echo(f"Failed: {printable(str(error))}. {_how_to_go_on(folder)}", err=True)
         raise typer.Exit(1) from None
     finally:
         for display in displays:
@@ -93,6 +93,7 @@ def _how_to_go_on(folder: Path) -> str:
 
 def _print_scores(summary: dict) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title="Score on held-out data, each client's own model")
@@ -105,10 +106,10 @@ def _print_scores(summary: dict) -> None:
     for task in summary["tasks"]:
         for client in summary["clients"]:
             if summary["task_by_client"][client] == task and client in summary["score_by_client"]:
-                table.add_row(task, client, shown(summary["score_base_by_client"][client]),
+                table.add_row(escape(task), escape(client), shown(summary["score_base_by_client"][client]),
                               shown(summary["score_by_client"][client]))
-        table.add_row(task, "mean", shown(summary["score_base_by_task"][task]), shown(summary["score_by_task"][task]),
-                      style="bold", end_section=True)
+        table.add_row(escape(task), "mean", shown(summary["score_base_by_task"][task]),
+                      shown(summary["score_by_task"][task]), style="bold", end_section=True)
     table.add_row("all", "mean", shown(summary["score_base"]), shown(summary["score_mean"]), style="bold")
     Console(width=None if sys.stdout.isatty() else 80).print(table)
     typer.echo(f"{summary['client_steps']} client steps, {summary['client_steps_per_second']:.1f}/s; "
@@ -239,17 +240,18 @@ def evaluate(run_dir: RunPath, split: Annotated[str, typer.Option(help="test or 
 
 def _print_matrix(result: dict) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"Model of (row) on the {result['split']} data of (column)")
     base = result["base_captions"]
     columns = [*result["clients"], *result["tasks"], *(["base's captions"] if base else [])]
     for name in ("", *columns):
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(escape(name), justify="right" if name else "left")
     for i, client in enumerate(result["clients"]):
         own = [f"{v:.2f}" for v in (*result["scores"][i], *result["by_task"][client].values())]
         own[i] = f"[bold]{own[i]}[/bold]"
-        table.add_row(client, *own, *([f"{base['clients'][i]:.2f}"] if base else []))
+        table.add_row(escape(client), *own, *([f"{base['clients'][i]:.2f}"] if base else []))
     Console(width=None if sys.stdout.isatty() else 20 + 11 * len(columns)).print(table)
     if base:
         typer.echo(f"The base itself on its captions: {base['base']:.2f}")
@@ -302,7 +304,7 @@ def compare(config: ConfigPath,
         done = []
         for value, one in zip(values, varied, strict=True):
             say(f"{key} = {value}")
-            done.append(run_comparison(one, variants, seeds, folder / value.replace("/", "_"), factors=factors,
+            done.append(run_comparison(one, variants, seeds, folder / _folder_of(value), factors=factors,
                                        split=split, say=say))
         results = {} if done else run_comparison(settings, variants, seeds, folder, factors=factors, split=split,
                                                  say=say)
@@ -312,6 +314,12 @@ def compare(config: ConfigPath,
     shown = write_sweep(key, values, done, folder) if done else table(results)
     typer.echo(json.dumps(done or results, indent=1) if as_json else shown)
     say(f"Results: {folder}")
+
+
+def _folder_of(value: str) -> str:
+    """A value of --vary as a folder's name: no way out of the folder."""
+    name = value.replace("/", "_")
+    return name if name.strip(".") else name.replace(".", "_")
 
 
 @app.command()
@@ -401,11 +409,16 @@ def data_check(path: Annotated[Path, typer.Argument(help="Data file or folder.")
         typer.echo(f"Warning: {warning}.")
     if report.errors:
         for error in report.errors[:20]:
-            typer.echo(f"Error: {error}", err=True)
+            typer.echo(f"Error: {printable(error)}", err=True)
         more = f" ({len(report.errors) - 20} not shown)" if len(report.errors) > 20 else ""
         typer.echo(f"{len(report.errors)} errors{more}", err=True)
         raise typer.Exit(2)
     typer.echo(f"{sum(report.counts.values())} samples, all readable")
+
+
+def printable(text: str) -> str:
+    """Without control characters that a file's name or content could send to the terminal; lines stay lines."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def main() -> None:
@@ -416,5 +429,5 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"Error: {printable(str(error))}", err=True)
         sys.exit(2)

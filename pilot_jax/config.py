@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,9 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pilot_jax.errors import InputError
 
+MOST_BYTES = 1_000_000  # of a config file
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class LoraConfig(_Section):
@@ -58,6 +61,15 @@ class DigitsConfig(_Section):
     seed: int = Field(0, ge=0, description="of the scenes; the handwriting pools are fixed")
 
 
+class LimitsConfig(_Section):
+    """What data may ask of this machine: they are not trusted."""
+
+    image_pixels: int = Field(100_000_000, ge=1, description="of one image, before it is decoded")
+    file_bytes: int = Field(4_000_000_000, ge=1, description="of one JSON file, which is read at once; JSONL is not")
+    text_characters: int = Field(1_000_000, ge=1, description="of one turn of a conversation")
+    follow_links: bool = Field(False, description="whether links may lead out of the image root")
+
+
 class DataConfig(_Section):
     path: str = Field("digits", description="LLaVA JSON/JSONL file or folder; 'digits' for the embedded scenes")
     image_root: str | None = Field(None, description="folder that `image` is relative to; default: images/ beside path")
@@ -72,6 +84,7 @@ class DataConfig(_Section):
     dirichlet_alpha: float = Field(1.0, gt=0, description="smaller is more uneven client sizes")
     max_length: int = Field(
         2048, ge=8, description="tokens, image included; longer samples lose their end, never image tokens")
+    limits: LimitsConfig = LimitsConfig()
     digits: DigitsConfig = DigitsConfig()
 
 
@@ -103,7 +116,7 @@ class PrivacyConfig(_Section):
 
 class FederationConfig(_Section):
     clients: int | None = Field(None, ge=1, description="K for partition equal/dirichlet; 'given' takes it from data")
-    rounds: int = Field(3, ge=1, description="R")
+    rounds: int = Field(3, ge=1, le=1_000_000, description="R")
     clients_per_round: int | None = Field(None, ge=1, description="cohort size S; default: everyone")
     participation: Literal["uniform"] | list[ParticipationEntry] = Field(
         "uniform", description="uniform sampling, or who takes part in which round (rounds not listed: everyone)")
@@ -258,7 +271,7 @@ def _message(error: dict[str, Any], source: str) -> str:
         near = near or [leaf[k] for k in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, 1, 0.6)]
         hint = f" Did you mean '{near[0]}'?" if near else " See the configs folder for the known keys."
         return f"{source}: {key}: unknown key.{hint}"
-    return f"{source}: {key}: {error['msg']} (got {error.get('input')!r})."
+    return f"{source}: {key}: {error['msg']} (got {reprlib.repr(error.get('input'))})."
 
 
 def parse_config(raw: Any, source: str = "config") -> Config:
@@ -283,10 +296,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     path = Path(path)
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise InputError(f"{path}: {path.stat().st_size} bytes are no config. Give the path of a YAML config.")
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML config.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or dates that are none
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path}: not valid YAML ({error}).") from None
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
@@ -324,6 +341,6 @@ def _overridden(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
             node = node[parent]
         try:
             node[leaf] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise InputError(f"--set {override}: not a YAML value ({error}).") from None
     return raw

@@ -92,15 +92,15 @@ class ProgressDisplay:
             if self._bar is not None:
                 self._bar.update(self._task, completed=done, description=self._line(event, done))
             elif event["clients"] == event["of"]:
-                self.console.print(self._line(event, done), highlight=False)
+                self.console.print(self._line(event, done), highlight=False, markup=False)
         elif event["kind"] == "phase":
             self._before += event["client_steps"]
             if self._bar is not None:
                 self.console.print(
                     f"round {event['round']} {event['phase']}: loss {event['loss']:.3f}, effective neighbours "
-                    f"{event['effective_neighbors']:.2f}, {event['seconds']:.1f} s", highlight=False)
+                    f"{event['effective_neighbors']:.2f}, {event['seconds']:.1f} s", highlight=False, markup=False)
         else:
-            self.console.print(event["text"], highlight=False)
+            self.console.print(event["text"], highlight=False, markup=False)
 
     def _line(self, event: dict[str, Any], done: int) -> str:
         seconds = time.perf_counter() - self._started

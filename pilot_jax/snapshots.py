@@ -25,6 +25,7 @@ from pilot_jax.federation.federation import State
 from pilot_jax.federation.population import ClientState, row, stack, stored
 from pilot_jax.federation.roles import Roles
 from pilot_jax.federation.training import Trained
+from pilot_jax.federation.uploads import misfit
 from pilot_jax.store import Store
 
 COUNTERS = ("round", "phase", "client_steps", "bytes_up", "bytes_down", "train_seconds", "uploads", "benched",
@@ -203,7 +204,10 @@ class Snapshots:
         numbers = self._numbers()
         for number in reversed(numbers):
             try:
-                found = self._loaded(number, initial, store)
+                try:
+                    found = self._loaded(number, initial, store)
+                except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+                    raise Damaged(f"{self.folder / f'{number:06d}'}: {type(error).__name__} {error}") from None
             except Damaged as error:
                 warn(f"warning: {error}. Going back to the snapshot before it.")
                 if writing:
@@ -219,7 +223,7 @@ class Snapshots:
     def _loaded(self, number: int, initial: State, store: Store | None) -> tuple[State, dict[str, Any]]:
         manifest = self._checked(number)
         if set(manifest["clients"]) != set(self._names):
-            raise InputError(f"{self.folder}: snapshot of other clients: {', '.join(manifest['clients'])}.")
+            raise Damaged(f"{self.folder}: a snapshot of other clients: {', '.join(manifest['clients'])}")
         own = self.folder / f"{number:06d}"
         population, entries = list(initial.population), [manifest["clients"][name] for name in self._names]
         server, clients = read_arrays(own / "server"), read_arrays(own / "clients")
@@ -231,6 +235,8 @@ class Snapshots:
             for client, (at, place) in self._where.items():
                 if at == needed:
                     adapters = _row(its[0]["changed"], its[1]["changed"], place)
+                    if fault := misfit(adapters, initial.population[client].adapters):
+                        raise Damaged(f"{folder}: what is there of {self._names[client]} {fault}")
                     population[client] = stored(store, client, ClientState(
                         adapters, entries[client]["stage"], entries[client]["rounds"]))
         partial = manifest["partial"]

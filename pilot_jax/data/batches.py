@@ -161,7 +161,7 @@ def build_clients(model: PretrainedModel, tokenizer, samples: list[Sample], data
                        strict=True))
     asked = dict(zip(asked_rows, encode_prompts(model, tokenizer, [samples[i] for i in asked_rows], data),
                      strict=True))
-    features = image_features(model, samples, data.image_fit, file=features_file)
+    features = image_features(model, samples, data, file=features_file)
     prompt_length = _round_up(max((len(ids) for ids in asked.values()), default=8), 8)
 
     rows_of: dict[str, list[int]] = {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pilot_jax.config import DataConfig
+from pilot_jax.config import DataConfig, LimitsConfig
 from pilot_jax.data.conversations import encode
 from pilot_jax.data.images import read_image
 from pilot_jax.data.llava import Sample, find_image_root, parse_sample, read_entries
@@ -40,20 +40,20 @@ def _histogram(lengths: list[int], bins: int = 8) -> list[tuple[int, int, int]]:
     return [(int(a), int(b) - 1, int(n)) for a, b, n in zip(edges, edges[1:], counts, strict=False)]
 
 
-def _fingerprint(sample: Sample) -> str:
+def _fingerprint(sample: Sample, limits: LimitsConfig) -> str:
     """Equal for samples with the same picture and the same words."""
     digest = hashlib.sha256(repr(sample.turns).encode())
     if isinstance(sample.image, Path):
         digest.update(sample.image.read_bytes())
     elif sample.image is not None:
-        digest.update(read_image(sample).tobytes())
+        digest.update(read_image(sample, limits).tobytes())
     return digest.hexdigest()
 
 
-def _duplicates(samples: list[Sample]) -> list[str]:
+def _duplicates(samples: list[Sample], limits: LimitsConfig) -> list[str]:
     same: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
-        same[_fingerprint(sample)].append(sample)
+        same[_fingerprint(sample, limits)].append(sample)
     out = []
     for what, key in (("splits: the held-out score will flatter", "split"),
                       ("clients: their data are not private", "client")):
@@ -88,11 +88,11 @@ def check_data(path: str | Path, data: DataConfig, model: PretrainedModel | None
     root = find_image_root(path, data.image_root)
     samples, errors, warnings, lengths, cut = [], [], [], [], []
     tokenizer = None if model is None else model.tokenizer()
-    for entry in read_entries(path, data.file_names):
+    for entry in read_entries(path, data.file_names, data.limits):
         try:
-            sample = parse_sample(entry, root)
+            sample = parse_sample(entry, root, data.limits)
             if sample.image is not None:
-                read_image(sample)
+                read_image(sample, data.limits)
             if model is None:
                 lengths.append(sum(len(text) for _, text in sample.turns))
             else:
@@ -105,7 +105,7 @@ def check_data(path: str | Path, data: DataConfig, model: PretrainedModel | None
     if cut:
         warnings.append(f"{len(cut)} samples are longer than data.max_length ({data.max_length}) and lose the end of "
                         f"their answers (first: {cut[0]})")
-    warnings += _duplicates(samples)
+    warnings += _duplicates(samples, data.limits)
     errors += _one_task_each(samples)
     if not samples and not errors:
         errors.append(f"{path}: holds no sample.")

@@ -92,7 +92,11 @@ def _render_by_tokenizer(turns: Turns, tokenizer: PreTrainedTokenizerFast) -> tu
     messages = [{"role": "user" if who == "human" else "assistant", "content": value} for who, value in turns]
 
     def text_of(count: int, cue: bool) -> str:
-        return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=cue)
+        try:
+            return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=cue)
+        except Exception as error:  # a template is a program of the checkpoint's, which runs in jinja's sandbox
+            raise InputError(f"data.template: tokenizer: the checkpoint's chat template fails ({error}). Choose a "
+                             "named template.") from None
 
     whole, spans = text_of(len(turns), turns[-1][0] == "human"), []
     for number, (speaker, _) in enumerate(turns):

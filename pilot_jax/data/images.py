@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from pilot_jax.data.llava import Sample, StoredImage
+from pilot_jax.config import DataConfig, LimitsConfig
+from pilot_jax.data.llava import LIMITS, Sample, StoredImage
 from pilot_jax.errors import InputError
 from pilot_jax.hosts import to_host
 from pilot_jax.models.processors import load_image_processor
@@ -20,21 +22,44 @@ if TYPE_CHECKING:
     from pilot_jax.models.pretrained import PretrainedModel
 
 
-def read_image(sample: Sample) -> Image.Image:
-    """The sample's image in RGB.
+# Others are not decoded: some are handed to other programs, or are decoded by code that few have looked at.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "MPO")
+
+
+def read_image(sample: Sample, limits: LimitsConfig = LIMITS) -> Image.Image:
+    """The sample's image in RGB; of an animated one, the first frame.
 
     Raises:
-        InputError: it cannot be decoded.
+        InputError: it cannot be decoded, or is larger than `limits` say.
     """
     if isinstance(sample.image, Image.Image):
         return sample.image
+    name = sample.image if isinstance(sample.image, Path) else "the stored image"
     try:
-        with sample.image.open() if isinstance(sample.image, StoredImage) else Image.open(sample.image) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        name = sample.image if isinstance(sample.image, Path) else "the stored image"
-        raise InputError(f"{sample.source}: image: {name} cannot be decoded ({error}). "
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own limit, and what it finds odd in a file
+            with Image.open(sample.image.open() if isinstance(sample.image, StoredImage) else sample.image,
+                            formats=FORMATS) as image:
+                pixels = image.width * image.height
+                if pixels > limits.image_pixels:
+                    raise InputError(f"{sample.source}: image: {name} has {pixels} pixels, data.limits.image_pixels is "
+                                     f"{limits.image_pixels}. Shrink it or raise the limit.")
+                return _eight_bit(image).convert("RGB")
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever their formats' parsers do
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{sample.source}: image: {name} cannot be decoded ({why}). "
                          "Replace the file or drop the entry.") from None
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Images of 16-bit greys as 8-bit ones, which `convert` would cut off at white instead."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels")
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
@@ -58,7 +83,11 @@ def pixel_values(model: PretrainedModel, images: list[Image.Image], fit: str = "
     if fit == "pad":
         color = tuple(int(255 * c) for c in processor.image_mean)
         images = [pad_to_square(image, color) for image in images]
-    pixels = processor(images=images, return_tensors="np")["pixel_values"]
+    try:
+        pixels = processor(images=images, return_tensors="np")["pixel_values"]
+    except Exception as error:  # its checks of its own settings raise many kinds
+        raise InputError(f"{model.image_directory}: the image processor fails ({error}). Mend "
+                         "preprocessor_config.json.") from None
     side = model.config.vision.image_size
     if pixels.shape[1:] != (3, side, side):
         raise InputError(f"{model.image_directory}: the image processor gives {pixels.shape[1:]}, the tower takes "
@@ -66,11 +95,11 @@ def pixel_values(model: PretrainedModel, images: list[Image.Image], fit: str = "
     return pixels
 
 
-def image_features(model: PretrainedModel, samples: list[Sample], fit: str = "processor",
+def image_features(model: PretrainedModel, samples: list[Sample], data: DataConfig | None = None,
                    batch: int = 64, file: Path | None = None) -> np.ndarray | Rows:
     """H_v of each sample's image, [len(samples), N, D] in the model's dtype; zeros where a sample has none. With `file`
     they are written there."""
-    c = model.config
+    c, data = model.config, data or DataConfig()
     shape = len(samples), c.num_image_tokens, c.vision.feature_size
     dtype = jnp.dtype(model.module.dtype)
     out = np.zeros(shape, dtype) if file is None else RowsWriter(file, shape, dtype)
@@ -78,7 +107,7 @@ def image_features(model: PretrainedModel, samples: list[Sample], fit: str = "pr
     running: tuple[list[int], jax.Array] | None = None
     for start in range(0, len(shown), batch):
         rows = shown[start:start + batch]
-        pixels = pixel_values(model, [read_image(samples[i]) for i in rows], fit)
+        pixels = pixel_values(model, [read_image(samples[i], data.limits) for i in rows], data.image_fit)
         padded = np.zeros((batch, *pixels.shape[1:]), np.float32)  # one shape: one compilation
         padded[:len(rows)] = pixels
         computed = model.features(padded)  # runs while the next images are read

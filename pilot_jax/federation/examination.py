@@ -105,7 +105,7 @@ def base_prompts(fed: Federation, tokenizer: Any, count: int) -> Prompts:
 
     samples = pretraining_samples(count, fed.config.data.digits.seed)
     encoded = encode_prompts(fed.model, tokenizer, samples, fed.config.data)
-    return build_prompts(samples, encoded, image_features(fed.model, samples, fed.config.data.image_fit))
+    return build_prompts(samples, encoded, image_features(fed.model, samples, fed.config.data))
 
 
 def forgetting(feds: Sequence[Federation], tokenizer: Any, populations: Sequence[Population | None],

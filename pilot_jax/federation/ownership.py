@@ -21,7 +21,8 @@ BASE_SUBTREES = {"vision_tower": "vision_tower", "language_model": "decoder"}
 def count_tasks(config: Config) -> int:
     if config.data.path == "digits":
         return len(SCENARIOS[config.data.digits.scenario][0])
-    return len({s.task for s in read_samples(config.data.path, config.data.image_root, config.data.file_names)})
+    return len({s.task for s in read_samples(config.data.path, config.data.image_root, config.data.file_names,
+                                           config.data.limits)})
 
 
 def ownership_table(config: Config) -> list[dict[str, Any]]:

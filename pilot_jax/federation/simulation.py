@@ -35,6 +35,7 @@ from pilot_jax.federation.strategies import Strategy, make_strategy
 from pilot_jax.hosts import is_writer, to_host, wait
 from pilot_jax.interrupts import StopSignals
 from pilot_jax.metrics import CompileClock, MetricsFile
+from pilot_jax.models.config import read_json
 from pilot_jax.models.pretrained import load, load_from_parts
 from pilot_jax.run_folder import RunFolder
 from pilot_jax.snapshots import Snapshots
@@ -73,7 +74,8 @@ def load_samples(config: Config) -> list[Sample]:
         samples = list(scene_samples(scenario_clients(d.scenario, d.train, d.validation, d.test, d.heterogeneity,
                                                       d.clients_per_task), d.seed))
     else:
-        samples = read_samples(config.data.path, config.data.image_root, config.data.file_names)
+        samples = read_samples(config.data.path, config.data.image_root, config.data.file_names,
+                               config.data.limits)
     return partition(samples, config.data.partition, config.federation.clients, config.data.dirichlet_alpha,
                      config.system.seed)
 
@@ -258,6 +260,8 @@ def _run(fed: Federation, tokenizer: Any, folder: RunFolder | None, clock: Compi
             note(line)
         if found is not None:
             state, extra = found
+            if not {"data", "versions", "clocks", "metrics"} <= set(extra):
+                raise InputError(f"{folder.path}: its snapshots were not written by this version. Start another run.")
             if extra["data"] != data_sha256(fed):
                 raise InputError(f"data.path: {config.data.path} has other training samples than when the run in "
                                  f"{folder.path} began. Give the same data, or start another run.")
@@ -364,7 +368,7 @@ def restore(folder: str | Path) -> Run:
             raise InputError(f"{folder}: the run has not saved anything yet. Go on with it: run … --resume.")
         population = found[0].population
     summary_file = folder / "summary.json"
-    summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {}
+    summary = read_json(summary_file, "") if summary_file.is_file() else {}
     return Run(config, fed, tokenizer, population, summary)
 
 
@@ -376,7 +380,7 @@ def answer(run: Run, client: str, image: Path | None, prompt: str, settings: Eva
     turns = (("human", prompt if image is None else f"<image>\n{prompt}"), ("gpt", ""))
     sample = Sample("prompt", image, turns, one.task, one.name, "test", "--prompt" if image is None else str(image))
     prompts = build_prompts([sample], encode_prompts(fed.model, run.tokenizer, [sample], data),
-                            image_features(fed.model, [sample], data.image_fit))
+                            image_features(fed.model, [sample], data))
     settings = (settings or run.config.eval).model_copy(update={"batch_size": 1})
     voice = speaker(run.tokenizer, data.template, settings, seed)
     asked = examinee(fed, fed.model_of(index), run.state(client), prompts, one.task)

@@ -37,6 +37,18 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+MOST_PIXELS = 8192  # of an image's side, as a tower gets it
+
+
+def _check_sizes(raw: dict, file: Path) -> None:
+    """No size is so large that resizing to it would fill the memory."""
+    for key in ("size", "crop_size"):
+        sizes = raw.get(key, {})
+        for value in sizes.values() if isinstance(sizes, dict) else [sizes]:
+            if not isinstance(value, int) or not 0 < value <= MOST_PIXELS:
+                raise InputError(f"{file}: {key}: {value!r}, expected pixels, at most {MOST_PIXELS}. Mend the file.")
+
+
 def load_image_processor(directory: Path, family: str) -> Any:
     """The image processor, Pillow backend. `family` (clip | siglip) decides where the file does not name its class.
 
@@ -52,10 +64,17 @@ def load_image_processor(directory: Path, family: str) -> Any:
             continue
         raw = read_json(file, "")
         raw = raw.get("image_processor", raw)
+        if not isinstance(raw, dict):
+            raise InputError(f"{file}: image_processor: expected an object. Fetch the checkpoint again.")
         kind = raw.get("image_processor_type") or raw.get("feature_extractor_type")
-        kind = kind or {"clip": "CLIP", "siglip": "Siglip"}[family]
+        kind = str(kind or {"clip": "CLIP", "siglip": "Siglip"}[family])
+        _check_sizes(raw, file)
         for prefix, cls in kinds.items():
             if kind.startswith((f"{prefix}ImageProcessor", f"{prefix}FeatureExtractor")) or kind == prefix:
-                return cls.from_dict(raw)
+                try:
+                    return cls.from_dict(raw)
+                except Exception as error:  # its validators raise many kinds
+                    raise InputError(f"{file}: not an image processor's settings ({error}). Fetch the checkpoint "
+                                     "again.") from None
         raise InputError(f"{file}: image_processor_type: {kind!r} is not supported. CLIP's, SigLIP's and LLaVA's are.")
     raise InputError(f"{directory}: no preprocessor_config.json. Save the checkpoint's processor beside its weights.")
