@@ -261,8 +261,11 @@ def _read(path: Path, fingerprint: str) -> dict[str, Any] | None:
     """What an earlier call finished, if it was asked the same."""
     if not path.is_file():
         return None
-    done = json.loads(path.read_text(encoding="utf-8"))
-    return done if done.get("fingerprint") == fingerprint else None
+    try:
+        done = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):  # damaged: is done again
+        return None
+    return done if isinstance(done, dict) and done.get("fingerprint") == fingerprint else None
 
 
 TUNING_SEED = 1000  # added to the config's seeds: no seed that is compared is tuned on

@@ -64,7 +64,8 @@ class DigitsConfig(_Section):
 class LimitsConfig(_Section):
     """What data may ask of this machine: they are not trusted."""
 
-    image_pixels: int = Field(100_000_000, ge=1, description="of one image, before it is decoded")
+    image_pixels: int = Field(100_000_000, ge=1, le=178_956_970, description="of one image, before it is decoded; "
+                              "the bound is Pillow's own")
     file_bytes: int = Field(4_000_000_000, ge=1, description="of one JSON file, which is read at once; JSONL is not")
     text_characters: int = Field(1_000_000, ge=1, description="of one turn of a conversation")
     follow_links: bool = Field(False, description="whether links may lead out of the image root")

@@ -40,13 +40,12 @@ def read_image(sample: Sample, limits: LimitsConfig = LIMITS) -> Image.Image:
             warnings.simplefilter("ignore")  # Pillow's own limit, and what it finds odd in a file
             with Image.open(sample.image.open() if isinstance(sample.image, StoredImage) else sample.image,
                             formats=FORMATS) as image:
-                pixels = image.width * image.height
-                if pixels > limits.image_pixels:
-                    raise InputError(f"{sample.source}: image: {name} has {pixels} pixels, data.limits.image_pixels is "
-                                     f"{limits.image_pixels}. Shrink it or raise the limit.")
+                if image.width * image.height > limits.image_pixels:
+                    raise Image.DecompressionBombError
                 return _eight_bit(image).convert("RGB")
-    except InputError:
-        raise
+    except Image.DecompressionBombError:
+        raise InputError(f"{sample.source}: image: {name} has more pixels than data.limits.image_pixels, "
+                         f"{limits.image_pixels}. Shrink it or raise the limit.") from None
     except Exception as error:  # Pillow's decoders raise whatever their formats' parsers do
         why = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{sample.source}: image: {name} cannot be decoded ({why}). "

@@ -1,0 +1,113 @@
+"""Fuzzing of everything that is read from outside: `python tests/fuzz/fuzz.py TARGET SECONDS`, or `all`.
+
+Targets: config (YAML), llava (JSON), jsonl, image, safetensors, shapes (a checkpoint's config.json), manifest (a
+snapshot's). Anything but an InputError is a finding, and so is what takes over 20 s or 4 GB; the input then lies beside
+this file as `crash-…`. Seeds: corpus/<target>. Needs `pip install atheris` (Linux; not among the test extras).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TARGETS = ("config", "llava", "jsonl", "image", "safetensors", "shapes", "manifest")
+
+
+def target(name: str, folder: Path):
+    """A function of bytes that may raise InputError alone."""
+    import atheris
+
+    with atheris.instrument_imports(include=["pilot_jax.config", "pilot_jax.data", "pilot_jax.models.config",
+                                             "pilot_jax.models.loading", "pilot_jax.snapshots", "yaml", "json"]):
+        from pilot_jax import snapshots
+        from pilot_jax.config import load_config
+        from pilot_jax.data.images import read_image
+        from pilot_jax.data.llava import Entry, parse_sample, read_samples
+        from pilot_jax.errors import InputError
+        from pilot_jax.federation.federation import State
+        from pilot_jax.federation.population import ClientState
+        from pilot_jax.federation.roles import Roles
+        from pilot_jax.models import loading
+        from pilot_jax.models.config import read_vlm_config
+        from pilot_jax.models.pretrained import EMBEDDED, model_directory
+
+    logging.disable()
+    names = {"config": "c.yaml", "llava": "d.json", "jsonl": "d.jsonl", "image": "x.png",
+             "safetensors": "model.safetensors", "shapes": "config.json", "manifest": "manifest.json"}
+    file = folder / names[name]
+    if name == "manifest":
+        file = folder / "000001" / "manifest.json"
+        file.parent.mkdir()
+    shapes = read_vlm_config(model_directory(EMBEDDED))
+    turns = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]
+    entry = Entry("d.json[0]", {"image": "x.png", "conversations": turns}, "t", "c", "train")
+    nothing = State((ClientState({}), ClientState({})), {})
+
+    def signed(data: bytes) -> bytes:
+        """The manifest with a checksum that fits, as one who means harm would write it."""
+        try:
+            manifest = json.loads(data)
+        except (ValueError, RecursionError):
+            return data
+        if isinstance(manifest, dict):
+            manifest["sha256"] = snapshots._own_sha256(manifest)
+        return json.dumps(manifest).encode()
+
+    def read() -> None:
+        if name == "config":
+            load_config(file)
+        elif name in ("llava", "jsonl"):
+            read_samples(file)
+        elif name == "image":
+            read_image(parse_sample(entry, folder))
+        elif name == "safetensors":
+            tensors = loading.open_tensors(file)
+            for key in tensors.shapes():
+                tensors.read(key)
+            loading._check_names([loading.Source(file, loading.canonical_name)], shapes)
+        elif name == "shapes":
+            loading.pieces(read_vlm_config(folder))
+        else:
+            snapshots.Snapshots(folder, ["a", "b"], Roles(()), 2).load(nothing, None, lambda text: None, writing=False)
+
+    def one(data: bytes) -> None:
+        file.write_bytes(signed(data) if name == "manifest" else data)
+        with contextlib.suppress(InputError):
+            read()
+
+    return one
+
+
+def main() -> int:
+    name, seconds = sys.argv[1], int(sys.argv[2])
+    if name == "all":
+        return max(subprocess.run([sys.executable, __file__, t, str(seconds)]).returncode for t in TARGETS)
+    import atheris
+
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if memory.is_dir() else None))
+    grown = folder / "corpus"
+    grown.mkdir()
+    found = folder / "in"
+    found.mkdir()
+    atheris.Setup([__file__, str(grown), str(HERE / "corpus" / name), f"-max_total_time={seconds}", "-timeout=20",
+                   "-rss_limit_mb=4096", "-max_len=20000", f"-artifact_prefix={HERE}/", "-print_final_stats=1",
+                   "-verbosity=0"], target(name, found))
+    try:
+        atheris.Fuzz()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

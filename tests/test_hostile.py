@@ -1,0 +1,369 @@
+"""Config, data, images, checkpoints and run directories that mean harm, or are merely broken: one message that names
+the culprit, exit code 2, no traceback, nothing written. More of them in test_cli.py and test_own_data.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import small_config, write_checkpoint
+from PIL import Image
+from test_cli import QUICK, sample, with_image, write
+
+from pilot_jax.config import LimitsConfig
+from pilot_jax.data.images import read_image
+from pilot_jax.data.llava import Entry, parse_sample
+from pilot_jax.federation import simulation
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(call, folder, args, wanted):
+    before = sorted(p.name for p in folder.iterdir())
+    code, out, err = call(*args)
+    assert code == 2, (out, err)
+    for text in wanted:
+        assert text in err, err
+    assert "Traceback" not in err and "Error: " in err
+    assert not any(ord(c) < 32 and c != "\n" for c in err), "control characters reach the terminal"
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(20))
+CONFIG = {
+    "laughs": (LAUGHS, ["unknown key"]),
+    "laughs as a value": (LAUGHS.replace("\n", "\n") + "federation: {rounds: *f}\n", ["federation.rounds", "valid integer"]),
+    "deep": ("[" * 100_000, ["not valid YAML"]),
+    "deep mapping": ("{a: " * 5_000, ["not valid YAML"]),
+    "a list": ("[1, 2]", ["mapping of sections, this is a list"]),
+    "a text": ("hello", ["mapping of sections, this is a str"]),
+    "code": ("!!python/object/apply:os.system ['touch pwned']", ["not valid YAML", "python/object"]),
+    "not UTF-8": (b"\xff\xfe\x00", ["not valid YAML"]),
+    "a date that is none": ("train: {lr_connector: 2026-99-99}", ["not valid YAML"]),
+    "enormous": (b"# " + b"x" * 2_000_000, ["are no config"]),
+    "infinite rate": ("train: {lr_connector: .inf}", ["train.lr_connector", "finite"]),
+    "no number": ("train: {lr_lora_stage1: .nan}", ["train.lr_lora_stage1"]),
+    "a year of rounds": ("federation: {rounds: 1000000000000}", ["federation.rounds", "less than or equal"]),
+    "a section that is a number": ("train: 3", ["train", "valid dictionary"]),
+    "keys that are no texts": ("1: 2", ["c.yaml: 1", "strings"]),
+    "control characters": ("\"tr\\e[31main\": {}", ["unknown key"]),
+    "NUL in a path": ("data: {path: \"a\\0b\"}", ["data.path"]),
+    "negative mesh": ("system: {mesh: {fsdp: -1}}", ["system.mesh.fsdp", "greater than or equal to 1"]),
+    "half a privacy": ("federation: {privacy: {epsilon: 1}}", ["federation.privacy", "clip"]),
+    "template injection": ("data: {template: '{{ 7 * 7 }}'}", ["data.template", "not known"]),
+}
+
+
+@pytest.mark.parametrize("name", CONFIG)
+def test_config(call, tmp_path, name):
+    content, wanted = CONFIG[name]
+    (tmp_path / "c.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(call, tmp_path, ["run", tmp_path / "c.yaml", "--out", tmp_path / "out"], wanted)
+    assert not (tmp_path / "pwned").exists()
+
+
+def turns(human="q", gpt="a"):
+    return [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
+
+
+DATA = {
+    "deep": ("[" * 200_000, ["not valid JSON"]),
+    "deep sample": ('[{"conversations": ' + "[" * 50_000 + "]" * 50_000 + "}]", ["d.json"]),
+    "huge number": ("[" + "9" * 100_000 + "]", ["d.json"]),
+    "an object": ("{}", ["JSON list of samples, this is a dict"]),
+    "not UTF-8": (b"[\"\xff\"]", ["cannot be read"]),
+    "half a character": ('[{"client": "c", "task": "t", "conversations": [{"from": "human", "value": "\\ud800"}, '
+                         '{"from": "gpt", "value": "a"}]}]', ["d.json[0]", "conversations[0]", "lone surrogate"]),
+    "half a character in an answer": ('[{"client": "c", "task": "t", "answers": ["\\udfff"], "conversations": [{"from": '
+                                      '"human", "value": "q"}, {"from": "gpt", "value": "a"}]}]',
+                                      ["d.json[0]", "answers", "lone surrogate"]),
+    "a number as a text": ([sample(conversations=turns(human=3))], ["conversations[0]", "text value"]),
+    "nested roles": ([sample(conversations=[{"from": [[[["x"] * 99] * 99]], "value": "q"}])], ["conversations[0].from"]),
+    "no turns": ([sample(conversations=[])], ["non-empty list"]),
+    "a list of lists": ([[1]], ["expected an object"]),
+    "escape in a client's name": ([sample(client="\x1b]0;owned\x07")], ["client", "control characters"]),
+    "newline in a task's name": ([sample(task="a\nb")], ["task", "control characters"]),
+    "right-to-left override": ([sample(client="gnp.\u202ecod")], ["client", "control characters"]),
+    "half a character in a name": ([sample(client="\ud800")], ["client", "control characters"]),
+    "a name no folder can have": ([sample(client="é" * 200)], ["client", "more than 80 bytes"]),
+    "a name that is a list": ([sample(client=["c"])], ["client", "must be a text"]),
+    "an id that is an object": ([sample(id={"a": 1})], ["id", "text or a number"]),
+    "a split that is a list": ([sample(split=["train"])], ["split"]),
+    "answers that are numbers": ([sample(answers=[1])], ["answers", "list of texts"]),
+    "absolute image": ([with_image("/etc/passwd")], ["image", "inside data.image_root"]),
+    "image above": ([with_image("a/../../x.png")], ["image", "inside data.image_root"]),
+    "image with NUL": ([with_image("a\0.png")], ["image"]),
+    "image of a name too long": ([with_image("a" * 5000)], ["image"]),
+    "image is a folder": ([with_image("folder")], ["does not exist"]),
+    "link out": ([with_image("link.png")], ["link out of data.image_root", "follow_links"]),
+    "link in a circle": ([with_image("circle.png")], ["image"]),
+    "folder link out": ([with_image("away/x.png")], ["link out of data.image_root"]),
+    "text too long": ([sample(conversations=turns("x" * 2_000_000))], ["2000000 characters", "text_characters"]),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data(call, tmp_path, name):
+    folder = tmp_path / "in"
+    (folder / "folder").mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "outside" / "x.png")
+    (folder / "link.png").symlink_to(tmp_path / "outside" / "x.png")
+    (folder / "circle.png").symlink_to(folder / "circle.png")
+    (folder / "away").symlink_to(tmp_path / "outside")
+    content, wanted = DATA[name]
+    if isinstance(content, bytes):
+        (folder / "d.json").write_bytes(content)
+    else:
+        write(folder, "d.json", content)
+    args = ["run", QUICK, "--set", f"data.path={folder / 'd.json'}", "--set", f"data.image_root={folder}", "--out",
+            tmp_path / "out"]
+    refused(call, tmp_path, args, wanted)
+    code, _, err = call("data", "check", folder / "d.json", "--image-root", folder)
+    assert code == 2 and "Traceback" not in err and "Error: " in err
+
+
+def test_links_may_lead_out_if_asked(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "x.png").symlink_to(tmp_path / "y.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "y.png")
+    entry = Entry("d.json[0]", with_image("x.png"), "t", "c", "train")
+    assert parse_sample(entry, tmp_path / "root", LimitsConfig(follow_links=True)).image.is_file()
+    # The root itself may be a link.
+    (tmp_path / "linked").symlink_to(tmp_path)
+    entry = Entry("d.json[0]", with_image("y.png"), "t", "c", "train")
+    assert parse_sample(entry, tmp_path / "linked").image.is_file()
+
+
+def test_sizes_of_files(call, tmp_path):
+    write(tmp_path, "d.json", [sample()])
+    refused(call, tmp_path, ["run", QUICK, "--set", f"data.path={tmp_path / 'd.json'}", "--set",
+                             "data.limits.file_bytes=10"], ["d.json", "data.limits.file_bytes is 10", "JSONL"])
+    write(tmp_path, "e.jsonl", json.dumps(sample()) + "\n" + "x" * 2000)
+    refused(call, tmp_path, ["run", QUICK, "--set", f"data.path={tmp_path / 'e.jsonl'}", "--set",
+                             "data.limits.text_characters=10"], ["e.jsonl:2", "data.limits.text_characters"])
+
+
+def png(width, height):
+    """A PNG of any claimed size, with next to nothing in it."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b""))
+
+
+def encoded(tmp_path, image, suffix, **options):
+    image.save(tmp_path / f"tmp{suffix}", **options)
+    content = (tmp_path / f"tmp{suffix}").read_bytes()
+    (tmp_path / f"tmp{suffix}").unlink()
+    return content
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+IMAGES = {
+    "empty": lambda d: (b"", ["cannot be decoded"]),
+    "a text": lambda d: (b"hello", ["cannot be decoded"]),
+    "bomb": lambda d: (png(30_000, 30_000), ["more pixels than data.limits.image_pixels"]),
+    "larger bomb": lambda d: (png(2**31 - 1, 2**31 - 1), ["more pixels than data.limits.image_pixels"]),
+    "no pixels": lambda d: (png(0, 0), ["cannot be decoded"]),
+    "claims more than it has": lambda d: (png(500, 500), ["cannot be decoded"]),
+    "truncated PNG": lambda d: (encoded(d, NOISE, ".png")[:300], ["cannot be decoded"]),
+    "truncated JPEG": lambda d: (encoded(d, NOISE, ".jpg")[:400], ["cannot be decoded"]),
+    "truncated GIF": lambda d: (encoded(d, NOISE, ".gif")[:200], ["cannot be decoded"]),
+    "PostScript": lambda d: (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n", ["cannot be decoded"]),
+    "SVG": lambda d: (b"<svg xmlns='http://www.w3.org/2000/svg'/>", ["cannot be decoded"]),
+    "floats": lambda d: (encoded(d, Image.fromarray(np.ones((8, 8), np.float32)), ".tiff"), ["floating-point pixels"]),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images(call, tmp_path, name):
+    content, wanted = IMAGES[name](tmp_path)
+    (tmp_path / "x.png").write_bytes(content)
+    write(tmp_path, "d.json", [with_image("x.png")])
+    refused(call, tmp_path, ["run", QUICK, "--set", f"data.path={tmp_path / 'd.json'}", "--out", tmp_path / "out"],
+            ["d.json[0]", *wanted])
+    code, _, err = call("data", "check", tmp_path / "d.json")
+    assert code == 2 and wanted[0] in err
+
+
+def read(path):
+    return np.asarray(read_image(parse_sample(Entry("x", with_image(path.name), "t", "c", "train"), path.parent)))
+
+
+def test_unusual_images_are_read_for_what_they_show(tmp_path):
+    """Greys of 16 bits are scaled, not cut off at white; of an animation the first frame; CMYK, palettes, alpha."""
+    ramp = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    Image.fromarray(ramp).save(tmp_path / "grey.png")
+    assert (read(tmp_path / "grey.png")[..., 0] == ramp >> 8).all()
+    Image.fromarray(ramp).save(tmp_path / "grey.tiff")
+    assert (read(tmp_path / "grey.tiff")[..., 1] == ramp >> 8).all()
+    red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
+    red.save(tmp_path / "two.gif", save_all=True, append_images=[blue])
+    assert (read(tmp_path / "two.gif") == [255, 0, 0]).all()
+    red.save(tmp_path / "two.webp", save_all=True, append_images=[blue], lossless=True)
+    assert (read(tmp_path / "two.webp") == [255, 0, 0]).all()
+    red.convert("CMYK").save(tmp_path / "four.jpg")
+    assert np.abs(read(tmp_path / "four.jpg").astype(int) - [255, 0, 0]).max() < 8
+    for mode in ("1", "L", "LA", "P", "RGBA"):
+        red.convert(mode).save(tmp_path / f"{mode}.png")
+        assert read(tmp_path / f"{mode}.png").shape == (8, 8, 3)
+    Image.new("RGB", (1, 4000)).save(tmp_path / "thin.png")
+    assert read(tmp_path / "thin.png").shape == (4000, 1, 3)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile") / "llava"
+    write_checkpoint(folder)
+    return folder
+
+
+def changed(file, *path, value):
+    raw = json.loads(file.read_text())
+    node = raw
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    file.write_text(json.dumps(raw))
+
+
+def lying(header: dict, size: int | None = None, body: bytes = b"\0" * 64) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if size is None else size) + text + body
+
+
+def spoil(tensor):
+    """One NaN in one tensor of the weights."""
+    def do(folder):
+        from safetensors.numpy import load_file, save_file
+
+        weights = load_file(folder / "model.safetensors")
+        key = next(k for k in weights if tensor in k)
+        weights[key] = weights[key].copy()
+        weights[key].flat[3] = np.nan
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    return do
+
+
+ONE = {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}
+CHECKPOINTS = {
+    "header beyond the file": (lambda f: (f / "model.safetensors").write_bytes(lying({"a": ONE}, size=2**40)), ["model.safetensors", "not a readable"]),
+    "header longer than it is": (lambda f: (f / "model.safetensors").write_bytes(lying({"a": ONE}, size=60)), ["model.safetensors", "not a readable"]),
+    "offsets beyond the file": (lambda f: (f / "model.safetensors").write_bytes(lying({"a": ONE | {"data_offsets": [0, 2**50]}})), ["model.safetensors", "not a readable"]),
+    "offsets backwards": (lambda f: (f / "model.safetensors").write_bytes(lying({"a": ONE | {"data_offsets": [64, 0]}})), ["model.safetensors", "not a readable"]),
+    "shape and bytes differ": (lambda f: (f / "model.safetensors").write_bytes(lying({"a": ONE | {"shape": [9, 9]}})), ["model.safetensors", "not a readable"]),
+    "shape overflows": (lambda f: (f / "model.safetensors").write_bytes(lying({"a": ONE | {"shape": [2**40, 2**40]}})), ["model.safetensors", "not a readable"]),
+    "no such dtype": (lambda f: (f / "model.safetensors").write_bytes(lying({"a": ONE | {"dtype": "PICKLE"}})), ["model.safetensors", "not a readable"]),
+    "header is no JSON": (lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 5) + b"hello"), ["model.safetensors", "not a readable"]),
+    "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), ["model.safetensors", "not a readable"]),
+    "another model's tensors": (lambda f: (f / "model.safetensors").write_bytes(lying({"a": ONE})), ["tensors are missing"]),
+    "pickled weights": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), ["Pickled weights are not read"]),
+    "NaN in the tower": (spoil("fc1"), ["holds NaN or Inf"]),
+    "NaN in the language model": (spoil("down_proj"), ["holds NaN or Inf"]),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), ["config.json", "JSON object"]),
+    "config is deep": (lambda f: (f / "config.json").write_text("[" * 100_000), ["config.json", "not valid JSON"]),
+    "a billion layers": (lambda f: changed(f / "config.json", "text_config", "num_hidden_layers", value=10**9), ["text_config.num_hidden_layers", "1 to 1000"]),
+    "a million million wide": (lambda f: changed(f / "config.json", "text_config", "intermediate_size", value=10**12), ["text_config.intermediate_size"]),
+    "no layers": (lambda f: changed(f / "config.json", "vision_config", "num_hidden_layers", value=0), ["vision_config.num_hidden_layers"]),
+    "half a head": (lambda f: changed(f / "config.json", "text_config", "num_attention_heads", value=0), ["config.json"]),
+    "more groups than heads": (lambda f: changed(f / "config.json", "text_config", "num_key_value_heads", value=3), ["num_key_value_heads"]),
+    "patch larger than the image": (lambda f: changed(f / "config.json", "vision_config", "patch_size", value=999), ["config.json", "patch_size"]),
+    "epsilon": (lambda f: changed(f / "config.json", "text_config", "rms_norm_eps", value="x"), ["config.json"]),
+    "layer far away": (lambda f: changed(f / "config.json", "vision_feature_layer", value=-99), ["vision_feature_layer"]),
+    "rope": (lambda f: changed(f / "config.json", "text_config", "rope_parameters", value={"rope_type": "linear", "factor": "x", "rope_theta": 1e4}), ["config.json"]),
+    "image token": (lambda f: changed(f / "config.json", "image_token_index", value=-4), ["image_token_index"]),
+    "tokenizer is no JSON": (lambda f: (f / "tokenizer.json").write_text("{"), ["tokenizer cannot be loaded"]),
+    "processor of terabytes": (lambda f: changed(f / "preprocessor_config.json", "size", value={"shortest_edge": 10**6}), ["preprocessor_config.json", "at most 8192"]),
+    "processor is a list": (lambda f: (f / "preprocessor_config.json").write_text("[]"), ["preprocessor_config.json", "JSON object"]),
+    "processor of another size": (lambda f: changed(f / "preprocessor_config.json", "crop_size", value={"height": 32, "width": 32}), ["the image processor gives"]),
+    "processor of nothing": (lambda f: changed(f / "preprocessor_config.json", "image_mean", value=[1]), ["image processor"]),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoints(call, checkpoint, tmp_path, name):
+    folder = tmp_path / "llava"
+    shutil.copytree(checkpoint, folder)
+    damage, wanted = CHECKPOINTS[name]
+    damage(folder)
+    Image.new("RGB", (20, 20)).save(tmp_path / "x.png")
+    write(tmp_path, "d.json", [with_image("x.png")])
+    refused(call, tmp_path, ["run", QUICK, "--set", f"model.path={folder}", "--set", f"data.path={tmp_path / 'd.json'}",
+                             "--set", "data.template=vicuna_v1", "--out", tmp_path / "out"], wanted)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    simulation.simulate(small_config(federation={"local_steps": 1}), out=folder)
+    return folder
+
+
+def largest(folder: Path) -> Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+RUNS = {
+    "no config": (lambda f: (f / "config.yaml").unlink(), ["not a run directory"]),
+    "config is code": (lambda f: (f / "config.yaml").write_text("!!python/object/apply:os.system ['x']"), ["not valid YAML"]),
+    "no checkpoints": (lambda f: shutil.rmtree(f / "checkpoints"), ["not a run directory"]),
+    "index is a list": (lambda f: (f / "checkpoints" / "population.json").write_text("[]"), ["population.json", "damaged"]),
+    "index is torn": (lambda f: (f / "checkpoints" / "population.json").write_text('{"ocr_0": {'), ["population.json", "damaged"]),
+    "index without stages": (lambda f: (f / "checkpoints" / "population.json").write_text('{"ocr_0": {}}'), ["population.json", "damaged"]),
+    "other clients": (lambda f: (f / "checkpoints" / "population.json").write_text('{"x": {"stage": "none", "rounds": 0}}'), ["is not in this run"]),
+    "server gone": (lambda f: shutil.rmtree(f / "checkpoints" / "server"), ["no such checkpoint"]),
+    "a client gone": (lambda f: shutil.rmtree(f / "checkpoints" / "clients" / "ocr_1"), ["ocr_1", "no such checkpoint"]),
+    "a client is a file": (lambda f: (shutil.rmtree(f / "checkpoints" / "clients" / "ocr_1"), (f / "checkpoints" / "clients" / "ocr_1").write_text("")), ["ocr_1"]),
+    "a client is another": (lambda f: (shutil.rmtree(f / "checkpoints" / "clients" / "ocr_1"), shutil.copytree(f / "checkpoints" / "server", f / "checkpoints" / "clients" / "ocr_1")), ["ocr_1"]),
+    "arrays cut off": (lambda f: os.truncate(largest(f / "checkpoints" / "clients" / "ocr_1"), 100), ["ocr_1"]),
+    "rank of another config": (lambda f: (f / "config.yaml").write_text((f / "config.yaml").read_text().replace("rank: 4", "rank: 2")), ["Was it written by another config?"]),
+    "summary is torn": (lambda f: (f / "summary.json").write_text("{"), ["summary.json", "not valid JSON"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves its event loop open
+@pytest.mark.parametrize("name", RUNS)
+def test_run_directories(call, finished, tmp_path, name):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    damage, wanted = RUNS[name]
+    damage(folder)
+    refused(call, tmp_path, ["evaluate", folder], wanted)
+
+
+def test_names_that_are_markup_are_shown_as_they_are(call, tmp_path):
+    """Rich would take "[/x]" for a tag, and fail."""
+    entries = [sample(id=f"{c}{i}", client=f"[/{c}]", task="[bold]|t", split=s)
+               for c in "xy" for i, s in enumerate(("train", "train", "test"))]
+    write(tmp_path, "d.json", entries)
+    sets = [x for pair in ("federation.rounds=1", "federation.local_steps=1", "eval.max_new_tokens=2",
+                           f"data.path={tmp_path / 'd.json'}", "train.batch_size=2") for x in ("--set", pair)]
+    code, out, err = call("run", QUICK, *sets, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert "[/x]" in out and "[bold]|t" in out
+    code, out, _ = call("evaluate", tmp_path / "run", "--matrix")
+    assert code == 0 and "[/x]" in out
+    code, out, _ = call("export", tmp_path / "run", "--client", "[/x]", "--out", tmp_path / "adapter")
+    assert code == 0
+
+
+def test_nothing_is_unpickled():
+    """No pickle, no `allow_pickle`, no torch.load that runs code."""
+    root = Path(simulation.__file__).parent.parent
+    source = {p: p.read_text(encoding="utf-8") for p in root.rglob("*.py")}
+    assert not [p for p, text in source.items() if "import pickle" in text or "allow_pickle" in text]
+    assert all("weights_only=True" in text for text in source.values() if "torch.load" in text)
+    assert not [p for p, text in source.items() if "trust_remote_code" in text or "exec(" in text]
