@@ -238,12 +238,13 @@ def kill_and_resume(tmp_path, kinds: list[str]) -> None:
     config.write_text(small_config(**SECTIONS).to_yaml())
     plain = start(config, tmp_path / "plain", "never", 0, cache)
     assert plain.returncode == 0, plain.stderr[-2000:]
-    kills, number = 0, 0
+    kills, runs, starts = 0, 0, 0
     while kills < len(kinds):
-        folder = tmp_path / f"run-{number}"
-        number += 1
-        for _ in range(100):
-            done = start(config, folder, kinds[kills] if kills < len(kinds) else "never", kills, cache)
+        folder = tmp_path / f"run-{runs}"
+        runs += 1
+        while True:
+            starts += 1  # as the seed: a moment that a run does not come to is another one the next time
+            done = start(config, folder, kinds[kills] if kills < len(kinds) else "never", starts, cache)
             if done.returncode == 0:
                 break
             assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
