@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -29,7 +30,10 @@ def write_arrays(path: Path, tree: dict[str, Any]) -> None:
     """
     import orbax.checkpoint as ocp
 
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # errors come as exceptions too
+    needed, free = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree)), shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free", str(path))
     # Orbax renames a finished temporary folder into place; the old checkpoint goes only when that has happened.
     aside = path.with_name(path.name + ".old")
     if aside.exists():
@@ -58,7 +62,7 @@ def read_arrays(path: Path) -> dict[str, Any]:
     """
     import orbax.checkpoint as ocp
 
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     if not path.is_dir():
         raise InputError(f"{path}: no such checkpoint. The run has not been saved yet, or is not a run directory.")
     with ocp.PyTreeCheckpointer() as checkpointer:

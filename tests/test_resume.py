@@ -286,3 +286,41 @@ def test_the_command_says_how_to_go_on(tmp_path):
     assert "Traceback" not in err and f"pilot-jax run {folder / 'config.yaml'} --out {folder} --resume" in err
     assert "stopping after the clients" in out
     assert list((folder / "checkpoints" / "resume").iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves its event loop open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_leaves_what_was_saved(undisturbed, tmp_path, call):
+    """No file may grow beyond 50 kB from the second snapshot on: a message, exit code 1; with room again, the run goes
+    on from the first."""
+    import resource
+
+    config, folder = tmp_path / "config.yaml", tmp_path / "run"
+    config.write_text(small_config(**SECTIONS).to_yaml())
+    before, real = resource.getrlimit(resource.RLIMIT_FSIZE), snapshots.Snapshots.save
+
+    def save(self, *args):
+        if self._last == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+        return real(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshots.Snapshots, "save", save)
+        try:
+            code, _, err = call("run", config, "--out", folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 1 and "cannot be written" in err and "Traceback" not in err
+    assert f"To go on: pilot-jax run {folder / 'config.yaml'} --out {folder} --resume" in err
+    assert (folder / "checkpoints" / "resume" / "000001" / "manifest.json").is_file()
+    code, out, err = call("run", folder / "config.yaml", "--out", folder, "--resume")
+    assert code == 0, err
+    assert "going on in round 1" in out
+    # The command may have found more devices than the fixture; both runs are of this process.
+    same_run(undisturbed[0], folder)
+    code, out, _ = call("run", folder / "config.yaml", "--out", folder, "--resume")
+    assert code == 0 and "Score on held-out data" in out  # has ended: its results again
+    code, _, err = call("run", config, "--out", "/proc/nothing/here")
+    assert code == 2 and "cannot be made" in err
+    code, _, err = call("run", config, "--resume")
+    assert code == 2 and "Give its folder as --out" in err

@@ -1,0 +1,61 @@
+"""A little of tests/fuzz/ in every test run: objects made of the right keys and wrong values."""
+
+from __future__ import annotations
+
+import json
+
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pilot_jax.config import Config, _known_keys, parse_config
+from pilot_jax.data.llava import read_samples
+from pilot_jax.errors import InputError
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+    | st.sampled_from(["<image>", "human", "gpt", "train", "../x", "/x", "x.png", "a\0", "\ud800", "\x1b[1m"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
+        st.sampled_from(["from", "value", "image", "conversations", "task", "client", "split", "id", "answers"]), inner,
+        max_size=5), max_leaves=12)
+QUIET = settings(max_examples=300, deadline=None, derandomize=True,
+                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+TURNS = st.lists(st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt"]) | ANYTHING, "value": ANYTHING}),
+                 max_size=4)
+
+
+@QUIET
+@given(entries=st.lists(st.fixed_dictionaries({}, optional={
+    "conversations": TURNS | ANYTHING, "image": ANYTHING, "task": ANYTHING, "client": ANYTHING, "split": ANYTHING,
+    "id": ANYTHING, "answers": ANYTHING}) | ANYTHING, max_size=3))
+def test_samples(tmp_path, entries):
+    file = tmp_path / "d.json"
+    file.write_text(json.dumps(entries), encoding="utf-8")
+    try:
+        samples = read_samples(file)
+    except InputError as error:
+        assert str(error).startswith((f"{file}", "data."))  # names the culprit
+        return
+    assert len(samples) == len(entries)
+    for sample in samples:
+        assert sample.turns[-1][0] == "gpt" and (sample.client + sample.task).isprintable()
+
+
+@QUIET
+@given(st.lists(st.tuples(st.sampled_from(_known_keys(Config)), ANYTHING), max_size=4))
+def test_configs(pairs):
+    raw: dict = {}
+    for key, value in pairs:
+        node = raw
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                return
+        node[leaf] = value
+    try:
+        config = parse_config(raw)
+    except InputError as error:
+        assert len(str(error)) < 20_000
+        return
+    assert parse_config(yaml.safe_load(config.to_yaml())) == config  # what is written is what is read
