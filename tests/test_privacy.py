@@ -22,12 +22,15 @@ def delta_of(epsilon: float, mu: float) -> float:
 
 @pytest.mark.parametrize(("z", "uploads"), [(1.0, 1), (4.0, 4), (20.0, 16), (0.7, 2)])
 def test_epsilon_is_the_accountants_and_the_closed_form(z, uploads):
-    """n Gaussian releases are one with deviation z/√n: exact, where an accountant bounds from above."""
+    """Against the closed form, and two accountants that compose release by release (the second only bounds)."""
     import dp_accounting
 
     got = privacy.epsilon(z, uploads, 1e-5)
     assert delta_of(got, math.sqrt(uploads) / z) <= 1e-5 * 1.001  # promises no more than is true
     assert delta_of(0.99 * got, math.sqrt(uploads) / z) > 1e-5  # nor 1 % less
+    pld = dp_accounting.pld.PLDAccountant()
+    pld.compose(dp_accounting.GaussianDpEvent(z), uploads)
+    assert abs(pld.get_epsilon(1e-5) / got - 1) < 1e-3
     rdp = dp_accounting.rdp.RdpAccountant()
     rdp.compose(dp_accounting.GaussianDpEvent(z), uploads)
     assert got <= rdp.get_epsilon(1e-5) <= 1.5 * got
@@ -37,7 +40,7 @@ def test_epsilon_is_the_accountants_and_the_closed_form(z, uploads):
 @pytest.mark.parametrize("target", [1.0, 4.0, 8.0])
 def test_noise_for_an_epsilon(target):
     z = privacy.multiplier(PrivacyConfig(clip=1, epsilon=target), 4)
-    assert 0.99 * target <= privacy.epsilon(z, 4, 1e-5) <= target
+    assert 0.999 * target <= privacy.epsilon(z, 4, 1e-5) <= 1.001 * target
     assert privacy.multiplier(PrivacyConfig(clip=1, noise_multiplier=3), 4) == 3
 
 
@@ -89,7 +92,7 @@ def test_a_run_prints_epsilon_and_repeats():
     run, again = simulation.simulate(config), simulation.simulate(config)
     assert run.summary["adapters_sha256"] == again.summary["adapters_sha256"]
     spent = [r["epsilon"] for r in run.records if "epsilon" in r]
-    assert len(spent) == 3 and spent == sorted(spent) and 7.9 < spent[-1] <= 8.0
+    assert len(spent) == 3 and spent == sorted(spent) and abs(spent[-1] - 8) < 1e-3
     assert run.summary["epsilon"] == spent[-1]
     assert simulation.simulate(small_config()).summary["epsilon"] is None
 

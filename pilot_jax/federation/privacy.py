@@ -9,7 +9,7 @@ upload (distances, mixing, what others receive) is computed from noised values a
 
 from __future__ import annotations
 
-import functools
+import math
 from typing import Any
 
 import jax
@@ -27,32 +27,20 @@ def _accounting() -> Any:
     return dp_accounting
 
 
-@functools.cache
 def epsilon(noise_multiplier: float, uploads: int, delta: float) -> float:
-    """ε of `uploads` releases with noise of `noise_multiplier` (z) times the sensitivity, by the privacy loss
-    distribution.
+    """ε of `uploads` releases with noise of `noise_multiplier` (z) times the sensitivity. n Gaussian releases are one
+    with noise z/√n, whose ε is exact (Balle and Wang, ICML 2018).
 
     Raises:
         InputError: dp-accounting is not installed.
     """
     accounting = _accounting()
-    if uploads == 0:
-        return 0.0
-    accountant = accounting.pld.PLDAccountant()
-    accountant.compose(accounting.GaussianDpEvent(noise_multiplier), uploads)
-    return float(accountant.get_epsilon(delta))
+    return float(accounting.get_epsilon_gaussian(noise_multiplier / math.sqrt(uploads), delta)) if uploads else 0.0
 
 
-@functools.cache
 def noise_multiplier(target: float, uploads: int, delta: float) -> float:
-    """The smallest z (to 0.1 %) with which `uploads` releases cost at most `target` ε."""
-    low, high = 1e-3, 1.0
-    while epsilon(high, uploads, delta) > target:
-        low, high = high, 2 * high
-    while high / low > 1.001:
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if epsilon(middle, uploads, delta) > target else (low, middle)
-    return high
+    """z with which `uploads` releases cost `target` ε."""
+    return float(_accounting().get_sigma_gaussian(target, delta)) * math.sqrt(uploads)
 
 
 def multiplier(privacy: PrivacyConfig, uploads: int) -> float:
