@@ -40,6 +40,9 @@ def client_devices(wanted: int | None, base: Mapping[str, Any]) -> int:
     return there if jax.default_backend() == "cpu" and small else 1
 
 
+Tamper = Callable[[str, int, dict, dict], dict]  # (client, round, upload, what it began with) -> upload
+
+
 @dataclasses.dataclass(frozen=True)
 class Federation:
     """What does not change during a run."""
@@ -52,7 +55,7 @@ class Federation:
     pool_of: tuple[ClientData, ...] = ()  # the clients whose data the one client has, where a strategy pools them
     store: Store | None = None  # where clients' adapters and data are, if not in memory
     most_uploads: int = 0  # of one client in the whole run, if none is refused
-    tamper: Callable[[str, int, dict], dict] | None = None  # (client, round, upload) -> upload: simulated attackers
+    tamper: Tamper | None = None  # what simulated attackers do
 
     @functools.cached_property
     def training(self) -> tuple[jax.sharding.Mesh | None, dict[str, Any]]:

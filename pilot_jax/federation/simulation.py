@@ -26,7 +26,7 @@ from pilot_jax.errors import InputError, Interrupted
 from pilot_jax.evaluation.evaluate import answers, speaker
 from pilot_jax.evaluation.scores import check_metrics
 from pilot_jax.federation.examination import evaluate, examinee, mean_score, score_by_task
-from pilot_jax.federation.federation import Federation, State
+from pilot_jax.federation.federation import Federation, State, Tamper
 from pilot_jax.federation.population import ClientState, Population, prune
 from pilot_jax.federation.privacy import epsilon
 from pilot_jax.federation.rounds import cohort, members_of, most_uploads, run_round
@@ -201,7 +201,7 @@ def _summary(fed: Federation, state: State, tokenizer: Any, clocks: Clocks) -> d
 
 
 def simulate(config: Config, *, out: str | Path | None = None, resume: bool = False, strategy: Strategy | None = None,
-             tamper: Callable[[str, int, dict], dict] | None = None,
+             tamper: Tamper | None = None,
              progress: Callable[[Federation], Callable[[dict], None]] | None = None) -> Run:
     """Run a federation.
 
@@ -209,7 +209,8 @@ def simulate(config: Config, *, out: str | Path | None = None, resume: bool = Fa
         out: the run directory, which must not exist or be empty; None writes nothing.
         resume: whether to go on with the run that is in `out`; if none is, this is its start.
         strategy: an object of your own instead of `config.strategy.name`.
-        tamper: (client, round, upload) -> upload, what simulated attackers make of theirs.
+        tamper: (client, round, upload, start) -> upload: what simulated attackers make of theirs; `start` is the same
+            subtrees at the start of the phase.
         progress: makes, from the federation, a function that is called with progress events.
 
     Raises:

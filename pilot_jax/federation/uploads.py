@@ -27,7 +27,7 @@ def sent(fed: Federation, client: int, round_: int, label: str, before: Mapping[
         rng = client_generator(fed.config.system.seed, name, round_, f"{label} noise")
         upload = noised(upload, start, privacy.clip, 2 * fed.noise_multiplier * privacy.clip, rng)
     if fed.tamper is not None:
-        upload = fed.tamper(name, round_, upload)
+        upload = fed.tamper(name, round_, upload, start)
     fault = misfit(upload, start) or fault or not_finite(upload)
     told = {"fault": fault} if fault else {"update_norm": change(upload, start)}
     return {**after, **upload}, told
