@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,33 @@ def test_processes_give_what_one_gives(tmp_path):
             assert run.summary[key] == alone.summary[key], key
         lines = [(folder / "metrics.jsonl").read_text().count("\n") for folder in (one, folder)]
         assert lines[0] == lines[1] > 18
+    interrupted_on_a_mesh(config, tmp_path / "interrupted", one, alone)
+
+
+def interrupted_on_a_mesh(config, folder, one, alone):
+    """SIGTERM to both of two processes after their first phase: they agree on where to stop; the writer saves; one
+    process on one device goes on to what it would have reached alone."""
+    port = free_port()
+    both = [command(config, folder, "--set", "system.mesh.clients=2", "--coordinator", f"127.0.0.1:{port}",
+                    "--num-processes", 2, "--process-id", i) for i in range(2)]
+    metrics = folder / "metrics.jsonl"
+    for _ in range(3000):
+        if (metrics.is_file() and "bytes_up" in metrics.read_text()) or any(p.poll() is not None for p in both):
+            break
+        time.sleep(0.1)
+    for process in both:
+        process.send_signal(signal.SIGTERM)
+    texts = [process.communicate(timeout=600) for process in both]
+    assert [p.returncode for p in both] == [143, 143], texts
+    assert "--resume" in texts[0][1] and "--resume" not in texts[1][1] and not (folder / "summary.json").exists()
+    text = finished([command(config, folder, "--resume")])[0]
+    assert "system.mesh.clients: 2 → 1: results agree to rounding" in " ".join(text.split())
+    run = restore(folder)
+    for a, b in zip(alone.population, run.population, strict=True):
+        assert tree_max_difference(a.adapters, b.adapters) <= 1e-5
+    for key in ("score_by_client", "bytes_up", "bytes_down", "client_steps"):
+        assert run.summary[key] == alone.summary[key], key
+    assert metrics.read_text().count("\n") == (one / "metrics.jsonl").read_text().count("\n")
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

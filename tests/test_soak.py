@@ -1,0 +1,48 @@
+"""Many short rounds: what a run holds (memory, files, programs) does not grow. About ten minutes."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import small_config
+
+from pilot_jax.federation import simulation
+from pilot_jax.metrics import CompileClock
+
+ROUNDS = 600
+
+
+def resident() -> int:
+    """Bytes of this process's own memory; Linux."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("store", [False, True])
+def test_a_long_run_does_not_grow(tmp_path, store):
+    seen, clock = [], CompileClock()
+
+    def progress(fed):
+        def show(event):
+            if event["kind"] == "phase" and event["round"] % 20 == 0:
+                gc.collect()
+                seen.append((resident(), len(os.listdir("/proc/self/fd")), clock.programs))
+
+        return show
+
+    config = small_config(federation={"rounds": ROUNDS, "clients_per_round": 3, "local_steps": 1},
+                          system={"store": str(tmp_path / "store")} if store else {})
+    simulation.simulate(config, out=tmp_path / "run", progress=progress)
+    clock.stop()
+    memory, files, programs = np.asarray(seen).T
+    half = len(seen) // 2
+    print(f"rounds {ROUNDS}: memory {memory[half] / 1e6:.0f} MB half-way, {memory[-1] / 1e6:.0f} MB at the end; files "
+          f"{files[half]}, {files[-1]}; programs {programs[half]}, {programs[-1]}")
+    assert programs[-1] == programs[2]  # every client has had its first round by then
+    assert files[-1] <= files[2]
+    # The metrics of a round, kept for the result, are about 3 kB.
+    assert memory[-1] - memory[half] < 0.02 * memory[half] + (ROUNDS / 2) * 6e3
