@@ -202,7 +202,7 @@ def run_variant(field: Field, variant: Variant, changes: Sequence[str] = (), spl
                   "base_captions": mean_score(kept.get(i, []))}
         if states[i] is not None:
             entry |= {"bytes_up": states[i].bytes_up, "bytes_down": states[i].bytes_down,
-                      "client_steps": states[i].client_steps,
+                      "client_steps": states[i].client_steps, "quarantined": states[i].quarantined,
                       "effective_neighbors": [round(r["effective_neighbors"], 3) for r in records[i]
                                               if "effective_neighbors" in r]}
         seeds.append(entry)
@@ -220,6 +220,7 @@ def summarise(name: str, rows: dict[str, dict], reference: str = "pilot") -> dic
            "by_task": {t: float(np.mean([s["score_by_task"].get(t, 0.0) for s in seeds])) for t in tasks},
            "base_captions": mean_score([s["base_captions"] for s in seeds if s["base_captions"] is not None]),
            "effective_neighbors": mean_score([s["effective_neighbors"][-1] for s in seeds if not s["diverged"]]),
+           "quarantined": sum(s.get("quarantined", 0) for s in seeds),
            "diverged": sum(s["diverged"] for s in seeds), "wall_seconds": rows[name]["wall_seconds"],
            "bytes_up": seeds[0].get("bytes_up"), "bytes_down": seeds[0].get("bytes_down")}
     if reference in rows and name != reference:

@@ -32,6 +32,7 @@ def table(results: dict[str, Any]) -> str:
     for line in sorted(lines, key=lambda one: -one["score"]):
         error = "" if line["standard_error"] is None else f" ± {line['standard_error']:.3f}"
         name = line["name"] + (f" ({line['diverged']} diverged)" if line["diverged"] else "")
+        name += f" ({line['quarantined']} uploads refused)" if line.get("quarantined") else ""
         up, down = (None if line[k] is None else line[k] / 1e6 for k in ("bytes_up", "bytes_down"))
         rows.append([name, _number(line["score"]) + error, *(_number(line["by_task"].get(t)) for t in tasks),
                      _difference(line), _number(line["effective_neighbors"], 1), _number(line["base_captions"], 2),

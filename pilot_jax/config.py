@@ -223,6 +223,9 @@ class MeshConfig(_Section):
 class SystemConfig(_Section):
     seed: int = Field(0, ge=0, description="of initialisation, sampling and batch order")
     client_chunk: int = Field(3, ge=1, description="clients trained at once on each device")
+    steps_at_once: int | None = Field(
+        None, ge=1, description="steps whose samples are on the devices at once, for clients whose data do not fit "
+        "there; default: a whole phase's")
     client_devices: int | None = Field(
         None, ge=1, description="devices that train clients side by side; default: on CPU one per core (with a base "
         "under 0.5 GB, and if JAX has not started), else 1")

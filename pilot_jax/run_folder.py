@@ -15,7 +15,8 @@ from pilot_jax.errors import InputError
 
 LOCK = ".lock"
 # What a run may be given otherwise when it goes on: where and how it is computed, not what.
-FREE = ("system.mesh.", "system.client_chunk", "system.client_devices", "system.store", "system.length_spread",
+FREE = ("system.mesh.", "system.client_chunk", "system.client_devices", "system.steps_at_once",
+        "system.store", "system.length_spread",
         "system.unroll", "system.compilation_cache", "system.save_every", "system.keep_saved")
 
 

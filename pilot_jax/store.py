@@ -61,7 +61,16 @@ class Rows:
         return got if dtype is None else got.astype(dtype)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        return np.asarray(self)[index]
+        """As an array's; of an array of rows, only those are read."""
+        if not isinstance(index, np.ndarray) or index.ndim != 1 or index.dtype.kind != "i":
+            return np.asarray(self)[index]
+        each = int(np.prod(self.shape[1:], dtype=np.int64))
+        out = np.empty((len(index), each), self.dtype)
+        with self.path.open("rb") as file:
+            for at, row in enumerate(np.arange(self.shape[0])[index]):  # negative or too large: as arrays do
+                file.seek((self.start + int(row)) * each * self.dtype.itemsize)
+                out[at] = np.frombuffer(file.read(each * self.dtype.itemsize), self.dtype)
+        return out.reshape(len(index), *self.shape[1:])
 
     def part(self, start: int, stop: int) -> Rows:
         return Rows(self.path, (stop - start, *self.shape[1:]), self.dtype, self.start + start)

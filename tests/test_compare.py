@@ -155,11 +155,12 @@ def test_vary_compares_at_each_value(tmp_path, call):
 def test_a_seed_that_diverges_is_reported_and_the_others_go_on(field):
     [variant] = compare.read_variants("fedavg")
     feds = compare._of_variant(field, variant, [])
-    bad = feds[0].clients[0].train["features"] * np.nan
-    broken = dataclasses.replace(feds[0].clients[0], train=feds[0].clients[0].train | {"features": bad})
-    feds[0] = dataclasses.replace(feds[0], clients=(broken, *feds[0].clients[1:]))
+    broken = [dataclasses.replace(c, train=c.train | {"features": c.train["features"] * np.nan})
+              for c in feds[0].clients]
+    feds[0] = dataclasses.replace(feds[0], clients=tuple(broken))
+    feds[1] = dataclasses.replace(feds[1], clients=(broken[0], *feds[1].clients[1:]))
     states = compare.run_all(feds)
-    assert states[0] is None and states[1].client_steps > 0
+    assert states[0] is None and states[1].client_steps > 0 and states[1].quarantined == 1
 
 
 def test_evaluation_matrix(field):

@@ -243,3 +243,20 @@ def test_evaluation_of_a_client_that_never_took_part_is_the_base():
     moved = dataclasses.replace(state.population[0], stage="stage2", rounds=1)
     assert set(simulation.examinee(fed, 0, moved, *asked).adapters) == {
         "text_adapter", "task", "client", "task_bank", "cross_task", "router"}
+
+
+@pytest.mark.parametrize("name", ["pilot", "scaffold"])
+def test_steps_in_portions_are_the_same_steps(tmp_path, name):
+    """`system.steps_at_once`: 5 steps as 2 + 2 + 1, in two phases, from memory and from files; two programs a phase
+    and the small ones that begin and end it."""
+    sections = {"strategy": {"name": name}, "federation": {"local_steps": 5}, "train": {"adam_epsilon": 1e-3}}
+    whole = simulation.simulate(small_config(**sections))
+    for system in ({}, {"store": str(tmp_path)}):
+        parts = simulation.simulate(small_config(**sections, system={"steps_at_once": 2} | system))
+        for a, b in zip(whole.population, parts.population, strict=True):
+            for x, y in zip(jax.tree.leaves(a.adapters), jax.tree.leaves(b.adapters), strict=True):
+                np.testing.assert_allclose(x, y, atol=1e-6)
+        for one, two in zip(whole.records, parts.records, strict=True):
+            assert {k: v for k, v in one.items() if isinstance(v, str | int)} == {
+                k: v for k, v in two.items() if isinstance(v, str | int)}
+            assert abs(one["loss"] - two["loss"]) < 1e-5

@@ -28,6 +28,14 @@ def seven_billion():
     return plan.make_plan(load_config(CONFIGS / "llava15_7b.yaml"))
 
 
+def test_data_on_the_device_are_those_of_the_steps_at_once(seven_billion):
+    parts = plan.make_plan(load_config(CONFIGS / "llava15_7b.yaml", ["system.steps_at_once=10"]))
+    rows = 10 * load_config(CONFIGS / "llava15_7b.yaml").train.batch_size
+    for stage in ("stage1", "stage2"):
+        whole, part = (p["memory_per_device"][stage]["data"] for p in (seven_billion, parts))
+        assert whole == part * 1000 / rows  # 1,000 samples a client are assumed
+
+
 def test_known_counts_of_llava_7b(seven_billion):
     """LoRA r = 64 on Vicuna-7B: 159.9 M (LLaVA's own count); one adapter MLP: 20.98 M; 576 tokens of 336 px."""
     counts = seven_billion["parameters"]

@@ -80,6 +80,7 @@ def test_rows(tmp_path, dtype):
     writer[[1, 4]] = values
     rows = writer.rows
     assert len(rows) == 5 and rows.shape == (5, 2, 3) and np.asarray(rows).dtype == dtype
+    assert (rows[np.asarray([4, 1, 4])] == np.asarray(rows)[[4, 1, 4]]).all()  # only these are read
     assert (np.asarray(rows)[[1, 4]] == values).all() and not np.asarray(rows)[[0, 2, 3]].any()
     part = rows.part(3, 5)
     assert part.shape == (2, 2, 3) and (part[1] == values[1]).all() and (part.part(1, 2)[0] == values[1]).all()

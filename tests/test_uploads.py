@@ -53,6 +53,16 @@ def test_a_refused_client_is_as_if_it_had_not_taken_part(value):
     assert all(np.isfinite(x).all() for c in run.population for x in jax.tree.leaves(c.adapters))
 
 
+def test_a_client_that_is_always_bad_does_not_stop_the_others():
+    """New again in every round, it is alone in stage 1 from round 2 on."""
+    run = simulation.simulate(small_config(federation={"rounds": 3}), tamper=spoilt())
+    assert [c.rounds for c in run.population] == [3] * 4 + [0] + [3] * 4 and run.summary["quarantined"] == 3
+    alone = [r for r in run.records if r.get("clients") == 0]
+    assert [(r["round"], r["phase"], r["quarantined"]) for r in alone] == [(2, "stage1", ["ocr_1"]),
+                                                                           (3, "stage1", ["ocr_1"])]
+    assert run.summary["bytes_up"] == sum(r["bytes_up"] for r in run.records if "bytes_up" in r)
+
+
 def test_stop_or_nobody_left():
     with pytest.raises(FloatingPointError, match=r"stage1: the upload of ocr_1 is not finite in .*text_adapter"):
         simulation.simulate(small_config(federation={"on_bad_client": "stop"}), tamper=spoilt())
@@ -67,9 +77,9 @@ def test_a_client_that_diverges_by_itself_is_refused(monkeypatch):
 
     real = training._chunk_inputs
 
-    def inputs(jobs, *shapes):
-        out = real(jobs, *shapes)
-        for k, job in enumerate(jobs):
+    def inputs(piece, *shapes):
+        out = real(piece, *shapes)
+        for k, job in enumerate(piece.members):
             if job.data.name == "vqa_0":
                 out["rates"]["connector"][k] = np.inf
         return out

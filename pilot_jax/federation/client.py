@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -128,18 +128,58 @@ def local_update(phase: Phase, base: Mapping, adapters: Mapping, received: Mappi
     longest client; where "fsdp" or "tensor" has several, XLA spreads the work over them as the base's and the batch's
     (over "fsdp") shardings suggest.
     """
-    arrays = base, adapters, received, data, order, real, steps, task_index, rates
+    return _dealt(partial(_local_update, phase, own_received), mesh, own_received, base, adapters, received, data,
+                  order, real, steps, task_index, rates)
+
+
+@partial(jax.jit, static_argnames=("phase", "mesh", "own_received"))
+def begin_update(phase: Phase, *arrays: Any, mesh: jax.sharding.Mesh | None = None, own_received: bool = False) -> Any:
+    """What a local update carries from part to part, at its start. `arrays`: those of `local_update`."""
+    def begin(row: jax.sharding.Mesh | None, base: Mapping, adapters: Mapping, received: Mapping, data: Mapping,
+              order: jax.Array, real: jax.Array, *rest: Any) -> Any:
+        return _chunk(phase, own_received, row, base, adapters, received, *rest).begin(data, order, real)
+
+    return _dealt(begin, mesh, own_received, *arrays)
+
+
+@partial(jax.jit, static_argnames=("phase", "mesh", "own_received"), donate_argnums=1)
+def continue_update(phase: Phase, carry: Any, offset: jax.Array, *arrays: Any, mesh: jax.sharding.Mesh | None = None,
+                    own_received: bool = False) -> Any:
+    """The carry after some more steps: `data`, `order` and `real` among the arrays are those of steps `offset` and
+    on alone, so that no more than these need be on the device."""
+    def go_on(row: jax.sharding.Mesh | None, base: Mapping, adapters: Mapping, received: Mapping, data: Mapping,
+              order: jax.Array, real: jax.Array, steps: jax.Array, task_index: jax.Array, rates: Mapping, carry: Any,
+              offset: jax.Array) -> Any:
+        chunk = _chunk(phase, own_received, row, base, adapters, received, steps, task_index, rates)
+        return chunk.advance(carry, data, order, real, offset)
+
+    return _dealt(go_on, mesh, own_received, *arrays, carry, offset)
+
+
+@partial(jax.jit, static_argnames=("phase", "mesh", "own_received"))
+def finish_update(phase: Phase, carry: Any, *arrays: Any, mesh: jax.sharding.Mesh | None = None,
+                  own_received: bool = False) -> tuple[dict, dict]:
+    """What `local_update` returns, when all steps are done."""
+    def finish(row: jax.sharding.Mesh | None, base: Mapping, adapters: Mapping, received: Mapping, data: Mapping,
+               order: jax.Array, real: jax.Array, steps: jax.Array, task_index: jax.Array, rates: Mapping,
+               carry: Any) -> tuple[dict, dict]:
+        return _chunk(phase, own_received, row, base, adapters, received, steps, task_index, rates).finish(carry)
+
+    return _dealt(finish, mesh, own_received, *arrays, carry)
+
+
+def _dealt(function: Callable, mesh: jax.sharding.Mesh | None, own_received: bool, *arrays: Any) -> Any:
+    """function(mesh or None, *arrays), the arrays but base, received and offset dealt to the mesh's rows."""
     own, all_ = PartitionSpec("clients"), PartitionSpec()
-    specs = (all_, own, own if own_received else all_, own, own, own, own, own, own)
+    specs = (all_, own, own if own_received else all_, own, own, own, own, own, own, own, all_)[:len(arrays)]
     if mesh is None:
-        return _local_update(phase, own_received, None, *arrays)
+        return function(None, *arrays)
     if mesh.size == mesh.shape["clients"]:
-        return jax.shard_map(partial(_local_update, phase, own_received, None), mesh=mesh, in_specs=specs,
-                             out_specs=own, check_vma=False)(*arrays)
+        return jax.shard_map(partial(function, None), mesh=mesh, in_specs=specs, out_specs=own,
+                             check_vma=False)(*arrays)
     placed = [jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)) if spec == own else x
               for x, spec in zip(arrays, specs, strict=True)]
-    out = _local_update(phase, own_received, mesh, *placed)
-    return jax.lax.with_sharding_constraint(out, NamedSharding(mesh, own))
+    return jax.lax.with_sharding_constraint(function(mesh, *placed), NamedSharding(mesh, own))
 
 
 def _local_update(phase: Phase, own_received: bool, mesh: jax.sharding.Mesh | None, base: Mapping, adapters: Mapping,
@@ -158,6 +198,20 @@ def _local_update(phase: Phase, own_received: bool, mesh: jax.sharding.Mesh | No
     Returns: adapters [k, …], and the terms of the loss averaged over each client's own steps, plus the last step's
         loss (`last_loss`), [k]. A step beyond S_k changes nothing: parameters, moments and schedule count included.
     """
+    chunk = _chunk(phase, own_received, mesh, base, adapters, received, steps, task_index, rates)
+    return chunk.finish(chunk.advance(chunk.begin(data, order, real), data, order, real, 0))
+
+
+class _Chunk(NamedTuple):
+    """A chunk's local update in three parts; the carry is (trained, optimizer state, sums of terms, of gradients)."""
+
+    begin: Callable[..., Any]
+    advance: Callable[..., Any]
+    finish: Callable[..., Any]
+
+
+def _chunk(phase: Phase, own_received: bool, mesh: jax.sharding.Mesh | None, base: Mapping, adapters: Mapping,
+           received: Mapping, steps: jax.Array, task_index: jax.Array, rates: Mapping[str, jax.Array]) -> _Chunk:
     roles, stage, rule = phase.roles, phase.stage, phase.rule
     trained, frozen = roles.split({**adapters, **received}, stage)
     shared = {} if own_received else {n: t for n, t in frozen.items() if n in received}
@@ -182,39 +236,47 @@ def _local_update(phase: Phase, own_received: bool, mesh: jax.sharding.Mesh | No
 
     grad = jax.grad(total_loss, has_aux=True)
 
-    def step(index, carry):
-        trained, state, sums, gradient_sum = carry
-        batch = jax.vmap(gather_batch)(data, order[:, index], real[:, index])
-        if mesh is not None:
-            batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec("clients", "fsdp")))
-        grads, terms = grad(trained, batch)
-        active = index < steps  # [k]
+    def begin(data, order, real):
+        shapes = jax.eval_shape(lambda: grad(start, jax.vmap(gather_batch)(data, order[:, 0], real[:, 0]))[1])
+        sums = {name: jnp.zeros(len(steps)) for name in [*shapes, "last_loss"]}
+        gradient_sum = jax.tree.map(jnp.zeros_like, start) if rule.averages_gradients else {}
+        return start, init(start, steps, rates), sums, gradient_sum
 
-        def keep(new, old):
-            return jnp.where(active.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+    def advance(carry, data, order, real, offset):
+        def step(index, carry):
+            trained, state, sums, gradient_sum = carry
+            batch = jax.vmap(gather_batch)(data, order[:, index], real[:, index])
+            if mesh is not None:
+                batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec("clients", "fsdp")))
+            grads, terms = grad(trained, batch)
+            active = index + offset < steps  # [k]
 
+            def keep(new, old):
+                return jnp.where(active.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+            if rule.averages_gradients:
+                gradient_sum = jax.tree.map(lambda total, g: keep(total + g, total), gradient_sum, grads)
+            if type(rule) is not LocalRule:
+                grads = jax.vmap(rule.gradient, in_axes=(0, 0, 0, batched))(grads, trained, start, carried)
+            updates, new_state = update(grads, state, trained, steps, rates)
+            new_trained = jax.tree.map(keep, optax.apply_updates(trained, updates), trained)
+            new_state = jax.tree.map(keep, new_state, state)
+            sums = {n: sums[n] + jnp.where(active, terms[n], 0.0) for n in terms} | {
+                "last_loss": keep(terms["loss"], sums["last_loss"])}
+            return new_trained, new_state, sums, gradient_sum
+
+        # As many steps as the chunk's longest client has, not as the arrays have room for.
+        return jax.lax.fori_loop(0, jnp.clip(jnp.max(steps) - offset, 0, order.shape[1]), step, carry)
+
+    def finish(carry):
+        trained, _, sums, gradient_sum = carry
+        count = jnp.maximum(steps, 1)
+        metrics = {name: value if name == "last_loss" else value / count for name, value in sums.items()}
+        kept = {}
         if rule.averages_gradients:
-            gradient_sum = jax.tree.map(lambda total, g: keep(total + g, total), gradient_sum, grads)
-        if type(rule) is not LocalRule:
-            grads = jax.vmap(rule.gradient, in_axes=(0, 0, 0, batched))(grads, trained, start, carried)
-        updates, new_state = update(grads, state, trained, steps, rates)
-        new_trained = jax.tree.map(keep, optax.apply_updates(trained, updates), trained)
-        new_state = jax.tree.map(keep, new_state, state)
-        sums = {n: sums[n] + jnp.where(active, terms[n], 0.0) for n in terms} | {
-            "last_loss": keep(terms["loss"], sums["last_loss"])}
-        return new_trained, new_state, sums, gradient_sum
+            means = jax.tree.map(lambda total: total / count.reshape(-1, *(1,) * (total.ndim - 1)), gradient_sum)
+            after = jax.vmap(rule.carry, in_axes=(0, batched))(means, carried)
+            kept = {n: tree for n, tree in after.items() if n in adapters}
+        return {**adapters, **kept, **trained}, metrics
 
-    shapes = jax.eval_shape(lambda: grad(trained, jax.vmap(gather_batch)(data, order[:, 0], real[:, 0]))[1])
-    sums = {name: jnp.zeros(len(steps)) for name in [*shapes, "last_loss"]}
-    gradient_sum = jax.tree.map(jnp.zeros_like, trained) if rule.averages_gradients else {}
-    # As many steps as the chunk's longest client has, not as the arrays have room for.
-    trained, _, sums, gradient_sum = jax.lax.fori_loop(
-        0, jnp.max(steps), step, (trained, init(trained, steps, rates), sums, gradient_sum))
-    count = jnp.maximum(steps, 1)
-    metrics = {name: value if name == "last_loss" else value / count for name, value in sums.items()}
-    if rule.averages_gradients:
-        means = jax.tree.map(lambda total: total / count.reshape(-1, *(1,) * (total.ndim - 1)), gradient_sum)
-        after = jax.vmap(rule.carry, in_axes=(0, batched))(means, carried)
-        carried = {n: tree for n, tree in after.items() if n in adapters}
-        return {**adapters, **carried, **trained}, metrics
-    return {**adapters, **trained}, metrics
+    return _Chunk(begin, advance, finish)

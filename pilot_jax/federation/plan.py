@@ -140,14 +140,15 @@ def memory(config: Config, shapes: Shapes, work: Workload) -> dict[str, dict[str
                for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.base))
     received = num_bytes(roles.select(shapes.adapters, "received"))
     own = num_bytes(shapes.adapters) - received
-    dtype = shapes.module.dtype
+    dtype, at_once = shapes.module.dtype, config.system.steps_at_once
+    # A client's samples, or those of the steps that are on the devices at once.
+    rows = max(work.sizes) if at_once is None else at_once * config.train.batch_size
     out = {}
     for stage in dict.fromkeys(shapes.strategy.first_stages):
         trained = num_bytes(roles.split(shapes.adapters, stage)[0])
         out[stage] = {
             "base": base, "adapters": width * own + received, "optimizer": 2 * width * trained,
-            "gradients": width * trained, "data": width * _bytes(data_shapes(shapes.model, dtype, work,
-                                                                             max(work.sizes))),
+            "gradients": width * trained, "data": width * _bytes(data_shapes(shapes.model, dtype, work, rows)),
             "activations": width * _activations(shapes, config, stage)}
     slots = work.length + config.eval.max_new_tokens
     cache = jax.eval_shape(lambda: empty_cache(shapes.model.text, config.eval.batch_size, slots, dtype))

@@ -165,11 +165,30 @@ def round_of(fed: Federation, state: State, round_: int, progress: Callable[[dic
         refused = refusals(fed.config.federation, dict(zip(taking, records, strict=True)))
         for client, why in refused.items():
             text = f"round {round_} {label}: the upload of {fed.clients[client].name} {why}"
-            if fed.config.federation.on_bad_client == "stop" or len(refused) == len(asked):
+            if fed.config.federation.on_bad_client == "stop" or {*refused, *state.benched} >= set(members):
                 raise FloatingPointError(f"{text}. Lower train.lr_*, or look at its data.")
             progress({"kind": "note", "text": f"warning: {text}; it is left out of this round, and goes on from what "
                       "it had before."})
         taking = [c for c in taking if c not in refused]
+        up, down = strategy.sent_bytes(trained[min(asked)])
+        steps = sum(r["step"] for r in records)
+        summary = {"round": round_, "phase": label, "clients": len(taking), "client_steps": steps,
+                   "seconds": round(done.seconds, 3), "prepare_seconds": round(done.prepare_seconds, 3),
+                   "waited_seconds": round(done.waited_seconds, 3), "bytes_up": len(asked) * sum(up.values()),
+                   "bytes_down": len(taking) * sum(down.values()) + fetched.bytes,
+                   "quarantined": [fed.clients[c].name for c in refused]}
+        uploads_sent = tuple(n + (c in asked) for c, n in enumerate(state.uploads or (0,) * len(population)))
+        if fed.noise_multiplier:
+            summary["epsilon"] = epsilon(fed.noise_multiplier, max(uploads_sent), fed.config.federation.privacy.delta)
+        state = dataclasses.replace(
+            state, round=round_, phase=number + 1, partial=None, uploads=uploads_sent,
+            benched=(*state.benched, *refused), quarantined=state.quarantined + len(refused),
+            client_steps=state.client_steps + steps, bytes_up=state.bytes_up + summary["bytes_up"],
+            bytes_down=state.bytes_down + summary["bytes_down"], train_seconds=state.train_seconds + done.seconds)
+        if not taking:  # newcomers alone were in this phase, and none can be used
+            record(summary)
+            after_phase(state, [])
+            continue
         used = [entry for entry in records if entry["client"] not in {fed.clients[c].name for c in refused}]
         uploads = stack([roles.select(trained[c], "shared") for c in taking])
         sizes = np.asarray([fed.clients[c].size for c in taking])
@@ -180,36 +199,21 @@ def round_of(fed: Federation, state: State, round_: int, progress: Callable[[dic
         downloads = to_host(downloads)
         received = roles.names(scope="received")
         for k, client in enumerate(taking):
-            down = {n: t if n in received else row(t, k) for n, t in downloads.items()}
+            its = {n: t if n in received else row(t, k) for n, t in downloads.items()}
             # Fetching again puts the server's own arrays in place of equal copies.
-            adapters = strategy.fetch({**trained[client], **down}, server, fed.task_index(client))
+            adapters = strategy.fetch({**trained[client], **its}, server, fed.task_index(client))
             population[client] = ClientState(adapters, stage, population[client].rounds)
-        up, down = strategy.sent_bytes(population[taking[0]].adapters)
         log = {"effective_neighbors": np.asarray(mixing.effective_neighbors(log["weights"]))} | log
         names = [fed.clients[c].name for c in taking]
         save_mixing(round_, label, log | {"client_ids": np.asarray(names)})
-        steps = sum(r["step"] for r in records)
-        summary = {"round": round_, "phase": label, "clients": len(taking), "client_steps": steps,
-                   "seconds": round(done.seconds, 3), "prepare_seconds": round(done.prepare_seconds, 3),
-                   "waited_seconds": round(done.waited_seconds, 3), "bytes_up": len(asked) * sum(up.values()),
-                   "bytes_down": len(taking) * sum(down.values()) + fetched.bytes,
-                   "loss": float(np.average([r["loss"] for r in used], weights=[r["step"] for r in used])),
-                   "effective_neighbors": float(np.mean(log["effective_neighbors"])),
-                   "quarantined": [fed.clients[c].name for c in refused]}
-        uploads_sent = tuple(n + (c in asked) for c, n in enumerate(state.uploads or (0,) * len(population)))
-        if fed.noise_multiplier:
-            summary["epsilon"] = epsilon(fed.noise_multiplier, max(uploads_sent), fed.config.federation.privacy.delta)
+        summary |= {"loss": float(np.average([r["loss"] for r in used], weights=[r["step"] for r in used])),
+                    "effective_neighbors": float(np.mean(log["effective_neighbors"]))}
         if "product_gap" in log:
             summary["product_gap"] = float(np.mean(log["product_gap"]))
         record(summary | {"bytes_up_by_subtree": {n: v * len(asked) for n, v in up.items()},
                           "bytes_down_by_subtree": {n: v * len(taking) for n, v in down.items()}})
         progress({"kind": "phase"} | summary)
-        state = dataclasses.replace(
-            state, population=tuple(population), server=server, round=round_, phase=number + 1, partial=None,
-            uploads=uploads_sent, benched=(*state.benched, *refused), quarantined=state.quarantined + len(refused),
-            client_steps=state.client_steps + steps,
-            bytes_up=state.bytes_up + summary["bytes_up"], bytes_down=state.bytes_down + summary["bytes_down"],
-            train_seconds=state.train_seconds + done.seconds)
+        state = dataclasses.replace(state, population=tuple(population), server=server)
         after_phase(state, taking)
     for client in members:
         if client in state.benched:

@@ -16,7 +16,7 @@ import numpy as np
 
 from pilot_jax.data.batches import ClientData, visiting_order
 from pilot_jax.errors import Interrupted
-from pilot_jax.federation.client import local_update, peak_rates
+from pilot_jax.federation.client import begin_update, continue_update, finish_update, local_update, peak_rates
 from pilot_jax.federation.federation import Federation, client_generator
 from pilot_jax.federation.population import row, stack
 from pilot_jax.federation.uploads import sent
@@ -60,20 +60,50 @@ class _Job:
         return self.work.fed.steps(self.client, self.work.round_)
 
 
-def _chunk_inputs(jobs: list[_Job], shapes: tuple[int, int], width: int) -> dict[str, Any]:
-    """Arrays of one chunk, padded to `width` clients with clients that take no step."""
-    n_max, steps_max = shapes
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Steps `start` to `stop` of a chunk's clients: of all their steps, or of as many as go to the devices at once."""
+
+    members: list[_Job]
+    start: int
+    stop: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stop >= max(job.steps for job in self.members)
+
+
+def _pieces(groups: list[list[_Job]], steps_max: int, at_once: int | None) -> list[_Piece]:
+    size = steps_max if at_once is None else min(at_once, steps_max)
+    return [_Piece(members, start, start + size) for members in groups
+            for start in range(0, max(job.steps for job in members), size)]
+
+
+def _chunk_inputs(piece: _Piece, shapes: tuple[int, int], width: int) -> dict[str, Any]:
+    """Arrays of one piece, padded to `width` clients with clients that take no step."""
+    (n_max, steps_max), jobs = shapes, piece.members
+    whole = piece.is_first and piece.stop >= steps_max
     data, orders, reals, steps, rates = [], [], [], [], []
     for job in jobs:
         config, own, count = job.work.fed.config, job.data, job.steps
         rng = client_generator(config.system.seed, own.name, job.work.round_, job.work.label)
         order, real = visiting_order(rng, own.size, config.train.batch_size, count)
-        spare = ((0, steps_max - count), (0, 0))
-        orders.append(np.pad(order, spare))
-        reals.append(np.pad(real, spare))
+        spare = ((0, max(piece.stop, steps_max) - count), (0, 0))
+        order, real = (np.pad(x, spare)[piece.start:piece.stop] for x in (order, real))
+        if whole:
+            room = (0, n_max - own.size)
+            data.append({k: np.pad(v, (room, *((0, 0),) * (v.ndim - 1))) for k, v in own.train.items()})
+        else:  # these steps' samples, one after another
+            data.append({k: v[order.ravel()] for k, v in own.train.items()})
+            order = np.arange(order.size).reshape(order.shape)
+        orders.append(order)
+        reals.append(real)
         steps.append(count)
         rates.append(peak_rates(config.train, job.work.stage))
-        data.append({k: np.pad(v, ((0, n_max - own.size), *((0, 0),) * (v.ndim - 1))) for k, v in own.train.items()})
     idle = width - len(jobs)
     return {
         "data": stack(data + data[:1] * idle),
@@ -126,32 +156,46 @@ def train_together(works: Sequence[Work], progress: Callable[[dict], None],
             for client in w.partial.adapters:
                 w.adapters[client]  # what it was sent counts as sent
 
-    def prepare(members: list[_Job]) -> tuple[list[dict], tuple[dict, dict, dict], float]:
-        """The members' adapters, the chunk's arrays, and the seconds it took; may read files."""
-        start = time.perf_counter()
-        adapters = [j.work.adapters[j.client] for j in members]
-        padded = adapters + adapters[:1] * (width - len(members))
-        own = stack([{n: t for n, t in a.items() if n not in received} for a in padded])
-        given = stack([{n: a[n] for n in received} for a in padded]) if apart else {n: padded[0][n] for n in received}
-        inputs = _chunk_inputs(members, shapes, width)
-        return adapters, (own, given, inputs), time.perf_counter() - start
+    def prepare(piece: _Piece) -> tuple[list[dict], tuple[dict, dict], dict, float]:
+        """The members' adapters (with a chunk's first piece), the arrays, and the seconds it took; may read files."""
+        start, adapters, own, given = time.perf_counter(), [], {}, {}
+        if piece.is_first:
+            adapters = [j.work.adapters[j.client] for j in piece.members]
+            padded = adapters + adapters[:1] * (width - len(adapters))
+            own = stack([{n: t for n, t in a.items() if n not in received} for a in padded])
+            given = (stack([{n: a[n] for n in received} for a in padded]) if apart
+                     else {n: padded[0][n] for n in received})
+        inputs = _chunk_inputs(piece, shapes, width)
+        return adapters, (own, given), inputs, time.perf_counter() - start
 
     def result() -> list[Trained]:
         return [Trained(trained[id(w)], [records[id(w)][c] for c in sorted(trained[id(w)])], seconds[id(w)], prepared,
                         waited) for w in works]
 
-    groups = chunks(jobs, width)
-    if not groups:
+    pieces = _pieces(chunks(jobs, width), shapes[1], first.fed.config.system.steps_at_once)
+    if not pieces:
         return result()
-    with ThreadPoolExecutor(1, thread_name_prefix="prepare") as reader:  # the next chunk's, while the device works
-        upcoming = reader.submit(prepare, groups[0])
-        for number, members in enumerate(groups):
+    how = {"mesh": mesh, "own_received": apart}
+    with ThreadPoolExecutor(1, thread_name_prefix="prepare") as reader:  # the next piece's, while the device works
+        upcoming = reader.submit(prepare, pieces[0])
+        for number, piece in enumerate(pieces):
             start = time.perf_counter()
-            adapters, (own, given, inputs), took = upcoming.result()
+            its_adapters, its_trees, inputs, took = upcoming.result()
             prepared, waited = prepared + took, waited + time.perf_counter() - start
-            if number + 1 < len(groups):
-                upcoming = reader.submit(prepare, groups[number + 1])
-            new, metrics = local_update(phase, base, own, given, **inputs, mesh=mesh, own_received=apart)
+            if number + 1 < len(pieces):
+                upcoming = reader.submit(prepare, pieces[number + 1])
+            if piece.is_first:
+                members, adapters, (own, given) = piece.members, its_adapters, its_trees
+            if piece.is_first and piece.is_last:
+                new, metrics = local_update(phase, base, own, given, **inputs, **how)
+            else:
+                arrays = base, own, given, *inputs.values()
+                if piece.is_first:
+                    carry = begin_update(phase, *arrays, **how)
+                carry = continue_update(phase, carry, np.int32(piece.start), *arrays, **how)
+                if not piece.is_last:
+                    continue
+                new, metrics = finish_update(phase, carry, *arrays, **how)
             new, metrics = to_host(new), to_host(metrics)
             taken = time.perf_counter() - began
             began += taken
@@ -167,7 +211,7 @@ def train_together(works: Sequence[Work], progress: Callable[[dict], None],
             progress({"kind": "chunk", "round": first.round_, "phase": first.label, "steps": done,
                       "of": sum(len(w.adapters) for w in works), "clients": sum(len(t) for t in trained.values()),
                       "loss": float(np.mean([records[id(j.work)][j.client]["last_loss"] for j in members]))})
-            if number + 1 < len(groups) and (signum := stop()):
+            if number + 1 < len(pieces) and (signum := stop()):
                 raise Interrupted(signum, result())
     return result()
 
