@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,15 +23,18 @@ def sent(fed: Federation, client: int, round_: int, label: str, before: Mapping[
     """
     roles = fed.strategy.roles()
     start, upload = roles.select(before, "shared"), roles.select(after, "shared")
-    fault, name, privacy = not_finite(after), fed.clients[client].name, fed.config.federation.privacy
+    kept = roles.select(after, "local")
+    fault, name, privacy = not_finite(kept), fed.clients[client].name, fed.config.federation.privacy
     if privacy.clip is not None and upload:
         rng = client_generator(fed.config.system.seed, name, round_, f"{label} noise")
         upload = noised(upload, start, privacy.clip, 2 * fed.noise_multiplier * privacy.clip, rng)
     if fed.tamper is not None:
         upload = fed.tamper(name, round_, upload, start)
-    fault = misfit(upload, start) or fault or not_finite(upload)
-    told = {"fault": fault} if fault else {"update_norm": change(upload, start)}
-    return {**after, **upload}, told
+    fault, norm = misfit(upload, start) or fault, 0.0
+    if not fault:
+        norm = change(upload, start)
+        fault = None if np.isfinite(norm) else not_finite(upload) or "has a norm beyond float32"
+    return {**after, **upload}, {"fault": fault} if fault else {"update_norm": norm}
 
 
 def misfit(upload: Any, expected: Any) -> str | None:
@@ -54,10 +58,13 @@ def not_finite(adapters: Any) -> str | None:
 
 
 def change(upload: Any, start: Any) -> float:
-    """‖upload − start‖₂ over all leaves, in float64."""
-    squares = [np.sum(np.square(np.subtract(a, b, dtype=np.float64)))
-               for a, b in zip(jax.tree.leaves(upload), jax.tree.leaves(start), strict=True)]
-    return float(np.sqrt(np.sum(squares)))
+    """‖upload − start‖₂ over all leaves."""
+    total = 0.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        for a, b in zip(jax.tree.leaves(upload), jax.tree.leaves(start), strict=True):
+            apart = np.subtract(a, b, dtype=np.float32).ravel()
+            total += float(np.dot(apart, apart))
+    return math.sqrt(total) if total >= 0 else math.nan
 
 
 def refusals(federation: FederationConfig, records: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
