@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: quickstart test test-long bench lint clean
+.PHONY: quickstart test test-long fuzz bench lint clean
 
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,8 +22,12 @@ test: $(VENV)/.test  ## style, then every test
 	$(PY) -m ruff check .
 	$(PY) -m pytest -n 2 --dist loadfile
 
-test-long: $(VENV)/.test  ## many kills, fuzzing, a soak: about half an hour
+test-long: $(VENV)/.test  ## many kills and a soak: a quarter of an hour
 	$(PY) -m pytest -m long
+
+fuzz: $(VENV)/.test  ## everything that is read from outside; a quarter of an hour; Linux
+	$(PY) -m pip install --quiet atheris
+	$(PY) tests/fuzz/fuzz.py all 90
 
 bench: $(VENV)/.test  ## this package and torch on the same work, side by side
 	$(PY) benchmarks/peer.py

@@ -40,11 +40,12 @@ def run(config: ConfigPath, overrides: Overrides = None,
 
     from pilot_jax import hosts
     from pilot_jax.config import load_config
-    from pilot_jax.federation.sharding import split_cpu
+    from pilot_jax.federation.sharding import ask_for_determinism, split_cpu
     from pilot_jax.federation.simulation import Federation, simulate, total_client_steps
     from pilot_jax.metrics import ProgressDisplay
 
     settings = load_config(config, overrides)
+    ask_for_determinism(settings.system)
     split_cpu(settings.system, num_processes or 1)
     if distributed or coordinator is not None or num_processes is not None or process_id is not None:
         hosts.start(coordinator, num_processes, process_id)

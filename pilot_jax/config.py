@@ -223,6 +223,8 @@ class MeshConfig(_Section):
 class SystemConfig(_Section):
     seed: int = Field(0, ge=0, description="of initialisation, sampling and batch order")
     client_chunk: int = Field(3, ge=1, description="clients trained at once on each device")
+    deterministic: bool = Field(False, description="on NVIDIA GPUs, the same algorithms in every run, and slower ones; "
+                                "CPU and TPU repeat a run bit for bit without")
     steps_at_once: int | None = Field(
         None, ge=1, description="steps whose samples are on the devices at once, for clients whose data do not fit "
         "there; default: a whole phase's")

@@ -193,6 +193,40 @@ def test_what_may_change_is_said(tmp_path):
     assert again.summary == json.loads((folder / "summary.json").read_text()) == run.summary
 
 
+def test_data_that_have_gone(tmp_path, call):
+    """The run says so and is as it was; with the data back it goes on."""
+    assert call("data", "digits", tmp_path / "scenes", "--train", 8, "--validation", 2, "--test", 2)[0] == 0
+    config, folder = small_config(data={"path": str(tmp_path / "scenes")}), tmp_path / "run"
+    with pytest.raises(Killed):
+        simulation.simulate(config, out=folder, progress=dies_at(2, "phase"))
+    (tmp_path / "scenes").rename(tmp_path / "elsewhere")
+    before = sorted(p for p in folder.rglob("*"))
+    code, _, err = call("run", folder / "config.yaml", "--out", folder, "--resume")
+    assert code == 2 and "data.path" in err and "neither a data file" in err and "Traceback" not in err
+    assert sorted(p for p in folder.rglob("*")) == before
+    (tmp_path / "elsewhere").rename(tmp_path / "scenes")
+    assert call("run", folder / "config.yaml", "--out", folder, "--resume")[0] == 0
+
+
+def test_determinism_is_asked_for_in_time(monkeypatch):
+    from pilot_jax.federation import sharding
+
+    asked = small_config(system={"deterministic": True}).system
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    assert sharding.has_started()
+    monkeypatch.setattr(sharding, "has_started", lambda: False)
+    sharding.ask_for_determinism(small_config().system)
+    assert os.environ["XLA_FLAGS"] == "--xla_a=1"
+    sharding.ask_for_determinism(asked)
+    assert os.environ["XLA_FLAGS"] == "--xla_a=1 --xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(sharding, "has_started", lambda: True)
+    sharding.ask_for_determinism(asked)  # CPU: nothing to ask for
+    monkeypatch.setattr(sharding.jax, "default_backend", lambda: "gpu")
+    with pytest.raises(InputError, match=r"system\.deterministic: JAX has started"):
+        sharding.ask_for_determinism(asked)
+
+
 def test_one_run_at_a_time(tmp_path, monkeypatch):
     config, folder, refused = small_config(), tmp_path / "run", []
 
@@ -269,7 +303,7 @@ def test_many_kills(tmp_path):
 def test_the_command_says_how_to_go_on(tmp_path):
     """SIGTERM to the command: exit code 143, and the command that it prints ends the run."""
     config, folder = tmp_path / "config.yaml", tmp_path / "run"
-    config.write_text(small_config(federation={"rounds": 60}).to_yaml())
+    config.write_text(small_config(federation={"rounds": 60}, system={"deterministic": True}).to_yaml())
     command = [sys.executable, "-m", "pilot_jax", "run", str(config), "--out", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                cwd=Path(__file__).parent.parent)

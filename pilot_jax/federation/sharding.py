@@ -54,6 +54,37 @@ def shard_elements(shape: tuple[int, ...], spec: PartitionSpec, mesh: MeshConfig
     return total
 
 
+DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
+
+
+def has_started() -> bool:
+    """Whether JAX has looked for devices, after which flags are not read any more."""
+    name, value = "jax_num_cpu_devices", jax.config.jax_num_cpu_devices
+    try:
+        jax.config.update(name, value + 1 if value > 0 else 1)  # refused from then on; there is no public question
+    except RuntimeError:
+        return True
+    jax.config.update(name, value)
+    return False
+
+
+def ask_for_determinism(system: SystemConfig) -> None:
+    """Have XLA choose the same algorithms in every run, if `system.deterministic`; CPU and TPU do without.
+
+    Raises:
+        InputError: on a GPU, when JAX has started without.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    missing = [flag for flag in DETERMINISTIC if flag not in flags]
+    if not system.deterministic or not missing:
+        return
+    if not has_started():
+        os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
+    elif jax.default_backend() == "gpu":
+        raise InputError(f"system.deterministic: JAX has started without it. Set XLA_FLAGS=\"{' '.join(missing)}\" "
+                         "before Python starts.")
+
+
 def split_cpu(system: SystemConfig, processes: int = 1) -> None:
     """Have JAX see the CPU as what `mesh` or `client_devices` ask for (default: one device per core). Too late once JAX
     has started; then nothing. A mesh is divided among the processes.

@@ -30,7 +30,7 @@ from pilot_jax.federation.federation import Federation, State, Tamper
 from pilot_jax.federation.population import ClientState, Population, prune
 from pilot_jax.federation.privacy import epsilon
 from pilot_jax.federation.rounds import cohort, members_of, most_uploads, run_round
-from pilot_jax.federation.sharding import AXES, base_placement
+from pilot_jax.federation.sharding import AXES, ask_for_determinism, base_placement
 from pilot_jax.federation.strategies import Strategy, make_strategy
 from pilot_jax.hosts import is_writer, to_host, wait
 from pilot_jax.interrupts import StopSignals
@@ -223,6 +223,7 @@ def simulate(config: Config, *, out: str | Path | None = None, resume: bool = Fa
     clock = CompileClock()
     if config.system.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.system.compilation_cache).expanduser()))
+    ask_for_determinism(config.system)
     if resume and out is None:
         raise InputError("--resume: which run? Give its folder as --out.")
     folder = None if out is None else RunFolder(out, config, resume, is_writer())
