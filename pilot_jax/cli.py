@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from pilot_jax.errors import InputError, Interrupted
+from pilot_jax.terminal import print_matrix, print_plan, print_scores, printable
 
 app = typer.Typer(name="pilot-jax", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Federated multimodal instruction tuning in JAX: Pilot, its baselines, its ablations.")
@@ -82,7 +83,7 @@ def run(config: ConfigPath, overrides: Overrides = None,
         for display in displays:
             display.close()
     if hosts.is_writer():
-        _print_scores(result.summary)
+        print_scores(result.summary)
         typer.echo(f"Run directory: {folder}")
 
 
@@ -90,33 +91,6 @@ def _how_to_go_on(folder: Path) -> str:
     if not (folder / "config.yaml").is_file():
         return "Nothing was written."
     return f"To go on: pilot-jax run {folder / 'config.yaml'} --out {folder} --resume"
-
-
-def _print_scores(summary: dict) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title="Score on held-out data, each client's own model")
-    for column, justify in (("task", "left"), ("client", "left"), ("base", "right"), (summary["strategy"], "right")):
-        table.add_column(column, justify=justify)
-
-    def shown(value: float | None) -> str:
-        return "–" if value is None else f"{value:.3f}"
-
-    for task in summary["tasks"]:
-        for client in summary["clients"]:
-            if summary["task_by_client"][client] == task and client in summary["score_by_client"]:
-                table.add_row(escape(task), escape(client), shown(summary["score_base_by_client"][client]),
-                              shown(summary["score_by_client"][client]))
-        table.add_row(escape(task), "mean", shown(summary["score_base_by_task"][task]),
-                      shown(summary["score_by_task"][task]), style="bold", end_section=True)
-    table.add_row("all", "mean", shown(summary["score_base"]), shown(summary["score_mean"]), style="bold")
-    Console(width=None if sys.stdout.isatty() else 80).print(table)
-    typer.echo(f"{summary['client_steps']} client steps, {summary['client_steps_per_second']:.1f}/s; "
-               f"{summary['bytes_up'] / 1e6:.1f} MB up, {summary['bytes_down'] / 1e6:.1f} MB down; "
-               f"{summary['wall_seconds']:.0f} s, of which compiling {summary['compile_seconds']:.0f} s; "
-               f"peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
 
 
 @app.command()
@@ -170,40 +144,7 @@ def plan(config: ConfigPath, overrides: Overrides = None,
     if as_json:
         typer.echo(json.dumps(result, indent=1))
         return
-    _print_plan(result)
-
-
-def _print_plan(plan: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    devices = f"{plan['devices']} device{'s' * (plan['devices'] > 1)}"
-    typer.echo(f"{plan['clients']} clients, {plan['tasks']} tasks, {plan['rounds']} rounds, {devices}; longest "
-               f"sequence {plan['longest_sequence']} tokens, {plan['image_tokens']} of them image")
-    if plan["assumed"]:
-        typer.echo(f"Assumed: {plan['assumed']}")
-    memory = plan["memory_per_device"]
-    kinds = list(dict.fromkeys(kind for row in memory.values() for kind in row if kind != "total"))
-    most = max(row["total"] for row in memory.values())
-    unit, size = ("GB", 1e9) if most >= 1e9 else ("MB", 1e6)
-    table = Table(title=f"Memory per device, {unit}")
-    for column in ("", *memory):
-        table.add_column(column, justify="right" if column else "left")
-    for kind in [*kinds, "total"]:
-        table.add_row(kind, *(f"{row[kind] / size:.2f}" if kind in row else "–" for row in memory.values()),
-                      style="bold" if kind == "total" else None)
-    rounds = Table(title="Per round")
-    for column in ("", "round 1", "later rounds"):
-        rounds.add_column(column, justify="right" if column else "left")
-    for key, unit, divisor in (("client_steps", "", 1), ("flops", "TFLOP", 1e12), ("bytes_up", "MB", 1e6),
-                               ("bytes_down", "MB", 1e6)):
-        label = f"{key.replace('_', ' ')}{f', {unit}' if unit else ''}"
-        rounds.add_row(label, *(f"{plan[key][r] / divisor:,.0f}" for r in ("round_1", "later_rounds")))
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print(table, rounds)
-    typer.echo("Parameters: " + ", ".join(f"{n} {v:,}" for n, v in plan["parameters"].items()))
-    for stage, size in plan.get("lowered", {}).items():
-        typer.echo(f"{stage} lowers for {devices}: {size:,} characters")
+    print_plan(result)
 
 
 @app.command()
@@ -225,7 +166,7 @@ def evaluate(run_dir: RunPath, split: Annotated[str, typer.Option(help="test or 
         if as_json:
             typer.echo(json.dumps(result, indent=1))
         else:
-            _print_matrix(result)
+            print_matrix(result)
         return
     by_client = score(done.federation, done.tokenizer, done.population, split)
     if not by_client:
@@ -237,25 +178,6 @@ def evaluate(run_dir: RunPath, split: Annotated[str, typer.Option(help="test or 
     for client, value in by_client.items():
         typer.echo(f"{client:<24} {value:.3f}")
     typer.echo(f"{'mean':<24} {mean:.3f}")
-
-
-def _print_matrix(result: dict) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=f"Model of (row) on the {result['split']} data of (column)")
-    base = result["base_captions"]
-    columns = [*result["clients"], *result["tasks"], *(["base's captions"] if base else [])]
-    for name in ("", *columns):
-        table.add_column(escape(name), justify="right" if name else "left")
-    for i, client in enumerate(result["clients"]):
-        own = [f"{v:.2f}" for v in (*result["scores"][i], *result["by_task"][client].values())]
-        own[i] = f"[bold]{own[i]}[/bold]"
-        table.add_row(escape(client), *own, *([f"{base['clients'][i]:.2f}"] if base else []))
-    Console(width=None if sys.stdout.isatty() else 20 + 11 * len(columns)).print(table)
-    if base:
-        typer.echo(f"The base itself on its captions: {base['base']:.2f}")
 
 
 @app.command()
@@ -415,11 +337,6 @@ def data_check(path: Annotated[Path, typer.Argument(help="Data file or folder.")
         typer.echo(f"{len(report.errors)} errors{more}", err=True)
         raise typer.Exit(2)
     typer.echo(f"{sum(report.counts.values())} samples, all readable")
-
-
-def printable(text: str) -> str:
-    """Without control characters that a file's name or content could send to the terminal; lines stay lines."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def main() -> None:

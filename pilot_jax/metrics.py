@@ -98,7 +98,8 @@ class ProgressDisplay:
             if self._bar is not None:
                 self.console.print(
                     f"round {event['round']} {event['phase']}: loss {event['loss']:.3f}, effective neighbours "
-                    f"{event['effective_neighbors']:.2f}, {event['seconds']:.1f} s", highlight=False, markup=False)
+                    f"{event['effective_neighbors']:.2f}, {event['seconds']:.1f} s"
+                    + (f", ε {event['epsilon']:.3g}" if "epsilon" in event else ""), highlight=False, markup=False)
         else:
             self.console.print(event["text"], highlight=False, markup=False)
 

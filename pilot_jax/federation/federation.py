@@ -109,9 +109,11 @@ class Federation:
 
     @functools.cached_property
     def noise_multiplier(self) -> float:
-        """z of `federation.privacy`: 0 without it."""
-        return 0.0 if self.config.federation.privacy.clip is None else multiplier(
-            self.config.federation.privacy, self.most_uploads)
+        """z of `federation.privacy`: 0 without it, and where a strategy uploads nothing."""
+        privacy = self.config.federation.privacy
+        if privacy.clip is None or not self.strategy.roles().names(scope="shared"):
+            return 0.0
+        return multiplier(privacy, self.most_uploads)
 
     def phase(self, stage: str) -> Phase:
         return Phase(self.model.module, self.strategy.roles(), stage, self.config.train, self.strategy.local_rule())

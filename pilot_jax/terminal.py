@@ -1,0 +1,87 @@
+"""What the commands print: tables of scores, plans and matrices."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def printable(text: str) -> str:
+    """Without control characters that a file's name or content could send to the terminal; lines stay lines."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_scores(summary: dict) -> None:
+    table = Table(title="Score on held-out data, each client's own model")
+    for column, justify in (("task", "left"), ("client", "left"), ("base", "right"), (summary["strategy"], "right")):
+        table.add_column(column, justify=justify)
+
+    def shown(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3f}"
+
+    for task in summary["tasks"]:
+        for client in summary["clients"]:
+            if summary["task_by_client"][client] == task and client in summary["score_by_client"]:
+                table.add_row(escape(task), escape(client), shown(summary["score_base_by_client"][client]),
+                              shown(summary["score_by_client"][client]))
+        table.add_row(escape(task), "mean", shown(summary["score_base_by_task"][task]),
+                      shown(summary["score_by_task"][task]), style="bold", end_section=True)
+    table.add_row("all", "mean", shown(summary["score_base"]), shown(summary["score_mean"]), style="bold")
+    Console(width=None if sys.stdout.isatty() else 80).print(table)
+    typer.echo(f"{summary['client_steps']} client steps, {summary['client_steps_per_second']:.1f}/s; "
+               f"{summary['bytes_up'] / 1e6:.1f} MB up, {summary['bytes_down'] / 1e6:.1f} MB down; "
+               f"{summary['wall_seconds']:.0f} s, of which compiling {summary['compile_seconds']:.0f} s; "
+               f"peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
+    if summary.get("quarantined"):
+        typer.echo(f"{summary['quarantined']} uploads refused, see `fault` and `quarantined` in metrics.jsonl")
+    if summary.get("epsilon") is not None:
+        typer.echo(f"Differential privacy of a client's uploads: ε = {summary['epsilon']:.3g}")
+
+
+def print_plan(plan: dict) -> None:
+    devices = f"{plan['devices']} device{'s' * (plan['devices'] > 1)}"
+    typer.echo(f"{plan['clients']} clients, {plan['tasks']} tasks, {plan['rounds']} rounds, {devices}; longest "
+               f"sequence {plan['longest_sequence']} tokens, {plan['image_tokens']} of them image")
+    if plan["assumed"]:
+        typer.echo(f"Assumed: {plan['assumed']}")
+    memory = plan["memory_per_device"]
+    kinds = list(dict.fromkeys(kind for row in memory.values() for kind in row if kind != "total"))
+    most = max(row["total"] for row in memory.values())
+    unit, size = ("GB", 1e9) if most >= 1e9 else ("MB", 1e6)
+    table = Table(title=f"Memory per device, {unit}")
+    for column in ("", *memory):
+        table.add_column(column, justify="right" if column else "left")
+    for kind in [*kinds, "total"]:
+        table.add_row(kind, *(f"{row[kind] / size:.2f}" if kind in row else "–" for row in memory.values()),
+                      style="bold" if kind == "total" else None)
+    rounds = Table(title="Per round")
+    for column in ("", "round 1", "later rounds"):
+        rounds.add_column(column, justify="right" if column else "left")
+    for key, unit, divisor in (("client_steps", "", 1), ("flops", "TFLOP", 1e12), ("bytes_up", "MB", 1e6),
+                               ("bytes_down", "MB", 1e6)):
+        label = f"{key.replace('_', ' ')}{f', {unit}' if unit else ''}"
+        rounds.add_row(label, *(f"{plan[key][r] / divisor:,.0f}" for r in ("round_1", "later_rounds")))
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(table, rounds)
+    typer.echo("Parameters: " + ", ".join(f"{n} {v:,}" for n, v in plan["parameters"].items()))
+    for stage, size in plan.get("lowered", {}).items():
+        typer.echo(f"{stage} lowers for {devices}: {size:,} characters")
+
+
+def print_matrix(result: dict) -> None:
+    table = Table(title=f"Model of (row) on the {result['split']} data of (column)")
+    base = result["base_captions"]
+    columns = [*result["clients"], *result["tasks"], *(["base's captions"] if base else [])]
+    for name in ("", *columns):
+        table.add_column(escape(name), justify="right" if name else "left")
+    for i, client in enumerate(result["clients"]):
+        own = [f"{v:.2f}" for v in (*result["scores"][i], *result["by_task"][client].values())]
+        own[i] = f"[bold]{own[i]}[/bold]"
+        table.add_row(escape(client), *own, *([f"{base['clients'][i]:.2f}"] if base else []))
+    Console(width=None if sys.stdout.isatty() else 20 + 11 * len(columns)).print(table)
+    if base:
+        typer.echo(f"The base itself on its captions: {base['base']:.2f}")
