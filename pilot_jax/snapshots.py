@@ -234,14 +234,14 @@ class Snapshots:
                 read_arrays(folder / name) for name in ("server", "clients"))
             for client, (at, place) in self._where.items():
                 if at == needed:
-                    adapters = _row(its[0]["changed"], its[1]["changed"], place)
+                    adapters = _row(its, "changed", place)
                     if fault := misfit(adapters, initial.population[client].adapters):
                         raise Damaged(f"{folder}: what is there of {self._names[client]} {fault}")
                     population[client] = stored(store, client, ClientState(
                         adapters, entries[client]["stage"], entries[client]["rounds"]))
         partial = manifest["partial"]
         if partial is not None:
-            members = {c: _row(server["partial"], clients["partial"], k) for k, c in enumerate(partial["clients"])}
+            members = {c: _row((server, clients), "partial", k) for k, c in enumerate(partial["clients"])}
             partial = Trained(members, partial["records"], partial["seconds"])
         counters = {n: tuple(v) if isinstance(v := manifest[n], list) else v for n in COUNTERS}
         state = dataclasses.replace(
@@ -254,7 +254,9 @@ class Snapshots:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _row(shared: dict, clients: dict, index: int) -> dict[str, Any]:
-    """One client's adapters out of a snapshot; a copy, so that the snapshot's arrays can go."""
+def _row(snapshot: tuple[dict, dict], kind: str, index: int) -> dict[str, Any]:
+    """One client's adapters out of a snapshot's arrays (server, clients); a copy, so that these can go. What is empty,
+    as the shared scope of `local`, orbax has left out."""
+    shared, clients = (part.get(kind, {}) for part in snapshot)
     own = row({**shared, **clients.get("local", {})}, index)
     return {**jax.tree.map(np.array, own), **clients.get("received", {})}

@@ -99,6 +99,18 @@ def test_goes_on_wherever_it_died(undisturbed, tmp_path, monkeypatch, system):
     same_run(undisturbed[0], folder)
 
 
+@pytest.mark.parametrize("name", ["centralised", "fedadam", "scaffold"])
+def test_every_kind_of_state_is_saved(tmp_path, name):
+    """No shared subtree at all; an optax state at the server; a server's subtree that clients receive."""
+    config = small_config(strategy={"name": name}, federation={"rounds": 2, "local_steps": 1})
+    simulation.simulate(config, out=tmp_path / "plain")
+    for count in (2, 1):
+        with pytest.raises(Killed):
+            simulation.simulate(config, out=tmp_path / "run", resume=True, progress=dies_at(count, "phase"))
+    simulation.simulate(config, out=tmp_path / "run", resume=True)
+    same_run(tmp_path / "plain", tmp_path / "run")
+
+
 @pytest.mark.parametrize(("number", "phases"), [(signal.SIGINT, 0), (signal.SIGTERM, 1)])
 def test_a_signal_saves_the_clients_that_have_trained(undisturbed, tmp_path, number, phases):
     """In the middle of a phase: the chunk is finished, its clients are not trained again."""

@@ -54,7 +54,7 @@ class Federation:
     tasks: tuple[str, ...]  # global task order
     pool_of: tuple[ClientData, ...] = ()  # the clients whose data the one client has, where a strategy pools them
     store: Store | None = None  # where clients' adapters and data are, if not in memory
-    most_uploads: int = 0  # of one client in the whole run, if none is refused
+    most_uploads: int = 0  # of one client in the whole run, if none is refused; where `federation.privacy` asks
     tamper: Tamper | None = None  # what simulated attackers do
 
     @functools.cached_property

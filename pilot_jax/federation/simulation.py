@@ -123,7 +123,8 @@ def with_strategy(fed: Federation, strategy: Strategy, config: Config | None = N
     pool = (pooled(list(clients)),) if strategy.pools_data else ()
     fed = dataclasses.replace(fed, strategy=strategy, config=config or fed.config, clients=pool or clients,
                               pool_of=clients if pool else ())
-    return dataclasses.replace(fed, most_uploads=most_uploads(fed))
+    private = fed.config.federation.privacy.clip is not None
+    return dataclasses.replace(fed, most_uploads=most_uploads(fed)) if private else fed
 
 
 def initial_adapters(fed: Federation) -> dict[str, Any]:
@@ -227,6 +228,7 @@ def simulate(config: Config, *, out: str | Path | None = None, resume: bool = Fa
     if resume and out is None:
         raise InputError("--resume: which run? Give its folder as --out.")
     folder = None if out is None else RunFolder(out, config, resume, is_writer())
+    wait("run directory")  # until all have seen it as it was
     try:
         if folder is not None and folder.finished:
             return restore(folder.path)
