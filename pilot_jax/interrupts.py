@@ -29,7 +29,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS
+                            if signal.getsignal(number) is not signal.SIG_IGN}  # as of a job in the background
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -91,7 +91,8 @@ def test_schedule_first_time(three_rounds):
 
 def test_compilations_are_few_and_early():
     """Two length buckets, four rounds: one training program per phase and bucket, nothing compiled after round 2."""
-    fed, _ = simulation.prepare(small_config(federation={"local_steps": 1}, system={"length_spread": 1.2}))
+    fed, _ = simulation.prepare(small_config(federation={"local_steps": 1}, system={"length_spread": 1.2},
+                                             train={"batch_size": 3}))  # no other test's: nothing is compiled yet
     buckets = {(c.train["input_ids"].shape[1], c.train["target_ids"].shape[1]) for c in fed.clients}
     assert len(buckets) == 2
     before, clock, programs = local_update._cache_size(), CompileClock(), []

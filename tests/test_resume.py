@@ -112,7 +112,7 @@ def test_every_kind_of_state_is_saved(tmp_path, name):
 
 
 @pytest.mark.parametrize(("number", "phases"), [(signal.SIGINT, 0), (signal.SIGTERM, 1)])
-def test_a_signal_saves_the_clients_that_have_trained(undisturbed, tmp_path, number, phases):
+def test_a_signal_saves_the_clients_that_have_trained(request, tmp_path, number, phases):
     """In the middle of a phase: the chunk is finished, its clients are not trained again."""
     def progress(fed):
         seen = []
@@ -124,12 +124,14 @@ def test_a_signal_saves_the_clients_that_have_trained(undisturbed, tmp_path, num
 
         return show
 
+    before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    request.addfinalizer(lambda: [signal.signal(n, handler) for n, handler in before.items()])
     config = small_config(**SECTIONS, system={"client_chunk": 1, "client_devices": 1})
     folder = tmp_path / "run"
     with pytest.raises(Interrupted) as caught:
         simulation.simulate(config, out=folder, progress=progress)
     assert caught.value.signum == number and not (folder / "summary.json").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(number) is signal.default_int_handler
     events = []
     with pytest.raises(Interrupted):  # again, with what was saved before
         simulation.simulate(config, out=folder, resume=True, progress=progress)

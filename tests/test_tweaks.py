@@ -30,8 +30,8 @@ def test_example(name, monkeypatch):
     saved = {}
     real = simulation.run_round
 
-    def spy(fed, state, round_, show, record, save):
-        return real(fed, state, round_, show, record, lambda r, label, arrays: saved.update({label: arrays}))
+    def spy(fed, state, round_, show, record, save, *rest):
+        return real(fed, state, round_, show, record, lambda r, label, arrays: saved.update({label: arrays}), *rest)
 
     monkeypatch.setattr(simulation, "run_round", spy)
     monkeypatch.setattr(pilot_jax, "load_config", lambda path: small, raising=False)
