@@ -28,7 +28,7 @@ from pilot_jax.federation.training import Trained
 from pilot_jax.federation.uploads import misfit
 from pilot_jax.store import Store
 
-COUNTERS = ("round", "phase", "client_steps", "bytes_up", "bytes_down", "train_seconds", "uploads", "benched",
+COUNTERS = ("round", "phase", "client_steps", "bytes_up", "bytes_down", "train_seconds", "uploads", "norms", "benched",
             "quarantined")
 
 

@@ -63,6 +63,20 @@ def test_a_client_that_is_always_bad_does_not_stop_the_others():
     assert run.summary["bytes_up"] == sum(r["bytes_up"] for r in run.records if "bytes_up" in r)
 
 
+def test_bad_newcomers_among_themselves_are_bad_all_the_same():
+    """Two of nine send 1e6 times their update. From round 2 on they are alone in stage 1, where their median is theirs:
+    what was accepted there before still counts."""
+    def tamper(client, round_, upload, start):
+        if client not in ("caption_0", "vqa_2"):
+            return upload
+        return jax.tree.map(lambda x, o: (o + 1e6 * (x - o)).astype(x.dtype), upload, start)
+
+    run = simulation.simulate(small_config(federation={"rounds": 3}), tamper=tamper)
+    assert [c.rounds for c in run.population] == [0] + [3] * 7 + [0] and run.summary["quarantined"] == 6
+    largest = max(float(np.abs(x).max()) for c in run.population for x in jax.tree.leaves(c.adapters))
+    assert largest < 10
+
+
 def test_stop_or_nobody_left():
     with pytest.raises(FloatingPointError, match=r"stage1: the upload of ocr_1 is not finite in .*text_adapter"):
         simulation.simulate(small_config(federation={"on_bad_client": "stop"}), tamper=spoilt())
@@ -105,6 +119,7 @@ def test_exploded(norms, bad):
     records = {i: {"update_norm": n} for i, n in enumerate(norms)}
     assert list(refusals(FederationConfig(), records)) == bad
     assert refusals(FederationConfig(max_update_ratio=None), records) == {}
+    assert list(refusals(FederationConfig(), {0: {"update_norm": 1e6}, 1: {"update_norm": 2e6}}, [1, 2, 3])) == [0, 1]
     assert list(refusals(FederationConfig(), {**records, 99: {"fault": "is odd"}})) == [99, *bad]
 
 

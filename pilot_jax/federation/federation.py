@@ -132,6 +132,7 @@ class State:
     round: int = 1  # the round that is running or comes next
     phase: int = 0  # its phases that are done
     uploads: tuple[int, ...] = ()  # how often each client has sent something
+    norms: Mapping[str, list[float]] = dataclasses.field(default_factory=dict)  # of updates last accepted, by stage
     benched: tuple[int, ...] = ()  # clients whose upload was refused in this round
     quarantined: int = 0  # refused uploads, of the whole run
     partial: Any = None  # `Trained` of a phase that was interrupted

@@ -17,7 +17,7 @@ from pilot_jax.federation.population import ClientState, row, stack, stored
 from pilot_jax.federation.privacy import epsilon
 from pilot_jax.federation.sharding import spread
 from pilot_jax.federation.training import Trained, Work, train_together
-from pilot_jax.federation.uploads import refusals
+from pilot_jax.federation.uploads import REMEMBERED, refusals
 from pilot_jax.hosts import to_host
 
 
@@ -162,7 +162,8 @@ def round_of(fed: Federation, state: State, round_: int, progress: Callable[[dic
         trained, records, asked = done.adapters, done.records, set(taking)
         for entry in records:
             record(entry)
-        refused = refusals(fed.config.federation, dict(zip(taking, records, strict=True)))
+        earlier = state.norms.get(stage, [])
+        refused = refusals(fed.config.federation, dict(zip(taking, records, strict=True)), earlier)
         for client, why in refused.items():
             text = f"round {round_} {label}: the upload of {fed.clients[client].name} {why}"
             if fed.config.federation.on_bad_client == "stop" or {*refused, *state.benched} >= set(members):
@@ -180,8 +181,10 @@ def round_of(fed: Federation, state: State, round_: int, progress: Callable[[dic
         uploads_sent = tuple(n + (c in asked) for c, n in enumerate(state.uploads or (0,) * len(population)))
         if fed.noise_multiplier:
             summary["epsilon"] = epsilon(fed.noise_multiplier, max(uploads_sent), fed.config.federation.privacy.delta)
+        accepted = [r["update_norm"] for c, r in zip(sorted(asked), records, strict=True) if c not in refused]
         state = dataclasses.replace(
             state, round=round_, phase=number + 1, partial=None, uploads=uploads_sent,
+            norms={**state.norms, stage: [*earlier, *accepted][-REMEMBERED:]},
             benched=(*state.benched, *refused), quarantined=state.quarantined + len(refused),
             client_steps=state.client_steps + steps, bytes_up=state.bytes_up + summary["bytes_up"],
             bytes_down=state.bytes_down + summary["bytes_down"], train_seconds=state.train_seconds + done.seconds)

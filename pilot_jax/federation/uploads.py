@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,14 +67,19 @@ def change(upload: Any, start: Any) -> float:
     return math.sqrt(total) if total >= 0 else math.nan
 
 
-def refusals(federation: FederationConfig, records: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
+REMEMBERED = 64  # norms of each stage
+
+
+def refusals(federation: FederationConfig, records: Mapping[int, Mapping[str, Any]],
+             earlier: Sequence[float] = ()) -> dict[int, str]:
     """Whose upload the server does not use, and why; records: of each client of the phase, from `sent`.
 
-    An update counts as exploded that is `max_update_ratio` times longer than the median one. Of an even number, the
+    An update counts as exploded that is `max_update_ratio` times longer than the median of this phase's and of
+    `earlier`, the norms last accepted in this stage: a phase may be that of bad newcomers alone. Of an even number, the
     median is the lower of the middle two: of two clients, one can be found to have exploded.
     """
     out = {client: r["fault"] for client, r in records.items() if "fault" in r}
-    norms = sorted(r["update_norm"] for r in records.values() if "fault" not in r)
+    norms = sorted([*earlier, *(r["update_norm"] for r in records.values() if "fault" not in r)])
     if federation.max_update_ratio is not None and norms:
         most = federation.max_update_ratio * norms[(len(norms) - 1) // 2]
         for client, r in records.items():
