@@ -85,6 +85,14 @@ def write_checkpoint(folder, *, chat_template=None, **options):
     return model
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Compiled programs of one file's tests go with it: hundreds of them exhaust a process' memory maps, and XLA's
+    compiler then crashes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """(torch model, pilot_jax model) of one tiny random checkpoint."""
