@@ -15,9 +15,9 @@ from pilot_jax.errors import InputError
 
 LOCK = ".lock"
 # What a run may be given otherwise when it goes on: where and how it is computed, not what.
-FREE = ("system.mesh.", "system.client_chunk", "system.client_devices", "system.steps_at_once",
-        "system.store", "system.length_spread",
-        "system.unroll", "system.compilation_cache", "system.save_every", "system.keep_saved")
+ROUNDED = ("system.mesh.", "system.client_chunk", "system.client_devices", "system.steps_at_once",
+           "system.length_spread", "system.unroll")  # sums are taken in another order
+FREE = (*ROUNDED, "system.store", "system.compilation_cache", "system.save_every", "system.keep_saved")
 
 
 class RunFolder:
@@ -54,7 +54,7 @@ class RunFolder:
         if bound:
             raise InputError(f"{self.path}: a run goes on with the config that it began with. Different are (there → "
                              "now):\n  " + "\n  ".join(bound) + "\nUndo that, or start another run with another --out.")
-        if free:
+        if free := [line for line in free if line.startswith(ROUNDED)]:
             self.notes.append(f"note: {'; '.join(free)}: results agree to rounding with those of an undisturbed run, "
                               "not bit for bit.")
 

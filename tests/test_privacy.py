@@ -97,6 +97,14 @@ def test_a_run_prints_epsilon_and_repeats():
     assert simulation.simulate(small_config()).summary["epsilon"] is None
 
 
+def test_a_missing_accountant_is_found_before_training(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    with pytest.raises(InputError, match=r"Install pilot-jax\[privacy\]"):
+        simulation.prepare(small_config(federation={"privacy": {"clip": 1, "noise_multiplier": 1}}))
+
+
 @pytest.mark.parametrize("keys", [{"clip": 1}, {"epsilon": 1}, {"clip": 1, "epsilon": 1, "noise_multiplier": 1}])
 def test_half_a_promise_is_refused(keys):
     with pytest.raises(InputError, match=r"federation\.privacy: .*clip and one of"):

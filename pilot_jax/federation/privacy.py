@@ -44,7 +44,12 @@ def noise_multiplier(target: float, uploads: int, delta: float) -> float:
 
 
 def multiplier(privacy: PrivacyConfig, uploads: int) -> float:
-    """z: as configured, or what the configured ε needs for `uploads` of one client."""
+    """z: as configured, or what the configured ε needs for `uploads` of one client.
+
+    Raises:
+        InputError: dp-accounting, which the ε of every phase needs, is not installed.
+    """
+    _accounting()
     if privacy.noise_multiplier is not None:
         return privacy.noise_multiplier
     return noise_multiplier(privacy.epsilon, max(uploads, 1), privacy.delta)

@@ -123,8 +123,11 @@ def with_strategy(fed: Federation, strategy: Strategy, config: Config | None = N
     pool = (pooled(list(clients)),) if strategy.pools_data else ()
     fed = dataclasses.replace(fed, strategy=strategy, config=config or fed.config, clients=pool or clients,
                               pool_of=clients if pool else ())
-    private = fed.config.federation.privacy.clip is not None
-    return dataclasses.replace(fed, most_uploads=most_uploads(fed)) if private else fed
+    if fed.config.federation.privacy.clip is None:
+        return fed
+    fed = dataclasses.replace(fed, most_uploads=most_uploads(fed))
+    _ = fed.noise_multiplier  # refuses, before anything is trained, where the accountant is not installed
+    return fed
 
 
 def initial_adapters(fed: Federation) -> dict[str, Any]:
@@ -258,6 +261,7 @@ def _run(fed: Federation, tokenizer: Any, folder: RunFolder | None, clock: Compi
     state, earlier, keep = initial_state(fed), Clocks(), 0
     snapshots = None if folder is None else Snapshots(folder.path / "checkpoints" / "resume", names, roles,
                                                       config.system.keep_saved)
+    data = None if folder is None else data_sha256(fed)
     if folder is not None and folder.resumes:
         found = snapshots.load(state, fed.store, note, writes)
         for line in folder.notes:
@@ -266,7 +270,7 @@ def _run(fed: Federation, tokenizer: Any, folder: RunFolder | None, clock: Compi
             state, extra = found
             if not {"data", "versions", "clocks", "metrics"} <= set(extra):
                 raise InputError(f"{folder.path}: its snapshots were not written by this version. Start another run.")
-            if extra["data"] != data_sha256(fed):
+            if extra["data"] != data:
                 raise InputError(f"data.path: {config.data.path} has other training samples than when the run in "
                                  f"{folder.path} began. Give the same data, or start another run.")
             if extra["versions"] != _versions():
@@ -284,7 +288,7 @@ def _run(fed: Federation, tokenizer: Any, folder: RunFolder | None, clock: Compi
         nonlocal saved
         if writes and saved is not state:
             snapshots.save(state, {"metrics": record.synced(), "clocks": dataclasses.asdict(clocks()),
-                                   "data": data_sha256(fed), "versions": _versions()})
+                                   "data": data, "versions": _versions()})
         saved = state
 
     def after_phase(now: State, trained: list[int]) -> None:
