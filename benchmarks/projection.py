@@ -43,7 +43,7 @@ def main() -> None:
     import numpy as np
 
     from pilot_jax.config import load_config
-    from pilot_jax.data.images import image_features
+    from pilot_jax.data.features import image_features
     from pilot_jax.federation import mixing, simulation
     from pilot_jax.federation.distances import distances
     from pilot_jax.federation.roles import num_bytes

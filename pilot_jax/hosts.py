@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pilot_jax.errors import InputError
 
@@ -69,6 +71,50 @@ def from_host(tree: Any, sharding: jax.sharding.Sharding) -> Any:
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     return jax.device_put(tree, sharding) if jax.process_count() == 1 else jax.tree.map(one, tree)
+
+
+def over_clients(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """Leaves [k, …] on the devices, the clients over the mesh's `clients` axis if that divides k. Of what lies on other
+    processes' devices, nothing is read."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, tree)
+    spec = PartitionSpec("clients") if len(jax.tree.leaves(tree)[0]) % mesh.shape["clients"] == 0 else PartitionSpec()
+    return from_host(tree, NamedSharding(mesh, spec))
+
+
+def places(mesh: jax.sharding.Mesh | None) -> list[set[int]]:
+    """For each place along the mesh's `clients` axis, the processes that have a device there."""
+    if mesh is None:
+        return [{jax.process_index()}]
+    return [{device.process_index for device in row.ravel()} for row in mesh.devices]
+
+
+def place_of(client: int, width: int, count: int) -> int:
+    """On which of `count` places the client'th of `width` stacked clients lies."""
+    return client * count // width
+
+
+def here(mesh: jax.sharding.Mesh | None, width: int) -> list[bool]:
+    """Which of `width` stacked clients lie, in part at least, on this process's devices."""
+    processes = places(mesh)
+    return [jax.process_index() in processes[place_of(k, width, len(processes))] for k in range(width)]
+
+
+def own_rows(mesh: jax.sharding.Mesh | None, length: int) -> np.ndarray:
+    """Which rows of an array [length, …], spread over all devices, lie on this process's; bool [length]."""
+    own = np.ones(length, bool)
+    if mesh is not None:
+        own[:] = False
+        spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        for (rows,) in spread.addressable_devices_indices_map((length,)).values():
+            own[rows] = True
+    return own
+
+
+def own_parts(array: jax.Array) -> list[tuple[int, np.ndarray]]:
+    """(first row, rows) of the distinct parts of an array that this process has."""
+    parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return [(start, np.asarray(parts[start])) for start in sorted(parts)]
 
 
 def largest(value: int) -> int:

@@ -92,6 +92,14 @@ class RowsWriter:
                 file.write(np.ascontiguousarray(value, self.rows.dtype).tobytes())
 
 
+def kept(path: Path, array: np.ndarray) -> Rows:
+    """An array [n, …], written behind those of the same row shape that are in the file already."""
+    with path.open("ab") as file:
+        start = file.tell() // max(array[:1].nbytes, 1)
+        file.write(np.ascontiguousarray(array).tobytes())
+    return Rows(path, array.shape, array.dtype, start)
+
+
 @dataclasses.dataclass(frozen=True)
 class Key:
     """One version of one client's adapters."""

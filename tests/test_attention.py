@@ -101,7 +101,7 @@ fed, _ = simulation.prepare(small_config(system=system, train={"adam_epsilon": 1
 adapters = simulation.initial_adapters(fed)
 after, _ = training.train_phase(fed, dict.fromkeys(range(9), adapters), 1, "stage2", "stage2", lambda event: None)
 np.savez(sys.argv[2], *[np.asarray(x) for c in sorted(after) for x in jax.tree.leaves(after[c])])
-print(jax.device_count(), 1 if fed.training[0] is None else fed.training[0].size)
+print(jax.device_count(), 1 if fed.mesh is None else fed.mesh.size)
 """
 
 

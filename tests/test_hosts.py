@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ from conftest import small_config, tree_max_difference
 
 from pilot_jax import hosts
 from pilot_jax.errors import InputError
-from pilot_jax.federation.simulation import restore
+from pilot_jax.federation import simulation
 
 ROOT = Path(__file__).parent.parent
 RATES = {"optimizer": "sgd", "lr_connector": 0.005, "lr_lora_stage1": 0.005, "lr_lora_stage2": 0.005}
@@ -50,14 +51,14 @@ def test_processes_give_what_one_gives(tmp_path):
     config.write_text(small_config(train=RATES, system={"client_chunk": 1, "unroll": 1}).to_yaml())
     one = tmp_path / "one"
     finished([command(config, one, "--set", "system.client_devices=1")])
-    alone = restore(one)
+    alone = simulation.restore(one)
     for count, mesh in ((2, {"clients": 2}), (4, {"clients": 2, "fsdp": 2})):
         port, folder = free_port(), tmp_path / f"{count}"
         sets = [x for axis, size in mesh.items() for x in ("--set", f"system.mesh.{axis}={size}")]
         texts = finished([command(config, folder, *sets, "--coordinator", f"127.0.0.1:{port}", "--num-processes", count,
                                   "--process-id", i) for i in range(count)])
         assert "Run directory" in texts[0] and not any("client steps" in text for text in texts[1:])
-        run = restore(folder)
+        run = simulation.restore(folder)
         for a, b in zip(alone.population, run.population, strict=True):
             assert tree_max_difference(a.adapters, b.adapters) <= 1e-5
         for key in ("score_by_client", "bytes_up", "bytes_down", "client_steps"):
@@ -85,12 +86,55 @@ def interrupted_on_a_mesh(config, folder, one, alone):
     assert "--resume" in texts[0][1] and "--resume" not in texts[1][1] and not (folder / "summary.json").exists()
     text = finished([command(config, folder, "--resume")])[0]
     assert "system.mesh.clients: 2 → 1: results agree to rounding" in " ".join(text.split())
-    run = restore(folder)
+    run = simulation.restore(folder)
     for a, b in zip(alone.population, run.population, strict=True):
         assert tree_max_difference(a.adapters, b.adapters) <= 1e-5
     for key in ("score_by_client", "bytes_up", "bytes_down", "client_steps"):
         assert run.summary[key] == alone.summary[key], key
     assert metrics.read_text().count("\n") == (one / "metrics.jsonl").read_text().count("\n")
+
+
+OWN_IMAGES = """
+import json, sys
+sys.path.insert(0, "tests")
+port, process = sys.argv[1], int(sys.argv[2])
+import jax
+jax.config.update("jax_num_cpu_devices", 1)
+from pilot_jax import hosts
+hosts.start(f"127.0.0.1:{port}", 4, process)
+from conftest import small_config
+from pilot_jax.data import features
+from pilot_jax.federation import simulation
+from pilot_jax.federation.examination import evaluate
+seen, read = [], features.read_image
+features.read_image = lambda sample, limits: (seen.append(sample.id), read(sample, limits))[1]
+mesh = {"clients": 2, "fsdp": 2}
+fed, tokenizer = simulation.prepare(small_config(system={"mesh": mesh, "client_chunk": 1, "unroll": 1}))
+simulation.see_everything(fed)
+before = len(seen)
+rounds = [lambda e: None, lambda r: None, lambda *a: None]
+state = simulation.initial_state(fed)
+state = simulation.run_round(fed, state, 1, *rounds)  # two stages: the second finds what the first has seen
+trained = list(seen)
+evaluate(fed, tokenizer, state.population)
+print(json.dumps({"before": before, "trained": trained, "asked": seen[len(trained):]}))
+"""
+
+
+def test_each_process_reads_its_own_clients_images():
+    """Two rows of two processes: every image is read in one process alone, and each reads its share."""
+    port = free_port()
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    how = {"cwd": ROOT, "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    texts = finished([subprocess.Popen([sys.executable, "-c", OWN_IMAGES, str(port), str(i)], **how) for i in range(4)])
+    told = [json.loads(text.splitlines()[-1]) for text in texts]
+    samples = simulation.load_samples(small_config())
+    for key, split in (("trained", "train"), ("asked", "test")):
+        read = [i for process in told for i in process[key]]
+        assert sorted(read) == sorted(s.id for s in samples if s.split == split), key
+        shares = [len(process[key]) for process in told]
+        assert min(shares) > 0.7 * len(read) / 4, shares
+    assert not any(process["before"] for process in told)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

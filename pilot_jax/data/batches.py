@@ -11,10 +11,10 @@ import numpy as np
 
 from pilot_jax.config import DataConfig
 from pilot_jax.data.conversations import Encoded, encode
-from pilot_jax.data.images import image_features
+from pilot_jax.data.features import FeatureRows, Features, joined
 from pilot_jax.data.llava import Sample
 from pilot_jax.errors import InputError
-from pilot_jax.store import Rows
+from pilot_jax.store import Rows, kept
 
 if TYPE_CHECKING:
     from pilot_jax.models.pretrained import PretrainedModel
@@ -29,7 +29,7 @@ class Prompts:
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
-    features: np.ndarray | Rows
+    features: np.ndarray | FeatureRows
     references: tuple[tuple[str, ...], ...]
 
 
@@ -44,13 +44,18 @@ class ClientData:
 
     name: str
     task: str
-    train: dict[str, np.ndarray | Rows]  # Rows: read from disk when a chunk is made
+    train: dict[str, np.ndarray | Rows | FeatureRows]  # the latter two: read when a chunk is made
     evaluation: dict[str, Prompts]  # per split
 
     @property
     def size(self) -> int:
         """n_k."""
         return len(self.train["input_ids"])
+
+    @property
+    def features(self) -> np.ndarray | FeatureRows:
+        """Of the training samples."""
+        return self.train["features"]
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -79,7 +84,7 @@ def bucket_shapes(longest: dict[str, tuple[int, int]], spread: float) -> dict[st
     return out
 
 
-def _training_arrays(encoded: list[Encoded], features: np.ndarray, has_image: np.ndarray, length: int,
+def _training_arrays(encoded: list[Encoded], has_image: np.ndarray, length: int,
                      answers: int) -> dict[str, np.ndarray]:
     n = len(encoded)
     ids, mask = np.zeros((n, length), np.int32), np.zeros((n, length), np.int32)
@@ -93,7 +98,7 @@ def _training_arrays(encoded: list[Encoded], features: np.ndarray, has_image: np
         targets[row, :len(supervised)] = item.input_ids[supervised]
         weights[row, :len(supervised)] = 1
     return {"input_ids": ids, "attention_mask": mask, "target_positions": positions, "target_ids": targets,
-            "target_weights": weights, "has_image": has_image.astype(np.float32), "features": features}
+            "target_weights": weights, "has_image": has_image.astype(np.float32)}
 
 
 def encode_prompts(model: PretrainedModel, tokenizer, samples: list[Sample], data: DataConfig) -> list[np.ndarray]:
@@ -146,9 +151,9 @@ def encode_samples(model: PretrainedModel, tokenizer, samples: list[Sample], dat
 
 
 def build_clients(model: PretrainedModel, tokenizer, samples: list[Sample], data: DataConfig,
-                  length_spread: float, features_file: Path | None = None) -> list[ClientData]:
-    """Every client's data, ordered by client name. Clients of like lengths share L and A, so that few programs train
-    them all and none is padded far. With `features_file` their image features lie there, not in memory.
+                  length_spread: float, folder: Path | None = None) -> list[ClientData]:
+    """Every client's data, ordered by client name; images are not read yet. Clients of like lengths share L and A, so
+    that few programs train them all and none is padded far. With `folder` the arrays lie there, not in memory.
 
     Raises:
         InputError: a client without training samples or with several tasks; a sample that is too long or has
@@ -161,7 +166,7 @@ def build_clients(model: PretrainedModel, tokenizer, samples: list[Sample], data
                        strict=True))
     asked = dict(zip(asked_rows, encode_prompts(model, tokenizer, [samples[i] for i in asked_rows], data),
                      strict=True))
-    features = image_features(model, samples, data, file=features_file)
+    features = Features(model, samples, data, None if folder is None else folder / "features")
     prompt_length = _round_up(max((len(ids) for ids in asked.values()), default=8), 8)
 
     rows_of: dict[str, list[int]] = {}
@@ -180,21 +185,17 @@ def build_clients(model: PretrainedModel, tokenizer, samples: list[Sample], data
         if not mine:
             raise InputError(f"client {name!r} has no training sample. Give it some or remove it from data.path.")
         has_image = np.asarray([samples[i].image is not None for i in mine])
-        train = _training_arrays([encoded[i] for i in mine], _slice(features, mine), has_image, length, answers)
+        train = _training_arrays([encoded.pop(i) for i in mine], has_image, length, answers)
+        if folder is not None:
+            train = {key: kept(folder / f"{key}-{length}-{answers}", array) for key, array in train.items()}
         evaluation = {}
         for split in ("validation", "test"):
             chosen = [i for i in rows if samples[i].split == split]
             if chosen:
                 evaluation[split] = build_prompts([samples[i] for i in chosen], [asked[i] for i in chosen],
-                                                  _slice(features, chosen), prompt_length)
-        clients.append(ClientData(name, tasks[0], train, evaluation))
+                                                  features.rows(chosen), prompt_length)
+        clients.append(ClientData(name, tasks[0], train | {"features": features.rows(mine)}, evaluation))
     return clients
-
-
-def _slice(features: np.ndarray | Rows, rows: list[int]) -> np.ndarray | Rows:
-    """Consecutive rows."""
-    start, stop = rows[0], rows[-1] + 1
-    return features.part(start, stop) if isinstance(features, Rows) else features[start:stop]
 
 
 def _padded(array: np.ndarray, length: int) -> np.ndarray:
@@ -216,7 +217,8 @@ def pooled(clients: list[ClientData]) -> ClientData:
     """One client with everybody's training data, and nothing to be asked."""
     length, answers = (max(c.train[n].shape[1] for c in clients) for n in ("input_ids", "target_ids"))
     parts = [_lengthened(c.train, length, answers) for c in clients]
-    return ClientData("pooled", "all", {n: np.concatenate([p[n] for p in parts]) for n in parts[0]}, {})
+    joint = {n: np.concatenate([p[n] for p in parts]) for n in parts[0] if n != "features"}
+    return ClientData("pooled", "all", joint | {"features": joined([c.features for c in clients])}, {})
 
 
 def aligned(groups: list[list[ClientData]]) -> list[list[ClientData]]:

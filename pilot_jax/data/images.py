@@ -1,4 +1,4 @@
-"""Images to cached tower features: the tower is frozen, so each image passes through it once."""
+"""Images to what the tower reads."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from pilot_jax.config import DataConfig, LimitsConfig
+from pilot_jax.config import LimitsConfig
 from pilot_jax.data.llava import LIMITS, Sample, StoredImage
 from pilot_jax.errors import InputError
-from pilot_jax.hosts import to_host
 from pilot_jax.models.processors import load_image_processor
-from pilot_jax.store import Rows, RowsWriter
 
 if TYPE_CHECKING:
     from pilot_jax.models.pretrained import PretrainedModel
@@ -92,27 +88,3 @@ def pixel_values(model: PretrainedModel, images: list[Image.Image], fit: str = "
         raise InputError(f"{model.image_directory}: the image processor gives {pixels.shape[1:]}, the tower takes "
                          f"{(3, side, side)}. Mend preprocessor_config.json or set data.image_fit: pad.")
     return pixels
-
-
-def image_features(model: PretrainedModel, samples: list[Sample], data: DataConfig | None = None,
-                   batch: int = 64, file: Path | None = None) -> np.ndarray | Rows:
-    """H_v of each sample's image, [len(samples), N, D] in the model's dtype; zeros where a sample has none. With `file`
-    they are written there."""
-    c, data = model.config, data or DataConfig()
-    shape = len(samples), c.num_image_tokens, c.vision.feature_size
-    dtype = jnp.dtype(model.module.dtype)
-    out = np.zeros(shape, dtype) if file is None else RowsWriter(file, shape, dtype)
-    shown = [i for i, sample in enumerate(samples) if sample.image is not None]
-    running: tuple[list[int], jax.Array] | None = None
-    for start in range(0, len(shown), batch):
-        rows = shown[start:start + batch]
-        pixels = pixel_values(model, [read_image(samples[i], data.limits) for i in rows], data.image_fit)
-        padded = np.zeros((batch, *pixels.shape[1:]), np.float32)  # one shape: one compilation
-        padded[:len(rows)] = pixels
-        computed = model.features(padded)  # runs while the next images are read
-        if running is not None:
-            out[running[0]] = to_host(running[1])[:len(running[0])]
-        running = rows, computed
-    if running is not None:
-        out[running[0]] = to_host(running[1])[:len(running[0])]
-    return out if file is None else out.rows

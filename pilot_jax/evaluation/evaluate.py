@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,16 +13,11 @@ import numpy as np
 from pilot_jax.config import EvalConfig
 from pilot_jax.data.batches import Prompts
 from pilot_jax.data.conversations import stop_tokens
+from pilot_jax.data.features import bring
 from pilot_jax.evaluation.scores import METRICS
-from pilot_jax.hosts import to_host
+from pilot_jax.hosts import here, mesh_of, over_clients, to_host
 from pilot_jax.models.generate import Decoding, generate
 from pilot_jax.models.pretrained import PretrainedModel
-
-Place = Callable[[Any], Any]
-
-
-def on_device(tree: Any) -> Any:
-    return jax.tree.map(jnp.asarray, tree)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,25 +53,25 @@ def speaker(tokenizer: Any, template: str, config: EvalConfig, seed: int = 0) ->
     return Speaker(tokenizer, how, config.batch_size, seed)
 
 
-def _answers_of_group(model: PretrainedModel, voice: Speaker, group: list[Examinee], width: int,
-                      place: Place) -> list[list[str]]:
+def _answers_of_group(model: PretrainedModel, voice: Speaker, group: list[Examinee], width: int) -> list[list[str]]:
     """Answers of examinees that share a stage, `width` models at a time; short groups are padded by repetition."""
     out: list[list[str]] = []
+    mesh = mesh_of(model.base)
+    mine = here(mesh, width)  # only these prompts are read
+    bring([e.prompts.features for e in group], width)
     for start in range(0, len(group), width):
         members = group[start:start + width]
         padded = members + members[:1] * (width - len(members))
-        adapters = place(jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]),
-                                      *[e.adapters for e in padded]))
-        tasks = place(np.asarray([e.task_index for e in padded], np.int32))
+        adapters = over_clients(jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]),
+                                             *[e.adapters for e in padded]), mesh)
+        tasks = over_clients(np.asarray([e.task_index for e in padded], np.int32), mesh)
         longest = max(len(e.prompts.references) for e in members)
         rows: list[list[str]] = [[] for _ in members]
         rows_at_once = min(voice.batch_size, longest)
         for first in range(0, longest, rows_at_once):
             take = np.arange(first, first + rows_at_once)
-            batch = place({
-                name: np.stack([getattr(e.prompts, name)[np.minimum(take, len(e.prompts.references) - 1)]
-                                for e in padded])
-                for name in ("input_ids", "attention_mask", "features")})
+            batch = over_clients({name: _prompts(name, members, mine, take)
+                                  for name in ("input_ids", "attention_mask", "features")}, mesh)
             # A prompt's randomness depends on its place among its client's prompts, not on who is decoded beside it.
             keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(voice.seed)))(take)
             tokens = to_host(generate(model.module, model.base, adapters, batch, tasks,
@@ -90,26 +84,38 @@ def _answers_of_group(model: PretrainedModel, voice: Speaker, group: list[Examin
     return out
 
 
-def answers(model: PretrainedModel, voice: Speaker, examinees: list[Examinee], width: int,
-            place: Place = on_device) -> list[list[str]]:
+def _prompts(name: str, examinees: list[Examinee], mine: list[bool], take: np.ndarray) -> np.ndarray:
+    """One array [len(mine), len(take), …] of everybody's prompts number `take`, the last one again where there are
+    fewer; zeros where they are not `mine`, or nobody's."""
+    first = getattr(examinees[0].prompts, name)
+    out = np.zeros((len(mine), len(take), *first.shape[1:]), first.dtype)
+    if name == "attention_mask":
+        out[len(examinees):, :, 0] = 1  # idle models' numbers are finite
+    for k, examinee in enumerate(examinees):
+        if mine[k]:
+            out[k] = getattr(examinee.prompts, name)[np.minimum(take, len(examinee.prompts.references) - 1)]
+    return out
+
+
+def answers(model: PretrainedModel, voice: Speaker, examinees: list[Examinee], width: int) -> list[list[str]]:
     """Every examinee's answers to its prompts, in order.
 
     Args:
-        width: models that are decoded at once. place: puts trees with leaves [width, …] on devices.
+        width: models that are decoded at once, over the `clients` axis of the mesh on which the base lies.
     """
     out: list[list[str]] = [[] for _ in examinees]
     for stage in sorted({e.stage for e in examinees}):
         indices = [i for i, e in enumerate(examinees) if e.stage == stage]
         group = [examinees[i] for i in indices]
-        for i, texts in zip(indices, _answers_of_group(model, voice, group, width, place), strict=True):
+        for i, texts in zip(indices, _answers_of_group(model, voice, group, width), strict=True):
             out[i] = texts
     return out
 
 
 def scores(model: PretrainedModel, voice: Speaker, examinees: list[Examinee], metrics: dict[str, str],
-           width: int, place: Place = on_device) -> list[float]:
+           width: int) -> list[float]:
     """Score of each examinee, by its task's metric (exact match where `metrics` names none)."""
-    texts = answers(model, voice, examinees, width, place)
+    texts = answers(model, voice, examinees, width)
     return [METRICS[metrics.get(e.task, "exact")](got, e.prompts.references)
             for e, got in zip(examinees, texts, strict=True)]
 

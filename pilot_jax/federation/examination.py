@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from pilot_jax.data.batches import Prompts, build_prompts, encode_prompts
-from pilot_jax.data.images import image_features
+from pilot_jax.data.features import FeatureRows, image_features
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.evaluate import Examinee, base_examinee, scores, speaker
 from pilot_jax.federation.federation import Federation
 from pilot_jax.federation.population import ClientState, Population
 from pilot_jax.federation.roles import Roles
-from pilot_jax.federation.sharding import over_clients
 
 AT_ONCE = 128  # models in memory
 
@@ -60,11 +58,10 @@ def evaluate_together(feds: Sequence[Federation], tokenizer: Any, populations: S
 
 
 def _scores(fed: Federation, tokenizer: Any, asked: list[Examinee]) -> list[float]:
-    mesh, chunk = fed.model_mesh, fed.config.system.client_chunk
-    rows = 1 if mesh is None else mesh.shape["clients"]
-    width = rows * min(chunk, -(-len(fed.examined) // rows))
+    rows = 1 if fed.mesh is None else fed.mesh.shape["clients"]
+    width = rows * min(fed.config.system.client_chunk, -(-len(fed.examined) // rows))
     voice = speaker(tokenizer, fed.config.data.template, fed.config.eval, fed.config.system.seed)
-    return scores(fed.model, voice, asked, fed.config.eval.metrics, width, partial(over_clients, mesh=mesh))
+    return scores(fed.model, voice, asked, fed.config.eval.metrics, width)
 
 
 def mean_score(values: list[float]) -> float | None:
@@ -77,8 +74,12 @@ def score_by_task(fed: Federation, by_client: dict[str, float]) -> dict[str, flo
 
 
 def first_prompts(prompts: Prompts, count: int | None) -> Prompts:
-    return prompts if count is None else Prompts(prompts.input_ids[:count], prompts.attention_mask[:count],
-                                                 prompts.features[:count], prompts.references[:count])
+    if count is None:
+        return prompts
+    features = prompts.features
+    return Prompts(prompts.input_ids[:count], prompts.attention_mask[:count],
+                   features.first(count) if isinstance(features, FeatureRows) else features[:count],
+                   prompts.references[:count])
 
 
 def score_matrix(fed: Federation, tokenizer: Any, population: Population, split: str = "test",

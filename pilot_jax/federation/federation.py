@@ -11,34 +11,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from pilot_jax.config import Config, MeshConfig
+from pilot_jax.config import Config
 from pilot_jax.data.batches import ClientData, num_steps
-from pilot_jax.errors import InputError
 from pilot_jax.federation.client import Phase
 from pilot_jax.federation.population import Population
 from pilot_jax.federation.privacy import multiplier
-from pilot_jax.federation.sharding import make_mesh
 from pilot_jax.federation.strategies.base import Strategy
+from pilot_jax.hosts import mesh_of
 from pilot_jax.models.pretrained import PretrainedModel
 from pilot_jax.store import Store
-
-
-def client_devices(wanted: int | None, base: Mapping[str, Any]) -> int:
-    """How many devices train clients side by side.
-
-    By default, on CPU, all there are, as long as a copy of the base for each is small change; elsewhere one.
-    """
-    there = jax.device_count()
-    if wanted is not None:
-        if wanted > there:
-            raise InputError(f"system.client_devices: {wanted} asked for, {there} there. Lower it; on CPU, `run` makes "
-                             "as many as there are cores before JAX starts.")
-        return wanted
-    small = sum(leaf.nbytes for leaf in jax.tree.leaves(base)) < 500e6
-    return there if jax.default_backend() == "cpu" and small else 1
-
 
 Tamper = Callable[[str, int, dict, dict], dict]  # (client, round, upload, what it began with) -> upload
 
@@ -57,28 +39,16 @@ class Federation:
     most_uploads: int = 0  # of one client in the whole run, if none is refused; where `federation.privacy` asks
     tamper: Tamper | None = None  # what simulated attackers do
 
-    @functools.cached_property
-    def training(self) -> tuple[jax.sharding.Mesh | None, dict[str, Any]]:
-        """The device mesh (None: one device), and the base as it lies on it."""
-        asked = self.config.system.mesh
-        if asked.devices > 1:  # the base was loaded onto it
-            return make_mesh(asked), self.model.base
-        count = client_devices(self.config.system.client_devices, self.model.base)
-        if count == 1:
-            return None, self.model.base
-        mesh = make_mesh(MeshConfig(clients=count))
-        return mesh, jax.device_put(self.model.base, NamedSharding(mesh, PartitionSpec()))
-
     @property
-    def model_mesh(self) -> jax.sharding.Mesh | None:
-        """Over what models that answer are spread: the mesh that the config asks for."""
-        return self.training[0] if self.config.system.mesh.devices > 1 else None
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """The mesh on which the base lies, on which clients are trained and answer; None: one device."""
+        return mesh_of(self.model.base)
 
     @property
     def server_mesh(self) -> jax.sharding.Mesh | None:
         """Over what the uploads of a cohort are spread; None where devices share one memory, and where processes each
         have all uploads."""
-        return self.model_mesh if jax.process_count() == 1 else None
+        return self.mesh if self.config.system.mesh.devices > 1 and jax.process_count() == 1 else None
 
     @property
     def examined(self) -> tuple[ClientData, ...]:

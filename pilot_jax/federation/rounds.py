@@ -175,7 +175,8 @@ def round_of(fed: Federation, state: State, round_: int, progress: Callable[[dic
         steps = sum(r["step"] for r in records)
         summary = {"round": round_, "phase": label, "clients": len(taking), "client_steps": steps,
                    "seconds": round(done.seconds, 3), "prepare_seconds": round(done.prepare_seconds, 3),
-                   "waited_seconds": round(done.waited_seconds, 3), "bytes_up": len(asked) * sum(up.values()),
+                   "waited_seconds": round(done.waited_seconds, 3),
+                   "feature_seconds": round(done.feature_seconds, 3), "bytes_up": len(asked) * sum(up.values()),
                    "bytes_down": len(taking) * sum(down.values()) + fetched.bytes,
                    "quarantined": [fed.clients[c].name for c in refused]}
         uploads_sent = tuple(n + (c in asked) for c, n in enumerate(state.uploads or (0,) * len(population)))

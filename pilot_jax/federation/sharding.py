@@ -20,7 +20,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pilot_jax.config import MeshConfig, SystemConfig
 from pilot_jax.errors import InputError
-from pilot_jax.hosts import from_host
 
 AXES = ("clients", "fsdp", "tensor")
 
@@ -126,6 +125,31 @@ def base_placement(mesh: MeshConfig) -> Callable[[tuple[str, ...], tuple[int, ..
     return lambda path, shape: NamedSharding(devices, base_spec(path, shape, mesh))
 
 
+def client_devices(wanted: int | None, base: Mapping[str, Any]) -> int:
+    """How many devices train clients side by side.
+
+    By default, on CPU, all there are, as long as a copy of the base for each is small change; elsewhere one.
+    """
+    there = jax.device_count()
+    if wanted is not None:
+        if wanted > there:
+            raise InputError(f"system.client_devices: {wanted} asked for, {there} there. Lower it; on CPU, `run` makes "
+                             "as many as there are cores before JAX starts.")
+        return wanted
+    small = sum(leaf.nbytes for leaf in jax.tree.leaves(base)) < 500e6
+    return there if jax.default_backend() == "cpu" and small else 1
+
+
+def on_training_devices(base: dict[str, Any], system: SystemConfig) -> dict[str, Any]:
+    """The base where clients are trained: on the mesh it was loaded onto, or a copy on each of `client_devices`."""
+    if system.mesh.devices > 1:
+        return base
+    count = client_devices(system.client_devices, base)
+    if count == 1:
+        return base
+    return jax.device_put(base, NamedSharding(make_mesh(MeshConfig(clients=count)), PartitionSpec()))
+
+
 def sharded_shapes(tree: Mapping[str, Any], mesh: jax.sharding.Mesh, config: MeshConfig) -> Any:
     """The base's shapes with their shardings, for lowering without weights."""
     def one(path, leaf):
@@ -144,13 +168,6 @@ def on_clients(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 def replicated(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     sharding = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
-
-
-def over_clients(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
-    """Leaves [k, …] on the devices, the clients over the mesh's `clients` axis, which divides k."""
-    if mesh is None:
-        return jax.tree.map(jnp.asarray, tree)
-    return from_host(tree, NamedSharding(mesh, PartitionSpec("clients")))
 
 
 def spread(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:

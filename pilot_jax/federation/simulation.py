@@ -19,7 +19,7 @@ from pilot_jax import checkpoint
 from pilot_jax.config import Config, EvalConfig, apply_overrides
 from pilot_jax.data.batches import build_clients, build_prompts, encode_prompts, pooled
 from pilot_jax.data.conversations import stop_tokens
-from pilot_jax.data.images import image_features
+from pilot_jax.data.features import bring, image_features
 from pilot_jax.data.llava import Sample, read_samples
 from pilot_jax.data.partition import partition
 from pilot_jax.errors import InputError, Interrupted
@@ -30,7 +30,7 @@ from pilot_jax.federation.federation import Federation, State, Tamper
 from pilot_jax.federation.population import ClientState, Population, prune
 from pilot_jax.federation.privacy import epsilon
 from pilot_jax.federation.rounds import cohort, members_of, most_uploads, run_round
-from pilot_jax.federation.sharding import AXES, ask_for_determinism, base_placement
+from pilot_jax.federation.sharding import AXES, ask_for_determinism, base_placement, on_training_devices
 from pilot_jax.federation.strategies import Strategy, make_strategy
 from pilot_jax.hosts import is_writer, to_host, wait
 from pilot_jax.interrupts import StopSignals
@@ -108,12 +108,20 @@ def prepare(config: Config, strategy: Strategy | None = None) -> tuple[Federatio
         model = load_from_parts(**config.model.parts.model_dump(), **options)
     tokenizer = model.tokenizer()
     stop_tokens(tokenizer, config.data.template)  # refuses a template the tokenizer cannot end
+    model = dataclasses.replace(model, base=on_training_devices(model.base, config.system))
     store = None if config.system.store is None else Store(config.system.store)
     clients = build_clients(model, tokenizer, samples, config.data, config.system.length_spread,
-                            None if store is None else store.folder / "features")
+                            None if store is None else store.folder)
     strategy = strategy or make_strategy(config.strategy, config.federation.schedule)
     fed = Federation(config, strategy, model, tuple(clients), tuple(tasks), store=store)
     return with_strategy(fed, strategy), tokenizer
+
+
+def see_everything(fed: Federation) -> None:
+    """Every image through the tower, so that one that cannot be read stops nothing that has begun. Of populations on
+    disk, and with several processes, they are seen when a client is drawn, and where it is trained."""
+    if fed.store is None and jax.process_count() == 1:
+        bring([p.features for c in fed.examined for p in (*c.evaluation.values(), c)], 1)
 
 
 def with_strategy(fed: Federation, strategy: Strategy, config: Config | None = None) -> Federation:
@@ -237,6 +245,7 @@ def simulate(config: Config, *, out: str | Path | None = None, resume: bool = Fa
             return restore(folder.path)
         fed, tokenizer = prepare(config, strategy)
         fed = dataclasses.replace(fed, tamper=tamper)
+        see_everything(fed)
         if folder is not None:
             folder.begin()
         return _run(fed, tokenizer, folder, clock, began, progress(fed) if progress else (lambda event: None))

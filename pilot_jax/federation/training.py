@@ -8,19 +8,20 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 
 from pilot_jax.data.batches import ClientData, visiting_order
+from pilot_jax.data.features import bring
 from pilot_jax.errors import Interrupted
 from pilot_jax.federation.client import begin_update, continue_update, finish_update, local_update, peak_rates
 from pilot_jax.federation.federation import Federation, client_generator
 from pilot_jax.federation.population import row, stack
 from pilot_jax.federation.uploads import sent
-from pilot_jax.hosts import to_host
+from pilot_jax.hosts import here, to_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Trained:
     seconds: float
     prepare_seconds: float = 0.0  # spent on making the chunks' inputs, beside the device's work
     waited_seconds: float = 0.0  # of these, how long the device waited
+    feature_seconds: float = 0.0  # not in `seconds`: images through the tower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,30 +85,35 @@ def _pieces(groups: list[list[_Job]], steps_max: int, at_once: int | None) -> li
             for start in range(0, max(job.steps for job in members), size)]
 
 
-def _chunk_inputs(piece: _Piece, shapes: tuple[int, int], width: int) -> dict[str, Any]:
-    """Arrays of one piece, padded to `width` clients with clients that take no step."""
-    (n_max, steps_max), jobs = shapes, piece.members
+def _chunk_inputs(piece: _Piece, shapes: tuple[int, int], mine: list[bool]) -> dict[str, Any]:
+    """Arrays of one piece, padded to len(mine) clients with clients that take no step. Data are read of those that are
+    `mine`; the others' are zeros."""
+    (n_max, steps_max), jobs, width = shapes, piece.members, len(mine)
     whole = piece.is_first and piece.stop >= steps_max
-    data, orders, reals, steps, rates = [], [], [], [], []
-    for job in jobs:
+    rows = n_max if whole else (piece.stop - piece.start) * jobs[0].work.fed.config.train.batch_size
+    data = {k: np.zeros((width, rows, *v.shape[1:]), v.dtype) for k, v in jobs[0].data.train.items()}
+    orders, reals, steps, rates = [], [], [], []
+    for number, job in enumerate(jobs):
         config, own, count = job.work.fed.config, job.data, job.steps
         rng = client_generator(config.system.seed, own.name, job.work.round_, job.work.label)
         order, real = visiting_order(rng, own.size, config.train.batch_size, count)
         spare = ((0, max(piece.stop, steps_max) - count), (0, 0))
         order, real = (np.pad(x, spare)[piece.start:piece.stop] for x in (order, real))
-        if whole:
-            room = (0, n_max - own.size)
-            data.append({k: np.pad(v, (room, *((0, 0),) * (v.ndim - 1))) for k, v in own.train.items()})
-        else:  # these steps' samples, one after another
-            data.append({k: v[order.ravel()] for k, v in own.train.items()})
+        for name, array in own.train.items() if mine[number] else ():
+            if whole:
+                data[name][number, :own.size] = array
+            else:  # these steps' samples, one after another
+                data[name][number] = array[order.ravel()]
+        if not whole:
             order = np.arange(order.size).reshape(order.shape)
         orders.append(order)
         reals.append(real)
         steps.append(count)
         rates.append(peak_rates(config.train, job.work.stage))
     idle = width - len(jobs)
+    data["attention_mask"][len(jobs):, :, 0] = 1  # idle clients' numbers are finite, if nobody's
     return {
-        "data": stack(data + data[:1] * idle),
+        "data": data,
         "order": np.stack(orders + orders[:1] * idle),
         "real": np.stack(reals + reals[:1] * idle).astype(np.float32),
         "steps": np.asarray(steps + [0] * idle, np.int32),
@@ -140,15 +147,17 @@ def train_together(works: Sequence[Work], progress: Callable[[dict], None],
     feds = [w.fed for w in works]
     shapes = (max(c.size for f in feds for c in f.clients),
               max(f.full_steps(c) for f in feds for c in range(len(f.clients))))
-    mesh, base = first.fed.training
+    mesh, base = first.fed.mesh, first.fed.model.base
     devices = 1 if mesh is None else mesh.shape["clients"]
     everyone = sum(len(f.clients) for f in feds)
     width = devices * min(first.fed.config.system.client_chunk, -(-everyone // devices))
     received = phase.roles.names(scope="received")
+    mine = here(mesh, width)
     apart = len(works) > 1 and bool(received)  # what was received differs from federation to federation
     trained: dict[int, dict[int, dict]] = {id(w): {} for w in works}
     records: dict[int, dict[int, dict]] = {id(w): {} for w in works}
-    seconds, done, prepared, waited, began = dict.fromkeys(trained, 0.0), 0, 0.0, 0.0, time.perf_counter()
+    seconds, done, prepared, waited = dict.fromkeys(trained, 0.0), 0, 0.0, 0.0
+    seeing, began = 0.0, time.perf_counter()
     for w in works:
         if w.partial is not None:
             trained[id(w)], seconds[id(w)] = dict(w.partial.adapters), w.partial.seconds
@@ -165,25 +174,37 @@ def train_together(works: Sequence[Work], progress: Callable[[dict], None],
             own = stack([{n: t for n, t in a.items() if n not in received} for a in padded])
             given = (stack([{n: a[n] for n in received} for a in padded]) if apart
                      else {n: padded[0][n] for n in received})
-        inputs = _chunk_inputs(piece, shapes, width)
+        inputs = _chunk_inputs(piece, shapes, mine)
         return adapters, (own, given), inputs, time.perf_counter() - start
+
+    def submit(piece: _Piece) -> Future:
+        """`prepare` on its way, once the images that it needs have been seen: the devices do that, here."""
+        nonlocal seeing
+        start = time.perf_counter()
+        if piece.is_first:
+            bring([job.data.train["features"] for job in piece.members], width)
+        seeing += time.perf_counter() - start
+        return reader.submit(prepare, piece)
 
     def result() -> list[Trained]:
         return [Trained(trained[id(w)], [records[id(w)][c] for c in sorted(trained[id(w)])], seconds[id(w)], prepared,
-                        waited) for w in works]
+                        waited, seeing) for w in works]
 
     pieces = _pieces(chunks(jobs, width), shapes[1], first.fed.config.system.steps_at_once)
     if not pieces:
         return result()
     how = {"mesh": mesh, "own_received": apart}
     with ThreadPoolExecutor(1, thread_name_prefix="prepare") as reader:  # the next piece's, while the device works
-        upcoming = reader.submit(prepare, pieces[0])
+        upcoming = submit(pieces[0])
+        began += seeing
         for number, piece in enumerate(pieces):
             start = time.perf_counter()
             its_adapters, its_trees, inputs, took = upcoming.result()
             prepared, waited = prepared + took, waited + time.perf_counter() - start
             if number + 1 < len(pieces):
-                upcoming = reader.submit(prepare, pieces[number + 1])
+                before = seeing
+                upcoming = submit(pieces[number + 1])
+                began += seeing - before
             if piece.is_first:
                 members, adapters, (own, given) = piece.members, its_adapters, its_trees
             if piece.is_first and piece.is_last:

@@ -75,11 +75,12 @@ class PretrainedModel:
 
     def features(self, pixel_values: np.ndarray) -> jax.Array:
         """pixel_values [B, 3, H, W] as the image processor gives them → H_v [B, N, D]. On a mesh whose size divides B
-        each device takes its share of the images."""
-        mesh = mesh_of(self.base)
+        each device takes its share of the images; H_v then lies over the `clients` axis."""
+        mesh, out = mesh_of(self.base), None
         if mesh is not None and len(pixel_values) % mesh.size == 0:
             pixel_values = from_host(pixel_values, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
-        return _features(self.module, self.base["vision_tower"], jnp.asarray(pixel_values))
+            out = NamedSharding(mesh, PartitionSpec("clients"))
+        return _features(self.module, out, self.base["vision_tower"], jnp.asarray(pixel_values))
 
     def logits(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None,
                pixel_values: np.ndarray | None = None) -> jax.Array:
@@ -114,9 +115,11 @@ class PretrainedModel:
         return ids, mask
 
 
-@jax.jit(static_argnums=0)
-def _features(module: Vlm, tower: dict, pixel_values: jax.Array) -> jax.Array:
-    return module.apply({"params": {"vision_tower": tower}}, pixel_values.transpose(0, 2, 3, 1), method="features")
+@jax.jit(static_argnums=(0, 1))
+def _features(module: Vlm, out: NamedSharding | None, tower: dict, pixel_values: jax.Array) -> jax.Array:
+    pixels = pixel_values.transpose(0, 2, 3, 1)
+    features = module.apply({"params": {"vision_tower": tower}}, pixels, method="features")
+    return features if out is None else jax.lax.with_sharding_constraint(features, out)
 
 
 @jax.jit(static_argnums=0)
