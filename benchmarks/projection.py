@@ -110,15 +110,15 @@ def main() -> None:
     print(f"LoRA {lora} parameters; a client's state {state / 1e6:.2f} MB; {sent / 1e6:.2f} MB up and "
           f"{received / 1e6:.2f} MB down in a phase")
     rows = []
-    print(f"{'K':>9} {'S':>6} {'features, once':>15} {'on disk, GB':>12} {'training':>9} {'distances':>10} "
+    print(f"{'K':>9} {'S':>6} {'features':>11} {'on disk, GB':>12} {'training':>9} {'distances':>10} "
           f"{'mixing':>8} {'disk':>6} {'MB up+down':>11}")
     per_client = 22 * fed.clients[0].train["features"][0].nbytes  # scale_1024's average of 20 + 2 scenes
     for population, cohort in ((128, 64), (1024, 64), (10**4, 64), (10**5, 256), (10**6, 256), (10**6, 4096)):
         t = terms(cohort)
-        rows.append({"clients": population, "cohort": cohort, "features_s": population * 22 * feature,
+        rows.append({"clients": population, "cohort": cohort, "features_s": cohort * 20 * feature,
                      "disk_bytes": population * (state + per_client), "network_bytes": cohort * (sent + received), **t})
         row = rows[-1]
-        print(f"{population:>9} {cohort:>6} {row['features_s']:>13.0f} s {row['disk_bytes'] / 1e9:>12.2f} "
+        print(f"{population:>9} {cohort:>6} {row['features_s']:>9.1f} s {row['disk_bytes'] / 1e9:>12.2f} "
               f"{t['training']:>7.1f} s {t['distances']:>8.2f} s {t['mixing']:>6.2f} s {t['disk']:>4.2f} s "
               f"{row['network_bytes'] / 1e6:>11.0f}")
     even = (steps * step - sum(linear for _, linear in curves)) / sum(square for square, _ in curves)

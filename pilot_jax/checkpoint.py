@@ -19,11 +19,16 @@ from pilot_jax.errors import InputError
 from pilot_jax.federation.population import ClientState
 from pilot_jax.federation.roles import Roles
 from pilot_jax.federation.uploads import misfit, not_finite
-from pilot_jax.hosts import to_host
+
+
+def over_processes(tree: Any) -> bool:
+    """Whether an array lies, in part, on another process's devices."""
+    return any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(tree))
 
 
 def write_arrays(path: Path, tree: dict[str, Any]) -> None:
-    """A dict of arrays as an orbax checkpoint.
+    """A dict of arrays as an orbax checkpoint. What lies over several processes' devices is written by all of them,
+    each its part; then every process calls this.
 
     Raises:
         OSError: it could not be written.
@@ -31,6 +36,9 @@ def write_arrays(path: Path, tree: dict[str, Any]) -> None:
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # errors come as exceptions too
+    if over_processes(tree):
+        _write_together(path, tree)
+        return
     needed, free = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree)), shutil.disk_usage(path.parent).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free", str(path))
@@ -54,8 +62,20 @@ def write_arrays(path: Path, tree: dict[str, Any]) -> None:
         shutil.rmtree(aside)
 
 
+def _write_together(path: Path, tree: dict[str, Any]) -> None:
+    """`write_arrays` in every process, to a path where nothing is."""
+    import orbax.checkpoint as ocp
+
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path.absolute(), tree | {"%": np.zeros(1)})
+            checkpointer.wait_until_finished()
+    except (ValueError, RuntimeError) as error:
+        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
+
+
 def read_arrays(path: Path) -> dict[str, Any]:
-    """What `write_arrays` wrote, as NumPy arrays.
+    """What `write_arrays` wrote, as NumPy arrays, whichever devices of how many processes it lay on.
 
     Raises:
         InputError: there is no such checkpoint.
@@ -67,7 +87,9 @@ def read_arrays(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such checkpoint. The run has not been saved yet, or is not a run directory.")
     with ocp.PyTreeCheckpointer() as checkpointer:
         try:
-            tree = to_host(checkpointer.restore(path.absolute()))
+            there = checkpointer.metadata(path.absolute()).item_metadata.tree
+            plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), there)
+            tree = checkpointer.restore(path.absolute(), restore_args=plain)
         except Exception as error:  # orbax and tensorstore raise many kinds
             why = " ".join(str(error).split())[:300]
             raise InputError(f"{path}: damaged, or no checkpoint of a run ({why}).") from None

@@ -14,13 +14,22 @@ import typer
 from pilot_jax.errors import InputError, Interrupted
 from pilot_jax.terminal import print_matrix, print_plan, print_scores, printable
 
-app = typer.Typer(name="pilot-jax", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+app = typer.Typer(name="pilot-jax", no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Federated multimodal instruction tuning in JAX: Pilot, its baselines, its ablations.")
 data_app = typer.Typer(no_args_is_help=True, help="Make or check data sets.")
 app.add_typer(data_app, name="data")
 
+
+def _complete_key(incomplete: str) -> list[tuple[str, str]]:
+    """Config keys that begin so, for shells."""
+    from pilot_jax.config import known_keys
+
+    return [(f"{key}=", text) for key, text in known_keys().items() if text and key.startswith(incomplete)]
+
+
 ConfigPath = Annotated[Path, typer.Argument(help="YAML config, see configs/.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: section.key=value. Repeatable.")]
+Overrides = Annotated[list[str] | None, typer.Option(
+    "--set", help="Override a key: section.key=value. Repeatable.", autocompletion=_complete_key)]
 RunPath = Annotated[Path, typer.Argument(help="A run directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -91,6 +100,14 @@ def _how_to_go_on(folder: Path) -> str:
     if not (folder / "config.yaml").is_file():
         return "Nothing was written."
     return f"To go on: pilot-jax run {folder / 'config.yaml'} --out {folder} --resume"
+
+
+@app.command()
+def schema() -> None:
+    """The config's JSON schema, for editors: pilot-jax schema > schema.json."""
+    from pilot_jax.config import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=1, ensure_ascii=False))
 
 
 @app.command()

@@ -258,20 +258,27 @@ class Config(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
+    """Every "section.key" and what it is; sections too, without a word."""
+    keys = {}
     for name, field in model.model_fields.items():
-        keys.append(prefix + name)
+        keys[prefix + name] = field.description or ""
         for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys += _known_keys(kind, f"{prefix}{name}.")
+                keys |= known_keys(kind, f"{prefix}{name}.")
     return keys
+
+
+def json_schema() -> dict[str, Any]:
+    """The config as a JSON schema, with which editors complete and check it."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema(),
+            "title": "pilot-jax config"}
 
 
 def _message(error: dict[str, Any], source: str) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = _known_keys(Config)
+        known = list(known_keys())
         leaf = {k.rsplit(".", 1)[-1]: k for k in known}
         near = difflib.get_close_matches(key, known, 1, 0.6)
         near = near or [leaf[k] for k in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, 1, 0.6)]

@@ -19,13 +19,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from pilot_jax.checkpoint import read_arrays, write_arrays
+from pilot_jax.checkpoint import over_processes, read_arrays, write_arrays
 from pilot_jax.errors import InputError
 from pilot_jax.federation.federation import State
 from pilot_jax.federation.population import ClientState, row, stack, stored
 from pilot_jax.federation.roles import Roles
 from pilot_jax.federation.training import Trained
 from pilot_jax.federation.uploads import misfit
+from pilot_jax.hosts import is_writer, over_clients, wait
 from pilot_jax.store import Store
 
 COUNTERS = ("round", "phase", "client_steps", "bytes_up", "bytes_down", "train_seconds", "uploads", "norms", "benched",
@@ -98,10 +99,11 @@ def _synced(folder: Path) -> None:
 
 
 class Snapshots:
-    """The snapshots of one run. `keep`: how many it can go back to."""
+    """The snapshots of one run. `keep`: how many it can go back to; `mesh`: on which several processes train."""
 
-    def __init__(self, folder: Path, names: Iterable[str], roles: Roles, keep: int = 2) -> None:
-        self.folder, self._names, self._roles, self._keep = folder, list(names), roles, keep
+    def __init__(self, folder: Path, names: Iterable[str], roles: Roles, keep: int = 2,
+                 mesh: jax.sharding.Mesh | None = None) -> None:
+        self.folder, self._names, self._roles, self._keep, self._mesh = folder, list(names), roles, keep, mesh
         self._where: dict[int, tuple[int, int]] = {}  # client: snapshot and row
         self._changed: set[int] = set()
         self._last = 0
@@ -111,7 +113,7 @@ class Snapshots:
         self._changed |= set(clients)
 
     def save(self, state: State, extra: Mapping[str, Any]) -> None:
-        """Write a snapshot. `extra`: whatever else JSON can hold, given back by `load`.
+        """Write a snapshot, every process its part. `extra`: whatever else JSON can hold, given back by `load`.
 
         Raises:
             OSError: it could not be written; those before are as they were.
@@ -119,8 +121,10 @@ class Snapshots:
         number, changed = self._last + 1, sorted(self._changed)
         path, aside = self.folder / f"{number:06d}", self.folder / f"{number:06d}.partial"
         where = self._where | {client: (number, at) for at, client in enumerate(changed)}
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        if is_writer():
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        wait("snapshot begun")
         values: dict[str, list[np.ndarray]] = {}
         manifest = {name: getattr(state, name) for name in COUNTERS} | {
             "server": packed(state.server, values),
@@ -136,19 +140,34 @@ class Snapshots:
                               ("partial", [] if state.partial is None else
                                [state.partial.adapters[c] for c in manifest["partial"]["clients"]])):
             if members:
-                server[name] = stack([self._roles.select(m, "shared") for m in members])
+                server[name] = self._shared_out([self._roles.select(m, "shared") for m in members])
                 # All clients of a phase have the same received subtrees.
-                clients[name] = {"local": stack([self._roles.select(m, "local") for m in members]),
+                clients[name] = {"local": self._shared_out([self._roles.select(m, "local") for m in members]),
                                  "received": self._roles.select(members[0], "received")}
-        write_arrays(aside / "server", server)
-        write_arrays(aside / "clients", clients)
+        for part, arrays in (("server", server), ("clients", clients)):
+            if is_writer() or over_processes(arrays):
+                write_arrays(aside / part, arrays)
+        wait("snapshot's arrays written")
+        if is_writer():
+            self._finish(aside, path, manifest)
+        wait("snapshot done")
+        self._where, self._last, self._changed = where, number, set()
+
+    def _shared_out(self, members: list[dict[str, Any]]) -> dict[str, Any]:
+        """[n, …], on the devices of all processes if there are several, so that each writes its own rows; n is then
+        rounded up."""
+        if jax.process_count() == 1:
+            return stack(members)
+        return over_clients(stack(members + members[:1] * (-len(members) % self._mesh.shape["clients"])), self._mesh)
+
+    def _finish(self, aside: Path, path: Path, manifest: dict[str, Any]) -> None:
+        """Check sums, the manifest, and the snapshot in its place."""
         manifest["files"] = {str(p.relative_to(aside)): _sha256(p) for p in _files(aside)}
         manifest = json.loads(json.dumps(manifest))  # as it will be read: tuples are lists
         manifest["sha256"] = _own_sha256(manifest)
         (aside / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         _synced(aside)
         aside.rename(path)
-        self._where, self._last, self._changed = where, number, set()
         self._prune()
 
     def _numbers(self) -> list[int]:

@@ -84,6 +84,8 @@ def interrupted_on_a_mesh(config, folder, one, alone):
     texts = [process.communicate(timeout=600) for process in both]
     assert [p.returncode for p in both] == [143, 143], texts
     assert "--resume" in texts[0][1] and "--resume" not in texts[1][1] and not (folder / "summary.json").exists()
+    parts = {part for part in (folder / "checkpoints" / "resume").rglob("ocdbt.process_*")}
+    assert {part.name for part in parts} == {"ocdbt.process_0", "ocdbt.process_1"}  # each has written its clients
     text = finished([command(config, folder, "--resume")])[0]
     assert "system.mesh.clients: 2 → 1: results agree to rounding" in " ".join(text.split())
     run = simulation.restore(folder)

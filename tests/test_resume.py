@@ -23,7 +23,7 @@ from pilot_jax import snapshots
 from pilot_jax.errors import InputError, Interrupted
 from pilot_jax.federation import simulation
 
-SECONDS = ("seconds", "prepare_seconds", "waited_seconds")
+SECONDS = ("seconds", "prepare_seconds", "waited_seconds", "feature_seconds")
 # Fewer clients than there are take part, and some only later: snapshots refer to earlier ones.
 SECTIONS = {"federation": {"rounds": 3, "clients_per_round": 5, "local_steps": 2}, "eval": {"every": 2}}
 

@@ -34,6 +34,7 @@ from pilot_jax.federation.sharding import AXES, ask_for_determinism, base_placem
 from pilot_jax.federation.strategies import Strategy, make_strategy
 from pilot_jax.hosts import is_writer, to_host, wait
 from pilot_jax.interrupts import StopSignals
+from pilot_jax.memory import give_back
 from pilot_jax.metrics import CompileClock, MetricsFile
 from pilot_jax.models.config import read_json
 from pilot_jax.models.pretrained import load, load_from_parts
@@ -269,7 +270,7 @@ def _run(fed: Federation, tokenizer: Any, folder: RunFolder | None, clock: Compi
     names, task_of = [c.name for c in fed.clients], {c.name: c.task for c in fed.examined}
     state, earlier, keep = initial_state(fed), Clocks(), 0
     snapshots = None if folder is None else Snapshots(folder.path / "checkpoints" / "resume", names, roles,
-                                                      config.system.keep_saved)
+                                                      config.system.keep_saved, fed.mesh)
     data = None if folder is None else data_sha256(fed)
     if folder is not None and folder.resumes:
         found = snapshots.load(state, fed.store, note, writes)
@@ -295,7 +296,7 @@ def _run(fed: Federation, tokenizer: Any, folder: RunFolder | None, clock: Compi
 
     def save() -> None:
         nonlocal saved
-        if writes and saved is not state:
+        if snapshots is not None and saved is not state:
             snapshots.save(state, {"metrics": record.synced(), "clocks": dataclasses.asdict(clocks()),
                                    "data": data, "versions": _versions()})
         saved = state
@@ -307,6 +308,7 @@ def _run(fed: Federation, tokenizer: Any, folder: RunFolder | None, clock: Compi
             snapshots.note(trained)
         if config.system.save_every == "phase":
             save()
+        give_back()
         if signum := stop():
             raise Interrupted(signum)
 
