@@ -141,13 +141,15 @@ class AtaConfig(_Section):
     preset: Literal["default", "notes"] = Field(
         "default", description="notes: softmax, temperature 1, self included, whatever the keys below say")
     neighbors: int = Field(2, ge=1, description="M, nearest other clients")
-    weighting: Literal["softmax", "inverse_distance", "share"] = "softmax"
+    weighting: Literal["softmax", "inverse_distance", "share"] = Field(
+        "softmax", description="by distance d: exp(-d/τ); 1/d, and a client's own the largest of them; 1/d, and its "
+        "own the client's number of samples")
     temperature: Literal["auto"] | float = Field(
         "auto", description="τ; auto: auto_factor times the mean distance to the M neighbours")
     auto_factor: float = Field(0.25, gt=0, description="with auto; 1: self weighs 1/(1 + M/e), 0.25: 1/(1 + M/e⁴). The "
                                "default is what validation supports: docs/results.md")
     space: Literal["factors", "product"] = Field("factors", description="distances over A and B, or over BA")
-    include_self: bool = True
+    include_self: bool = Field(True, description="whether a client's own upload is among what it gets back")
     size_weighted: bool = Field(False, description="weights times the clients' data sizes")
 
     @model_validator(mode="after")
@@ -169,7 +171,8 @@ class ServerConfig(_Section):
 
 class StrategyConfig(_Section):
     name: Literal["pilot", "local", "centralised", "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad",
-                  "scaffold", "ffa_lora", "fedsa_lora", "feddpa", "similarity", "median", "trimmed_mean"] = "pilot"
+                  "scaffold", "ffa_lora", "fedsa_lora", "feddpa", "similarity", "median", "trimmed_mean"] = Field(
+        "pilot", description="what clients train, share and get back")
     init: Literal["preserve", "copy"] = Field("preserve", description="pilot; preserve: step 0 computes the base model")
     ata: AtaConfig = AtaConfig()
     text_aggregation: Literal["ata", "mean", "per_task_mean"] = Field(
@@ -185,8 +188,8 @@ class StrategyConfig(_Section):
 
 class TrainConfig(_Section):
     batch_size: int = Field(8, ge=1, description="B, samples per client step")
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    weight_decay: float = Field(0.0, ge=0)
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="of the clients; its state lasts a phase")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, decoupled")
     adam_epsilon: float = Field(1e-8, gt=0, description="ε of AdamW's m / (√v + ε)")
     warmup: float = Field(0.03, ge=0, le=1, description="share of a client's own steps")
     lr_connector: float = Field(1e-3, gt=0, description="peak rate of every connector adapter; 2e-5 at 7B")
@@ -195,14 +198,15 @@ class TrainConfig(_Section):
     lambda_d: float = Field(0.1, ge=0, description="λ0, weight of the difference loss")
     lambda_b: float = Field(0.1, ge=0, description="λ1, weight of the balance loss")
     lambda_z: float = Field(0.01, ge=0, description="λ2, weight of the router z-loss")
-    ld_mode: Literal["token_cosine", "raw", "flat"] = "token_cosine"
+    ld_mode: Literal["token_cosine", "raw", "flat"] = Field(
+        "token_cosine", description="how L_d compares task and client features, see docs/method.md")
     ld_center: bool = Field(False, description="centre each image's tokens before L_d (ablation)")
 
 
 class EvalConfig(_Section):
     every: int = Field(0, ge=0, description="score the validation split every so many rounds; 0: never")
     batch_size: int = Field(16, ge=1, description="prompts decoded at once, per client")
-    max_new_tokens: int = Field(32, ge=1)
+    max_new_tokens: int = Field(32, ge=1, description="of an answer")
     temperature: float = Field(0.0, ge=0, description="0: greedy; else answers are sampled")
     top_p: float = Field(1.0, gt=0, le=1, description="sample among the fewest tokens with this probability together")
     metrics: dict[str, Literal["exact", "iou", "vqa", "anls", "rouge_l", "bleu", "cider"]] = Field(
@@ -235,8 +239,9 @@ class SystemConfig(_Section):
         1.2, ge=1, description="clients whose longest samples differ by up to this factor share one program: a smaller "
         "one pads less and compiles more")
     mesh: MeshConfig = Field(MeshConfig(), description="device mesh; default: one device, or client_devices")
-    store: str | None = Field(None, description="folder for clients' adapters and image features, for populations that "
-                              "do not fit in memory; what a run puts there goes with it. Default: all in memory")
+    store: str | None = Field(
+        None, description="folder for clients' adapters, tokens and image features, for populations that do not fit in "
+        "memory; images are seen when a client is drawn; what a run puts there goes with it. Default: all in memory")
     unroll: int = Field(4, ge=1, description="decoder layers unrolled in the scan: faster on CPU, longer to compile. "
                         "With all of them unrolled, training computes the last one on answers alone")
     save_every: Literal["phase", "round", "never"] = Field(

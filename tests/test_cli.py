@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from conftest import small_config
 from PIL import Image
+
+from pilot_jax.config import known_keys
 
 ROOT = Path(__file__).parent.parent
 QUICK = str(ROOT / "configs" / "quickstart.yaml")
@@ -176,3 +180,25 @@ def test_pretrain_writes_a_loadable_base(call, tmp_path):
 def test_import_and_help_do_not_load_jax():
     code = "import sys, pilot_jax, pilot_jax.cli; sys.exit('jax' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_schema_knows_the_configs(call):
+    """What editors are told agrees with what the loader takes."""
+    validator = jsonschema.Draft202012Validator(json.loads(call("schema")[1]))
+    validator.check_schema(validator.schema)
+    for file in sorted((ROOT / "configs").glob("*.yaml")):
+        if file.stem != "pretrain":  # its own command's
+            assert not list(validator.iter_errors(yaml.safe_load(file.read_text()))), file
+    for wrong in ({"train": {"batchsize": 3}}, {"train": {"batch_size": 0}}, {"strategy": {"name": "fedavgg"}}):
+        assert list(validator.iter_errors(wrong)), wrong
+
+
+def test_keys_can_be_completed():
+    asked = {"_PILOT_JAX_COMPLETE": "complete_bash", "COMP_WORDS": "pilot-jax run x.yaml --set train.lr",
+             "COMP_CWORD": "4"}
+    done = subprocess.run([Path(sys.executable).parent / "pilot-jax"], capture_output=True, text=True,
+                          env=os.environ | asked)
+    assert done.stdout.split() == ["train.lr_connector=", "train.lr_lora_stage1=", "train.lr_lora_stage2="], done
+    sections = {"model", "data", "federation", "strategy", "train", "eval", "system"}
+    silent = {key for key, text in known_keys().items() if not text}
+    assert all(key in sections or any(k.startswith(key + ".") for k in known_keys()) for key in silent), silent
