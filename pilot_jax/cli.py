@@ -39,6 +39,8 @@ def run(config: ConfigPath, overrides: Overrides = None,
         out: Annotated[Path | None, typer.Option(help="New run directory; default runs/<config>-<time>.")] = None,
         resume: Annotated[bool, typer.Option(
             "--resume", help="Go on with the run in --out; if none is there, begin it.")] = False,
+        progress_: Annotated[str, typer.Option(
+            "--progress", help="auto; json: events and the summary as lines of JSON; quiet: errors and warnings alone.")] = "auto",
         coordinator: Annotated[str | None, typer.Option(
             help="host:port of process 0, where several processes run one federation.")] = None,
         num_processes: Annotated[int | None, typer.Option(min=1, help="With --coordinator: how many.")] = None,
@@ -54,6 +56,8 @@ def run(config: ConfigPath, overrides: Overrides = None,
     from pilot_jax.federation.simulation import Federation, simulate, total_client_steps
     from pilot_jax.metrics import ProgressDisplay
 
+    if progress_ not in ("auto", "json", "quiet"):
+        raise InputError(f"--progress: {progress_!r}, expected auto, json or quiet.")
     settings = load_config(config, overrides)
     ask_for_determinism(settings.system)
     split_cpu(settings.system, num_processes or 1)
@@ -66,11 +70,10 @@ def run(config: ConfigPath, overrides: Overrides = None,
         import jax
 
         total = total_client_steps(fed)
-        display = ProgressDisplay(total)
-        display.console.print(
+        display = ProgressDisplay(total, mode=progress_)
+        display({"kind": "note", "text":
             f"{fed.strategy.name}: {len(fed.clients)} clients, {len(fed.tasks)} tasks ({', '.join(fed.tasks)}), "
-            f"{settings.federation.rounds} rounds, {total} client steps on {jax.devices()[0].device_kind} → {folder}",
-            highlight=False, markup=False)
+            f"{settings.federation.rounds} rounds, {total} client steps on {jax.devices()[0].device_kind} → {folder}"})
         displays.append(display)
         return display
 
@@ -91,7 +94,9 @@ def run(config: ConfigPath, overrides: Overrides = None,
     finally:
         for display in displays:
             display.close()
-    if hosts.is_writer():
+    if hosts.is_writer() and progress_ == "json":
+        typer.echo(json.dumps({"kind": "summary", "folder": str(folder)} | result.summary))
+    elif hosts.is_writer() and progress_ == "auto":
         print_scores(result.summary)
         typer.echo(f"Run directory: {folder}")
 
@@ -100,6 +105,21 @@ def _how_to_go_on(folder: Path) -> str:
     if not (folder / "config.yaml").is_file():
         return "Nothing was written."
     return f"To go on: pilot-jax run {folder / 'config.yaml'} --out {folder} --resume"
+
+
+@app.command()
+def report(runs: Annotated[list[Path], typer.Argument(help="Run directories; several are shown side by side.")],
+           out: Annotated[Path | None, typer.Option(help="The page; default report.html in the first run.")] = None,
+           answers: Annotated[int, typer.Option(min=0, help="Answers shown of each task; 0 loads no model.")] = 2
+           ) -> None:
+    """One HTML page of runs, finished or not, and every figure as PNG beside it."""
+    from pilot_jax.config import SystemConfig
+    from pilot_jax.federation.sharding import split_cpu
+    from pilot_jax.report.page import write_report
+
+    split_cpu(SystemConfig())
+    page, *pictures = write_report(runs, out or runs[0] / "report.html", answers)
+    typer.echo(f"{page}, and {len(pictures)} figures in {page.with_suffix('')}")
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -73,20 +74,29 @@ class CompileClock:
 
 
 class ProgressDisplay:
-    """Round, phase, loss, client-steps/s and time left. Called with the records that `rounds` emits."""
+    """Round, phase, loss, client-steps/s and time left. Called with the records that `rounds` emits.
 
-    def __init__(self, total_steps: int, console: Console | None = None) -> None:
-        self.console = console or Console()
+    mode: auto (a bar on terminals, else a line a phase), json (each event a line of JSON) or quiet.
+    """
+
+    def __init__(self, total_steps: int, console: Console | None = None, mode: str = "auto") -> None:
+        self.console, self._mode = console or Console(), mode
         self._total, self._before = total_steps, 0
         self._started = time.perf_counter()
         self._bar = None
-        if self.console.is_terminal:
+        if self.console.is_terminal and mode == "auto":
             self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
                                  console=self.console, transient=True)
             self._bar.start()
             self._task = self._bar.add_task("compiling …", total=total_steps)
 
     def __call__(self, event: dict[str, Any]) -> None:
+        if self._mode != "auto":
+            if self._mode == "json":
+                print(json.dumps(event), flush=True)
+            elif str(event.get("text", "")).startswith("warning"):
+                print(event["text"], file=sys.stderr)
+            return
         if event["kind"] == "chunk":
             done = self._before + event["steps"]
             if self._bar is not None:

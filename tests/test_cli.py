@@ -15,6 +15,7 @@ from conftest import small_config
 from PIL import Image
 
 from pilot_jax.config import known_keys
+from pilot_jax.metrics import ProgressDisplay
 
 ROOT = Path(__file__).parent.parent
 QUICK = str(ROOT / "configs" / "quickstart.yaml")
@@ -157,6 +158,11 @@ def test_run_evaluate_generate_and_check(call, tmp_path):
     code, out, _ = call("run", tmp_path / "c.yaml", "--out", tmp_path / "run")
     assert code == 0 and "client-steps/s" in out and "caption_0" in out and "9 clients" in out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    again = ("run", tmp_path / "c.yaml", "--out", tmp_path / "run", "--resume", "--progress")  # it has ended
+    assert call(*again, "quiet") == (0, "", "")
+    code, out, _ = call(*again, "json")
+    assert code == 0 and json.loads(out)["score_by_client"] == summary["score_by_client"]
+    assert call(*again, "loud")[0] == 2
     code, out, _ = call("evaluate", tmp_path / "run", "--json")
     assert code == 0 and json.loads(out)["score_by_client"] == summary["score_by_client"]
     image = next((tmp_path / "scenes" / "images").glob("ocr_1-test*"))
@@ -202,3 +208,16 @@ def test_keys_can_be_completed():
     sections = {"model", "data", "federation", "strategy", "train", "eval", "system"}
     silent = {key for key, text in known_keys().items() if not text}
     assert all(key in sections or any(k.startswith(key + ".") for k in known_keys()) for key in silent), silent
+
+
+def test_events_as_lines_of_json(capsys):
+    events = [{"kind": "note", "text": "warning: 1"}, {"kind": "score", "text": "round 1"},
+              {"kind": "chunk", "round": 1, "phase": "stage1", "steps": 2, "of": 3, "clients": 1, "loss": 0.5}]
+    for mode in ("json", "quiet"):
+        display = ProgressDisplay(6, mode=mode)
+        for event in events:
+            display(event)
+        display.close()
+        out, err = capsys.readouterr()
+        assert [json.loads(line) for line in out.splitlines()] == (events if mode == "json" else [])
+        assert err == ("" if mode == "json" else "warning: 1\n")

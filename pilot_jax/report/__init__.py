@@ -1,0 +1,1 @@
+"""`pilot-jax report`: run directories as one page. Reads what runs have written; `examples` also asks their models."""

@@ -1,0 +1,212 @@
+"""The report's figures. One ink, which the page exchanges for its own, and fills that let the page's ground through, so
+that they read on light and dark alike."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pilot_jax.errors import InputError
+from pilot_jax.report.record import Mixing, RunRecord
+
+INK = "#1b1f24"
+COLOURS = ("#2a78d6", "#d9622b", "#159a6c", "#a45bd0", "#b8860b", "#d6457f", "#4c8a8f", "#7d7d7d")
+WIDTH = 4.4  # inches: at 72 points an inch a phone shows it whole
+MOST_NAMES = 24  # clients whose names and numbers fit
+
+
+def pyplot() -> Any:
+    """matplotlib's, without a display.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("report: figures need the extra 'plots'. Run: pip install 'pilot-jax[plots]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({
+        "svg.fonttype": "none", "font.size": 8, "font.family": "sans-serif", "text.color": INK, "axes.edgecolor": INK,
+        "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
+        "axes.spines.right": False, "axes.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 7,
+        "axes.titlesize": 8})
+    return plt
+
+
+def _axes(height: float) -> tuple[Any, Any]:
+    return pyplot().subplots(figsize=(WIDTH, height), layout="constrained")
+
+
+def svg(figure: Any, name: str, text: str) -> str:
+    """The figure for an HTML page; `text` says what it shows to who cannot see it."""
+    import matplotlib
+
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # the same ids in every report
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    body = out.getvalue()
+    body = body[body.index("<svg"):].replace(INK, "currentColor")
+    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", body)  # and different ones in every figure of a page
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", body, count=1)
+    body = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", body, count=1)
+    label = text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return body.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def png(figure: Any) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=160, facecolor="white")
+    return out.getvalue()
+
+
+def scores(runs: Sequence[RunRecord]) -> Any:
+    """Every client's score, before and after."""
+    task_of = {c: t for r in runs for c, t in r.task_of.items()}
+    clients = sorted({c for r in runs for c in r.summary["score_by_client"]}, key=lambda c: (task_of[c], c))
+    figure, axes = _axes(min(0.9 + 0.2 * len(clients), 9))
+    base = next((r.summary["score_base_by_client"] for r in runs), {})
+    height = {c: len(clients) - 1 - i for i, c in enumerate(clients)}
+    axes.scatter([base.get(c, np.nan) for c in clients], list(height.values()), marker="|", s=60, color=INK,
+                 label="base", linewidths=1.2)
+    for number, run in enumerate(runs):
+        values = run.summary["score_by_client"]
+        axes.scatter(list(values.values()), [height[c] for c in values], s=26, color=COLOURS[number % len(COLOURS)],
+                     label=run.name if len(runs) > 1 else run.summary["strategy"], alpha=0.9, zorder=3)
+    axes.set_yticks(list(height.values()) if len(clients) <= MOST_NAMES else [],
+                    clients if len(clients) <= MOST_NAMES else [])
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_xlabel("score on held-out data")
+    axes.grid(axis="both", color=INK, alpha=0.12, lw=0.5)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+    return figure
+
+
+def _phase_names(run: RunRecord) -> list[str]:
+    return list(dict.fromkeys(f"{u['round']}·{u['phase'].removeprefix('stage')}" for u in run.updates))
+
+
+def losses(run: RunRecord) -> Any:
+    """A line per client over the phases, in its task's colour: the mean loss of its steps."""
+    figure, axes = _axes(2.6)
+    names, tasks = _phase_names(run), run.tasks
+    for client, task in sorted(run.task_of.items(), key=lambda pair: (pair[1], pair[0])):
+        own = [u for u in run.updates if u["client"] == client]
+        if own:
+            axes.plot([names.index(f"{u['round']}·{u['phase'].removeprefix('stage')}") for u in own],
+                      [u["loss"] for u in own], marker="o", ms=2.5, lw=0.9, alpha=0.8,
+                      color=COLOURS[tasks.index(task) % len(COLOURS)] if task in tasks else INK)
+    for number, task in enumerate(tasks):
+        axes.plot([], [], color=COLOURS[number % len(COLOURS)], label=task)
+    step = max(1, len(names) // 12)
+    axes.set_xticks(range(0, len(names), step), names[::step])
+    axes.set_xlabel("round·stage")
+    axes.set_ylabel("loss")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="upper right", ncols=2)
+    return figure
+
+
+def over_rounds(runs: Sequence[RunRecord]) -> Any:
+    """Mean validation score after each round that has one."""
+    figure, axes = _axes(2.4)
+    for number, run in enumerate(runs):
+        rounds = sorted({v["round"] for v in run.validation})
+        axes.plot(rounds, [np.mean([v["score"] for v in run.validation if v["round"] == r]) for r in rounds],
+                  marker="o", ms=3, color=COLOURS[number % len(COLOURS)], label=run.name)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("round")
+    axes.set_ylabel("validation score")
+    axes.legend()
+    return figure
+
+
+def heat_map(mixing: Mixing) -> Any:
+    """The mixing matrix; how opaque a cell is says how large the weight (its square root: most are small)."""
+    count = len(mixing.clients)
+    figure, axes = _axes(WIDTH * 0.86)
+    from matplotlib.colors import to_rgba
+
+    accent = np.asarray(to_rgba(COLOURS[0]))
+    cells = np.tile(accent, (count, count, 1))
+    cells[..., 3] = np.sqrt(np.clip(mixing.weights, 0, 1))
+    axes.imshow(cells, aspect="auto", interpolation="nearest")
+    if count <= MOST_NAMES:
+        axes.set_xticks(range(count), mixing.clients, rotation=90)
+        axes.set_yticks(range(count), mixing.clients)
+    if count <= 12:
+        for i, j in zip(*np.nonzero(mixing.weights >= 0.005), strict=True):
+            axes.text(j, i, f"{mixing.weights[i, j]:.2f}".lstrip("0"), ha="center", va="center", fontsize=6)
+    axes.set_xlabel("from")
+    axes.set_ylabel("client")
+    axes.spines[["top", "right"]].set_visible(True)
+    return figure
+
+
+def positions(distances: np.ndarray) -> np.ndarray:
+    """[S, 2]: points whose distances come near `distances` (classical multidimensional scaling)."""
+    squared = np.where(np.isfinite(distances), distances, 0.0) ** 2
+    centre = np.eye(len(squared)) - 1 / len(squared)
+    values, vectors = np.linalg.eigh(-0.5 * centre @ squared @ centre)
+    best = np.argsort(values)[::-1][:2]
+    return vectors[:, best] * np.sqrt(np.maximum(values[best], 0))
+
+
+def client_map(run: RunRecord, mixing: Mixing) -> Any:
+    figure, axes = _axes(WIDTH * 0.8)
+    points = positions(mixing.distances)
+    for number, task in enumerate(run.tasks):
+        of = [i for i, c in enumerate(mixing.clients) if run.task_of.get(c) == task]
+        axes.scatter(points[of, 0], points[of, 1], color=COLOURS[number % len(COLOURS)], s=30, label=task, alpha=0.9)
+    if len(mixing.clients) <= MOST_NAMES:
+        for name, (x, y) in zip(mixing.clients, points, strict=True):
+            axes.annotate(name, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=6)
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.margins(0.18)
+    axes.grid(color=INK, alpha=0.12, lw=0.5)
+    axes.legend(loc="best")
+    return figure
+
+
+def traffic(run: RunRecord) -> Any:
+    """Megabytes sent in the whole run, by subtree."""
+    totals: dict[str, dict[str, int]] = {}
+    for way in ("up", "down"):
+        for phase in run.phases:
+            for name, size in phase.get(f"bytes_{way}_by_subtree", {}).items():
+                totals.setdefault(name, {}).setdefault(way, 0)
+                totals[name][way] += size
+    figure, axes = _axes(0.8 + 0.45 * len(totals))
+    for number, way in enumerate(("up", "down")):
+        axes.barh(np.arange(len(totals)) + (0.2 - 0.4 * number),
+                  [t.get(way, 0) / 1e6 for t in totals.values()], 0.36, color=COLOURS[number], label=way)
+    axes.set_yticks(range(len(totals)), list(totals))
+    axes.set_xlabel("MB, all clients and rounds")
+    axes.legend()
+    return figure
+
+
+def times(run: RunRecord) -> Any:
+    """Seconds of each phase."""
+    figure, axes = _axes(2.2)
+    names = [f"{p['round']}·{p['phase'].removeprefix('stage')}" for p in run.phases]
+    bottom = np.zeros(len(names))
+    for number, (key, label) in enumerate((("seconds", "local updates, with compiling"),
+                                           ("feature_seconds", "images"))):
+        values = np.asarray([p.get(key, 0.0) for p in run.phases])
+        if values.max(initial=0) > 0.05:
+            axes.bar(range(len(names)), values, 0.7, bottom=bottom, color=COLOURS[number], label=label)
+            bottom += values
+    step = max(1, len(names) // 12)
+    axes.set_xticks(range(0, len(names), step), names[::step])
+    axes.set_xlabel("round·stage")
+    axes.set_ylabel("s")
+    axes.legend()
+    return figure
