@@ -40,7 +40,7 @@ def run(config: ConfigPath, overrides: Overrides = None,
         resume: Annotated[bool, typer.Option(
             "--resume", help="Go on with the run in --out; if none is there, begin it.")] = False,
         progress_: Annotated[str, typer.Option(
-            "--progress", help="auto; json: events and the summary as lines of JSON; quiet: errors and warnings alone.")] = "auto",
+            "--progress", help="auto; json: events and the summary, a line each; quiet: warnings alone.")] = "auto",
         coordinator: Annotated[str | None, typer.Option(
             help="host:port of process 0, where several processes run one federation.")] = None,
         num_processes: Annotated[int | None, typer.Option(min=1, help="With --coordinator: how many.")] = None,
