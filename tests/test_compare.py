@@ -155,7 +155,7 @@ def test_vary_compares_at_each_value(tmp_path, call):
 def test_a_seed_that_diverges_is_reported_and_the_others_go_on(field):
     [variant] = compare.read_variants("fedavg")
     feds = compare._of_variant(field, variant, [])
-    broken = [dataclasses.replace(c, train=c.train | {"features": c.train["features"] * np.nan})
+    broken = [dataclasses.replace(c, train=c.train | {"features": np.asarray(c.train["features"]) * np.nan})
               for c in feds[0].clients]
     feds[0] = dataclasses.replace(feds[0], clients=tuple(broken))
     feds[1] = dataclasses.replace(feds[1], clients=(broken[0], *feds[1].clients[1:]))

@@ -104,8 +104,9 @@ def answers(model: PretrainedModel, voice: Speaker, examinees: list[Examinee], w
         width: models that are decoded at once, over the `clients` axis of the mesh on which the base lies.
     """
     out: list[list[str]] = [[] for _ in examinees]
-    for stage in sorted({e.stage for e in examinees}):
-        indices = [i for i, e in enumerate(examinees) if e.stage == stage]
+    kinds = [(e.stage, *sorted(e.adapters)) for e in examinees]  # the base has no LoRA, and is "plain" as FedAvg's are
+    for kind in sorted(set(kinds)):
+        indices = [i for i, own in enumerate(kinds) if own == kind]
         group = [examinees[i] for i in indices]
         for i, texts in zip(indices, _answers_of_group(model, voice, group, width), strict=True):
             out[i] = texts
