@@ -22,7 +22,7 @@ STYLE = """
 body{margin:0;background:var(--ground);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
 main{max-width:1180px;margin:0 auto;padding:20px 16px 60px}
 h1{font-size:1.5rem;line-height:1.25;margin:.2em 0}h2{font-size:1.2rem;margin:2.2em 0 .6em}
-h3{font-size:.95rem;margin:0 0 .5em}p{margin:.3em 0}.soft{color:var(--soft)}
+h3{font-size:.95rem;margin:0 0 .5em}main>h3{margin-top:1.8em}p{margin:.3em 0}.soft{color:var(--soft)}
 a{color:var(--accent)}:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 .tiles,.cards{display:grid;gap:12px}
 .tiles{grid-template-columns:repeat(auto-fit,minmax(140px,1fr));margin:14px 0}
