@@ -61,7 +61,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 def _mixing(file: Path) -> Mixing:
     _, round_, label = file.stem.split("_", 2)
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with np.load(file) as arrays:
             weights = np.asarray(arrays["weights"], np.float64)
             distances = np.asarray(arrays["distances"], np.float64) if "distances" in arrays else None
             return Mixing(f"round {int(round_)}, {label}", [str(c) for c in arrays["client_ids"]], weights, distances,
