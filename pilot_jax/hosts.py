@@ -78,7 +78,8 @@ def over_clients(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
     processes' devices, nothing is read."""
     if mesh is None:
         return jax.tree.map(jnp.asarray, tree)
-    spec = PartitionSpec("clients") if len(jax.tree.leaves(tree)[0]) % mesh.shape["clients"] == 0 else PartitionSpec()
+    divided = all(len(leaf) % mesh.shape["clients"] == 0 for leaf in jax.tree.leaves(tree))
+    spec = PartitionSpec("clients") if divided else PartitionSpec()
     return from_host(tree, NamedSharding(mesh, spec))
 
 

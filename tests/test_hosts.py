@@ -15,8 +15,10 @@ import pytest
 from conftest import small_config, tree_max_difference
 
 from pilot_jax import hosts
+from pilot_jax.config import MeshConfig
 from pilot_jax.errors import InputError
 from pilot_jax.federation import simulation
+from pilot_jax.federation.sharding import make_mesh
 
 ROOT = Path(__file__).parent.parent
 RATES = {"optimizer": "sgd", "lr_connector": 0.005, "lr_lora_stage1": 0.005, "lr_lora_stage2": 0.005}
@@ -144,3 +146,8 @@ def test_each_process_reads_its_own_clients_images():
 def test_incomplete_addresses_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         hosts.start(*arguments)
+
+
+def test_nothing_over_clients_is_nothing():
+    """A strategy without local subtrees, as FedAvg, has an empty tree to save."""
+    assert hosts.over_clients({}, make_mesh(MeshConfig())) == {}
