@@ -15,6 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pilot_jax.errors import InputError
 
+AT_ONCE = 2**28  # bytes of an array that are gathered on a device
+
 
 def start(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Join the other processes; before JAX is used for anything else.
@@ -53,13 +55,16 @@ def mesh_of(tree: Any) -> jax.sharding.Mesh | None:
 
 
 def to_host(tree: Any) -> Any:
-    """Arrays as NumPy arrays, in every process, wherever their parts lie."""
+    """Arrays as NumPy arrays, in every process, wherever their parts lie. On their way there from other processes'
+    devices they are whole on each device, large ones a row at a time."""
     def one(leaf: Any) -> np.ndarray:
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
-            from jax.experimental.multihost_utils import process_allgather
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        if leaf.nbytes > AT_ONCE and leaf.ndim > 1:
+            return np.stack([one(leaf[i]) for i in range(len(leaf))])
+        from jax.experimental.multihost_utils import process_allgather
 
-            return np.asarray(process_allgather(leaf, tiled=True))
-        return np.asarray(leaf)
+        return np.asarray(process_allgather(leaf, tiled=True))
 
     return jax.tree.map(one, tree)
 

@@ -46,34 +46,41 @@ def finished(processes: list[subprocess.Popen]) -> list[str]:
     return [out for out, _ in texts]
 
 
-def test_processes_give_what_one_gives(tmp_path):
-    """Two processes, a row of the mesh each; four, the base's weights divided among two in each row. The writer alone
-    leaves files and speaks, and the run directory can be read on one device."""
-    config = tmp_path / "config.yaml"
+def agree(alone, run) -> None:
+    for a, b in zip(alone.population, run.population, strict=True):
+        assert tree_max_difference(a.adapters, b.adapters) <= 1e-5
+    for key in ("score_by_client", "bytes_up", "bytes_down", "client_steps"):
+        assert run.summary[key] == alone.summary[key], key
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """(config file, run directory, run) of one process on one device."""
+    folder = tmp_path_factory.mktemp("one")
+    config = folder / "config.yaml"
     config.write_text(small_config(train=RATES, system={"client_chunk": 1, "unroll": 1}).to_yaml())
-    one = tmp_path / "one"
-    finished([command(config, one, "--set", "system.client_devices=1")])
-    alone = simulation.restore(one)
-    for count, mesh in ((2, {"clients": 2}), (4, {"clients": 2, "fsdp": 2})):
-        port, folder = free_port(), tmp_path / f"{count}"
-        sets = [x for axis, size in mesh.items() for x in ("--set", f"system.mesh.{axis}={size}")]
-        texts = finished([command(config, folder, *sets, "--coordinator", f"127.0.0.1:{port}", "--num-processes", count,
-                                  "--process-id", i) for i in range(count)])
-        assert "Run directory" in texts[0] and not any("client steps" in text for text in texts[1:])
-        run = simulation.restore(folder)
-        for a, b in zip(alone.population, run.population, strict=True):
-            assert tree_max_difference(a.adapters, b.adapters) <= 1e-5
-        for key in ("score_by_client", "bytes_up", "bytes_down", "client_steps"):
-            assert run.summary[key] == alone.summary[key], key
-        lines = [(folder / "metrics.jsonl").read_text().count("\n") for folder in (one, folder)]
-        assert lines[0] == lines[1] > 18
-    interrupted_on_a_mesh(config, tmp_path / "interrupted", one, alone)
+    finished([command(config, folder / "run", "--set", "system.client_devices=1")])
+    return config, folder / "run", simulation.restore(folder / "run")
 
 
-def interrupted_on_a_mesh(config, folder, one, alone):
-    """SIGTERM to both of two processes after their first phase: they agree on where to stop; the writer saves; one
-    process on one device goes on to what it would have reached alone."""
-    port = free_port()
+def test_four_processes_give_what_one_gives(one, tmp_path):
+    """Two in each row of the mesh, the base's weights divided among them. The writer alone leaves files and speaks, and
+    the run directory can be read on one device."""
+    config, folder, alone = one
+    port, sets = free_port(), ("--set", "system.mesh.clients=2", "--set", "system.mesh.fsdp=2")
+    texts = finished([command(config, tmp_path / "4", *sets, "--coordinator", f"127.0.0.1:{port}", "--num-processes", 4,
+                              "--process-id", i) for i in range(4)])
+    assert "Run directory" in texts[0] and not any("client steps" in text for text in texts[1:])
+    agree(alone, simulation.restore(tmp_path / "4"))
+    lines = [(at / "metrics.jsonl").read_text().count("\n") for at in (folder, tmp_path / "4")]
+    assert lines[0] == lines[1] > 18
+
+
+def test_two_processes_are_interrupted_and_one_goes_on(one, tmp_path):
+    """SIGTERM to both after their first phase: they agree on where to stop, and both save; one process on one device
+    goes on to what it would have reached alone."""
+    config, folder_of_one, alone = one
+    port, folder = free_port(), tmp_path / "interrupted"
     both = [command(config, folder, "--set", "system.mesh.clients=2", "--coordinator", f"127.0.0.1:{port}",
                     "--num-processes", 2, "--process-id", i) for i in range(2)]
     metrics = folder / "metrics.jsonl"
@@ -90,12 +97,63 @@ def interrupted_on_a_mesh(config, folder, one, alone):
     assert {part.name for part in parts} == {"ocdbt.process_0", "ocdbt.process_1"}  # each has written its clients
     text = finished([command(config, folder, "--resume")])[0]
     assert "system.mesh.clients: 2 → 1: results agree to rounding" in " ".join(text.split())
-    run = simulation.restore(folder)
-    for a, b in zip(alone.population, run.population, strict=True):
-        assert tree_max_difference(a.adapters, b.adapters) <= 1e-5
-    for key in ("score_by_client", "bytes_up", "bytes_down", "client_steps"):
-        assert run.summary[key] == alone.summary[key], key
-    assert metrics.read_text().count("\n") == (one / "metrics.jsonl").read_text().count("\n")
+    agree(alone, simulation.restore(folder))
+    assert metrics.read_text().count("\n") == (folder_of_one / "metrics.jsonl").read_text().count("\n")
+
+
+SERVER = """
+import json, sys
+sys.path.insert(0, "tests")
+port, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+from pilot_jax import hosts
+hosts.start(f"127.0.0.1:{port}", 2, process)
+import numpy as np
+from conftest import small_config, tree_max_difference
+from pilot_jax.config import StrategyConfig
+from pilot_jax.federation import simulation
+from pilot_jax.federation.sharding import spread
+from pilot_jax.federation.strategies import STRATEGIES
+sections = json.loads(sys.argv[4])
+hosts.AT_ONCE = 2**18  # of what comes back from the devices, the larger arrays a row at a time
+mesh = {"clients": 2, "fsdp": 2}
+fed, tokenizer = simulation.prepare(small_config(system={"mesh": mesh}))
+told = {}
+cases = [(name, {}) for name in ("fedadam", "pilot", "scaffold", "similarity", "trimmed_mean")]
+cases.append(("pilot", {"ata": {"space": "product"}}))
+for name, settings in cases:
+    its = simulation.with_strategy(fed, STRATEGIES[name](StrategyConfig(**settings)))
+    state = simulation.initial_state(its)
+    shared, rng = its.strategy.roles().select(state.population[0].adapters, "shared"), np.random.default_rng(0)
+    uploads = jax.tree.map(lambda x: (x + 0.1 * rng.normal(size=(20, *x.shape))).astype(np.float32), shared)
+    who = np.arange(1, 21), np.arange(20) % 3, np.arange(20), {**state.server, "round": 1}
+    alone = its.strategy.aggregate(spread(uploads, None), *who)
+    together = its.strategy.aggregate(spread(uploads, its.server_mesh), *who)
+    parts = [s.data.size / leaf.size for leaf in jax.tree.leaves(spread(uploads, its.server_mesh))
+             for s in leaf.addressable_shards]
+    told[name + settings.get("ata", {}).get("space", "")] = [
+        tree_max_difference(hosts.to_host(alone), hosts.to_host(together)), max(parts)]
+config = small_config(**sections, system={"mesh": mesh, "client_chunk": 1, "unroll": 1})
+simulation.simulate(config, out=folder)
+print(json.dumps(told))
+"""
+
+
+def test_the_server_mixes_on_the_devices_of_all(tmp_path):
+    """Every kind of aggregation, of 20 uploads, of which each of two processes' two devices holds a quarter; then a
+    whole run of a strategy without local subtrees, after which everyone has one model."""
+    port, sections = free_port(), {"train": RATES, "strategy": {"name": "fedadam"}}
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    how = {"cwd": ROOT, "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    texts = finished([subprocess.Popen([sys.executable, "-c", SERVER, str(port), str(i), tmp_path / "2",
+                                        json.dumps(sections)], **how) for i in range(2)])
+    told = json.loads(texts[0].splitlines()[-1])
+    for name, (difference, part) in told.items():
+        assert difference <= 1e-5 and part == 1 / 4, name
+    run = simulation.restore(tmp_path / "2")
+    assert all(tree_max_difference(client.adapters, run.population[0].adapters) == 0 for client in run.population)
+    assert run.summary["bytes_up"] == run.summary["bytes_down"] > 0 and len(run.summary["score_by_client"]) == 9
 
 
 OWN_IMAGES = """

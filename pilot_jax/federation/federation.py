@@ -46,9 +46,8 @@ class Federation:
 
     @property
     def server_mesh(self) -> jax.sharding.Mesh | None:
-        """Over what the uploads of a cohort are spread; None where devices share one memory, and where processes each
-        have all uploads."""
-        return self.mesh if self.config.system.mesh.devices > 1 and jax.process_count() == 1 else None
+        """Over what the uploads of a cohort are spread; None where devices share one memory."""
+        return self.mesh if self.config.system.mesh.devices > 1 else None
 
     @property
     def examined(self) -> tuple[ClientData, ...]:

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pilot_jax.config import MeshConfig, SystemConfig
 from pilot_jax.errors import InputError
+from pilot_jax.hosts import from_host
 
 AXES = ("clients", "fsdp", "tensor")
 
@@ -178,7 +179,7 @@ def spread(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
     """
     if mesh is None:
         return jax.tree.map(jnp.asarray, tree)
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, columns(np.shape(leaf), mesh))), tree)
+    return jax.tree.map(lambda leaf: from_host(leaf, NamedSharding(mesh, columns(np.shape(leaf), mesh))), tree)
 
 
 def columns(shape: tuple[int, ...], mesh: jax.sharding.Mesh, axis: int | None = None) -> PartitionSpec:

@@ -18,6 +18,7 @@ from pilot_jax.config import StrategyConfig
 from pilot_jax.federation import mixing
 from pilot_jax.federation.client import PLAIN_RULE, LocalRule
 from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, num_bytes
+from pilot_jax.hosts import to_host
 from pilot_jax.models.config import VlmConfig
 from pilot_jax.models.lora import init_lora
 
@@ -97,7 +98,8 @@ class Strategy:
         return mixing.mean(sizes)
 
     def combine(self, uploads: Mapping[str, Any], matrix: jax.Array) -> dict[str, Any]:
-        """Mixed uploads, leaves [S, …]; for aggregations that no matrix expresses."""
+        """Mixed uploads, leaves [M, …], for the rows of `matrix` [M, S]; for aggregations that no matrix expresses.
+        Of equal rows, as strategies of one model have, there is one."""
         return mixing.apply(matrix, dict(uploads))
 
     def aggregate(self, uploads: Mapping[str, Any], sizes: np.ndarray, tasks: np.ndarray, client_ids: np.ndarray,
@@ -106,19 +108,19 @@ class Strategy:
 
         `server_state["round"]` is the current round, from 1.
         """
-        matrix = self.mix(uploads, sizes, tasks, client_ids, server_state)
-        downloads, state = self.combine(uploads, matrix), dict(server_state)
+        matrix, state = to_host(self.mix(uploads, sizes, tasks, client_ids, server_state)), dict(server_state)
+        downloads = self.combine(uploads, matrix[:1] if self.one_model else matrix)
         if self.one_model:
-            model = jax.tree.map(lambda leaf: leaf[0], downloads)
+            model = to_host(jax.tree.map(lambda leaf: leaf[0], downloads))
             optimizer = self.server_optimizer()
             if optimizer is not None:
                 # Reddi et al., 2021: the mean change of the clients, negated, is the server's gradient.
                 pseudo_gradient = jax.tree.map(jnp.subtract, state["model"], model)
                 steps, state["optimizer"] = optimizer.update(pseudo_gradient, state["optimizer"], state["model"])
-                model = optax.apply_updates(jax.tree.map(jnp.asarray, state["model"]), steps)
-                downloads = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(sizes), *leaf.shape)), model)
-            state["model"] = jax.tree.map(np.asarray, model)
-        return Aggregated(downloads, state, {"weights": np.asarray(matrix)})
+                model = to_host(optax.apply_updates(jax.tree.map(jnp.asarray, state["model"]), steps))
+            state["model"] = model
+            downloads = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (len(sizes), *leaf.shape)), model)
+        return Aggregated(downloads, state, {"weights": matrix})
 
     def sent_bytes(self, adapters: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
         """(up, down) bytes per subtree for one client and phase, as float32."""

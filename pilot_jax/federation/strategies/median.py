@@ -17,4 +17,4 @@ class Median(Strategy):
         return mixing.mean(jnp.ones(len(sizes)))  # for the log: every upload counts alike
 
     def combine(self, uploads, matrix):
-        return jax.tree.map(lambda leaf: jnp.broadcast_to(jnp.median(leaf, axis=0), leaf.shape), dict(uploads))
+        return jax.tree.map(lambda leaf: jnp.median(leaf, axis=0, keepdims=True), dict(uploads))

@@ -11,6 +11,7 @@ from pilot_jax.federation import mixing
 from pilot_jax.federation.distances import distances
 from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, num_bytes
 from pilot_jax.federation.strategies.base import Aggregated, Strategy, float32
+from pilot_jax.hosts import to_host
 from pilot_jax.models.lora import init_lora
 
 
@@ -84,15 +85,14 @@ class Pilot(Strategy):
     def aggregate(self, uploads, sizes, tasks, client_ids, server_state):
         bank, members = self._aggregate_tasks(uploads["task"], sizes, tasks, client_ids, server_state)
         between = self.distances(uploads["text_adapter"])
-        weights = self.weights(between, sizes, tasks, client_ids)
+        weights = to_host(self.weights(between, sizes, tasks, client_ids))
         downloads = {
             "text_adapter": mixing.apply(weights, uploads["text_adapter"]),
-            "task": jax.tree.map(lambda leaf: leaf[jnp.asarray(tasks)], bank),
+            "task": jax.tree.map(lambda leaf: leaf[tasks], bank),
         } | ({"task_bank": bank} if self.config.cross_task else {})
         log = {"weights": weights, "distances": between, "effective_neighbors": mixing.effective_neighbors(weights),
                "product_gap": mixing.product_gap(weights, uploads["text_adapter"], self._most_weights(len(sizes)))}
-        return Aggregated(downloads, {**server_state, "bank": bank, "members": members},
-                          {name: np.asarray(value) for name, value in log.items()})
+        return Aggregated(downloads, {**server_state, "bank": bank, "members": members}, to_host(log))
 
     def distances(self, text_adapters):
         """d_kj between LoRA uploads, leaves [S, …] → [S, S]."""
@@ -128,10 +128,11 @@ class Pilot(Strategy):
         now = server_state["round"]
         members = dict(server_state["members"])
         earlier = {c: m for c, m in members.items() if m["first_round"] < now}
+        own = to_host(uploads)
         for row, client in enumerate(client_ids):
             first = members.get(int(client), {"first_round": now})["first_round"]
             members[int(client)] = {"first_round": first, "task": int(tasks[row]), "size": int(sizes[row]),
-                                    "adapter": jax.tree.map(lambda leaf, r=row: leaf[r], uploads)}
+                                    "adapter": jax.tree.map(lambda leaf, r=row: leaf[r].copy(), own)}
         rows, row_sizes, row_tasks = [uploads], list(sizes), list(tasks)
         for task in sorted(set(int(t) for t in tasks)):
             uploading = {int(c) for c, t in zip(client_ids, tasks, strict=True) if t == task}
@@ -150,7 +151,7 @@ class Pilot(Strategy):
             return jnp.where(present.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
         bank = jax.tree.map(keep_absent, mixing.apply(matrix, stacked), old)
-        return jax.tree.map(np.asarray, bank), members
+        return to_host(bank), members
 
     def sent_bytes(self, adapters):
         up = {name: num_bytes(adapters[name]) for name in ("text_adapter", "task")}

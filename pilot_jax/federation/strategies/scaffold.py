@@ -18,6 +18,7 @@ from pilot_jax.federation import mixing
 from pilot_jax.federation.client import LocalRule
 from pilot_jax.federation.roles import Role, Roles, num_bytes
 from pilot_jax.federation.strategies.base import Aggregated, Strategy
+from pilot_jax.hosts import to_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Scaffold(Strategy):
         downloads, state, log = super().aggregate(models, sizes, tasks, client_ids, server_state)
         share = jnp.asarray(sizes, jnp.float32)[None] / state["total_size"]
         moved = mixing.apply(share, uploads["control_change"])
-        state["control"] = jax.tree.map(lambda c, d: np.asarray(c + d[0]), state["control"], moved)
+        state["control"] = jax.tree.map(lambda c, d: to_host(c + d[0]), state["control"], moved)
         return Aggregated({**downloads, "server_control": state["control"]}, state, log)
 
     def sent_bytes(self, adapters):

@@ -14,11 +14,8 @@ class TrimmedMean(Median):
     aggregated_by = "trimmed_mean"
 
     def combine(self, uploads, matrix):
-        cohort = len(matrix)
-        drop = int(self.config.trim * cohort)
-
         def trimmed(leaf):
-            kept = jnp.sort(leaf, axis=0)[drop:cohort - drop]
-            return jnp.broadcast_to(jnp.mean(kept, axis=0), leaf.shape)
+            drop = int(self.config.trim * len(leaf))
+            return jnp.mean(jnp.sort(leaf, axis=0)[drop:len(leaf) - drop], axis=0, keepdims=True)
 
         return jax.tree.map(trimmed, dict(uploads))
