@@ -15,7 +15,9 @@ from conftest import small_config
 
 from pilot_jax.errors import InputError
 from pilot_jax.federation import simulation
+from pilot_jax.federation.examination import evaluation_matrix
 from pilot_jax.report.charts import positions
+from pilot_jax.report.inside import look_inside
 from pilot_jax.report.page import write_report
 from pilot_jax.report.record import read_run
 
@@ -67,7 +69,7 @@ def test_the_page_says_what_the_run_wrote(run, tmp_path):
     assert not re.search(r"url\((?!#)|@import|<script", text)
     assert all(page.pictures) and len(page.pictures) >= 7 + 3
     assert {p.stem for p in pictures} >= {"scores", "validation", "losses", "mixing-1", "mixing-2", "map", "traffic",
-                                          "times"}
+                                          "times", "abilities", "routing"}
     assert all(p.read_bytes()[:4] == b"\x89PNG" for p in pictures)
     assert "a <run> & more" in page.text and "<run>" not in text
     for client, score in summary["score_by_client"].items():
@@ -76,6 +78,48 @@ def test_the_page_says_what_the_run_wrote(run, tmp_path):
     assert f"{float(np.mean(mixing.effective_neighbors)):.2f} effective neighbours" in page.text
     assert f"{mixing.weights[0, 0]:.2f}" in page.text and "What the models say" in page.text
     assert "max_new_tokens: 4" in page.text  # the config
+
+
+def test_abilities_and_routing_are_the_models_own(run):
+    """Whom the routers ask, against NumPy float64 from the features; what the models can do, against `evaluate`."""
+    inside, done = look_inside(run, 2), simulation.restore(run)
+    fed = done.federation
+    assert set(inside.routing) == {c.name for c in fed.clients} and len(fed.tasks) == 3
+    for client, state in zip(fed.clients, done.population, strict=True):
+        features = np.asarray(client.evaluation["test"].features, np.float64)
+        e = np.exp(features @ np.asarray(state.adapters["router"]["kernel"], np.float64))
+        np.testing.assert_allclose(inside.routing[client.name], (e / e.sum(-1, keepdims=True)).mean((0, 1)), atol=1e-5)
+    able = inside.abilities  # two prompts are all that each client has
+    assert able.columns == (*fed.tasks, "base's captions") and able.models == tuple(c.name for c in fed.clients)
+    base, matrix = done.summary["score_base_by_task"], evaluation_matrix(fed, done.tokenizer, done.population)
+    assert able.scores[-1, :3].tolist() == [base[t] for t in fed.tasks]
+    columns = [[i for i, c in enumerate(fed.clients) if c.task == t] for t in fed.tasks]
+    for row, scores in zip(able.scores, np.asarray(matrix["scores"]), strict=False):
+        np.testing.assert_allclose(row[:3], [scores[of].mean() for of in columns])
+
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "scenario_a.json"
+
+
+def test_the_page_of_a_comparison(tmp_path, call):
+    code, _, _ = call("report", RESULTS, "--out", tmp_path / "page.html")
+    text, results = (tmp_path / "page.html").read_text(), json.loads(RESULTS.read_text())
+    page = Page(text)
+    assert code == 0 and not page.open and len(page.ids) == len(set(page.ids)) and all(page.pictures)
+    assert all(x.startswith(("#", "data:")) for x in page.asked) and not re.search(r"url\((?!#)|@import|<script", text)
+    for line in results["variants"]:
+        assert line["name"] in page.text and f"{line['score']:.3f} ± {line['standard_error']:.3f}" in page.text
+        assert "difference" not in line or f"{line['difference']['mean']:+.3f}" in page.text
+    assert {p.stem for p in (tmp_path / "page").iterdir()} == {"scores", "differences", "tasks", "traffic"}
+    folder = tmp_path / "compared"
+    folder.mkdir()
+    shutil.copy(RESULTS, folder / "results.json")
+    assert write_report([folder], tmp_path / "again.html", 0)[0].read_text().count("<section") == 4
+    with pytest.raises(InputError, match="page of its own"):
+        write_report([folder, folder], tmp_path / "no.html", 0)
+    (folder / "results.json").write_text('{"key": "a", "values": []}')
+    with pytest.raises(InputError, match="not what `compare` writes"):
+        write_report([folder], tmp_path / "no.html", 0)
 
 
 def test_several_runs_and_unfinished_ones(run, tmp_path, call):

@@ -40,7 +40,7 @@ def pyplot() -> Any:
     return plt
 
 
-def _axes(height: float) -> tuple[Any, Any]:
+def new_axes(height: float) -> tuple[Any, Any]:
     return pyplot().subplots(figsize=(WIDTH, height), layout="constrained")
 
 
@@ -71,7 +71,7 @@ def scores(runs: Sequence[RunRecord]) -> Any:
     """Every client's score, before and after."""
     task_of = {c: t for r in runs for c, t in r.task_of.items()}
     clients = sorted({c for r in runs for c in r.summary["score_by_client"]}, key=lambda c: (task_of[c], c))
-    figure, axes = _axes(min(0.9 + 0.2 * len(clients), 9))
+    figure, axes = new_axes(min(0.9 + 0.2 * len(clients), 9))
     base = next((r.summary["score_base_by_client"] for r in runs), {})
     height = {c: len(clients) - 1 - i for i, c in enumerate(clients)}
     axes.scatter([base.get(c, np.nan) for c in clients], list(height.values()), marker="|", s=60, color=INK,
@@ -95,7 +95,7 @@ def _phase_names(run: RunRecord) -> list[str]:
 
 def losses(run: RunRecord) -> Any:
     """A line per client over the phases, in its task's colour: the mean loss of its steps."""
-    figure, axes = _axes(2.6)
+    figure, axes = new_axes(2.6)
     names, tasks = _phase_names(run), run.tasks
     for client, task in sorted(run.task_of.items(), key=lambda pair: (pair[1], pair[0])):
         own = [u for u in run.updates if u["client"] == client]
@@ -115,12 +115,20 @@ def losses(run: RunRecord) -> Any:
 
 
 def over_rounds(runs: Sequence[RunRecord]) -> Any:
-    """Mean validation score after each round that has one."""
-    figure, axes = _axes(2.4)
+    """Mean validation score after each round that has one; of a single run, for each task too."""
+    figure, axes = new_axes(2.4)
+
+    def line(values: list[dict[str, Any]], **how: Any) -> None:
+        rounds = sorted({v["round"] for v in values})
+        axes.plot(rounds, [np.mean([v["score"] for v in values if v["round"] == r]) for r in rounds], marker="o", ms=3,
+                  **how)
+
     for number, run in enumerate(runs):
-        rounds = sorted({v["round"] for v in run.validation})
-        axes.plot(rounds, [np.mean([v["score"] for v in run.validation if v["round"] == r]) for r in rounds],
-                  marker="o", ms=3, color=COLOURS[number % len(COLOURS)], label=run.name)
+        line(run.validation, label=run.name if len(runs) > 1 else "mean",
+             color=COLOURS[number % len(COLOURS)] if len(runs) > 1 else INK)
+    for number, task in enumerate(runs[0].tasks if len(runs) == 1 else ()):
+        line([v for v in runs[0].validation if runs[0].task_of.get(v["client"]) == task], label=task, lw=0.9,
+             color=COLOURS[number % len(COLOURS)])
     axes.set_ylim(0, 1)
     axes.set_xlabel("round")
     axes.set_ylabel("validation score")
@@ -131,7 +139,7 @@ def over_rounds(runs: Sequence[RunRecord]) -> Any:
 def heat_map(mixing: Mixing) -> Any:
     """The mixing matrix; how opaque a cell is says how large the weight (its square root: most are small)."""
     count = len(mixing.clients)
-    figure, axes = _axes(WIDTH * 0.86)
+    figure, axes = new_axes(WIDTH * 0.86)
     from matplotlib.colors import to_rgba
 
     accent = np.asarray(to_rgba(COLOURS[0]))
@@ -150,6 +158,25 @@ def heat_map(mixing: Mixing) -> Any:
     return figure
 
 
+def cells(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], across: str, down: str) -> Any:
+    """Numbers in [0, 1] as a table of more or less opaque cells; nan: empty."""
+    figure, axes = new_axes(min(0.9 + 0.22 * len(rows), 9))
+    from matplotlib.colors import to_rgba
+
+    ground = np.tile(np.asarray(to_rgba(COLOURS[0])), (*values.shape, 1))
+    ground[..., 3] = np.nan_to_num(np.clip(values, 0, 1)) * 0.8
+    axes.imshow(ground, aspect="auto", interpolation="nearest")
+    axes.set_xticks(range(len(columns)), columns, rotation=0 if len(columns) <= 5 else 90)
+    axes.set_yticks(range(len(rows)) if len(rows) <= MOST_NAMES else [], rows if len(rows) <= MOST_NAMES else [])
+    if len(rows) <= MOST_NAMES:
+        for i, j in zip(*np.nonzero(np.isfinite(values)), strict=True):
+            axes.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=7)
+    axes.set_xlabel(across)
+    axes.set_ylabel(down)
+    axes.spines[["top", "right"]].set_visible(True)
+    return figure
+
+
 def positions(distances: np.ndarray) -> np.ndarray:
     """[S, 2]: points whose distances come near `distances` (classical multidimensional scaling)."""
     squared = np.where(np.isfinite(distances), distances, 0.0) ** 2
@@ -160,7 +187,7 @@ def positions(distances: np.ndarray) -> np.ndarray:
 
 
 def client_map(run: RunRecord, mixing: Mixing) -> Any:
-    figure, axes = _axes(WIDTH * 0.8)
+    figure, axes = new_axes(WIDTH * 0.8)
     points = positions(mixing.distances)
     for number, task in enumerate(run.tasks):
         of = [i for i, c in enumerate(mixing.clients) if run.task_of.get(c) == task]
@@ -183,7 +210,7 @@ def traffic(run: RunRecord) -> Any:
             for name, size in phase.get(f"bytes_{way}_by_subtree", {}).items():
                 totals.setdefault(name, {}).setdefault(way, 0)
                 totals[name][way] += size
-    figure, axes = _axes(0.8 + 0.45 * len(totals))
+    figure, axes = new_axes(0.8 + 0.45 * len(totals))
     for number, way in enumerate(("up", "down")):
         axes.barh(np.arange(len(totals)) + (0.2 - 0.4 * number),
                   [t.get(way, 0) / 1e6 for t in totals.values()], 0.36, color=COLOURS[number], label=way)
@@ -195,7 +222,7 @@ def traffic(run: RunRecord) -> Any:
 
 def times(run: RunRecord) -> Any:
     """Seconds of each phase."""
-    figure, axes = _axes(2.2)
+    figure, axes = new_axes(2.2)
     names = [f"{p['round']}·{p['phase'].removeprefix('stage')}" for p in run.phases]
     bottom = np.zeros(len(names))
     for number, (key, label) in enumerate((("seconds", "local updates, with compiling"),
