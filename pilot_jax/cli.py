@@ -48,12 +48,14 @@ def run(config: ConfigPath, overrides: Overrides = None,
         distributed: Annotated[bool, typer.Option(
             help="Several processes, of which Slurm, a TPU pod or MPI tells.")] = False) -> None:
     """Simulate a federation and write its run directory."""
+    import threading
     import time
 
     from pilot_jax import hosts
     from pilot_jax.config import load_config
     from pilot_jax.federation.sharding import ask_for_determinism, split_cpu
-    from pilot_jax.federation.simulation import Federation, simulate, total_client_steps
+    from pilot_jax.federation.simulation import Federation, simulate, steps_by_stage
+    from pilot_jax.forecast import forecast, told
     from pilot_jax.metrics import ProgressDisplay
 
     if progress_ not in ("auto", "json", "quiet"):
@@ -65,16 +67,20 @@ def run(config: ConfigPath, overrides: Overrides = None,
         hosts.start(coordinator, num_processes, process_id)
     folder = out or Path("runs") / f"{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     displays: list[ProgressDisplay] = []
+    asides: list[threading.Thread] = []
 
     def progress(fed: Federation) -> ProgressDisplay:
         import jax
 
-        total = total_client_steps(fed)
-        display = ProgressDisplay(total, mode=progress_)
+        total = sum(steps_by_stage(fed).values())
+        display = ProgressDisplay(total, mode=progress_, rounds=settings.federation.rounds)
         display({"kind": "note", "text":
             f"{fed.strategy.name}: {len(fed.clients)} clients, {len(fed.tasks)} tasks ({', '.join(fed.tasks)}), "
             f"{settings.federation.rounds} rounds, {total} client steps on {jax.devices()[0].device_kind} → {folder}"})
         displays.append(display)
+        if jax.process_count() == 1:  # while the first program is compiled
+            asides.append(threading.Thread(target=lambda: display({"kind": "note", "text": told(forecast(fed))})))
+            asides[0].start()
         return display
 
     try:
@@ -92,6 +98,8 @@ def run(config: ConfigPath, overrides: Overrides = None,
         typer.echo(f"Failed: {printable(str(error))}. {_how_to_go_on(folder)}", err=True)
         raise typer.Exit(1) from None
     finally:
+        for thread in asides:
+            thread.join()
         for display in displays:
             display.close()
     if hosts.is_writer() and progress_ == "json":

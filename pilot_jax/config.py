@@ -247,6 +247,7 @@ class SystemConfig(_Section):
     save_every: Literal["phase", "round", "never"] = Field(
         "phase", description="when a run saves what `--resume` goes on from")
     keep_saved: int = Field(2, ge=1, description="how many of these are kept, should the newest be damaged")
+    tensorboard: bool = Field(False, description="write losses and scores for TensorBoard into the run directory too")
     compilation_cache: str | None = Field(None, description="folder for compiled programs; default: none")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from pilot_jax.errors import InputError
 
@@ -26,6 +26,7 @@ class MetricsFile:
 
     def __init__(self, path: Path | None, keep: int = 0) -> None:
         self._file, self.records = None, []
+        self.also: Any = None  # hears each record too, and is closed
         if path is None:
             return
         self._file = path.open("ab")
@@ -37,6 +38,8 @@ class MetricsFile:
 
     def __call__(self, record: dict[str, Any]) -> None:
         self.records.append(record)
+        if self.also is not None:
+            self.also(record)
         if self._file is not None:
             self._file.write((json.dumps(record) + "\n").encode())
             self._file.flush()
@@ -51,6 +54,8 @@ class MetricsFile:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+        if self.also is not None:
+            self.also.close()
 
 
 class CompileClock:
@@ -74,21 +79,22 @@ class CompileClock:
 
 
 class ProgressDisplay:
-    """Round, phase, loss, client-steps/s and time left. Called with the records that `rounds` emits.
+    """Run, phase and client, losses, scores, client steps a second and time left; called with what `rounds` emits.
 
-    mode: auto (a bar on terminals, else a line a phase), json (each event a line of JSON) or quiet.
+    mode: auto (bars on terminals, else a line a phase), json (each event a line of JSON) or quiet.
     """
 
-    def __init__(self, total_steps: int, console: Console | None = None, mode: str = "auto") -> None:
+    def __init__(self, total_steps: int, console: Console | None = None, mode: str = "auto", rounds: int = 1) -> None:
         self.console, self._mode = console or Console(), mode
-        self._total, self._before = total_steps, 0
+        self._total, self._before, self._rounds, self._score = total_steps, 0, rounds, ""
         self._started = time.perf_counter()
         self._bar = None
         if self.console.is_terminal and mode == "auto":
-            self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
-                                 console=self.console, transient=True)
+            self._bar = Progress(TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(),
+                                 TextColumn("{task.fields[note]}"), console=self.console, transient=True)
             self._bar.start()
-            self._task = self._bar.add_task("compiling …", total=total_steps)
+            self._run = self._bar.add_task("run, client steps", total=total_steps, note="compiling …")
+            self._phase = self._bar.add_task("phase, clients", total=None, note="")
 
     def __call__(self, event: dict[str, Any]) -> None:
         if self._mode != "auto":
@@ -98,27 +104,33 @@ class ProgressDisplay:
                 print(event["text"], file=sys.stderr)
             return
         if event["kind"] == "chunk":
-            done = self._before + event["steps"]
-            if self._bar is not None:
-                self._bar.update(self._task, completed=done, description=self._line(event, done))
-            elif event["clients"] == event["of"]:
-                self.console.print(self._line(event, done), highlight=False, markup=False)
+            self._chunk(event)
         elif event["kind"] == "phase":
             self._before += event["client_steps"]
             if self._bar is not None:
-                self.console.print(
-                    f"round {event['round']} {event['phase']}: loss {event['loss']:.3f}, effective neighbours "
-                    f"{event['effective_neighbors']:.2f}, {event['seconds']:.1f} s"
-                    + (f", ε {event['epsilon']:.3g}" if "epsilon" in event else ""), highlight=False, markup=False)
+                self._say(f"round {event['round']} {event['phase']}: loss {event['loss']:.3f}, effective neighbours "
+                          f"{event['effective_neighbors']:.2f}, {event['seconds']:.1f} s"
+                          + (f", ε {event['epsilon']:.3g}" if "epsilon" in event else ""))
         else:
-            self.console.print(event["text"], highlight=False, markup=False)
+            if event["kind"] == "score":
+                self._score = f", {event['text']}"
+            self._say(event["text"])
 
-    def _line(self, event: dict[str, Any], done: int) -> str:
-        seconds = time.perf_counter() - self._started
-        speed = done / seconds
-        left = (self._total - done) / speed
-        return (f"round {event['round']} {event['phase']} client {event['clients']}/{event['of']} "
-                f"loss {event['loss']:.3f} {speed:.1f} client-steps/s, {left:.0f} s left")
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def _chunk(self, event: dict[str, Any]) -> None:
+        done = self._before + event["steps"]
+        speed = done / (time.perf_counter() - self._started)
+        pace = f"{speed:.1f} client-steps/s, {(self._total - done) / speed:.0f} s left"
+        if self._bar is not None:
+            self._bar.update(self._run, completed=done, note=pace + self._score)
+            self._bar.update(self._phase, total=event["of"], completed=event["clients"],
+                             description=f"round {event['round']}/{self._rounds} {event['phase']}, clients",
+                             note=f"loss {event['loss']:.3f}")
+        elif event["clients"] == event["of"]:
+            self._say(f"round {event['round']} {event['phase']} client {event['clients']}/{event['of']} "
+                      f"loss {event['loss']:.3f} {pace}")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -17,7 +17,8 @@ LOCK = ".lock"
 # What a run may be given otherwise when it goes on: where and how it is computed, not what.
 ROUNDED = ("system.mesh.", "system.client_chunk", "system.client_devices", "system.steps_at_once",
            "system.length_spread", "system.unroll")  # sums are taken in another order
-FREE = (*ROUNDED, "system.store", "system.compilation_cache", "system.save_every", "system.keep_saved")
+FREE = (*ROUNDED, "system.store", "system.tensorboard", "system.compilation_cache", "system.save_every",
+        "system.keep_saved")
 
 
 class RunFolder:

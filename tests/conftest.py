@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of the tests' time, and many files want the same programs: all workers, and the processes that tests
+# start, find them in one folder, which goes when the tests end.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/pilot-jax-programs-{os.getpid()}")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
 import numpy as np
@@ -83,6 +89,11 @@ def write_checkpoint(folder, *, chat_template=None, **options):
     else:
         SiglipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
     return model
+
+
+def pytest_unconfigure(config):
+    if os.environ["JAX_COMPILATION_CACHE_DIR"].endswith(f"-programs-{os.getpid()}"):
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import yaml
 from conftest import small_config
 from PIL import Image
+from rich.console import Console
 
 from pilot_jax.config import known_keys
 from pilot_jax.metrics import ProgressDisplay
@@ -208,6 +211,26 @@ def test_keys_can_be_completed():
     sections = {"model", "data", "federation", "strategy", "train", "eval", "system"}
     silent = {key for key, text in known_keys().items() if not text}
     assert all(key in sections or any(k.startswith(key + ".") for k in known_keys()) for key in silent), silent
+
+
+def test_bars_on_a_terminal():
+    """Run, phase and client one below the other, with what is left and the last score; lines stay above them."""
+    out = io.StringIO()
+    display = ProgressDisplay(40, Console(file=out, force_terminal=True, width=120), rounds=2)
+    display({"kind": "note", "text": "3 clients [red]"})
+    for clients in (1, 3):
+        display({"kind": "chunk", "round": 1, "phase": "stage1", "steps": 5 * clients, "of": 3, "clients": clients,
+                 "loss": 0.5})
+    display({"kind": "phase", "round": 1, "phase": "stage1", "loss": 0.5, "effective_neighbors": 1.5, "seconds": 2.0,
+             "client_steps": 15})
+    display({"kind": "score", "text": "round 1: validation score 0.250"})
+    display({"kind": "chunk", "round": 2, "phase": "stage2", "steps": 5, "of": 3, "clients": 1, "loss": 0.4})
+    display._bar.refresh()
+    display.close()
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
+    assert "3 clients [red]" in text and "round 1 stage1: loss 0.500, effective neighbours 1.50, 2.0 s" in text
+    assert re.search(r"run, client steps.*20/40.* s left, round 1: validation score 0.250", text)
+    assert re.search(r"round 2/2 stage2, clients.*1/3.*loss 0.400", text)
 
 
 def test_events_as_lines_of_json(capsys):

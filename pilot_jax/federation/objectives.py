@@ -39,9 +39,9 @@ def difference_loss(x_t: jax.Array, x_s: jax.Array, weight: jax.Array, mode: str
 
     Args:
         x_t, x_s: [B, N, C]. weight: [B].
-        mode: token_cosine: tokens over √(‖x‖²+ε²), ε = 0.1·stop_gradient(mean ‖x_t‖), the squared inner products
-            averaged over the N² pairs (cosines of near-zero tokens are ill-conditioned, and x_s starts at zero).
-            raw: ‖x_tᵀ x_s‖_F² per image, as the formula is written. flat: the authors' code, each image one vector,
+        mode: raw: ‖x_tᵀ x_s‖_F² per image, as the formula is written. token_cosine: that of tokens over √(‖x‖²+ε²),
+            ε = 0.1·stop_gradient(mean ‖x_t‖), divided by N² (plain cosines of near-zero tokens are ill-conditioned,
+            and x_s starts at zero). flat: the authors' code, each image one vector,
             mean of the squared inner products over the (N·C)² pairs of features, by the B×B Gram.
         center: subtract each image's mean token first.
     """

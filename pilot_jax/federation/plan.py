@@ -105,7 +105,7 @@ def _bytes(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _loss(shapes: Shapes, config: Config, stage: str) -> tuple[Any, dict, dict]:
+def stage_loss_of(shapes: Shapes, config: Config, stage: str) -> tuple[Any, dict, dict]:
     """(loss of a batch as a function of (trained, frozen, base, batch), trained, frozen)."""
     phase = Phase(shapes.module, shapes.strategy.roles(), stage, config.train)
     trained, frozen = phase.roles.split(shapes.adapters, stage)
@@ -119,7 +119,7 @@ def _loss(shapes: Shapes, config: Config, stage: str) -> tuple[Any, dict, dict]:
 def _activations(shapes: Shapes, config: Config, stage: str) -> int:
     """What one client's forward pass keeps; with rematerialisation also one layer, recomputed in the backward pass."""
     def kept(module: Vlm) -> int:
-        loss, trained, frozen = _loss(dataclasses.replace(shapes, module=module), config, stage)
+        loss, trained, frozen = stage_loss_of(dataclasses.replace(shapes, module=module), config, stage)
         return saved_bytes(loss, trained, frozen, shapes.base, shapes.batch)
 
     if not config.model.remat:
@@ -171,7 +171,7 @@ def make_plan(config: Config, **assumptions: int) -> dict[str, Any]:
     per_round = sum(steps) * cohort / len(steps)
     step_flops = {}
     for stage in dict.fromkeys(strategy.first_stages):
-        loss, trained, frozen = _loss(shapes, config, stage)
+        loss, trained, frozen = stage_loss_of(shapes, config, stage)
         step_flops[stage] = matmul_flops(jax.value_and_grad(loss), trained, frozen, shapes.base, shapes.batch)
     pixels = jax.ShapeDtypeStruct((1, model.vision.image_size, model.vision.image_size, 3), jnp.float32)
     tower = matmul_flops(

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pilot_jax import checkpoint
+from pilot_jax import __version__, checkpoint
 from pilot_jax.config import Config, EvalConfig, apply_overrides
 from pilot_jax.data.batches import build_clients, build_prompts, encode_prompts, pooled
 from pilot_jax.data.conversations import stop_tokens
@@ -41,6 +41,7 @@ from pilot_jax.models.pretrained import load, load_from_parts
 from pilot_jax.run_folder import RunFolder
 from pilot_jax.snapshots import Snapshots
 from pilot_jax.store import Store
+from pilot_jax.tensorboard import EventFiles, check_installed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,14 +158,15 @@ def initial_state(fed: Federation) -> State:
     return State(tuple(ClientState(adapters) for _ in fed.clients), server)
 
 
-def total_client_steps(fed: Federation) -> int:
-    """Client steps of the whole run, known before it starts."""
-    seen, total = set(), 0
+def steps_by_stage(fed: Federation) -> dict[str, int]:
+    """Client steps of the whole run in each stage, known before it starts."""
+    seen, out = set(), {}
     for round_ in range(1, fed.config.federation.rounds + 1):
         for c in members_of(fed, round_):
-            total += fed.steps(c, round_) * len(fed.strategy.stages(c not in seen, round_))
+            for stage in fed.strategy.stages(c not in seen, round_):
+                out[stage] = out.get(stage, 0) + fed.steps(c, round_)
             seen.add(c)
-    return total
+    return out
 
 
 def data_sha256(fed: Federation) -> str:
@@ -209,6 +211,7 @@ def _summary(fed: Federation, state: State, tokenizer: Any, clocks: Clocks) -> d
         "quarantined": state.quarantined, "epsilon": _epsilon(fed, state),
         "wall_seconds": clocks.wall, "compile_seconds": clocks.compile,
         "peak_memory_bytes": int(device.get("peak_bytes_in_use", host_peak)),
+        "versions": {"pilot_jax": __version__} | _versions(),
         "adapters_sha256": checkpoint.adapters_sha256([c.name for c in fed.clients], state.population),
     }
 
@@ -237,6 +240,8 @@ def simulate(config: Config, *, out: str | Path | None = None, resume: bool = Fa
     if config.system.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.system.compilation_cache).expanduser()))
     ask_for_determinism(config.system)
+    if config.system.tensorboard:
+        check_installed()
     if resume and out is None:
         raise InputError("--resume: which run? Give its folder as --out.")
     folder = None if out is None else RunFolder(out, config, resume, is_writer())
@@ -289,6 +294,8 @@ def _run(fed: Federation, tokenizer: Any, folder: RunFolder | None, clock: Compi
             earlier, keep = Clocks(**extra["clocks"]), extra["metrics"]
             note(f"going on in round {state.round} after {state.client_steps} client steps")
     record = MetricsFile(folder.path / "metrics.jsonl" if writes else None, keep)
+    if writes and config.system.tensorboard:
+        record.also = EventFiles(folder.path / "tensorboard", record.records)
     train_compile, saved = earlier.train_compile, state
 
     def clocks() -> Clocks:

@@ -1,0 +1,27 @@
+"""What a run says it will ask of the machine."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from conftest import small_config
+
+from pilot_jax import forecast
+from pilot_jax.federation import simulation
+from pilot_jax.federation.plan import make_plan
+
+
+def test_forecast_is_the_plan_of_the_data_that_are_there(federation, monkeypatch):
+    fed = federation[0]
+    monkeypatch.setattr(forecast, "product_speed", lambda devices, dtype: 1e9)
+    got, plan = forecast.forecast(fed), make_plan(small_config())
+    assert got["flops"] == plan["flops"]["round_1"] and got["seconds"] == got["flops"] / 1e9
+    assert got["bytes"] == max(kinds["total"] for kinds in plan["memory_per_device"].values())
+    steps = simulation.steps_by_stage(fed)
+    assert steps == {"stage1": 18, "stage2": 18}  # nine clients, two steps each
+    assert "no less than 45 s here" in forecast.told({"flops": 1e12, "seconds": 45.0, "bytes": 1e8})
+    assert "2.0 h" in forecast.told({"flops": 1e15, "seconds": 7200.0, "bytes": 1e8})
+
+
+def test_speed_is_that_of_products():
+    assert 1e8 < forecast.product_speed(jax.devices()[:1], np.float32) < 1e16

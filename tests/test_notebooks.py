@@ -1,0 +1,26 @@
+"""Every notebook runs from top to bottom in a fresh kernel, in its own folder, as who opens it runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))
+
+
+def test_they_are_all_here():
+    assert [name[:3] for name in NAMES] == ["01_", "02_", "03_", "04_"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs(name):
+    notebook = nbformat.read(FOLDER / name, 4)
+    stored = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert stored and not any(output.output_type == "error" for output in stored)  # what a reader sees
+    there = {"metadata": {"path": str(FOLDER)}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=there).execute()
+    assert not any(output.output_type == "error" for cell in notebook.cells for output in cell.get("outputs", []))
