@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: quickstart test test-long fuzz bench lint clean
+.PHONY: quickstart test test-long fuzz bench lint notebooks docs clean
 
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,8 +18,9 @@ $(VENV)/.test: pyproject.toml $(VENV)/.run
 quickstart: $(VENV)/.run  ## 9 clients, 3 tasks, 3 rounds of Pilot on the digit scenes
 	$(VENV)/bin/pilot-jax run configs/quickstart.yaml
 
-test: $(VENV)/.test  ## style, then every test
+test: $(VENV)/.test  ## style, types, then every test
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 	$(PY) -m pytest -n 2 --dist loadfile
 
 test-long: $(VENV)/.test  ## many kills and a soak: a quarter of an hour
@@ -32,8 +33,15 @@ fuzz: $(VENV)/.test  ## everything that is read from outside; a quarter of an ho
 bench: $(VENV)/.test  ## this package and torch on the same work, side by side
 	$(PY) benchmarks/peer.py
 
-lint: $(VENV)/.test
+lint: $(VENV)/.test  ## style and types
 	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+notebooks: $(VENV)/.test  ## run them again and keep what they show
+	$(VENV)/bin/jupyter execute --inplace notebooks/*.ipynb
+
+docs: $(VENV)/.test  ## the site, into build/site
+	$(PY) -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from pilot_jax.errors import InputError
-from pilot_jax.federation.population import ClientState
+from pilot_jax.federation.population import AnyState, ClientState, Population
 from pilot_jax.federation.roles import Roles
 from pilot_jax.federation.uploads import misfit, not_finite
 
@@ -102,7 +102,7 @@ def file_name(client: str) -> str:
     return quote(client, safe="").replace(".", "%2E")
 
 
-def save_population(folder: Path, names: Iterable[str], population: Iterable[ClientState], roles: Roles) -> None:
+def save_population(folder: Path, names: Iterable[str], population: Iterable[AnyState], roles: Roles) -> None:
     """Write the adapters of every client that has trained: the shared scope to `server`, the rest to `clients/<id>`."""
     names, population = list(names), list(population)
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def save_population(folder: Path, names: Iterable[str], population: Iterable[Cli
     (folder / "population.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
-def load_population(folder: Path, names: Iterable[str], initial: dict[str, Any]) -> tuple[ClientState, ...]:
+def load_population(folder: Path, names: Iterable[str], initial: dict[str, Any]) -> Population:
     """What `save_population` wrote, for `names` in order; clients that have not trained have the `initial` adapters."""
     index_file = folder / "population.json"
     if not index_file.is_file():
@@ -127,7 +127,7 @@ def load_population(folder: Path, names: Iterable[str], initial: dict[str, Any])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{index_file}: damaged ({type(error).__name__} {error}).") from None
     server = read_arrays(folder / "server")
-    out = []
+    out: list[AnyState] = []
     for name in names:
         if name not in index:
             raise InputError(f"{index_file}: client {name!r} is not in this run. Known: {', '.join(index)}.")
@@ -143,7 +143,7 @@ def load_population(folder: Path, names: Iterable[str], initial: dict[str, Any])
     return tuple(out)
 
 
-def adapters_sha256(names: Iterable[str], population: Iterable[ClientState]) -> str:
+def adapters_sha256(names: Iterable[str], population: Iterable[AnyState]) -> str:
     """One hash over every client's final adapters, in a fixed order: equal hashes mean equal runs."""
     digest = hashlib.sha256()
     for name, client in sorted(zip(names, population, strict=True), key=lambda pair: pair[0]):

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -121,7 +121,7 @@ def make_field(config: Config, seeds: Sequence[int], base_samples: int = 0) -> F
     return Field(tuple(feds), tokenizer, tuple(asked))
 
 
-def _surviving(round_: Generator) -> Generator:
+def _surviving(round_: Generator[Any, Any, State]) -> Generator[Any, Any, Any]:
     """The round; its state, or None if an upload was not finite."""
     try:
         return (yield from round_)
@@ -136,7 +136,7 @@ def run_all(feds: Sequence[Federation], progress: Callable[[dict], None] = lambd
     records = [[] for _ in feds] if records is None else records
     for round_ in range(1, feds[0].config.federation.rounds + 1):
         alive = [i for i, state in enumerate(states) if state is not None]
-        new = run_together([_surviving(round_of(feds[i], states[i], round_, record=records[i].append))
+        new = run_together([_surviving(round_of(feds[i], cast(State, states[i]), round_, record=records[i].append))
                             for i in alive], progress) if alive else []
         for i, state in zip(alive, new, strict=True):
             states[i] = state

@@ -304,7 +304,7 @@ def parse_config(raw: Any, source: str = "config") -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise InputError("\n".join(_message(e, source) for e in error.errors())) from None
+        raise InputError("\n".join(_message(dict(e), source) for e in error.errors())) from None
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -18,7 +18,7 @@ def _inner(value: Any) -> list[Jaxpr]:
     return [j for item in value for j in _inner(item)] if isinstance(value, tuple | list) else []
 
 
-def _flops(jaxpr: Jaxpr) -> int:
+def _flops(jaxpr: Any) -> int:
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":

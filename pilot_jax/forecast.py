@@ -36,8 +36,8 @@ def forecast(fed: Federation) -> dict[str, float]:
     Training takes longer than `seconds`, by what is no matrix product; compiling and answers come on top.
     """
     trained = [c.train for c in fed.clients]
-    work = Workload(tuple(c.size for c in fed.clients), len(fed.tasks),
-                    *(max(t[name].shape[1] for t in trained) for name in ("input_ids", "target_ids")))
+    length, answers = (max(t[name].shape[1] for t in trained) for name in ("input_ids", "target_ids"))
+    work = Workload(tuple(c.size for c in fed.clients), len(fed.tasks), length, answers)
     shapes = phase_shapes(fed.config, fed.model.config, work)
     flops = 0
     for stage, steps in steps_by_stage(fed).items():

@@ -31,7 +31,7 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
     if any(given) and not all(given):
         raise InputError("--coordinator, --num-processes and --process-id go together. Give all three, or only "
                          "--distributed where Slurm or a TPU pod says them.")
-    if processes is not None and not 0 <= process < processes:
+    if processes is not None and process is not None and not 0 <= process < processes:
         raise InputError(f"--process-id: {process}, expected 0 to {processes - 1}.")
     try:
         jax.distributed.initialize(coordinator, processes, process)
@@ -50,7 +50,7 @@ def mesh_of(tree: Any) -> jax.sharding.Mesh | None:
     """The mesh on which arrays lie; None if there is none."""
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, jax.sharding.NamedSharding):
-            return leaf.sharding.mesh
+            return leaf.sharding.mesh  # type: ignore[return-value]
     return None
 
 
@@ -112,7 +112,7 @@ def own_rows(mesh: jax.sharding.Mesh | None, length: int) -> np.ndarray:
     if mesh is not None:
         own[:] = False
         spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        for (rows,) in spread.addressable_devices_indices_map((length,)).values():
+        for (rows,) in spread.addressable_devices_indices_map((length,)).values():  # type: ignore[misc]
             own[rows] = True
     return own
 

@@ -65,7 +65,7 @@ class CompileClock:
         import jax
 
         self.seconds, self.programs = 0.0, 0
-        jax.monitoring.register_event_duration_secs_listener(self._hear)
+        jax.monitoring.register_event_duration_secs_listener(self._hear)  # type: ignore[arg-type]
 
     def _hear(self, event: str, duration: float, **_: Any) -> None:
         if event.endswith("backend_compile_duration"):
@@ -75,7 +75,7 @@ class CompileClock:
     def stop(self) -> None:
         import jax
 
-        jax.monitoring.unregister_event_duration_listener(self._hear)
+        jax.monitoring.unregister_event_duration_listener(self._hear)  # type: ignore[arg-type]
 
 
 class ProgressDisplay:

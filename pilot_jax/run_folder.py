@@ -49,7 +49,7 @@ class RunFolder:
             self._acquire()
 
     def _compare(self, earlier: Config) -> None:
-        free, bound = [], []
+        free, bound = list[str](), list[str]()
         for line in differences(earlier, self._config):
             (free if line.startswith(FREE) else bound).append(line)
         if bound:
@@ -90,7 +90,7 @@ class RunFolder:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, self.path / name)
 
-    def save_mixing(self, round_: int, label: str, arrays: dict[str, np.ndarray]) -> None:
+    def save_mixing(self, round_: int, label: str, arrays: dict[str, Any]) -> None:
         if self._writes:
             np.savez(self.path / "mixing" / f"round_{round_:04d}_{label}.npz", **arrays)
 

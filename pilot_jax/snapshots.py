@@ -249,8 +249,8 @@ class Snapshots:
         self._where = {i: tuple(e["at"]) for i, e in enumerate(entries) if e["at"]}
         for needed in sorted({at for at, _ in self._where.values()}):
             folder = self.folder / f"{needed:06d}"
-            its = (server, clients) if needed == number else tuple(
-                read_arrays(folder / name) for name in ("server", "clients"))
+            its = (server, clients) if needed == number else (
+                read_arrays(folder / "server"), read_arrays(folder / "clients"))
             for client, (at, place) in self._where.items():
                 if at == needed:
                     adapters = _row(its, "changed", place)
@@ -262,7 +262,7 @@ class Snapshots:
         if partial is not None:
             members = {c: _row((server, clients), "partial", k) for k, c in enumerate(partial["clients"])}
             partial = Trained(members, partial["records"], partial["seconds"])
-        counters = {n: tuple(v) if isinstance(v := manifest[n], list) else v for n in COUNTERS}
+        counters: dict[str, Any] = {n: tuple(v) if isinstance(v := manifest[n], list) else v for n in COUNTERS}
         state = dataclasses.replace(
             initial, population=tuple(population), partial=partial, **counters,
             server=unpacked(manifest["server"], server.get("state", {}), initial.server))

@@ -17,8 +17,10 @@ def printable(text: str) -> str:
 
 def print_scores(summary: dict) -> None:
     table = Table(title="Score on held-out data, each client's own model")
-    for column, justify in (("task", "left"), ("client", "left"), ("base", "right"), (summary["strategy"], "right")):
-        table.add_column(column, justify=justify)
+    for column in ("task", "client"):
+        table.add_column(column)
+    for column in ("base", summary["strategy"]):
+        table.add_column(column, justify="right")
 
     def shown(value: float | None) -> str:
         return "–" if value is None else f"{value:.3f}"

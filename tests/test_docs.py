@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import typer
-from conftest import write_checkpoint
 
 from pilot_jax import cli
 from pilot_jax.compare import read_variants
@@ -41,34 +43,25 @@ def in_comments(text: str) -> list[str]:
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 COMMANDS = sorted({(page.name, line) for page in PAGES for line in in_code(page.read_text(encoding="utf-8"))}
                   | {(page.name, line) for page in CONFIGS for line in in_comments(page.read_text(encoding="utf-8"))})
-# Why a command is not run by `test_a_reader_goes_through_them`, and what stands for it.
-NOT_RUN = [
-    (r"make (quickstart|test|bench|fuzz|test-long|lint|notebooks|docs|types)", "targets: CI is one of them; minutes"),
-    (r"pip install|python -m pip", "installs packages; CI's own set-up does"),
-    (r"python benchmarks/", "minutes to hours; tests/test_docs.py looks whether they take these options"),
-    (r"pilot-jax compare", "hours; tests/test_compare.py runs small ones. Parsed here, with its configs and names"),
-    (r"pilot-jax run configs/scale_1024.yaml", "minutes; tests/test_store.py runs a population on disk"),
-    (r"pilot-jax (run configs/llava15_7b(_tpu)?.yaml .*(--distributed|my_data/$|=DIR$)|.*--coordinator)",
-     "needs a 7B checkpoint or several hosts; test_hosts.py and test_own_data.py run them small"),
-    (r"pilot-jax data check my_data/ --model models/llava", "the README's, with more options"),
-    (r"pilot-jax (plan my.yaml|run my.yaml)", "the reader's own config"),
-    (r"pilot-jax run configs/quickstart.yaml --out runs/(mine --resume|quickstart)", "test_resume.py; below"),
-    (r"python -c .import jax; print", "shows the reader's devices"),
-    (r"pilot-jax plan (.*(--lower|fsdp)|configs/llava15_7b_tpu.yaml)", "tests/test_plan.py, at 7B"),
-    (r"pilot-jax pretrain", "half an hour; tests/test_cli.py runs it short"),
-    (r"pilot-jax run configs/scenario_a.yaml", "minutes; tests/test_privacy.py runs it small"),
-    (r"pilot-jax --install-completion", "changes the shell of who runs it"),
-    (r"[A-Z]+=", "a shell variable for the next line"),
+# Which test runs a command, on something small; or why none does.
+WHERE = [
+    (r"pilot-jax (data check|plan|run configs/llava15_7b.yaml|export)", "test_own_data.py: the README's section"),
+    (r"pilot-jax plan .*(--lower|fsdp)", "test_plan.py, at 7B"),
+    (r"pilot-jax run configs/quickstart.yaml", "test_resume.py, test_cli.py; and from Python, below"),
+    (r"pilot-jax (evaluate|generate|roles)", "test_cli.py"),
+    (r"pilot-jax report", "test_report.py, and notebooks/04"),
+    (r"pilot-jax compare", "test_compare.py; these would take hours"),
+    (r"pilot-jax pretrain", "test_cli.py; this one would take twelve minutes"),
+    (r"pilot-jax run configs/scale_1024.yaml", "test_store.py; this one would take minutes"),
+    (r"pilot-jax run configs/scenario_a.yaml", "test_privacy.py; this one would take minutes"),
+    (r"pilot-jax run (my.yaml|configs/llava15_7b_tpu.yaml)", "no test: a TPU, 7B weights, the reader's own config"),
+    (r"pilot-jax run .*(--coordinator|--distributed)", "test_hosts.py over gloo; --distributed needs a cluster"),
+    (r"make \w+|pip install|python -m pip", "no test: CI's own set-up does, or would take it hours"),
+    (r"python benchmarks/", "no test: minutes to hours; below, whether they take these options"),
+    (r"python -c .import jax; print", "no test: shows the reader's devices"),
+    (r"pilot-jax --install-completion", "no test: changes the shell of who runs it"),
+    (r"[A-Z]+=", "no test: a shell variable for the next line"),
 ]
-RUN = {  # as documented: what is run, in a folder where my_data/, checkpoint and runs/mine are
-    "pilot-jax data check my_data/ --model /path/to/llava-1.5-7b-hf": [],
-    "pilot-jax plan configs/llava15_7b.yaml": ["model.path=checkpoint", "data.path=my_data"],
-    "pilot-jax run configs/llava15_7b.yaml --set model.path=/path/to/llava-1.5-7b-hf --set data.path=my_data/ --out "
-    "runs/mine": [*SMALL, "data.max_length=256", "data.template=vicuna_short", "model.dtype=float32",
-                  "model.remat=false", "federation.clients=3", "data.partition=equal", "system.unroll=1"],
-    "pilot-jax export runs/mine --client vqa_0 --out adapters/vqa_0": [],
-    "pilot-jax roles configs/quickstart.yaml": [],
-}
 
 
 def arguments(line: str) -> list[str]:
@@ -119,27 +112,22 @@ def test_a_config_opens_with_its_command_its_cost_and_its_result(file):
 
 def test_each_is_run_or_says_why_not():
     listed = {line for _, line in COMMANDS if not is_synopsis(line) and set(line.split()[2:]) - {"check"}}
-    silent = [line for line in sorted(listed) if line not in RUN
-              and not any(re.match(pattern, line) for pattern, _ in NOT_RUN)
-              and not any(line.startswith(known) for known in RUN)]
-    assert not silent, "neither run here nor with a reason not to be:\n" + "\n".join(silent)
-    assert set(RUN) <= listed, set(RUN) - listed
+    silent = [line for line in sorted(listed) if not any(re.match(pattern, line) for pattern, _ in WHERE)]
+    assert not silent, "no test runs, and no reason not to:\n" + "\n".join(silent)
+    tests = {name for _, where in WHERE for name in re.findall(r"test_\w+\.py", where)}
+    assert all((ROOT / "tests" / name).is_file() for name in tests)
 
 
-def test_a_reader_goes_through_them(tmp_path, monkeypatch, call):
-    """In the order in which the README has them."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    write_checkpoint(tmp_path / "checkpoint")
-    assert call("data", "digits", "my_data", "--train", 4, "--validation", 2, "--test", 2)[0] == 0
-    for line, changes in RUN.items():
-        words = [w.replace("/path/to/llava-1.5-7b-hf", "checkpoint") for w in arguments(line)[1:]]
-        if words[0] == "data":
-            words += ["--template", "vicuna_short"]
-        code, out, err = call(*words, *[x for change in changes for x in ("--set", change)])
-        assert code == 0, (line, out[-500:], err[-1500:])
-    assert call("report", "runs/mine", "--answers", 0, "--out", "page.html")[0] == 0
-    assert (tmp_path / "adapters" / "vqa_0" / "adapter_model.safetensors").is_file()
+def test_the_site_builds(tmp_path):
+    """Strictly: every page in the table of contents, every link and every documented name is there."""
+    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
+                          cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    api = (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
+    assert "Raises" in api and "ata_weights" in api
+    for page in (tmp_path / "site").glob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"""<(script|img|link)[^>]+(src|href)=["'](https?:)?//""", text), page  # from elsewhere
 
 
 def test_the_readmes_python_runs(tmp_path, monkeypatch):

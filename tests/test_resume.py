@@ -302,8 +302,8 @@ def kill_and_resume(tmp_path, kinds: list[str]) -> None:
         same_run(tmp_path / "plain", folder)
 
 
-def test_three_kills(tmp_path):
-    kill_and_resume(tmp_path, ["time", "arrays", "mixing"])
+def test_two_kills(tmp_path):
+    kill_and_resume(tmp_path, ["arrays", "mixing"])
 
 
 @pytest.mark.long

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from pilot_jax.data.conversations import Encoded, encode
 from pilot_jax.data.features import FeatureRows, Features, joined
 from pilot_jax.data.llava import Sample
 from pilot_jax.errors import InputError
-from pilot_jax.store import Rows, kept
+from pilot_jax.store import kept
 
 if TYPE_CHECKING:
     from pilot_jax.models.pretrained import PretrainedModel
@@ -44,7 +44,7 @@ class ClientData:
 
     name: str
     task: str
-    train: dict[str, np.ndarray | Rows | FeatureRows]  # the latter two: read when a chunk is made
+    train: dict[str, Any]  # arrays; or `Rows` and `FeatureRows`, read when a chunk is made
     evaluation: dict[str, Prompts]  # per split
 
     @property
@@ -74,7 +74,8 @@ def bucket_shapes(longest: dict[str, tuple[int, int]], spread: float) -> dict[st
     Going up from the shortest client, a bucket takes in lengths up to `spread` times its first: with 1.2, lengths from
     64 to 2,048 make at most twenty buckets, two or three as tasks usually are.
     """
-    out, bucket = {}, []
+    out: dict[str, tuple[int, int]] = {}
+    bucket: list[str] = []
     for name in sorted(longest, key=lambda n: (longest[n][0], n)):
         if bucket and longest[name][0] > spread * longest[bucket[0]][0]:
             bucket = []
@@ -117,7 +118,7 @@ def encode_prompts(model: PretrainedModel, tokenizer, samples: list[Sample], dat
     return prompts
 
 
-def build_prompts(samples: list[Sample], encoded: list[np.ndarray], features: np.ndarray,
+def build_prompts(samples: list[Sample], encoded: list[np.ndarray], features: np.ndarray | FeatureRows,
                   length: int | None = None) -> Prompts:
     """Prompts padded to a multiple of 8, or to `length`."""
     length = _round_up(max(len(e) for e in encoded), 8) if length is None else length
@@ -185,7 +186,7 @@ def build_clients(model: PretrainedModel, tokenizer, samples: list[Sample], data
         if not mine:
             raise InputError(f"client {name!r} has no training sample. Give it some or remove it from data.path.")
         has_image = np.asarray([samples[i].image is not None for i in mine])
-        train = _training_arrays([encoded.pop(i) for i in mine], has_image, length, answers)
+        train: dict[str, Any] = _training_arrays([encoded.pop(i) for i in mine], has_image, length, answers)
         if folder is not None:
             train = {key: kept(folder / f"{key}-{length}-{answers}", array) for key, array in train.items()}
         evaluation = {}
@@ -231,8 +232,8 @@ def aligned(groups: list[list[ClientData]]) -> list[list[ClientData]]:
         asked = max([asked, *(p.input_ids.shape[1] for p in client.evaluation.values())])
 
     def one(client: ClientData) -> ClientData:
-        prompts = {split: dataclasses.replace(p, **{n: _padded(getattr(p, n), asked) for n in _LENGTHS})
-                   for split, p in client.evaluation.items()}
+        prompts = {split: Prompts(_padded(p.input_ids, asked), _padded(p.attention_mask, asked), p.features,
+                                  p.references) for split, p in client.evaluation.items()}
         return dataclasses.replace(client, train=_lengthened(client.train, *lengths[client.name]), evaluation=prompts)
 
     return [[one(client) for client in group] for group in groups]

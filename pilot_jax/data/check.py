@@ -93,7 +93,7 @@ def check_data(path: str | Path, data: DataConfig, model: PretrainedModel | None
             sample = parse_sample(entry, root, data.limits)
             if sample.image is not None:
                 read_image(sample, data.limits)
-            if model is None:
+            if model is None or tokenizer is None:
                 lengths.append(sum(len(text) for _, text in sample.turns))
             else:
                 whole = encode(tokenizer, sample.turns, data.template, model.config.num_image_tokens)

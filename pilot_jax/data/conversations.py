@@ -93,7 +93,7 @@ def _render_by_tokenizer(turns: Turns, tokenizer: PreTrainedTokenizerFast) -> tu
 
     def text_of(count: int, cue: bool) -> str:
         try:
-            return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=cue)
+            return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=cue))
         except Exception as error:  # a template is a program of the checkpoint's, which runs in jinja's sandbox
             raise InputError(f"data.template: tokenizer: the checkpoint's chat template fails ({error}). Choose a "
                              "named template.") from None

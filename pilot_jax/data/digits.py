@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -114,8 +115,9 @@ def draw_scene(rng: np.random.Generator, pool: str, style: Style | None, *, most
         colour = np.clip(np.asarray(INKS[ink]) + shift, 0, 255)
         window[:] = window * (1 - cover[..., None]) + colour * cover[..., None]
         ys, xs = np.nonzero(cover > 0.25)
-        box = (column * CELL + xs.min(), row * CELL + ys.min(), column * CELL + xs.max() + 1, row * CELL + ys.max() + 1)
-        digits.append(Digit(int(labels[index]), str(ink), int(cell), tuple(float(v) / CANVAS for v in box)))
+        x0, y0, x1, y1 = (float(v) / CANVAS for v in (
+            column * CELL + xs.min(), row * CELL + ys.min(), column * CELL + xs.max() + 1, row * CELL + ys.max() + 1))
+        digits.append(Digit(int(labels[index]), str(ink), int(cell), (x0, y0, x1, y1)))
     noisy = canvas + rng.normal(0, 3, canvas.shape)
     return Scene(Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)), tuple(digits))
 
@@ -132,9 +134,10 @@ def client_style(number: int, heterogeneity: float = 1.0) -> Style:
     has the own wording.
     """
     k, h = number % 5, heterogeneity
-    paper, shift = (tuple(round(first + h * (own - first)) for first, own in zip(table[0], table[k], strict=True))
-                    for table in (PAPERS, SHIFTS))
-    return Style(paper, shift, h * SLANTS[k], k, h)
+    def between(table: Any) -> Any:
+        return tuple(round(first + h * (own - first)) for first, own in zip(table[0], table[k], strict=True))
+
+    return Style(between(PAPERS), between(SHIFTS), h * SLANTS[k], k, h)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +189,7 @@ def scene_samples(specs: list[ClientSpec], seed: int) -> Iterator[Sample]:
 def pretraining_samples(count: int, seed: int) -> list[Sample]:
     """Brief captions in the base's own wording, of scenes from the test pool in random styles: what the base can do
     before any federation."""
-    rng, samples = np.random.default_rng([seed, *b"base"]), []
+    rng, samples = np.random.default_rng([seed, *b"base"]), list[Sample]()
     while len(samples) < count:
         scene = draw_scene(rng, "test", None)
         question, answer = digit_tasks.pretraining_caption(rng, scene)

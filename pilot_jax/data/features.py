@@ -38,7 +38,7 @@ class Features:
         self.shape = len(samples), model.config.num_image_tokens, model.config.vision.feature_size
         self.dtype = np.dtype(jnp.dtype(model.module.dtype))
         self._out: Any = np.zeros(self.shape, self.dtype) if file is None else RowsWriter(file, self.shape, self.dtype)
-        self._values = self._out if file is None else self._out.rows
+        self._values: Any = self._out if file is None else self._out.rows
         # In every process alike: which has what.
         self._there = np.zeros((jax.process_count(), len(samples)), bool)
         self._there[:, [image is None for image in self._images]] = True
@@ -73,7 +73,7 @@ class Features:
             InputError: an image cannot be read; in every process.
         """
         mesh = mesh_of(self._model.base)
-        owners = [tuple(sorted(p)) for p in places(mesh)]
+        owners = [sorted(p) for p in places(mesh)]
         if jax.process_count() == 1:  # whatever is missing, shared evenly
             wanted = [np.concatenate([np.asarray(w, np.int64) for w in wanted])] * len(owners)
             missing = np.unique(wanted[0])
@@ -84,23 +84,23 @@ class Features:
             queues = []
             for own, asked in zip(owners, wanted, strict=True):
                 rows = np.unique(np.asarray(asked, np.int64))
-                rows = rows[~lacking[list(own)][:, rows].all(0)]
-                lacking[np.ix_(list(own), rows)] = True
+                rows = rows[~lacking[own][:, rows].all(0)]
+                lacking[np.ix_(np.asarray(own), rows)] = True
                 queues.append(rows)
         devices = 1 if mesh is None else mesh.size
         across = devices // len(owners)  # devices that share a place
         running: tuple[list[np.ndarray], jax.Array] | None = None
         while longest := max(len(q) for q in queues):
             each = self._size(-(-longest // across), devices) * across
-            rows, queues = [q[:each] for q in queues], [q[each:] for q in queues]
-            computed = self._model.features(self._pixels(rows, each, across, mesh))
+            batch, queues = [q[:each] for q in queues], [q[each:] for q in queues]
+            computed = self._model.features(self._pixels(batch, each, across, mesh))
             if running is not None:  # the device has worked on it while these images were read
                 self._keep(across, *running)
-            running = rows, computed
+            running = batch, computed
         if running is not None:
             self._keep(across, *running)
         for own, asked in zip(owners, wanted, strict=True):
-            self._there[np.ix_(own, np.asarray(asked, np.int64))] = True
+            self._there[np.ix_(np.asarray(own), np.asarray(asked, np.int64))] = True
 
     def _size(self, needed: int, devices: int) -> int:
         """Images of a batch on each device: few sizes, so that few programs are compiled, but for a single image not

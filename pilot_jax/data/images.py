@@ -30,6 +30,7 @@ def read_image(sample: Sample, limits: LimitsConfig = LIMITS) -> Image.Image:
     """
     if isinstance(sample.image, Image.Image):
         return sample.image
+    assert sample.image is not None  # nobody asks for what is text alone
     name = sample.image if isinstance(sample.image, Path) else "the stored image"
     try:
         with warnings.catch_warnings():
@@ -76,8 +77,8 @@ def pixel_values(model: PretrainedModel, images: list[Image.Image], fit: str = "
     """
     processor = load_image_processor(model.image_directory, model.config.vision.family)
     if fit == "pad":
-        color = tuple(int(255 * c) for c in processor.image_mean)
-        images = [pad_to_square(image, color) for image in images]
+        red, green, blue = (int(255 * c) for c in processor.image_mean)
+        images = [pad_to_square(image, (red, green, blue)) for image in images]
     try:
         pixels = processor(images=images, return_tensors="np")["pixel_values"]
     except Exception as error:  # its checks of its own settings raise many kinds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -113,7 +114,7 @@ def answers(model: PretrainedModel, voice: Speaker, examinees: list[Examinee], w
     return out
 
 
-def scores(model: PretrainedModel, voice: Speaker, examinees: list[Examinee], metrics: dict[str, str],
+def scores(model: PretrainedModel, voice: Speaker, examinees: list[Examinee], metrics: Mapping[str, str],
            width: int) -> list[float]:
     """Score of each examinee, by its task's metric (exact match where `metrics` names none)."""
     texts = answers(model, voice, examinees, width)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,10 @@ def exact(answer: str, reference: str) -> float:
 def parse_box(text: str) -> tuple[float, float, float, float] | None:
     """The first four numbers of a text as (x0, y0, x1, y1), or None."""
     numbers = re.findall(r"\d+(?:\.\d+)?", text)
-    return tuple(float(n) for n in numbers[:4]) if len(numbers) >= 4 else None
+    if len(numbers) < 4:
+        return None
+    x0, y0, x1, y1 = (float(n) for n in numbers[:4])
+    return x0, y0, x1, y1
 
 
 def box_iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
@@ -80,7 +84,7 @@ def bleu(answers: Sequence[str], references: References) -> float:
     from sacrebleu.metrics import BLEU
 
     most = max(len(refs) for refs in references)
-    streams = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
+    streams: Any = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
     return BLEU().corpus_score(list(answers), streams).score / 100
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def peak_rates(train: TrainConfig, stage: str) -> dict[str, float]:
             "lora": train.lr_lora_stage2 if stage == "stage2" else train.lr_lora_stage1}
 
 
-def learning_rate(peak: float, warmup: float, step: jax.Array, total: jax.Array) -> jax.Array:
+def learning_rate(peak: float | jax.Array, warmup: float, step: jax.Array, total: jax.Array) -> jax.Array:
     """peak · min(1, (i+1)/w) · ½(1+cos(π·i/S_k)), w = max(1, ⌈warmup·S_k⌉); `total` is the client's own S_k."""
     total = jnp.maximum(total, 1).astype(jnp.float32)
     ramp = jnp.maximum(1.0, jnp.ceil(warmup * total))
@@ -113,7 +113,7 @@ def gather_batch(data: Mapping[str, jax.Array], rows: jax.Array, real: jax.Array
 def client_loss(phase: Phase, base: Mapping, trained: Mapping, frozen: Mapping, batch: Mapping,
                 task_index: jax.Array) -> tuple[jax.Array, dict]:
     """Loss and its terms for one client's batch."""
-    logits, aux = phase.module.apply(variables(base, {**trained, **frozen}), batch, phase.stage, task_index,
+    logits, aux = cast(Any, phase.module).apply(variables(base, {**trained, **frozen}), batch, phase.stage, task_index,
                                      method="target_logits")
     return stage_loss(logits, aux, batch, phase.stage, phase.train)
 

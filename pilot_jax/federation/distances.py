@@ -61,7 +61,8 @@ def _factor_gram(leaf: jax.Array) -> jax.Array:
         x = x - exact_einsum("s,sp->p", jnp.full(len(x), 1 / len(x)), x)
         return exact_einsum("sp,tp->st", x, x)
 
-    return sum(block(x.astype(jnp.float32)) for x in _blocks(leaf.reshape(leaf.shape[0], -1)))
+    first, *others = (block(x.astype(jnp.float32)) for x in _blocks(leaf.reshape(leaf.shape[0], -1)))
+    return sum(others, first)
 
 
 @jax.jit
@@ -125,7 +126,7 @@ def distances(uploads: Mapping, neighbors: int | None = None, space: str = "fact
     """
     mesh = mesh_of(uploads)
     if space == "factors":
-        parts = [(leaf,) for leaf in jax.tree.leaves(uploads)]
+        parts: list[tuple[Any, ...]] = [(leaf,) for leaf in jax.tree.leaves(uploads)]
         gram_of, pairs_of = _factor_gram, _factor_pairs
     else:
         parts = [(pair["a"], pair["b"]) for pair in uploads["layers"].values()]
@@ -145,14 +146,14 @@ def distances(uploads: Mapping, neighbors: int | None = None, space: str = "fact
         squares, everyone = np.zeros((cohort, cohort)), np.argwhere(np.triu(np.ones((cohort, cohort)), 1))
         pairs = everyone
         if neighbors is not None and cohort > EVERY_PAIR:
-            gram = sum(pool.map(lambda part: summed(gram_of, part), parts))
+            gram: Any = sum(pool.map(lambda part: summed(gram_of, part), parts))
             norms, gram = np.diag(gram), (gram + gram.T) / 2
             squares = np.maximum(norms[:, None] + norms[None] - 2 * gram, 0)
             pairs = near_pairs(gram, min(neighbors, cohort - 1))
         # Padded to all pairs, so that how many are near compiles nothing anew.
         padded = np.zeros((max(len(everyone), 1), 2), np.int32)
         padded[:len(pairs)] = pairs
-        exact = sum(pool.map(lambda part: summed(pairs_of, part, padded[:, 0], padded[:, 1], len(pairs)), parts))
+        exact: Any = sum(pool.map(lambda part: summed(pairs_of, part, padded[:, 0], padded[:, 1], len(pairs)), parts))
     squares[pairs[:, 0], pairs[:, 1]] = squares[pairs[:, 1], pairs[:, 0]] = exact[:len(pairs)]
     np.fill_diagonal(squares, 0)
     return jnp.asarray(np.sqrt(squares), jnp.float32)

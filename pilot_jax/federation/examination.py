@@ -12,13 +12,13 @@ from pilot_jax.data.features import FeatureRows, image_features
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.evaluate import Examinee, base_examinee, scores, speaker
 from pilot_jax.federation.federation import Federation
-from pilot_jax.federation.population import ClientState, Population
+from pilot_jax.federation.population import AnyState, ClientState, Population
 from pilot_jax.federation.roles import Roles
 
 AT_ONCE = 128  # models in memory
 
 
-def used_adapters(fed: Federation, state: ClientState) -> dict[str, Any]:
+def used_adapters(fed: Federation, state: AnyState) -> dict[str, Any]:
     """The subtrees that a client's model reads: those of the last stage it was trained in."""
     roles: Roles = fed.strategy.roles()
     used = roles.names(stage=state.stage, mode="trained") + roles.names(stage=state.stage, mode="frozen")
@@ -26,7 +26,7 @@ def used_adapters(fed: Federation, state: ClientState) -> dict[str, Any]:
     return {n: adapters[n] for n in used}
 
 
-def examinee(fed: Federation, index: int, state: ClientState, prompts: Prompts, task: str) -> Examinee:
+def examinee(fed: Federation, index: int, state: AnyState, prompts: Prompts, task: str) -> Examinee:
     """The personalised model of trained client `index` (what it last downloaded plus its local-only state), and what
     it is asked; `task` decides how it is scored."""
     if state.stage == "none":

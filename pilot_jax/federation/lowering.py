@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from pilot_jax.models.pretrained import read_shapes
 class Program:
     """A jitted function and the shapes it is called with."""
 
-    function: Callable[..., Any]
+    function: Any  # jitted
     arguments: tuple
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -24,7 +24,7 @@ def identity(cohort: int) -> jax.Array:
     return jnp.eye(cohort)
 
 
-def mean(sizes: jax.Array) -> jax.Array:
+def mean(sizes: jax.typing.ArrayLike) -> jax.Array:
     """FedAvg (McMahan et al., 2017): every row is n/Σn. sizes [S] → [S, S]."""
     weights = jnp.asarray(sizes, jnp.float32)
     return jnp.broadcast_to(weights / jnp.sum(weights), (len(weights), len(weights)))
@@ -57,7 +57,7 @@ def apply_on_disk(matrix: jax.Array, uploads: Any, folder: Path) -> Any:
 _apply = jax.jit(apply)
 
 
-def effective_neighbors(matrix: jax.Array) -> jax.Array:
+def effective_neighbors(matrix: jax.Array | np.ndarray) -> jax.Array:
     """exp(entropy) of each row: how many clients a client really borrows from, itself included. [S, S] → [S]."""
     safe = jnp.where(matrix > 0, matrix, 1.0)
     return jnp.exp(-jnp.sum(matrix * jnp.log(safe), axis=1))
@@ -103,7 +103,7 @@ def ata_weights(distances: jax.Array, sizes: jax.Array, client_ids: jax.Array | 
         if temperature == "auto":
             tau = auto_factor * jnp.sum(jnp.where(near, d, 0.0), axis=1, keepdims=True) / m
         else:
-            tau = jnp.full((cohort, 1), temperature, jnp.float32)
+            tau = jnp.full((cohort, 1), float(temperature), jnp.float32)
         score = jnp.where(tau > 0, -d / jnp.where(tau > 0, tau, 1.0), 0.0)
         score = jnp.where(member, score, -jnp.inf)
         raw = jnp.exp(score - jnp.max(score, axis=1, keepdims=True))  # the shift cancels when rows are normalised
@@ -150,7 +150,8 @@ def product_gap(matrix: jax.Array, uploads: Mapping, terms: int | None = None) -
             inner = jnp.sum(exact_einsum("sdr,tde->srte", b, b) * exact_einsum("sri,tei->srte", a, a), axis=(1, 3))
             return jnp.stack([signed @ inner @ signed, w @ inner[:-1, :-1] @ w])
 
-        gap, whole = sum(jnp.sum(jax.lax.map(layer, tuple(jnp.swapaxes(x[chosen], 0, 1) for x in pair)), axis=0)
+        gap, whole = sum(  # type: ignore[misc]
+            jnp.sum(jax.lax.map(layer, tuple(jnp.swapaxes(x[chosen], 0, 1) for x in pair)), axis=0)
                          for pair in pairs)
         return jnp.where(whole > 0, jnp.sqrt(jnp.maximum(gap, 0.0) / jnp.where(whole > 0, whole, 1.0)), 0.0)
 

@@ -41,10 +41,11 @@ class StoredState:
         return self.store.read(self.key)
 
 
-Population = tuple[ClientState | StoredState, ...]
+AnyState = ClientState | StoredState
+Population = tuple[AnyState, ...]
 
 
-def stored(store: Store | None, client: int, state: ClientState) -> ClientState | StoredState:
+def stored(store: Store | None, client: int, state: AnyState) -> AnyState:
     """The state, handed to the store if there is one."""
     return state if store is None else StoredState(store, store.write(client, state.adapters), state.stage,
                                                    state.rounds)

@@ -52,6 +52,7 @@ def multiplier(privacy: PrivacyConfig, uploads: int) -> float:
     _accounting()
     if privacy.noise_multiplier is not None:
         return privacy.noise_multiplier
+    assert privacy.epsilon is not None  # the config has one of the two
     return noise_multiplier(privacy.epsilon, max(uploads, 1), privacy.delta)
 
 

@@ -38,7 +38,7 @@ class Roles:
         """Adapter subtrees with the given scope and/or the given mode in `stage`."""
         return tuple(
             row.subtree for row in self.adapter_rows
-            if (scope is None or row.scope == scope) and (mode is None or row.modes[stage] == mode))
+            if scope in (None, row.scope) and (mode is None or (stage is not None and row.modes[stage] == mode)))
 
     def check(self, adapters: Mapping[str, Any]) -> None:
         """Every subtree has exactly one row, and every row a subtree."""

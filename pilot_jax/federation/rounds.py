@@ -13,7 +13,7 @@ from pilot_jax.config import Config
 from pilot_jax.errors import InputError
 from pilot_jax.federation import mixing
 from pilot_jax.federation.federation import Federation, State, client_generator
-from pilot_jax.federation.population import ClientState, row, stack, stored
+from pilot_jax.federation.population import AnyState, ClientState, row, stack, stored
 from pilot_jax.federation.privacy import epsilon
 from pilot_jax.federation.sharding import spread
 from pilot_jax.federation.training import Trained, Work, train_together
@@ -69,7 +69,7 @@ class _Fetched(Mapping):
     """The adapters of `taking`, brought up to date with the server when they are asked for: one chunk of clients after
     another may come from disk. `bytes`: of what they did not have yet."""
 
-    def __init__(self, fed: Federation, population: list[ClientState], taking: list[int],
+    def __init__(self, fed: Federation, population: list[AnyState], taking: list[int],
                  server: Mapping[str, Any]) -> None:
         self._fed, self._population, self._taking, self._server = fed, population, taking, server
         self._bytes: dict[int, int] = {}
@@ -114,7 +114,7 @@ def run_round(fed: Federation, state: State, round_: int, progress: Callable[[di
     return run_together([round_of(fed, state, round_, progress, record, save_mixing, after_phase)], progress, stop)[0]
 
 
-def run_together(rounds: Sequence[Generator[Work, Trained, State]], progress: Callable[[dict], None],
+def run_together(rounds: Sequence[Generator[Work, Trained | None, State]], progress: Callable[[dict], None],
                  stop: Callable[[], int] = lambda: 0) -> list[State]:
     """Rounds of several federations, phase by phase; what they want trained in the same stage is trained together."""
     states: list[Any] = [None] * len(rounds)
@@ -140,7 +140,7 @@ def round_of(fed: Federation, state: State, round_: int, progress: Callable[[dic
              record: Callable[[dict], None] = lambda entry: None,
              save_mixing: Callable[[int, str, dict], None] = lambda *args: None,
              after_phase: Callable[[State, list[int]], None] = lambda *args: None,
-             ) -> Generator[Work, Trained, State]:
+             ) -> Generator[Work, Trained | None, State]:
     """One round as a generator, for `run_together`: yields what it wants trained, and returns the state after it."""
     strategy, population = fed.strategy, list(state.population)
     roles = strategy.roles()
@@ -159,6 +159,7 @@ def round_of(fed: Federation, state: State, round_: int, progress: Callable[[dic
             continue
         fetched = _Fetched(fed, population, taking, server)
         done = yield Work(fed, fetched, round_, stage, label, state.partial)
+        assert done is not None  # None only starts the generator
         trained, records, asked = done.adapters, done.records, set(taking)
         for entry in records:
             record(entry)

@@ -59,7 +59,7 @@ DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0
 
 def has_started() -> bool:
     """Whether JAX has looked for devices, after which flags are not read any more."""
-    name, value = "jax_num_cpu_devices", jax.config.jax_num_cpu_devices
+    name, value = "jax_num_cpu_devices", jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
     try:
         jax.config.update(name, value + 1 if value > 0 else 1)  # refused from then on; there is no public question
     except RuntimeError:
@@ -186,7 +186,7 @@ def columns(shape: tuple[int, ...], mesh: jax.sharding.Mesh, axis: int | None = 
     """Spec of an array [S, …] whose parameters lie over the mesh, along `axis` (default: the one that most devices
     divide, of these the longest)."""
     def dividing(length: int) -> tuple[str, ...]:
-        taken, size = (), 1
+        taken, size = tuple[str, ...](), 1
         for name in mesh.axis_names:
             if length % (size * mesh.shape[name]) == 0:
                 taken, size = (*taken, name), size * mesh.shape[name]
@@ -201,12 +201,13 @@ def columns(shape: tuple[int, ...], mesh: jax.sharding.Mesh, axis: int | None = 
     return PartitionSpec(*(None,) * best, names) if names else PartitionSpec()
 
 
-def on_parts(function: Callable[..., Any], parts: Sequence[jax.Array], others: int = 0) -> Callable[..., Any]:
+def on_parts(function: Callable[..., Any], parts: Sequence[Any], others: int = 0) -> Callable[..., Any]:
     """`function(*parts, *others)`, a sum over parameters: of each device's part of `parts`, then over the devices."""
     sharding = getattr(parts[0], "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
         return function
-    return _on_parts(function, sharding.mesh, tuple(part.sharding.spec for part in parts), others)
+    return _on_parts(function, sharding.mesh, tuple(part.sharding.spec for part in parts),  # type: ignore[attr-defined]
+                     others)
 
 
 @functools.lru_cache(maxsize=256)

@@ -27,7 +27,7 @@ from pilot_jax.evaluation.evaluate import answers, speaker
 from pilot_jax.evaluation.scores import check_metrics
 from pilot_jax.federation.examination import evaluate, examinee, mean_score, score_by_task
 from pilot_jax.federation.federation import Federation, State, Tamper
-from pilot_jax.federation.population import ClientState, Population, prune
+from pilot_jax.federation.population import AnyState, ClientState, Population, prune
 from pilot_jax.federation.privacy import epsilon
 from pilot_jax.federation.rounds import cohort, members_of, most_uploads, run_round
 from pilot_jax.federation.sharding import AXES, ask_for_determinism, base_placement, on_training_devices
@@ -62,7 +62,7 @@ class Run:
             raise InputError(f"client {name!r} is not in this run. Known: {', '.join(names)}.")
         return names.index(name)
 
-    def state(self, name: str) -> ClientState:
+    def state(self, name: str) -> AnyState:
         """The model that answers for a client."""
         return self.population[self.federation.model_of(self.client(name))]
 
@@ -101,7 +101,7 @@ def prepare(config: Config, strategy: Strategy | None = None) -> tuple[Federatio
     names, tasks = sorted({s.client for s in samples}), sorted({s.task for s in samples})
     _check_names(config, names, tasks)
     lora = config.model.lora
-    options = {"dtype": None if config.model.dtype == "auto" else config.model.dtype,
+    options: dict[str, Any] = {"dtype": None if config.model.dtype == "auto" else config.model.dtype,
                "lora_scale": lora.alpha / lora.rank, "remat": config.model.remat, "unroll": config.system.unroll,
                "place": base_placement(config.system.mesh)}
     if config.model.parts is None:
@@ -123,7 +123,7 @@ def see_everything(fed: Federation) -> None:
     """Every image through the tower, so that one that cannot be read stops nothing that has begun. Of populations on
     disk, and with several processes, they are seen when a client is drawn, and where it is trained."""
     if fed.store is None and jax.process_count() == 1:
-        bring([p.features for c in fed.examined for p in (*c.evaluation.values(), c)], 1)
+        bring([f for c in fed.examined for f in (*(p.features for p in c.evaluation.values()), c.features)], 1)
 
 
 def with_strategy(fed: Federation, strategy: Strategy, config: Config | None = None) -> Federation:
@@ -160,7 +160,8 @@ def initial_state(fed: Federation) -> State:
 
 def steps_by_stage(fed: Federation) -> dict[str, int]:
     """Client steps of the whole run in each stage, known before it starts."""
-    seen, out = set(), {}
+    seen: set[int] = set()
+    out: dict[str, int] = {}
     for round_ in range(1, fed.config.federation.rounds + 1):
         for c in members_of(fed, round_):
             for stage in fed.strategy.stages(c not in seen, round_):
@@ -296,7 +297,7 @@ def _run(fed: Federation, tokenizer: Any, folder: RunFolder | None, clock: Compi
     record = MetricsFile(folder.path / "metrics.jsonl" if writes else None, keep)
     if writes and config.system.tensorboard:
         record.also = EventFiles(folder.path / "tensorboard", record.records)
-    train_compile, saved = earlier.train_compile, state
+    train_compile, compiled, saved = earlier.train_compile, clock.seconds, state
 
     def clocks() -> Clocks:
         return Clocks(earlier.wall + time.perf_counter() - began, earlier.compile + clock.seconds, train_compile)

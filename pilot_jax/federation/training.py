@@ -167,7 +167,9 @@ def train_together(works: Sequence[Work], progress: Callable[[dict], None],
 
     def prepare(piece: _Piece) -> tuple[list[dict], tuple[dict, dict], dict, float]:
         """The members' adapters (with a chunk's first piece), the arrays, and the seconds it took; may read files."""
-        start, adapters, own, given = time.perf_counter(), [], {}, {}
+        start, adapters = time.perf_counter(), list[dict]()
+        own: dict[str, Any] = {}
+        given: dict[str, Any] = {}
         if piece.is_first:
             adapters = [j.work.adapters[j.client] for j in piece.members]
             padded = adapters + adapters[:1] * (width - len(adapters))

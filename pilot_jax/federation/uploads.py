@@ -39,7 +39,7 @@ def sent(fed: Federation, client: int, round_: int, label: str, before: Mapping[
 
 def misfit(upload: Any, expected: Any) -> str | None:
     """What is wrong with the structure, shapes or dtypes of an upload, if anything is."""
-    if jax.tree.structure(upload) != jax.tree.structure(expected):
+    if jax.tree.structure(upload) != jax.tree.structure(expected):  # type: ignore[operator]
         return "has other subtrees than were asked for"
     for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(upload), jax.tree.leaves(expected), strict=True):
         got, want = np.asarray(got), np.asarray(want)

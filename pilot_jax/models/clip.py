@@ -78,6 +78,6 @@ class VisionTower(nn.Module):
             layers = nn.scan(VisionBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers)
             features, outputs = layers(c, several, name="layers")(x)
             if several:
-                states = jnp.concatenate([x[None], outputs])
+                states = jnp.concatenate([x[None], outputs])  # type: ignore[list-item]
                 features = jnp.concatenate([states[i] for i in c.feature_layers], axis=-1)
         return features[:, 1:] if self.drop_first else features

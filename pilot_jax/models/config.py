@@ -192,7 +192,7 @@ def _epsilon(value: Any, file: Path, key: str) -> None:
 
 def vision_config(hf: Any, feature_layer: int | list[int], file: Path, at: str = "") -> VisionConfig:
     """From transformers' vision config; `feature_layer` as in LLaVA's `vision_feature_layer`."""
-    families = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
+    families: dict[str, Any] = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
     _require(hf.model_type in families, file, f"{at}model_type", f"{hf.model_type!r} is not supported",
              "Use a CLIP or SigLIP vision tower.")
     _require(hf.hidden_act in ("quick_gelu", "gelu", "gelu_pytorch_tanh"), file, f"{at}hidden_act",

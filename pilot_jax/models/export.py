@@ -74,6 +74,7 @@ def save_adapters(out: Path, adapters: Mapping[str, Any], *, stage: str, tasks: 
     from safetensors.numpy import save_file
 
     lora = assembled(adapters)
+    assert lora is not None  # every strategy trains one
     ranks = next(iter(lora["layers"].values()))["a"].shape[-2]
     rank, alpha = ranks, alpha * ranks / rank
 

@@ -36,7 +36,8 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 def rope_tables(config: TextConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 [B, 1, L, head_dim], of positions [B, L]; angles at large positions need float32."""
     angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config.rope, config.head_dim)
-    return tuple(jnp.concatenate([f(angles)] * 2, axis=-1)[:, None] for f in (jnp.cos, jnp.sin))
+    cos, sin = (jnp.concatenate([f(angles)] * 2, axis=-1)[:, None] for f in (jnp.cos, jnp.sin))
+    return cos, sin
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -91,7 +91,7 @@ def _shown(names: list[str]) -> str:
 
 def _check_names(sources: list[Source], config: VlmConfig) -> None:
     """Every tensor of the table is there once, in its shape, and no other tensor is."""
-    table, found, unread = pieces(config), {}, []
+    table, found, unread = pieces(config), dict[str, Path](), list[str]()
     for source in sources:
         for key, shape in open_tensors(source.file).shapes().items():
             name = source.rename(key)

@@ -44,11 +44,11 @@ def assembled(adapters: Mapping) -> dict | None:
     """
     if "text_adapter_a" in adapters:
         a, b = adapters["text_adapter_a"], adapters["text_adapter_b"]
-        shared = {"layers": {name: {"a": a[name], "b": b[name]} for name in a}}
+        shared: dict | None = {"layers": {name: {"a": a[name], "b": b[name]} for name in a}}
     else:
         shared = adapters.get("text_adapter")
     private = adapters.get("private_adapter")
-    if private is None:
+    if private is None or shared is None:
         return shared
     return {"layers": {name: {"a": jnp.concatenate([pair["a"], private["layers"][name]["a"]], axis=-2),
                               "b": jnp.concatenate([pair["b"], private["layers"][name]["b"]], axis=-1)}

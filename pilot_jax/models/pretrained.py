@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def read_shapes(config: ModelConfig) -> tuple[VlmConfig, Path]:
         return read_vlm_config(directory), directory
     parts = config.parts
     vision, language, projector = (Path(p).expanduser() for p in (parts.vision, parts.language, parts.projector))
-    token = load_tokenizer(language).convert_tokens_to_ids(IMAGE_TOKEN)
+    token = cast(int, load_tokenizer(language).convert_tokens_to_ids(IMAGE_TOKEN))
     return read_parts_config(vision, language, projector, parts.feature_layer, parts.feature_select, token), language
 
 
@@ -116,14 +116,14 @@ class PretrainedModel:
 
 
 @jax.jit(static_argnums=(0, 1))
-def _features(module: Vlm, out: NamedSharding | None, tower: dict, pixel_values: jax.Array) -> jax.Array:
+def _features(module: Vlm, out: NamedSharding | None, tower: dict, pixel_values: jax.Array) -> Any:
     pixels = pixel_values.transpose(0, 2, 3, 1)
     features = module.apply({"params": {"vision_tower": tower}}, pixels, method="features")
     return features if out is None else jax.lax.with_sharding_constraint(features, out)
 
 
 @jax.jit(static_argnums=0)
-def _logits(module: Vlm, base: dict, ids: jax.Array, mask: jax.Array, features: jax.Array | None) -> jax.Array:
+def _logits(module: Vlm, base: dict, ids: jax.Array, mask: jax.Array, features: jax.Array | None) -> Any:
     return module.apply(variables(base, {"projector": base["projector"]}), ids, mask, features, method="logits")
 
 
@@ -167,7 +167,7 @@ def load_from_parts(vision: str | Path, language: str | Path, projector: str | P
     """
     dtype = _checked_dtype(dtype)
     vision, language, projector = (Path(p).expanduser() for p in (vision, language, projector))
-    token = load_tokenizer(language).convert_tokens_to_ids(IMAGE_TOKEN)
+    token = cast(int, load_tokenizer(language).convert_tokens_to_ids(IMAGE_TOKEN))
     config = read_parts_config(vision, language, projector, feature_layer, feature_select, token)
     base = load_parts(config, vision, language, projector, dtype, place)
     return PretrainedModel(language, vision, config, base, Vlm(config, lora_scale, jnp.dtype(dtype), remat, unroll))

@@ -34,7 +34,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
         raise InputError(f"{directory}: the tokenizer has no end-of-sequence token (eos_token).")
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-    return tokenizer
+    return tokenizer  # type: ignore[return-value]
 
 
 MOST_PIXELS = 8192  # of an image's side, as a tower gets it

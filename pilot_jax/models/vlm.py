@@ -7,6 +7,7 @@ collections "lora" and "connector", which are all that a federation ever touches
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -107,14 +108,14 @@ class Vlm(nn.Module):
         spare = cache["k"].shape[3] - input_ids.shape[1]
         mask = jnp.pad(causal_mask(attention_mask), ((0, 0), (0, 0), (0, spare)))
         positions = positions_of(attention_mask)
-        hidden, cache = self.decoder.hidden(x, positions, mask, cache, 0, jnp.pad(positions, ((0, 0), (0, spare))))
+        hidden, filled = self.decoder.hidden(x, positions, mask, cache, 0, jnp.pad(positions, ((0, 0), (0, spare))))
         length = input_ids.shape[1]
         last = length - 1 - jnp.argmax(attention_mask[:, ::-1] > 0, axis=-1)
-        return self.decoder.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), cache
+        return self.decoder.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), cast(dict, filled)
 
     def decode(self, token: jax.Array, position: jax.Array, visible: jax.Array, cache: dict,
                slot: jax.Array) -> tuple[jax.Array, dict]:
         """One step: token, position [B]; visible [B, S] bool; writes cache slot `slot` → logits [B, V], cache."""
         x = self.decoder.embed(token[:, None])
-        hidden, cache = self.decoder.hidden(x, position[:, None], visible[:, None], cache, slot, positions_of(visible))
-        return self.decoder.logits(hidden[:, 0]), cache
+        hidden, filled = self.decoder.hidden(x, position[:, None], visible[:, None], cache, slot, positions_of(visible))
+        return self.decoder.logits(hidden[:, 0]), cast(dict, filled)

@@ -72,7 +72,7 @@ def scores(runs: Sequence[RunRecord]) -> Any:
     task_of = {c: t for r in runs for c, t in r.task_of.items()}
     clients = sorted({c for r in runs for c in r.summary["score_by_client"]}, key=lambda c: (task_of[c], c))
     figure, axes = new_axes(min(0.9 + 0.2 * len(clients), 9))
-    base = next((r.summary["score_base_by_client"] for r in runs), {})
+    base: dict[str, float] = next((r.summary["score_base_by_client"] for r in runs), {})
     height = {c: len(clients) - 1 - i for i, c in enumerate(clients)}
     axes.scatter([base.get(c, np.nan) for c in clients], list(height.values()), marker="|", s=60, color=INK,
                  label="base", linewidths=1.2)
@@ -188,6 +188,7 @@ def positions(distances: np.ndarray) -> np.ndarray:
 
 def client_map(run: RunRecord, mixing: Mixing) -> Any:
     figure, axes = new_axes(WIDTH * 0.8)
+    assert mixing.distances is not None
     points = positions(mixing.distances)
     for number, task in enumerate(run.tasks):
         of = [i for i, c in enumerate(mixing.clients) if run.task_of.get(c) == task]

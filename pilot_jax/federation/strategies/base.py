@@ -17,7 +17,7 @@ import optax
 from pilot_jax.config import StrategyConfig
 from pilot_jax.federation import mixing
 from pilot_jax.federation.client import PLAIN_RULE, LocalRule
-from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, num_bytes
+from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, Scope, num_bytes
 from pilot_jax.hosts import to_host
 from pilot_jax.models.config import VlmConfig
 from pilot_jax.models.lora import init_lora
@@ -47,7 +47,7 @@ class Strategy:
 
     first_stages = ("plain", "plain")  # a client's first round
     later_stages = ("plain",)  # its other rounds: a suffix of the first
-    scope = "shared"
+    scope: Scope = "shared"
     aggregated_by = "mean"
     one_model = True  # everyone starts a phase from the server's model; else from what it last had itself
     pools_data = False  # one client that has everybody's data
