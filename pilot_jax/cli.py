@@ -72,11 +72,11 @@ def run(config: ConfigPath, overrides: Overrides = None,
     def progress(fed: Federation) -> ProgressDisplay:
         import jax
 
-        total = sum(steps_by_stage(fed).values())
-        display = ProgressDisplay(total, mode=progress_, rounds=settings.federation.rounds)
+        total, rounds = sum(steps_by_stage(fed).values()), settings.federation.rounds
+        display = ProgressDisplay(total, mode=progress_, rounds=rounds)
         display({"kind": "note", "text":
             f"{fed.strategy.name}: {len(fed.clients)} clients, {len(fed.tasks)} tasks ({', '.join(fed.tasks)}), "
-            f"{settings.federation.rounds} rounds, {total} client steps on {jax.devices()[0].device_kind} → {folder}"})
+            f"{rounds} round{'s' * (rounds > 1)}, {total} client steps on {jax.devices()[0].device_kind} → {folder}"})
         displays.append(display)
         if jax.process_count() == 1:  # while the first program is compiled
             asides.append(threading.Thread(target=lambda: display({"kind": "note", "text": told(forecast(fed))})))

@@ -46,8 +46,9 @@ def print_scores(summary: dict) -> None:
 
 def print_plan(plan: dict) -> None:
     devices = f"{plan['devices']} device{'s' * (plan['devices'] > 1)}"
-    typer.echo(f"{plan['clients']} clients, {plan['tasks']} tasks, {plan['rounds']} rounds, {devices}; longest "
-               f"sequence {plan['longest_sequence']} tokens, {plan['image_tokens']} of them image")
+    rounds = f"{plan['rounds']} round{'s' * (plan['rounds'] > 1)}"
+    typer.echo(f"{plan['clients']} clients, {plan['tasks']} tasks, {rounds}, {devices}; longest sequence "
+               f"{plan['longest_sequence']} tokens, {plan['image_tokens']} of them image")
     if plan["assumed"]:
         typer.echo(f"Assumed: {plan['assumed']}")
     memory = plan["memory_per_device"]
@@ -60,15 +61,15 @@ def print_plan(plan: dict) -> None:
     for kind in [*kinds, "total"]:
         table.add_row(kind, *(f"{row[kind] / size:.2f}" if kind in row else "–" for row in memory.values()),
                       style="bold" if kind == "total" else None)
-    rounds = Table(title="Per round")
+    by_round = Table(title="Per round")
     for column in ("", "round 1", "later rounds"):
-        rounds.add_column(column, justify="right" if column else "left")
+        by_round.add_column(column, justify="right" if column else "left")
     for key, unit, divisor in (("client_steps", "", 1), ("flops", "TFLOP", 1e12), ("bytes_up", "MB", 1e6),
                                ("bytes_down", "MB", 1e6)):
         label = f"{key.replace('_', ' ')}{f', {unit}' if unit else ''}"
-        rounds.add_row(label, *(f"{plan[key][r] / divisor:,.0f}" for r in ("round_1", "later_rounds")))
+        by_round.add_row(label, *(f"{plan[key][r] / divisor:,.0f}" for r in ("round_1", "later_rounds")))
     console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print(table, rounds)
+    console.print(table, by_round)
     typer.echo("Parameters: " + ", ".join(f"{n} {v:,}" for n, v in plan["parameters"].items()))
     for stage, size in plan.get("lowered", {}).items():
         typer.echo(f"{stage} lowers for {devices}: {size:,} characters")
