@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: quickstart test test-long fuzz bench lint notebooks docs clean
+.PHONY: quickstart report test test-long fuzz bench lint notebooks docs clean
 
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +17,10 @@ $(VENV)/.test: pyproject.toml $(VENV)/.run
 
 quickstart: $(VENV)/.run  ## 9 clients, 3 tasks, 3 rounds of Pilot on the digit scenes
 	$(VENV)/bin/pilot-jax run configs/quickstart.yaml
+
+report: $(VENV)/.run  ## a page of the newest run
+	$(PY) -m pip install --quiet -e ".[plots]"
+	$(VENV)/bin/pilot-jax report "$$(ls -dt runs/*/ | head -1)"
 
 test: $(VENV)/.test  ## style, types, then every test
 	$(PY) -m ruff check .

@@ -116,17 +116,20 @@ def _how_to_go_on(folder: Path) -> str:
 
 
 @app.command()
-def report(runs: Annotated[list[Path], typer.Argument(help="Run directories; several are shown side by side.")],
-           out: Annotated[Path | None, typer.Option(help="The page; default report.html in the first run.")] = None,
-           answers: Annotated[int, typer.Option(min=0, help="Answers shown of each task; 0 loads no model.")] = 2
+def report(runs: Annotated[list[Path], typer.Argument(
+               help="Run directories, several side by side; or a comparison's folder or results.json.")],
+           out: Annotated[Path | None, typer.Option(help="The page; default report.html in the first of them.")] = None,
+           answers: Annotated[int, typer.Option(
+               min=0, help="Answers shown of each task, and asked of every model for each client; 0: none.")] = 2
            ) -> None:
-    """One HTML page of runs, finished or not, and every figure as PNG beside it."""
+    """One HTML page of runs, finished or not, or of what `compare` wrote, and every figure as PNG beside it."""
     from pilot_jax.config import SystemConfig
     from pilot_jax.federation.sharding import split_cpu
     from pilot_jax.report.page import write_report
 
     split_cpu(SystemConfig())
-    page, *pictures = write_report(runs, out or runs[0] / "report.html", answers)
+    default = runs[0].with_suffix(".html") if runs[0].is_file() else runs[0] / "report.html"
+    page, *pictures = write_report(runs, out or default, answers)
     typer.echo(f"{page}, and {len(pictures)} figures in {page.with_suffix('')}")
 
 

@@ -56,7 +56,7 @@ WHERE = [
     (r"pilot-jax run configs/scenario_a.yaml", "test_privacy.py; this one would take minutes"),
     (r"pilot-jax run (my.yaml|configs/llava15_7b_tpu.yaml)", "no test: a TPU, 7B weights, the reader's own config"),
     (r"pilot-jax run .*(--coordinator|--distributed)", "test_hosts.py over gloo; --distributed needs a cluster"),
-    (r"make \w+|pip install|python -m pip", "no test: CI's own set-up does, or would take it hours"),
+    (r"make \w+|source |pip install|python -m pip", "no test: CI's own set-up does, or would take it hours"),
     (r"python benchmarks/", "no test: minutes to hours; below, whether they take these options"),
     (r"python -c .import jax; print", "no test: shows the reader's devices"),
     (r"pilot-jax --install-completion", "no test: changes the shell of who runs it"),

@@ -117,6 +117,7 @@ def test_the_page_of_a_comparison(tmp_path, call):
     assert write_report([folder], tmp_path / "again.html", 0)[0].read_text().count("<section") == 4
     with pytest.raises(InputError, match="page of its own"):
         write_report([folder, folder], tmp_path / "no.html", 0)
+    assert call("report", folder / "results.json")[0] == 0 and (folder / "results.html").is_file()
     (folder / "results.json").write_text('{"key": "a", "values": []}')
     with pytest.raises(InputError, match="not what `compare` writes"):
         write_report([folder], tmp_path / "no.html", 0)
