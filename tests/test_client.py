@@ -120,7 +120,7 @@ def test_chunk_size_and_company_change_nothing(uneven, stage):
     fed, adapters = uneven
     results = {}
     for chunk in (1, 2, 3):
-        sgd = with_train(fed, optimizer="sgd", lr_connector=0.05, lr_lora_stage1=0.05, lr_lora_stage2=0.05)
+        sgd = with_train(fed, optimizer="sgd", lr_connector=0.03, lr_lora_stage1=0.03, lr_lora_stage2=0.03)
         system = fed.config.system.model_copy(update={"client_chunk": chunk})
         one = dataclasses.replace(sgd, config=sgd.config.model_copy(update={"system": system}))
         results[chunk], _ = training.train_phase(one, {i: adapters for i in range(3)}, 1, stage, stage, lambda e: None)

@@ -19,7 +19,7 @@ from pilot_jax.config import load_config
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMALL = ["federation.rounds=1", "federation.local_steps=1", "train.batch_size=2", "eval.max_new_tokens=2",
-         "eval.batch_size=2"]
+         "eval.batch_size=2", "system.unroll=1"]
 DIGITS = ["data.digits.train=4", "data.digits.validation=2", "data.digits.test=2"]
 
 

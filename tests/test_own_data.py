@@ -64,7 +64,7 @@ def test_check_run_evaluate_ask_and_export(call, checkpoint, photos, tmp_path):
     assert code == 0 and "20 samples, all readable" in out and "tokens" in out
     settings = [f"model.path={checkpoint}", f"data.path={photos}", "data.partition=given", "federation.clients=null",
                 "federation.rounds=1", "federation.local_steps=2", "train.batch_size=2", "eval.max_new_tokens=4",
-                "eval.metrics={caption: rouge_l, vqa: vqa}"]
+                "system.unroll=1", "eval.metrics={caption: rouge_l, vqa: vqa}"]
     config = [CONFIG, *(part for s in settings for part in ("--set", s))]
     code, out, err = call("plan", *config)
     assert code == 0 and "4 clients, 2 tasks" in out, err

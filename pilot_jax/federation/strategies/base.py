@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ class Strategy:
 
     first_stages = ("plain", "plain")  # a client's first round
     later_stages = ("plain",)  # its other rounds: a suffix of the first
-    scope: Scope = "shared"
+    scope: ClassVar[Scope] = "shared"  # of projector and LoRA
     aggregated_by = "mean"
     one_model = True  # everyone starts a phase from the server's model; else from what it last had itself
     pools_data = False  # one client that has everybody's data
