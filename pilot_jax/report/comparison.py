@@ -105,7 +105,7 @@ def comparison_page(results: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
     parts = [f"<h1>{escaped(results['name'])}</h1>",
              f'<p class="soft">{len(lines)} variants × {results["seeds"]} seeds on the {escaped(results["split"])} '
              f"split, tasks {escaped(', '.join(tasks))}; {config['federation']['rounds']} rounds</p>",
-             tiles({"best": f"{best['name']} {decimal(best['score'])}",
+             tiles({f"best: {best['name']}": decimal(best["score"]),
                     "of the base": decimal(results["base"]["score"]),
                     **({"pilot": decimal(next(x["score"] for x in lines if x["name"] == "pilot"))}
                        if "pilot" in names else {}),
