@@ -13,7 +13,7 @@ import numpy as np
 
 from pilot_jax.data.images import read_image
 from pilot_jax.evaluation.evaluate import answers, speaker
-from pilot_jax.federation.examination import evaluate, evaluation_matrix, examinee, first_prompts
+from pilot_jax.federation.examination import evaluation_matrix, examinee, first_prompts
 from pilot_jax.federation.federation import Federation
 from pilot_jax.federation.population import Population
 from pilot_jax.federation.simulation import Run, load_samples, restore
@@ -39,7 +39,7 @@ class Abilities:
     models: tuple[str, ...]
     columns: tuple[str, ...]
     scores: np.ndarray
-    count: int  # prompts of each client
+    count: int  # prompts of each client; the base has answered all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +66,8 @@ def look_inside(folder: str | Path, count: int) -> Inside:
 def _abilities(run: Run, count: int) -> Abilities:
     fed = run.federation
     found = evaluation_matrix(fed, run.tokenizer, run.population, "test", count)
-    base = evaluate(fed, run.tokenizer, None, "test")
     scores = [list(found["by_task"][name].values()) for name in found["clients"]]
-    scores.append([float(np.mean([base[c.name] for c in fed.examined if c.task == task])) for task in fed.tasks])
+    scores.append([run.summary["score_base_by_task"][task] for task in found["tasks"]])
     columns, captions = list(found["tasks"]), found["base_captions"]
     if captions:
         columns.append("base's captions")

@@ -102,7 +102,7 @@ def _able(run: RunRecord, inside: Inside, prefix: str, figures: Figures) -> list
         rows = [*inside.abilities.models, "base"]
         cards.append(figures.card(
             f"{prefix}abilities", "What each client's model can do on every task's data, and what is left of what the "
-            f"base could: mean of {inside.abilities.count} answers a client", f"Scores of {len(rows)} models on "
+            f"base could: {inside.abilities.count} answers a client; the base, all", f"Scores of {len(rows)} models on "
             f"{', '.join(inside.abilities.columns)}.", charts.cells(
                 inside.abilities.scores, rows, inside.abilities.columns, "scored on", "model of"),
             table_of(["model of", *inside.abilities.columns], [
