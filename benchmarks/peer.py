@@ -40,11 +40,11 @@ def settings(steps: int) -> list[str]:
 def prepared(steps: int):
     """The quickstart's federation, cut to `steps` steps a phase."""
     from pilot_jax.config import load_config
-    from pilot_jax.federation import simulation
+    from pilot_jax.federation import preparation
 
     config = load_config(ROOT / "configs" / "quickstart.yaml", settings(steps))
-    fed, _ = simulation.prepare(config)
-    return fed, simulation.initial_adapters(fed)
+    fed, _ = preparation.prepare(config)
+    return fed, preparation.initial_adapters(fed)
 
 
 class JaxWorker:
@@ -102,7 +102,7 @@ def write_work(file: Path, steps: int) -> dict:
     from pilot_jax.data.batches import visiting_order
     from pilot_jax.data.images import pixel_values
     from pilot_jax.federation.federation import client_generator
-    from pilot_jax.federation.simulation import load_samples
+    from pilot_jax.federation.preparation import load_samples
     from pilot_jax.models.export import peft_tensors
 
     fed, adapters = prepared(steps)

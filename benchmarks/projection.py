@@ -44,7 +44,7 @@ def main() -> None:
 
     from pilot_jax.config import load_config
     from pilot_jax.data.features import image_features
-    from pilot_jax.federation import mixing, simulation
+    from pilot_jax.federation import mixing, preparation
     from pilot_jax.federation.distances import distances
     from pilot_jax.federation.roles import num_bytes
     from pilot_jax.federation.sharding import split_cpu
@@ -54,8 +54,8 @@ def main() -> None:
     config = load_config(ROOT / "configs" / "scale_1024.yaml", [
         f"data.digits.clients_per_task={CLIENTS}", "data.digits.scenario=b", "system.store=null"])
     split_cpu(config.system)
-    fed, _ = simulation.prepare(config)
-    adapters = simulation.initial_adapters(fed)
+    fed, _ = preparation.prepare(config)
+    adapters = preparation.initial_adapters(fed)
     sent, received = (sum(b.values()) for b in fed.strategy.sent_bytes(adapters))
     state, lora = num_bytes(adapters), num_bytes(adapters["text_adapter"]) // 4
 
@@ -66,7 +66,7 @@ def main() -> None:
 
     steps = config.federation.local_steps
     step = phase(CLIENTS) / (CLIENTS * steps)
-    samples = simulation.load_samples(config)[:512]
+    samples = preparation.load_samples(config)[:512]
     feature = best(lambda: image_features(fed.model, samples), 1) / len(samples)
 
     rng = np.random.default_rng(0)

@@ -29,16 +29,16 @@ from pilot_jax.metrics import CompileClock
 split_cpu(SystemConfig())
 import jax
 jax.config.update("jax_compilation_cache_dir", sys.argv[2])
-from pilot_jax.federation import simulation, training
+from pilot_jax.federation import preparation, training
 imported = time.perf_counter()
 clock = CompileClock()
-fed, _ = simulation.prepare(load_config(sys.argv[1], ["federation.local_steps=1", "federation.rounds=1"]))
+fed, _ = preparation.prepare(load_config(sys.argv[1], ["federation.local_steps=1", "federation.rounds=1"]))
 prepared = time.perf_counter()
 class Done(Exception): pass
 def stop(event):
     raise Done
 try:
-    adapters = simulation.initial_adapters(fed)
+    adapters = preparation.initial_adapters(fed)
     training.train_phase(fed, dict.fromkeys(range(len(fed.clients)), adapters), 1, "stage1", "stage1", stop)
 except Done:
     pass

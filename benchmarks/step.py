@@ -74,12 +74,12 @@ def main() -> None:
     import jax
 
     from pilot_jax.config import load_config
-    from pilot_jax.federation import simulation, training
+    from pilot_jax.federation import preparation, training
 
     config = load_config(Path(__file__).parent.parent / "configs" / "quickstart.yaml", [
         f"federation.local_steps={STEPS}", "data.digits.train=96", "data.digits.test=1", "data.digits.validation=1"])
-    fed, _ = simulation.prepare(config)
-    who = {[c.name for c in fed.clients].index(args.client): simulation.initial_adapters(fed)}
+    fed, _ = preparation.prepare(config)
+    who = {[c.name for c in fed.clients].index(args.client): preparation.initial_adapters(fed)}
 
     def phase() -> float:
         began = time.perf_counter()

@@ -53,8 +53,9 @@ def run(config: ConfigPath, overrides: Overrides = None,
 
     from pilot_jax import hosts
     from pilot_jax.config import load_config
+    from pilot_jax.federation.federation import Federation
     from pilot_jax.federation.sharding import ask_for_determinism, split_cpu
-    from pilot_jax.federation.simulation import Federation, simulate, steps_by_stage
+    from pilot_jax.federation.simulation import simulate, steps_by_stage
     from pilot_jax.forecast import forecast, told
     from pilot_jax.metrics import ProgressDisplay
 
@@ -69,6 +70,12 @@ def run(config: ConfigPath, overrides: Overrides = None,
     displays: list[ProgressDisplay] = []
     asides: list[threading.Thread] = []
 
+    def expectation(fed: Federation) -> str:
+        try:
+            return told(forecast(fed))
+        except Exception as error:  # the run does not depend on it
+            return f"warning: no forecast: {type(error).__name__}: {error}"
+
     def progress(fed: Federation) -> ProgressDisplay:
         import jax
 
@@ -79,7 +86,7 @@ def run(config: ConfigPath, overrides: Overrides = None,
             f"{rounds} round{'s' * (rounds > 1)}, {total} client steps on {jax.devices()[0].device_kind} → {folder}"})
         displays.append(display)
         if jax.process_count() == 1:  # while the first program is compiled
-            asides.append(threading.Thread(target=lambda: display({"kind": "note", "text": told(forecast(fed))})))
+            asides.append(threading.Thread(target=lambda: display({"kind": "note", "text": expectation(fed)})))
             asides[0].start()
         return display
 

@@ -29,8 +29,8 @@ from pilot_jax.federation.examination import (
     score_by_task,
 )
 from pilot_jax.federation.federation import Federation, State
+from pilot_jax.federation.preparation import initial_state, prepare, with_strategy
 from pilot_jax.federation.rounds import round_of, run_together
-from pilot_jax.federation.simulation import initial_state, prepare, with_strategy
 from pilot_jax.federation.strategies import STRATEGIES, Strategy, make_strategy
 from pilot_jax.metrics import CompileClock
 

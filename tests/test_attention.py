@@ -94,11 +94,11 @@ from pilot_jax.config import SystemConfig
 from pilot_jax.federation.sharding import split_cpu
 split_cpu(SystemConfig(client_devices=int(sys.argv[1])))
 import jax, numpy as np
-from pilot_jax.federation import simulation, training
+from pilot_jax.federation import preparation, training
 # No length_spread of 4 here: two buckets, one of three clients and one of six.
 system = {"client_chunk": 2, "length_spread": 1.2}
-fed, _ = simulation.prepare(small_config(system=system, train={"adam_epsilon": 1e-3}))
-adapters = simulation.initial_adapters(fed)
+fed, _ = preparation.prepare(small_config(system=system, train={"adam_epsilon": 1e-3}))
+adapters = preparation.initial_adapters(fed)
 after, _ = training.train_phase(fed, dict.fromkeys(range(9), adapters), 1, "stage2", "stage2", lambda event: None)
 np.savez(sys.argv[2], *[np.asarray(x) for c in sorted(after) for x in jax.tree.leaves(after[c])])
 print(jax.device_count(), 1 if fed.mesh is None else fed.mesh.size)

@@ -11,7 +11,7 @@ import pytest
 from conftest import small_config, tree_max_difference
 
 from pilot_jax.data.batches import num_steps, visiting_order
-from pilot_jax.federation import rounds, simulation, training
+from pilot_jax.federation import preparation, rounds, training
 from pilot_jax.federation.client import learning_rate
 from pilot_jax.federation.objectives import stage_loss
 from pilot_jax.models.vlm import variables
@@ -28,10 +28,10 @@ def shrink(fed, sizes):
 def uneven():
     """Three clients of two tasks with 3, 10 and 6 samples; two epochs of batch 4: 2, 6 and 4 steps."""
     config = small_config(federation={"local_steps": None, "local_epochs": 2}, system={"client_chunk": 3})
-    fed, _ = simulation.prepare(config)
+    fed, _ = preparation.prepare(config)
     fed = dataclasses.replace(fed, clients=fed.clients[2:5])
     fed = shrink(fed, (3, 10, 6))
-    adapters = simulation.initial_adapters(fed)
+    adapters = preparation.initial_adapters(fed)
     rng = np.random.default_rng(0)  # away from zero, so that every term matters
     noisy = jax.tree.map(lambda x: (x + 0.02 * rng.normal(size=x.shape)).astype(np.float32), adapters)
     return fed, noisy

@@ -15,7 +15,7 @@ from pilot_jax import compare
 from pilot_jax.config import apply_overrides
 from pilot_jax.data.digits import client_style, scenario_clients, scene_samples
 from pilot_jax.errors import InputError
-from pilot_jax.federation import examination, simulation
+from pilot_jax.federation import examination, preparation, rounds
 from pilot_jax.federation.rounds import cohort
 from pilot_jax.federation.strategies import make_strategy
 
@@ -35,11 +35,11 @@ def test_seeds_trained_together_equal_separate_runs(field, name):
     together = compare.run_all(feds)
     for seed, state in enumerate(together):
         config = compare.seeded(small_config(train=SGD, strategy={"name": name}), seed)
-        fed, tokenizer = simulation.prepare(config)
-        alone = simulation.initial_state(fed)
+        fed, tokenizer = preparation.prepare(config)
+        alone = preparation.initial_state(fed)
         assert tree_max_difference(alone.population[0].adapters,
-                                   simulation.initial_state(feds[seed]).population[0].adapters) == 0
-        alone = simulation.run_round(fed, alone, 1, lambda e: None, lambda r: None, lambda *a: None)
+                                   preparation.initial_state(feds[seed]).population[0].adapters) == 0
+        alone = rounds.run_round(fed, alone, 1, lambda e: None, lambda r: None, lambda *a: None)
         for a, b in zip(alone.population, state.population, strict=True):
             assert tree_max_difference(a.adapters, b.adapters) <= 1e-5
         assert (alone.client_steps, alone.bytes_up, alone.bytes_down) == (
@@ -56,7 +56,7 @@ def test_federations_that_train_otherwise_are_refused(field):
     works = []
     for text in ("fedavg", "fedprox"):
         fed = compare._of_variant(field, compare.read_variants(text)[0], [])[0]
-        works.append(Work(fed, {0: simulation.initial_adapters(fed)}, 1, "plain", "plain"))
+        works.append(Work(fed, {0: preparation.initial_adapters(fed)}, 1, "plain", "plain"))
     with pytest.raises(ValueError, match="train alike"):
         train_together(works, lambda event: None)
 
@@ -184,7 +184,7 @@ def test_centralised_has_one_model_for_all(field):
     assert fed.full_steps(0) == 9 * 2  # local_steps 2: as many sample visits as nine clients
     sums = sum(c.train["target_weights"].sum() for c in fed.examined)
     assert fed.clients[0].train["target_weights"].sum() == sums
-    back = simulation.with_strategy(fed, make_strategy(fed.config.strategy.model_copy(update={"name": "local"}), ""))
+    back = preparation.with_strategy(fed, make_strategy(fed.config.strategy.model_copy(update={"name": "local"}), ""))
     assert back.clients == fed.examined and not back.pool_of
 
 
@@ -218,8 +218,8 @@ def test_dropouts_newcomers_and_stragglers(federation):
 
 def simulation_round(fed):
     records = []
-    fed = simulation.with_strategy(fed, make_strategy(fed.config.strategy.model_copy(update={"name": "local"}), ""))
-    state = simulation.run_round(fed, simulation.initial_state(fed), 1, lambda e: None, records.append, lambda *a: None)
+    fed = preparation.with_strategy(fed, make_strategy(fed.config.strategy.model_copy(update={"name": "local"}), ""))
+    state = rounds.run_round(fed, preparation.initial_state(fed), 1, lambda e: None, records.append, lambda *a: None)
     return state, records
 
 

@@ -13,7 +13,7 @@ from pilot_jax.data import features as module
 from pilot_jax.data.features import FeatureRows, Features, bring, image_features
 from pilot_jax.data.images import pixel_values
 from pilot_jax.errors import InputError
-from pilot_jax.federation import simulation
+from pilot_jax.federation import preparation, rounds
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def samples():
-    chosen = simulation.load_samples(small_config())[:20]
+    chosen = preparation.load_samples(small_config())[:20]
     chosen[3] = dataclasses.replace(chosen[3], image=None)
     return chosen
 
@@ -88,18 +88,18 @@ def test_a_broken_image(model, samples, tmp_path):
 def test_a_population_on_disk_is_seen_when_drawn(tmp_path, seen):
     """In round 1, two of nine clients: their training images and nobody else's; a run in memory sees all at once."""
     config = small_config(federation={"rounds": 1, "clients_per_round": 2}, system={"store": str(tmp_path)})
-    fed, _ = simulation.prepare(config)
-    simulation.see_everything(fed)
+    fed, _ = preparation.prepare(config)
+    preparation.see_everything(fed)
     assert not seen
-    state = simulation.run_round(fed, simulation.initial_state(fed), 1, lambda e: None, lambda r: None, lambda *a: None)
+    state = rounds.run_round(fed, preparation.initial_state(fed), 1, lambda e: None, lambda r: None, lambda *a: None)
     trained = [c for c, s in zip(fed.clients, state.population, strict=True) if not s.is_new]
     assert len(trained) == 2
-    assert sorted(seen) == sorted(s.id for s in simulation.load_samples(config)
+    assert sorted(seen) == sorted(s.id for s in preparation.load_samples(config)
                                   if s.split == "train" and s.client in [c.name for c in trained])
     seen.clear()
-    fed, _ = simulation.prepare(small_config())
-    simulation.see_everything(fed)
-    assert sorted(seen) == sorted(s.id for s in simulation.load_samples(config))
+    fed, _ = preparation.prepare(small_config())
+    preparation.see_everything(fed)
+    assert sorted(seen) == sorted(s.id for s in preparation.load_samples(config))
 
 
 def test_image_features_of_a_list(model, samples):

@@ -11,7 +11,7 @@ import pytest
 from conftest import small_config, tree_max_difference
 
 from pilot_jax.config import StrategyConfig
-from pilot_jax.federation import rounds, simulation
+from pilot_jax.federation import preparation, rounds, simulation
 from pilot_jax.federation.client import local_update
 from pilot_jax.federation.rounds import client_generator, cohort
 from pilot_jax.federation.strategies import make_strategy
@@ -72,8 +72,8 @@ def three_rounds():
     config = small_config(federation={"rounds": 3, "local_steps": 1, "participation": [
         {"round": 1, "clients": ["caption_0", "vqa_0"]}, {"round": 2, "clients": ["caption_0", "ocr_0"]},
         {"round": 3, "clients": ["vqa_0"]}]}, system={"client_chunk": 2})
-    fed, _ = simulation.prepare(config)
-    states, phases = [simulation.initial_state(fed)], []
+    fed, _ = preparation.prepare(config)
+    states, phases = [preparation.initial_state(fed)], []
     for round_ in (1, 2, 3):
         records = []
         states.append(rounds.run_round(fed, states[-1], round_, lambda e: None, records.append, lambda *a: None))
@@ -91,12 +91,12 @@ def test_schedule_first_time(three_rounds):
 
 def test_compilations_are_few_and_early():
     """Two length buckets, four rounds: one training program per phase and bucket, nothing compiled after round 2."""
-    fed, _ = simulation.prepare(small_config(federation={"local_steps": 1}, system={"length_spread": 1.2},
+    fed, _ = preparation.prepare(small_config(federation={"local_steps": 1}, system={"length_spread": 1.2},
                                              train={"batch_size": 3}))  # no other test's: nothing is compiled yet
     buckets = {(c.train["input_ids"].shape[1], c.train["target_ids"].shape[1]) for c in fed.clients}
     assert len(buckets) == 2
     before, clock, programs = local_update._cache_size(), CompileClock(), []
-    state = simulation.initial_state(fed)
+    state = preparation.initial_state(fed)
     for round_ in (1, 2, 3, 4):
         state = rounds.run_round(fed, state, round_, lambda e: None, lambda r: None, lambda *a: None)
         programs.append(clock.programs)
@@ -161,8 +161,9 @@ def test_chunk_size_does_not_change_a_round():
     for chunk in (2, 9):
         config = small_config(system={"client_chunk": chunk}, train={"optimizer": "sgd", "lr_connector": 0.02,
                               "lr_lora_stage1": 0.02, "lr_lora_stage2": 0.02})
-        fed, _ = simulation.prepare(config)
-        state = rounds.run_round(fed, simulation.initial_state(fed), 1, lambda e: None, lambda r: None, lambda *a: None)
+        fed, _ = preparation.prepare(config)
+        state = preparation.initial_state(fed)
+        state = rounds.run_round(fed, state, 1, lambda e: None, lambda r: None, lambda *a: None)
         results.append([c.adapters for c in state.population])
     assert tree_max_difference(*results) <= 1e-5
 
@@ -237,8 +238,8 @@ def test_a_strategy_object_of_ones_own():
 
 def test_evaluation_of_a_client_that_never_took_part_is_the_base():
     config = small_config(federation={"local_steps": 1, "participation": [{"round": 1, "clients": ["vqa_0"]}]})
-    fed, _ = simulation.prepare(config)
-    state = simulation.initial_state(fed)
+    fed, _ = preparation.prepare(config)
+    state = preparation.initial_state(fed)
     asked = fed.clients[0].evaluation["test"], fed.clients[0].task
     assert simulation.examinee(fed, 0, state.population[0], *asked).stage == "plain"
     moved = dataclasses.replace(state.population[0], stage="stage2", rounds=1)

@@ -17,7 +17,7 @@ from conftest import small_config, tree_max_difference
 from pilot_jax import hosts
 from pilot_jax.config import MeshConfig
 from pilot_jax.errors import InputError
-from pilot_jax.federation import simulation
+from pilot_jax.federation import preparation, simulation
 from pilot_jax.federation.sharding import make_mesh
 
 ROOT = Path(__file__).parent.parent
@@ -112,19 +112,19 @@ hosts.start(f"127.0.0.1:{port}", 2, process)
 import numpy as np
 from conftest import small_config, tree_max_difference
 from pilot_jax.config import StrategyConfig
-from pilot_jax.federation import simulation
+from pilot_jax.federation import preparation, simulation
 from pilot_jax.federation.sharding import spread
 from pilot_jax.federation.strategies import STRATEGIES
 sections = json.loads(sys.argv[4])
 hosts.AT_ONCE = 2**18  # of what comes back from the devices, the larger arrays a row at a time
 mesh = {"clients": 2, "fsdp": 2}
-fed, tokenizer = simulation.prepare(small_config(system={"mesh": mesh}))
+fed, tokenizer = preparation.prepare(small_config(system={"mesh": mesh}))
 told = {}
 cases = [(name, {}) for name in ("fedadam", "pilot", "scaffold", "similarity", "trimmed_mean")]
 cases.append(("pilot", {"ata": {"space": "product"}}))
 for name, settings in cases:
-    its = simulation.with_strategy(fed, STRATEGIES[name](StrategyConfig(**settings)))
-    state = simulation.initial_state(its)
+    its = preparation.with_strategy(fed, STRATEGIES[name](StrategyConfig(**settings)))
+    state = preparation.initial_state(its)
     shared, rng = its.strategy.roles().select(state.population[0].adapters, "shared"), np.random.default_rng(0)
     uploads = jax.tree.map(lambda x: (x + 0.1 * rng.normal(size=(20, *x.shape))).astype(np.float32), shared)
     who = np.arange(1, 21), np.arange(20) % 3, np.arange(20), {**state.server, "round": 1}
@@ -166,17 +166,18 @@ from pilot_jax import hosts
 hosts.start(f"127.0.0.1:{port}", 4, process)
 from conftest import small_config
 from pilot_jax.data import features
-from pilot_jax.federation import simulation
+from pilot_jax.federation import preparation
 from pilot_jax.federation.examination import evaluate
+from pilot_jax.federation.rounds import run_round
 seen, read = [], features.read_image
 features.read_image = lambda sample, limits: (seen.append(sample.id), read(sample, limits))[1]
 mesh = {"clients": 2, "fsdp": 2}
-fed, tokenizer = simulation.prepare(small_config(system={"mesh": mesh, "client_chunk": 1, "unroll": 1}))
-simulation.see_everything(fed)
+fed, tokenizer = preparation.prepare(small_config(system={"mesh": mesh, "client_chunk": 1, "unroll": 1}))
+preparation.see_everything(fed)
 before = len(seen)
 rounds = [lambda e: None, lambda r: None, lambda *a: None]
-state = simulation.initial_state(fed)
-state = simulation.run_round(fed, state, 1, *rounds)  # two stages: the second finds what the first has seen
+state = preparation.initial_state(fed)
+state = run_round(fed, state, 1, *rounds)  # two stages: the second finds what the first has seen
 trained = list(seen)
 evaluate(fed, tokenizer, state.population)
 print(json.dumps({"before": before, "trained": trained, "asked": seen[len(trained):]}))
@@ -190,7 +191,7 @@ def test_each_process_reads_its_own_clients_images():
     how = {"cwd": ROOT, "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     texts = finished([subprocess.Popen([sys.executable, "-c", OWN_IMAGES, str(port), str(i)], **how) for i in range(4)])
     told = [json.loads(text.splitlines()[-1]) for text in texts]
-    samples = simulation.load_samples(small_config())
+    samples = preparation.load_samples(small_config())
     for key, split in (("trained", "train"), ("asked", "test")):
         read = [i for process in told for i in process[key]]
         assert sorted(read) == sorted(s.id for s in samples if s.split == split), key

@@ -27,17 +27,17 @@ import json, sys
 sys.path.insert(0, "tests")
 from conftest import small_config, tree_max_difference
 import jax
-from pilot_jax.federation import simulation
+from pilot_jax.federation import preparation, rounds
 from pilot_jax.federation.examination import evaluate
 
 def run(mesh):
     # Steps small enough that rounding is not amplified: at 0.02 the second step of stage 2 multiplies it by 100.
     rates = {"optimizer": "sgd", "lr_connector": 0.005, "lr_lora_stage1": 0.005, "lr_lora_stage2": 0.005}
-    fed, tokenizer = simulation.prepare(small_config(train=rates, system={
+    fed, tokenizer = preparation.prepare(small_config(train=rates, system={
         "mesh": dict(zip(("clients", "fsdp", "tensor"), mesh)), "client_chunk": 1, "client_devices": 1}))
-    state = simulation.initial_state(fed)
+    state = preparation.initial_state(fed)
     start = state.population
-    state = simulation.run_round(fed, state, 1, lambda e: None, lambda r: None, lambda *a: None)
+    state = rounds.run_round(fed, state, 1, lambda e: None, lambda r: None, lambda *a: None)
     held = max(sum(s.data.nbytes for s in leaf.addressable_shards if s.device == jax.devices()[0])
                / leaf.nbytes for leaf in jax.tree.leaves(fed.model.base["decoder"]["layers"]) if leaf.ndim > 2)
     return start, state, evaluate(fed, tokenizer, state.population), held

@@ -241,7 +241,7 @@ def test_check_finds_samples_shared_between_clients_and_cut_answers(photos, chec
 
 
 def test_a_run_says_how_many_answers_it_cuts(photos, checkpoint, caplog):
-    from pilot_jax.federation.simulation import prepare
+    from pilot_jax.federation.preparation import prepare
 
     raw = {"model": {"path": str(checkpoint)}, "data": {"path": str(photos), "template": "vicuna_short"}}
     fed, _ = prepare(parse_config(raw))

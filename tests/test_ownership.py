@@ -9,7 +9,7 @@ import pytest
 from conftest import small_config
 
 from pilot_jax.config import StrategyConfig
-from pilot_jax.federation import rounds, simulation
+from pilot_jax.federation import preparation, rounds
 from pilot_jax.federation.client import Phase, client_loss
 from pilot_jax.federation.objectives import stage_loss
 from pilot_jax.federation.strategies import STRATEGIES, make_strategy
@@ -39,13 +39,13 @@ def test_pilot_table():
 def under(fed, name):
     """The same data and model under another strategy."""
     config = small_config(strategy={"name": name})
-    return simulation.with_strategy(fed, make_strategy(config.strategy, "first_time"), config)
+    return preparation.with_strategy(fed, make_strategy(config.strategy, "first_time"), config)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_leaf_has_exactly_one_owner(federation, name):
     fed = under(federation[0], name)
-    adapters = simulation.initial_adapters(fed)  # checks the cover
+    adapters = preparation.initial_adapters(fed)  # checks the cover
     with pytest.raises(AssertionError, match="not covered"):
         fed.strategy.roles().check(adapters | {"stray": np.zeros(1)})
     for stage in set(fed.strategy.first_stages):
@@ -132,7 +132,7 @@ def test_a_round_moves_what_the_table_says(federation, name):
     """After a whole round: base bit-identical; shared subtrees agree across clients just as their aggregation says."""
     fed = under(federation[0], name)
     base_before = jax.tree.map(np.array, fed.model.base)
-    start = simulation.initial_state(fed)
+    start = preparation.initial_state(fed)
     saved = {}
     end = rounds.run_round(fed, start, 1, lambda e: None, lambda r: None,
                            lambda r, label, arrays: saved.update({label: arrays}))
@@ -178,8 +178,8 @@ def test_bytes_are_those_of_the_selection(federation):
 
 
 def test_initial_lora_is_one_for_all_and_copies_start_equal():
-    fed, _ = simulation.prepare(small_config(strategy={"init": "copy"}))
-    state = simulation.initial_state(fed)
+    fed, _ = preparation.prepare(small_config(strategy={"init": "copy"}))
+    state = preparation.initial_state(fed)
     first, last = state.population[0].adapters, state.population[8].adapters
     assert np.array_equal(first["text_adapter"]["layers"]["q"]["a"], last["text_adapter"]["layers"]["q"]["a"])
     assert np.all(first["text_adapter"]["layers"]["q"]["b"] == 0)

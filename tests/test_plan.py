@@ -16,7 +16,7 @@ from conftest import small_config
 from pilot_jax import costs
 from pilot_jax.config import load_config
 from pilot_jax.errors import InputError
-from pilot_jax.federation import plan, simulation
+from pilot_jax.federation import plan, preparation, simulation
 from pilot_jax.federation.lowering import programs
 
 PROGRAMS = {"stage1", "stage2", "mixing", "gram", "distances", "weights", "generation"}
@@ -147,10 +147,10 @@ def test_a_mesh_too_large_says_what_to_do():
     with pytest.raises(InputError, match="xla_force_host_platform_device_count=2048"):
         programs(config)
     with pytest.raises(InputError, match=r"system.mesh: 512 devices asked for"):
-        simulation.prepare(small_config(system={"mesh": {"clients": 512}}))
+        preparation.prepare(small_config(system={"mesh": {"clients": 512}}))
 
 
 def test_run_without_the_weights_says_so():
     with pytest.raises(InputError, match="llava-1"):
-        simulation.prepare(load_config(CONFIGS / "llava15_7b.yaml", ["data.path=digits", "federation.clients=9",
+        preparation.prepare(load_config(CONFIGS / "llava15_7b.yaml", ["data.path=digits", "federation.clients=9",
                                                                      "data.partition=given"]))

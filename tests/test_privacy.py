@@ -12,7 +12,7 @@ from scipy.stats import norm
 
 from pilot_jax.config import PrivacyConfig
 from pilot_jax.errors import InputError
-from pilot_jax.federation import privacy, rounds, simulation
+from pilot_jax.federation import preparation, privacy, rounds, simulation
 
 
 def delta_of(epsilon: float, mu: float) -> float:
@@ -62,11 +62,11 @@ def test_the_server_sees_noised_uploads_alone(monkeypatch):
     a client's own data made of it is nowhere in what is mixed, measured or received."""
     clip, z = 0.5, 0.05
     config = small_config(federation={"privacy": {"clip": clip, "noise_multiplier": z}})
-    plain, _ = simulation.prepare(small_config())
-    fed, _ = simulation.prepare(config)
+    plain, _ = preparation.prepare(small_config())
+    fed, _ = preparation.prepare(config)
     seen, exact = {}, {}
     for name, one in (("noised", fed), ("plain", plain)):
-        start = simulation.initial_state(one)
+        start = preparation.initial_state(one)
         generator = rounds.round_of(one, start, 1)
         done = rounds.train_together([next(generator)], lambda e: None)[0]
         (exact if name == "plain" else seen).update(done.adapters)
@@ -102,7 +102,7 @@ def test_a_missing_accountant_is_found_before_training(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     with pytest.raises(InputError, match=r"Install pilot-jax\[privacy\]"):
-        simulation.prepare(small_config(federation={"privacy": {"clip": 1, "noise_multiplier": 1}}))
+        preparation.prepare(small_config(federation={"privacy": {"clip": 1, "noise_multiplier": 1}}))
 
 
 @pytest.mark.parametrize("keys", [{"clip": 1}, {"epsilon": 1}, {"clip": 1, "epsilon": 1, "noise_multiplier": 1}])

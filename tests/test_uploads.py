@@ -10,7 +10,7 @@ import pytest
 from conftest import small_config, tree_max_difference
 
 from pilot_jax.config import FederationConfig
-from pilot_jax.federation import rounds, simulation
+from pilot_jax.federation import preparation, rounds, simulation
 from pilot_jax.federation.uploads import change, misfit, refusals
 
 
@@ -35,7 +35,7 @@ def test_a_refused_client_is_as_if_it_had_not_taken_part(value):
     without = small_config(federation={"rounds": 1, "participation": [
         {"round": 1, "clients": [n for n in names if n != "ocr_1"]}]})
     fed = run.federation
-    first = rounds.run_round(fed, simulation.initial_state(fed), 1, lambda e: None, lambda r: None, lambda *a: None)
+    first = rounds.run_round(fed, preparation.initial_state(fed), 1, lambda e: None, lambda r: None, lambda *a: None)
     absent = simulation.simulate(without)
     ill = names.index("ocr_1")
     for i, name in enumerate(names):
@@ -127,7 +127,7 @@ def test_exploded(norms, bad):
 def test_robust_mixing_bounds_what_hostile_clients_do(name):
     """2 of 9 send their update times −10, too small to be refused: the model stays among the honest clients' values,
     coordinate by coordinate, where FedAvg's does not."""
-    from pilot_jax.federation.simulation import initial_state, prepare, with_strategy
+    from pilot_jax.federation.preparation import initial_state, prepare, with_strategy
     from pilot_jax.federation.strategies import make_strategy
 
     hostile = ("caption_0", "vqa_2")

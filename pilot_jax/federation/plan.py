@@ -15,9 +15,9 @@ from pilot_jax.costs import matmul_flops, saved_bytes
 from pilot_jax.data.batches import num_steps, training_length
 from pilot_jax.data.conversations import encode
 from pilot_jax.federation.client import Phase, client_loss
+from pilot_jax.federation.preparation import load_samples
 from pilot_jax.federation.roles import num_bytes
 from pilot_jax.federation.sharding import base_spec, shard_elements
-from pilot_jax.federation.simulation import load_samples
 from pilot_jax.federation.strategies import Strategy, make_strategy
 from pilot_jax.models.config import VlmConfig
 from pilot_jax.models.hf import base_shapes

@@ -1,4 +1,4 @@
-"""A whole run: load, check, train all rounds, evaluate, write the run directory."""
+"""A whole run: prepare, train all rounds, evaluate, write the run directory."""
 
 from __future__ import annotations
 
@@ -17,31 +17,29 @@ import numpy as np
 
 from pilot_jax import __version__, checkpoint
 from pilot_jax.config import Config, EvalConfig, apply_overrides
-from pilot_jax.data.batches import build_clients, build_prompts, encode_prompts, pooled
-from pilot_jax.data.conversations import stop_tokens
-from pilot_jax.data.features import bring, image_features
-from pilot_jax.data.llava import Sample, read_samples
-from pilot_jax.data.partition import partition
+from pilot_jax.data.batches import build_prompts, encode_prompts
+from pilot_jax.data.features import image_features
+from pilot_jax.data.llava import Sample
 from pilot_jax.errors import InputError, Interrupted
 from pilot_jax.evaluation.evaluate import answers, speaker
-from pilot_jax.evaluation.scores import check_metrics
 from pilot_jax.federation.examination import evaluate, examinee, mean_score, score_by_task
 from pilot_jax.federation.federation import Federation, State, Tamper
-from pilot_jax.federation.population import AnyState, ClientState, Population, prune
+from pilot_jax.federation.population import AnyState, Population, prune
+from pilot_jax.federation.preparation import initial_adapters, initial_state, prepare, see_everything
 from pilot_jax.federation.privacy import epsilon
-from pilot_jax.federation.rounds import cohort, members_of, most_uploads, run_round
-from pilot_jax.federation.sharding import AXES, ask_for_determinism, base_placement, on_training_devices
-from pilot_jax.federation.strategies import Strategy, make_strategy
-from pilot_jax.hosts import is_writer, to_host, wait
+from pilot_jax.federation.rounds import members_of, run_round
+from pilot_jax.federation.sharding import AXES, ask_for_determinism
+from pilot_jax.federation.strategies import Strategy
+from pilot_jax.hosts import is_writer, wait
 from pilot_jax.interrupts import StopSignals
 from pilot_jax.memory import give_back
 from pilot_jax.metrics import CompileClock, MetricsFile
 from pilot_jax.models.config import read_json
-from pilot_jax.models.pretrained import load, load_from_parts
 from pilot_jax.run_folder import RunFolder
 from pilot_jax.snapshots import Snapshots
-from pilot_jax.store import Store
 from pilot_jax.tensorboard import EventFiles, check_installed
+
+PROGRAMS_KEPT = 16 * 2**30  # bytes of `system.compilation_cache`; the least recently used go first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,97 +63,6 @@ class Run:
     def state(self, name: str) -> AnyState:
         """The model that answers for a client."""
         return self.population[self.federation.model_of(self.client(name))]
-
-
-def load_samples(config: Config) -> list[Sample]:
-    """The samples of `data.path`, each with its client."""
-    if config.data.path == "digits":
-        from pilot_jax.data.digits import scenario_clients, scene_samples
-
-        d = config.data.digits
-        samples = list(scene_samples(scenario_clients(d.scenario, d.train, d.validation, d.test, d.heterogeneity,
-                                                      d.clients_per_task), d.seed))
-    else:
-        samples = read_samples(config.data.path, config.data.image_root, config.data.file_names,
-                               config.data.limits)
-    return partition(samples, config.data.partition, config.federation.clients, config.data.dirichlet_alpha,
-                     config.system.seed)
-
-
-def _check_names(config: Config, names: list[str], tasks: list[str]) -> None:
-    wanted = config.federation.clients
-    if config.data.partition == "given" and wanted is not None and wanted != len(names):
-        raise InputError(f"federation.clients: {wanted}, but data.path {config.data.path} has {len(names)} clients. "
-                         "Drop the key or set data.partition.")
-    check_metrics([config.eval.metrics.get(task, "exact") for task in tasks])
-    unknown = sorted(set(config.eval.metrics) - set(tasks) - {"grounding"})
-    if unknown:
-        raise InputError(f"eval.metrics: unknown task {unknown[0]!r}. The data have {', '.join(tasks)}.")
-    for round_ in range(1, config.federation.rounds + 1):
-        cohort(config, tuple(names), round_)  # refuses unknown names before anything is trained
-
-
-def prepare(config: Config, strategy: Strategy | None = None) -> tuple[Federation, Any]:
-    """Load model and data, check them against the config. Nothing is written."""
-    samples = load_samples(config)
-    names, tasks = sorted({s.client for s in samples}), sorted({s.task for s in samples})
-    _check_names(config, names, tasks)
-    lora = config.model.lora
-    options: dict[str, Any] = {"dtype": None if config.model.dtype == "auto" else config.model.dtype,
-               "lora_scale": lora.alpha / lora.rank, "remat": config.model.remat, "unroll": config.system.unroll,
-               "place": base_placement(config.system.mesh)}
-    if config.model.parts is None:
-        model = load(config.model.path, **options)
-    else:
-        model = load_from_parts(**config.model.parts.model_dump(), **options)
-    tokenizer = model.tokenizer()
-    stop_tokens(tokenizer, config.data.template)  # refuses a template the tokenizer cannot end
-    model = dataclasses.replace(model, base=on_training_devices(model.base, config.system))
-    store = None if config.system.store is None else Store(config.system.store)
-    clients = build_clients(model, tokenizer, samples, config.data, config.system.length_spread,
-                            None if store is None else store.folder)
-    strategy = strategy or make_strategy(config.strategy, config.federation.schedule)
-    fed = Federation(config, strategy, model, tuple(clients), tuple(tasks), store=store)
-    return with_strategy(fed, strategy), tokenizer
-
-
-def see_everything(fed: Federation) -> None:
-    """Every image through the tower, so that one that cannot be read stops nothing that has begun. Of populations on
-    disk, and with several processes, they are seen when a client is drawn, and where it is trained."""
-    if fed.store is None and jax.process_count() == 1:
-        bring([f for c in fed.examined for f in (*(p.features for p in c.evaluation.values()), c.features)], 1)
-
-
-def with_strategy(fed: Federation, strategy: Strategy, config: Config | None = None) -> Federation:
-    """The same data and model under another strategy (and, if given, a config that differs in `strategy`, `train`,
-    `federation` or `eval` alone)."""
-    clients = fed.examined
-    pool = (pooled(list(clients)),) if strategy.pools_data else ()
-    fed = dataclasses.replace(fed, strategy=strategy, config=config or fed.config, clients=pool or clients,
-                              pool_of=clients if pool else ())
-    if fed.config.federation.privacy.clip is None:
-        return fed
-    fed = dataclasses.replace(fed, most_uploads=most_uploads(fed))
-    _ = fed.noise_multiplier  # refuses, before anything is trained, where the accountant is not installed
-    return fed
-
-
-def initial_adapters(fed: Federation) -> dict[str, Any]:
-    """What every client starts from; LoRA's A from fold_in(root, "init"), one for all."""
-    key = jax.random.fold_in(jax.random.key(fed.config.system.seed), 0x696E6974)  # "init"
-    adapters = fed.strategy.initial_adapters(key, to_host(fed.model.base["projector"]), fed.model.config,
-                                             fed.config.model.lora.rank, len(fed.tasks))
-    fed.strategy.roles().check(adapters)
-    return to_host(adapters)
-
-
-def initial_state(fed: Federation) -> State:
-    adapters = initial_adapters(fed)
-    roles = fed.strategy.roles()
-    server = to_host(fed.strategy.initial_server_state(
-        roles.select(adapters, "shared") | roles.select(adapters, "received"),
-        np.asarray([c.size for c in fed.clients]), np.asarray([fed.task_index(i) for i in range(len(fed.clients))])))
-    return State(tuple(ClientState(adapters) for _ in fed.clients), server)
 
 
 def steps_by_stage(fed: Federation) -> dict[str, int]:
@@ -240,6 +147,9 @@ def simulate(config: Config, *, out: str | Path | None = None, resume: bool = Fa
     clock = CompileClock()
     if config.system.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.system.compilation_cache).expanduser()))
+        # Without a limit, JAX reads and writes without a lock.
+        if jax.config.jax_compilation_cache_max_size == -1:  # type: ignore[attr-defined]
+            jax.config.update("jax_compilation_cache_max_size", PROGRAMS_KEPT)
     ask_for_determinism(config.system)
     if config.system.tensorboard:
         check_installed()
