@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+from pilot_jax.report.parts import decimal
 
 
 def _difference(line: dict[str, Any]) -> str:
@@ -22,34 +20,47 @@ def _difference(line: dict[str, Any]) -> str:
     return f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]{' *' if d['significant'] else ''}"
 
 
-def table(results: dict[str, Any]) -> str:
-    """The variants in the order they were asked for, as Markdown."""
+def _score(line: dict[str, Any]) -> str:
+    return decimal(line["score"]) + ("" if line["standard_error"] is None else f" ± {line['standard_error']:.3f}")
+
+
+def rows_of(results: dict[str, Any]) -> list[list[str]]:
+    """Head, the variants from best to worst, the base: what the Markdown and the report's page show."""
     lines = results["variants"]
     tasks = sorted({task for line in lines for task in line["by_task"]})
-    head = ["", "score", *tasks, "Pilot − it [95 %]", "neighbours", "base's captions", "rates ×", "MB up", "MB down",
-            "s"]
-    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    rows = [["", "score", *tasks, "Pilot − it [95 %]", "neighbours", "base's captions", "rates ×", "MB up", "MB down",
+             "s"]]
     for line in sorted(lines, key=lambda one: -one["score"]):
-        error = "" if line["standard_error"] is None else f" ± {line['standard_error']:.3f}"
         name = line["name"] + (f" ({line['diverged']} diverged)" if line["diverged"] else "")
         name += f" ({line['quarantined']} uploads refused)" if line.get("quarantined") else ""
         up, down = (None if line[k] is None else line[k] / 1e6 for k in ("bytes_up", "bytes_down"))
-        rows.append([name, _number(line["score"]) + error, *(_number(line["by_task"].get(t)) for t in tasks),
-                     _difference(line), _number(line["effective_neighbors"], 1), _number(line["base_captions"], 2),
-                     f"{line['rate_factor']:g}", _number(up, 1), _number(down, 1), f"{line['wall_seconds']:.0f}"])
-    rows.append(["*base*", _number(results["base"]["score"]), *[""] * len(tasks), "", "",
-                 _number(results["base"]["base_captions"], 2), "", "", "", ""])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        rows.append([name, _score(line), *(decimal(line["by_task"].get(t)) for t in tasks), _difference(line),
+                     decimal(line["effective_neighbors"], 1), decimal(line["base_captions"], 2),
+                     f"{line['rate_factor']:g}", decimal(up, 1), decimal(down, 1), f"{line['wall_seconds']:.0f}"])
+    rows.append(["base", decimal(results["base"]["score"]), *[""] * len(tasks), "", "",
+                 decimal(results["base"]["base_captions"], 2), "", "", "", ""])
+    return rows
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:]))
+
+
+def table(results: dict[str, Any]) -> str:
+    """`rows_of` as Markdown."""
+    *rows, base = rows_of(results)
+    return _markdown([*rows, [f"*{base[0]}*", *base[1:]]])
 
 
 def tuning_table(results: dict[str, Any]) -> str:
     factors = [f"{f:g}" for f in results["factors"]]
-    rows = [["", *(f"× {f}" for f in factors)], ["---", *["---:"] * len(factors)]]
+    rows = [["", *(f"× {f}" for f in factors)]]
     for family, rate in results["rates"].items():
         best = f"{rate['factor']:g}"
         rows.append([family, *(f"**{rate['validation'][f]:.3f}**" if f == best else f"{rate['validation'][f]:.3f}"
                                for f in factors)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return _markdown(rows)
 
 
 def _pyplot() -> Any:
@@ -93,16 +104,15 @@ def _plot(results: dict[str, Any], path: Path) -> None:
 def sweep_table(key: str, values: Sequence[str], done: Sequence[dict[str, Any]]) -> str:
     """Score of each variant (rows) at each value of a config key, and where Pilot's difference excludes 0: *."""
     names = [line["name"] for line in done[0]["variants"]]
-    rows = [["", *(f"{key} = {value}" for value in values)], ["---", *["---:"] * len(values)]]
+    rows = [["", *(f"{key} = {value}" for value in values)]]
     for name in names:
         cells = []
         for results in done:
             line = next(one for one in results["variants"] if one["name"] == name)
-            error = "" if line["standard_error"] is None else f" ± {line['standard_error']:.3f}"
             star = " *" if line.get("difference", {}).get("significant") else ""
-            cells.append(_number(line["score"]) + error + star)
+            cells.append(_score(line) + star)
         rows.append([name, *cells])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return _markdown(rows)
 
 
 def _plot_sweep(key: str, values: Sequence[str], done: Sequence[dict[str, Any]], path: Path) -> None:

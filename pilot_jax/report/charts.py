@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ INK = "#1b1f24"
 COLOURS = ("#2a78d6", "#d9622b", "#159a6c", "#a45bd0", "#b8860b", "#d6457f", "#4c8a8f", "#7d7d7d")
 WIDTH = 4.4  # inches: at 72 points an inch a phone shows it whole
 MOST_NAMES = 24  # clients whose names and numbers fit
+MOST_ROWS = 60  # of a table
 
 
 def pyplot() -> Any:
@@ -89,18 +90,18 @@ def scores(runs: Sequence[RunRecord]) -> Any:
     return figure
 
 
-def _phase_names(run: RunRecord) -> list[str]:
-    return list(dict.fromkeys(f"{u['round']}·{u['phase'].removeprefix('stage')}" for u in run.updates))
+def _phase_name(line: Mapping[str, Any]) -> str:
+    return f"{line['round']}·{line['phase'].removeprefix('stage')}"
 
 
 def losses(run: RunRecord) -> Any:
     """A line per client over the phases, in its task's colour: the mean loss of its steps."""
     figure, axes = new_axes(2.6)
-    names, tasks = _phase_names(run), run.tasks
+    names, tasks = list(dict.fromkeys(map(_phase_name, run.updates))), run.tasks
     for client, task in sorted(run.task_of.items(), key=lambda pair: (pair[1], pair[0])):
         own = [u for u in run.updates if u["client"] == client]
         if own:
-            axes.plot([names.index(f"{u['round']}·{u['phase'].removeprefix('stage')}") for u in own],
+            axes.plot([names.index(_phase_name(u)) for u in own],
                       [u["loss"] for u in own], marker="o", ms=2.5, lw=0.9, alpha=0.8,
                       color=COLOURS[tasks.index(task) % len(COLOURS)] if task in tasks else INK)
     for number, task in enumerate(tasks):
@@ -136,16 +137,20 @@ def over_rounds(runs: Sequence[RunRecord]) -> Any:
     return figure
 
 
+def _show_cells(axes: Any, opacity: np.ndarray) -> None:
+    from matplotlib.colors import to_rgba
+
+    ground = np.tile(np.asarray(to_rgba(COLOURS[0])), (*opacity.shape, 1))
+    ground[..., 3] = opacity
+    axes.imshow(ground, aspect="auto", interpolation="nearest")
+    axes.spines[["top", "right"]].set_visible(True)
+
+
 def heat_map(mixing: Mixing) -> Any:
     """The mixing matrix; how opaque a cell is says how large the weight (its square root: most are small)."""
     count = len(mixing.clients)
     figure, axes = new_axes(WIDTH * 0.86)
-    from matplotlib.colors import to_rgba
-
-    accent = np.asarray(to_rgba(COLOURS[0]))
-    cells = np.tile(accent, (count, count, 1))
-    cells[..., 3] = np.sqrt(np.clip(mixing.weights, 0, 1))
-    axes.imshow(cells, aspect="auto", interpolation="nearest")
+    _show_cells(axes, np.sqrt(np.clip(mixing.weights, 0, 1)))
     if count <= MOST_NAMES:
         axes.set_xticks(range(count), mixing.clients, rotation=90)
         axes.set_yticks(range(count), mixing.clients)
@@ -154,26 +159,21 @@ def heat_map(mixing: Mixing) -> Any:
             axes.text(j, i, f"{mixing.weights[i, j]:.2f}".lstrip("0"), ha="center", va="center", fontsize=6)
     axes.set_xlabel("from")
     axes.set_ylabel("client")
-    axes.spines[["top", "right"]].set_visible(True)
     return figure
 
 
 def cells(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], across: str, down: str) -> Any:
-    """Numbers in [0, 1] as a table of more or less opaque cells; nan: empty."""
-    figure, axes = new_axes(min(0.9 + 0.22 * len(rows), 9))
-    from matplotlib.colors import to_rgba
-
-    ground = np.tile(np.asarray(to_rgba(COLOURS[0])), (*values.shape, 1))
-    ground[..., 3] = np.nan_to_num(np.clip(values, 0, 1)) * 0.8
-    axes.imshow(ground, aspect="auto", interpolation="nearest")
+    """Numbers in [0, 1] as a table of more or less opaque cells; nan: empty. Above MOST_ROWS rows without text."""
+    named = len(rows) <= MOST_ROWS
+    figure, axes = new_axes(0.9 + 0.22 * len(rows) if named else 9)
+    _show_cells(axes, np.nan_to_num(np.clip(values, 0, 1)) * 0.8)
     axes.set_xticks(range(len(columns)), columns, rotation=0 if len(columns) <= 5 else 90)
-    axes.set_yticks(range(len(rows)) if len(rows) <= MOST_NAMES else [], rows if len(rows) <= MOST_NAMES else [])
-    if len(rows) <= MOST_NAMES:
+    axes.set_yticks(range(len(rows)) if named else [], rows if named else [])
+    if named:
         for i, j in zip(*np.nonzero(np.isfinite(values)), strict=True):
             axes.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=7)
     axes.set_xlabel(across)
     axes.set_ylabel(down)
-    axes.spines[["top", "right"]].set_visible(True)
     return figure
 
 
@@ -224,7 +224,7 @@ def traffic(run: RunRecord) -> Any:
 def times(run: RunRecord) -> Any:
     """Seconds of each phase."""
     figure, axes = new_axes(2.2)
-    names = [f"{p['round']}·{p['phase'].removeprefix('stage')}" for p in run.phases]
+    names = [_phase_name(p) for p in run.phases]
     bottom = np.zeros(len(names))
     for number, (key, label) in enumerate((("seconds", "local updates, with compiling"),
                                            ("feature_seconds", "images"))):

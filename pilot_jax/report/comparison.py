@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pilot_jax.comparison_report import rows_of
 from pilot_jax.errors import InputError
 from pilot_jax.models.config import read_json
 from pilot_jax.report import charts
@@ -112,16 +113,6 @@ def comparison_page(results: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
                     "s for the variants": f"{results['seconds_of_all']:.0f}",
                     "s for tuning": f"{results['seconds_of_tuning']:.0f}"})]
 
-    def error(line: dict[str, Any]) -> str:
-        return "" if line["standard_error"] is None else f" ± {line['standard_error']:.3f}"
-
-    def difference(line: dict[str, Any]) -> list[str]:
-        d = line.get("difference")
-        if d is None:
-            return ["–", "–"]
-        return [f"{d['mean']:+.3f}", "–" if d["low"] is None else f"[{d['low']:+.3f}, {d['high']:+.3f}]"
-                + (" *" if d["significant"] else "")]
-
     cards = [figures.card("scores", "Score of each variant, ± standard error",
                           f"Scores of {len(lines)} variants, from {decimal(lines[-1]['score'])} to "
                           f"{decimal(best['score'])}.", scores(results))]
@@ -135,14 +126,8 @@ def comparison_page(results: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
         cards.append(figures.card("traffic", "What a score costs in bytes", "Score against megabytes sent.",
                                   traffic(results)))
     parts.append(grid(cards))
-    parts.append("<h2>All numbers</h2>" + table_of(
-        ["", "score", *tasks, "Pilot − it", "95 %", "neighbours", "base's captions", "rates ×", "MB up", "MB down",
-         "s"],
-        [[line["name"] + (f" ({line['diverged']} diverged)" if line["diverged"] else ""),
-          decimal(line["score"]) + error(line), *(decimal(line["by_task"].get(t)) for t in tasks), *difference(line),
-          decimal(line["effective_neighbors"], 1), decimal(line["base_captions"], 2), f"{line['rate_factor']:g}",
-          *(decimal(None if line[k] is None else line[k] / 1e6, 1) for k in ("bytes_up", "bytes_down")),
-          f"{line['wall_seconds']:.0f}"] for line in lines]))
+    head, *rows = rows_of(results)
+    parts.append("<h2>All numbers</h2>" + table_of(head, rows))
     if results.get("rates"):
         factors = [f"{f:g}" for f in results["factors"]]
         parts.append("<h2>How the learning rates were chosen</h2><p class='soft'>Validation score by factor on the "

@@ -16,7 +16,8 @@ from pilot_jax.evaluation.evaluate import answers, speaker
 from pilot_jax.federation.examination import evaluation_matrix, examinee, first_prompts
 from pilot_jax.federation.federation import Federation
 from pilot_jax.federation.population import Population
-from pilot_jax.federation.simulation import Run, load_samples, restore
+from pilot_jax.federation.preparation import load_samples
+from pilot_jax.federation.simulation import Run, restore
 from pilot_jax.report.charts import MOST_NAMES
 
 SIDE = 192  # pixels of a thumbnail
