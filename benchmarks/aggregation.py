@@ -116,6 +116,7 @@ COLUMNS = {"space": "", "cohort": "", "parameters": "", "ours_s": ".3f", "stream
 def measure(tree: dict, space: str, cohort: int, repetitions: int, bandwidth: float) -> dict:
     worst = check(tree, space, cohort)  # compiles, too
     size, resident, flat = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)), jax.device_put(tree), None
+    jax.block_until_ready(resident)
     if space == "factors" and size < 2e9:
         import torch
 

@@ -80,11 +80,13 @@ def test_distances_inside_two_far_clusters(space, spread):
     np.testing.assert_allclose(np.asarray(distances(tree, space=space))[off], expected[off], rtol=1e-5)
 
 
-def test_long_leaves_are_summed_in_blocks(monkeypatch):
-    """Blocks of 7 columns instead of 2²⁰, the last one shorter: the same distances."""
-    monkeypatch.setattr("pilot_jax.federation.distances.COLUMNS", 7)
-    tree = uploads(18, layers=3, d_in=11)  # shapes of no other test: nothing compiled before is used
-    np.testing.assert_allclose(distances(tree, 17), distances64(tree, "factors"), rtol=1e-5, atol=1e-12)
+@pytest.mark.parametrize(("cohort", "width", "pairs"), [(18, 7, 5), (7, 11, 4), (5, 33, 10)])
+def test_long_leaves_are_summed_in_strips(monkeypatch, cohort, width, pairs):
+    """Strips of a few columns, the last one shorter or none, and groups of a few pairs: the same distances."""
+    monkeypatch.setattr("pilot_jax.federation.distances.strip_width", lambda cohort: width)
+    monkeypatch.setattr("pilot_jax.federation.distances.PAIRS", pairs)
+    tree = uploads(cohort, layers=3, d_in=11)  # shapes of no other test: nothing compiled before is used
+    np.testing.assert_allclose(distances(tree, cohort - 1), distances64(tree, "factors"), rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("space", ["factors", "product"])

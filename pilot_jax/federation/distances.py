@@ -21,7 +21,7 @@ from pilot_jax.hosts import mesh_of
 # Of |a|² + |b|²: forty times the float32 error of the Gram matrices seen (2e-7 with a million numbers a client).
 MARGIN = 1e-5
 EVERY_PAIR = 16  # cohorts up to this size: every pair is subtracted
-COLUMNS = 2**20  # of a leaf in one product: the error of a float32 sum grows with its length
+PAIRS = 32  # subtracted at once
 
 
 def exact_einsum(spec: str, *operands: jax.Array) -> jax.Array:
@@ -48,21 +48,37 @@ def _product_squares(a: jax.Array, b: jax.Array, a_k: jax.Array, b_k: jax.Array)
     return jnp.maximum(jnp.sum(first + second + 2 * cross, axis=(1, 2, 3)), 0.0)
 
 
-def _blocks(x: jax.Array) -> list[jax.Array]:
-    """Slices of at most COLUMNS along the last axis."""
-    return [x[..., i:i + COLUMNS] for i in range(0, x.shape[-1], COLUMNS)]
+def strip_width(cohort: int) -> int:
+    """Columns that are worked on at a time: on CPU as many as stay in its cache."""
+    if jax.default_backend() == "cpu":
+        return max(2**10, min(2**15, 2**20 // cohort))
+    return max(2**10, min(2**20, 2**26 // cohort))
+
+
+def _over_strips(function: Callable[[jax.Array], jax.Array], leaf: jax.Array) -> jax.Array:
+    """Σ function(strip) over strips [S, w] float32 of a leaf [S, …]."""
+    x = leaf.reshape(leaf.shape[0], -1)
+    width = strip_width(len(x))
+
+    def of(start: jax.Array | int, width: int) -> jax.Array:
+        return function(jax.lax.dynamic_slice_in_dim(x, start, width, axis=1).astype(jnp.float32))
+
+    strips, rest = divmod(x.shape[1], width)
+    if not strips:
+        return of(0, rest)
+    total = jax.lax.fori_loop(1, strips, lambda i, total: total + of(i * width, width), of(0, width))
+    return total + of(strips * width, rest) if rest else total
 
 
 @jax.jit
 def _factor_gram(leaf: jax.Array) -> jax.Array:
     """⟨x_k − x̄, x_j − x̄⟩ of a leaf [S, …] → [S, S]."""
-    def block(x: jax.Array) -> jax.Array:
+    def of(x: jax.Array) -> jax.Array:
         # The mean as a product: jnp.mean takes five times as long on CPU.
         x = x - exact_einsum("s,sp->p", jnp.full(len(x), 1 / len(x)), x)
         return exact_einsum("sp,tp->st", x, x)
 
-    first, *others = (block(x.astype(jnp.float32)) for x in _blocks(leaf.reshape(leaf.shape[0], -1)))
-    return sum(others, first)
+    return _over_strips(of, leaf)
 
 
 @jax.jit
@@ -82,14 +98,22 @@ def _product_gram(a: jax.Array, b: jax.Array) -> jax.Array:
 
 @jax.jit
 def _factor_pairs(leaf: jax.Array, rows: jax.Array, columns: jax.Array, count: jax.Array) -> jax.Array:
-    """‖x_k − x_j‖² of the first `count` pairs; rows, columns int [N] → [N], 0 beyond."""
-    x = leaf.reshape(leaf.shape[0], -1)
+    """‖x_k − x_j‖² of the first `count` pairs; rows, columns int [N] → [N], beyond `count` whatever comes out."""
+    at_once = min(PAIRS, len(rows))
+    # Whole groups of pairs; those that fill the last one up are subtracted in vain.
+    k, j = (jnp.pad(n, (0, -len(rows) % at_once)) for n in (rows, columns))
 
-    def pair(i, out):
-        k, j = (jax.lax.dynamic_index_in_dim(x, n[i], keepdims=False).astype(jnp.float32) for n in (rows, columns))
-        return out.at[i].set(sum(exact_einsum("p,p->", d, d) for d in _blocks(k - j)))
+    def of(x: jax.Array) -> jax.Array:
+        def group(i, out):
+            left, right = (x.at[jax.lax.dynamic_slice_in_dim(n, i * at_once, at_once)].get(mode="promise_in_bounds")
+                           for n in (k, j))
+            # As a product: a sum over the last axis takes four times as long on CPU.
+            squares = exact_einsum("np,p->n", jnp.square(left - right), jnp.ones(x.shape[1]))
+            return jax.lax.dynamic_update_slice_in_dim(out, squares, i * at_once, axis=0)
 
-    return jax.lax.fori_loop(0, count, pair, jnp.zeros(len(rows)))
+        return jax.lax.fori_loop(0, -(-count // at_once), group, jnp.zeros(len(k)))
+
+    return _over_strips(of, leaf)[:len(rows)]
 
 
 @jax.jit

@@ -1,0 +1,50 @@
+"""Peak memory of one round of the quickstart, with and without freed memory handed back (`pilot_jax/memory.py`).
+
+    python benchmarks/memory.py [--repetitions 3] [--set KEY=VALUE …]
+
+Every run is a process of its own, alternating, with an empty compilation cache; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+ONE_ROUND = """
+import sys
+from pilot_jax import memory
+if sys.argv[1] == "kept":
+    memory.give_back = lambda: None  # before anything else takes it from there
+from pilot_jax.config import load_config
+from pilot_jax.federation.sharding import split_cpu
+config = load_config(sys.argv[2], ["federation.rounds=1", *sys.argv[3:]])
+split_cpu(config.system)
+from pilot_jax.federation.simulation import simulate
+print(simulate(config).summary["peak_memory_bytes"])
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--set", dest="overrides", action="append", default=[], help="any key of the config")
+    args = parser.parse_args()
+    peaks: dict[str, list[int]] = {"handed back": [], "kept": []}
+    for _ in range(args.repetitions):
+        for how, seen in peaks.items():
+            command = (sys.executable, "-c", ONE_ROUND, how, str(ROOT / "configs" / "quickstart.yaml"), *args.overrides)
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+            if done.returncode:
+                raise SystemExit(done.stderr[-2000:])
+            seen.append(int(done.stdout.split()[-1]))
+    for how, seen in peaks.items():
+        print(f"{how:<12} {statistics.median(seen) / 1e9:.2f} GB  ({', '.join(f'{x / 1e9:.2f}' for x in seen)})")
+
+
+if __name__ == "__main__":
+    main()
