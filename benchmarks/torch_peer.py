@@ -68,7 +68,7 @@ class TorchPeer:
     """A federation's local phases; see the module's docstring for `tuned`."""
 
     def __init__(self, base: str, clients: list[dict[str, Any]], rates: dict[str, tuple[float, float]], *, rank: int,
-                 alpha: int, tasks: int, batch: int, tuned: bool) -> None:
+                 alpha: int, tasks: int, batch: int, tuned: bool, dtype: torch.dtype = torch.float32) -> None:
         from peft import LoraConfig, get_peft_model
         from transformers import LlavaForConditionalGeneration
 
@@ -84,13 +84,15 @@ class TorchPeer:
             nn.init.zeros_(mlp.linear_2.bias)
         self.model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern))
         self.model.base_model.model.model.multi_modal_projector = self.connector
+        self.model.to(dtype)
+        self.dtype = dtype
         self.connector.requires_grad_(True)
         self.llava = self.model.base_model.model
         self.clients, self.rates, self.batch, self.tuned = clients, rates, batch, tuned
         self.features = [None] * len(clients)
         if tuned:
             with torch.no_grad():
-                self.features = [torch.cat([self._tower(torch.tensor(c["pixels"][i:i + 64]))
+                self.features = [torch.cat([self._tower(torch.tensor(c["pixels"][i:i + 64], dtype=dtype))
                                             for i in range(0, len(c["pixels"]), 64)]) for c in clients]
         self.adapters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.start = {n: p.detach().clone() for n, p in self.adapters.items()}
@@ -101,9 +103,9 @@ class TorchPeer:
         """Start from the same LoRA and router as the other systems."""
         for name in self.start:
             if "lora_" in name:
-                self.start[name] = torch.tensor(lora[name.replace(".default", "")])
+                self.start[name] = torch.tensor(lora[name.replace(".default", "")], dtype=self.dtype)
             elif "router" in name:
-                self.start[name] = torch.tensor(router)
+                self.start[name] = torch.tensor(router, dtype=self.dtype)
         self.reset()
 
     def reset(self) -> None:
@@ -157,8 +159,8 @@ class TorchPeer:
             labels = torch.full_like(ids, -100)
             r, a = np.nonzero(data["target_weights"][rows])
             labels[r, data["target_positions"][rows][r, a] + 1] = targets[r, a]
-            loss = self.model(input_ids=ids, attention_mask=mask, pixel_values=torch.tensor(data["pixels"][rows]),
-                              labels=labels).loss
+            pixels = torch.tensor(data["pixels"][rows], dtype=self.dtype)
+            loss = self.model(input_ids=ids, attention_mask=mask, pixel_values=pixels, labels=labels).loss
         aux = self.connector.outputs
         if stage == "stage1":
             return loss + 0.1 * difference_loss(aux["x_t"], aux["x_s"])
