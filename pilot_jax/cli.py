@@ -127,7 +127,9 @@ def report(runs: Annotated[list[Path], typer.Argument(
                help="Run directories, several side by side; or a comparison's folder or results.json.")],
            out: Annotated[Path | None, typer.Option(help="The page; default report.html in the first of them.")] = None,
            answers: Annotated[int, typer.Option(
-               min=0, help="Answers shown of each task, and asked of every model for each client; 0: none.")] = 2
+               min=0, help="Answers shown of each task; 0: no model is loaded, nothing asked.")] = 2,
+           asked: Annotated[int, typer.Option(
+               min=0, help="Of each client's prompts, how many every model answers, for what each can do.")] = 8
            ) -> None:
     """One HTML page of runs, finished or not, or of what `compare` wrote, and every figure as PNG beside it."""
     from pilot_jax.config import SystemConfig
@@ -136,7 +138,7 @@ def report(runs: Annotated[list[Path], typer.Argument(
 
     split_cpu(SystemConfig())
     default = runs[0].with_suffix(".html") if runs[0].is_file() else runs[0] / "report.html"
-    page, *pictures = write_report(runs, out or default, answers)
+    page, *pictures = write_report(runs, out or default, answers, asked)
     typer.echo(f"{page}, and {len(pictures)} figures in {page.with_suffix('')}")
 
 

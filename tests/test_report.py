@@ -60,7 +60,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_the_page_says_what_the_run_wrote(run, tmp_path):
-    page_file, *pictures = write_report([run], tmp_path / "page.html", 1)
+    page_file, *pictures = write_report([run], tmp_path / "page.html", 1, 1)
     text = page_file.read_text()
     page, summary = Page(text), json.loads((run / "summary.json").read_text())
     assert not page.open and len(page.ids) == len(set(page.ids))
@@ -82,7 +82,7 @@ def test_the_page_says_what_the_run_wrote(run, tmp_path):
 
 def test_abilities_and_routing_are_the_models_own(run):
     """Whom the routers ask, against NumPy float64 from the features; what the models can do, against `evaluate`."""
-    inside, done = look_inside(run, 2), simulation.restore(run)
+    inside, done = look_inside(run, 1, 2), simulation.restore(run)
     fed = done.federation
     assert set(inside.routing) == {c.name for c in fed.clients} and len(fed.tasks) == 3
     for client, state in zip(fed.clients, done.population, strict=True):

@@ -50,17 +50,18 @@ class Inside:
     routing: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # client: weights [T]
 
 
-def look_inside(folder: str | Path, count: int) -> Inside:
+def look_inside(folder: str | Path, count: int, asked: int) -> Inside:
     """Loads a run that has ended, and its data.
 
     Args:
-        count: answers of each task that are shown; and to how many of each client's prompts every model answers, where
-            there are few enough clients and all have test data.
+        count: answers of each task that are shown.
+        asked: how many of each client's prompts every model answers, where there are few enough clients and all have
+            test data.
     """
     run = restore(folder)
     few = len(run.federation.examined) <= MOST_NAMES
-    whole = few and all("test" in client.evaluation for client in run.federation.examined)
-    return Inside(tuple(_examples(run, count)), _abilities(run, count) if whole else None,
+    whole = asked and few and all("test" in client.evaluation for client in run.federation.examined)
+    return Inside(tuple(_examples(run, count)), _abilities(run, asked) if whole else None,
                   router_weights(run.federation, run.population))
 
 

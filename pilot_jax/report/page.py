@@ -155,12 +155,13 @@ def page(runs: Sequence[RunRecord], look: Callable[[RunRecord], Inside] = lambda
     return document(title, parts), figures.pngs
 
 
-def write_report(folders: Sequence[str | Path], out: Path, count: int) -> list[Path]:
+def write_report(folders: Sequence[str | Path], out: Path, count: int, asked: int = 8) -> list[Path]:
     """Write the page of runs, or of a comparison, and, in a folder of its name, the PNGs; what was written.
 
     Args:
         folders: run directories; or the folder of one comparison, or its `results.json`.
-        count: answers shown of each task, and given by each model to each client's prompts; 0 loads no model.
+        count: answers shown of each task; 0 loads no model.
+        asked: of each client's prompts, how many every model answers for its abilities.
 
     Raises:
         InputError: a folder is neither, or matplotlib is not installed.
@@ -171,4 +172,8 @@ def write_report(folders: Sequence[str | Path], out: Path, count: int) -> list[P
             raise InputError("report: a comparison has a page of its own. Give one, or runs alone.")
         return write(out, *comparison_page(read_comparison(folders[0])))
     runs = [read_run(folder) for folder in folders]
-    return write(out, *page(runs, lambda run: look_inside(run.folder, count) if count and run.summary else Inside()))
+
+    def inside(run: RunRecord) -> Inside:
+        return look_inside(run.folder, count, asked) if count and run.summary else Inside()
+
+    return write(out, *page(runs, inside))
