@@ -136,6 +136,34 @@ def run_together(rounds: Sequence[Generator[Work, Trained | None, State]], progr
     return states
 
 
+def _tell_of(refused: Mapping[int, str], fed: Federation, all_of_them: bool, when: str,
+             progress: Callable[[dict], None]) -> None:
+    """Say whose uploads are refused and why; stop where the config says so, or nobody is left."""
+    for client, why in refused.items():
+        text = f"{when}: the upload of {fed.clients[client].name} {why}"
+        if fed.config.federation.on_bad_client == "stop" or all_of_them:
+            raise FloatingPointError(f"{text}. Lower train.lr_*, or look at its data.")
+        progress({"kind": "note", "text": f"warning: {text}; it is left out of this round, and goes on from what it "
+                  "had before."})
+
+
+def _aggregated(fed: Federation, trained: Mapping[int, Any], who: Sequence[int], server: dict[str, Any],
+                ) -> tuple[dict[int, dict[str, Any]], dict[str, Any], dict[str, Any]]:
+    """The server's work on the uploads of clients `who`: (each one's adapters after it, the server's state, what is
+    logged of the mixing)."""
+    strategy, roles = fed.strategy, fed.strategy.roles()
+    uploads = stack([roles.select(trained[c], "shared") for c in who])
+    sizes, tasks = np.asarray([fed.clients[c].size for c in who]), np.asarray([fed.task_index(c) for c in who])
+    downloads, server, log = strategy.aggregate(spread(uploads, fed.server_mesh), sizes, tasks, np.asarray(who), server)
+    mixing.check_rows(log["weights"])
+    downloads, received, after = to_host(downloads), roles.names(scope="received"), {}
+    for k, client in enumerate(who):
+        its = {n: t if n in received else row(t, k) for n, t in downloads.items()}
+        # Fetching again puts the server's own arrays in place of equal copies.
+        after[client] = strategy.fetch({**trained[client], **its}, server, fed.task_index(client))
+    return after, server, {"effective_neighbors": np.asarray(mixing.effective_neighbors(log["weights"]))} | log
+
+
 def round_of(fed: Federation, state: State, round_: int, progress: Callable[[dict], None] = lambda event: None,
              record: Callable[[dict], None] = lambda entry: None,
              save_mixing: Callable[[int, str, dict], None] = lambda *args: None,
@@ -143,7 +171,6 @@ def round_of(fed: Federation, state: State, round_: int, progress: Callable[[dic
              ) -> Generator[Work, Trained | None, State]:
     """One round as a generator, for `run_together`: yields what it wants trained, and returns the state after it."""
     strategy, population = fed.strategy, list(state.population)
-    roles = strategy.roles()
     members = members_of(fed, round_)
     newcomers = {c for c in members if population[c].is_new}
     server = {**state.server, "round": round_}
@@ -165,12 +192,7 @@ def round_of(fed: Federation, state: State, round_: int, progress: Callable[[dic
             record(entry)
         earlier = state.norms.get(stage, [])
         refused = refusals(fed.config.federation, dict(zip(taking, records, strict=True)), earlier)
-        for client, why in refused.items():
-            text = f"round {round_} {label}: the upload of {fed.clients[client].name} {why}"
-            if fed.config.federation.on_bad_client == "stop" or {*refused, *state.benched} >= set(members):
-                raise FloatingPointError(f"{text}. Lower train.lr_*, or look at its data.")
-            progress({"kind": "note", "text": f"warning: {text}; it is left out of this round, and goes on from what "
-                      "it had before."})
+        _tell_of(refused, fed, {*refused, *state.benched} >= set(members), f"round {round_} {label}", progress)
         taking = [c for c in taking if c not in refused]
         up, down = strategy.sent_bytes(trained[min(asked)])
         steps = sum(r["step"] for r in records)
@@ -195,22 +217,10 @@ def round_of(fed: Federation, state: State, round_: int, progress: Callable[[dic
             after_phase(state, [])
             continue
         used = [entry for entry in records if entry["client"] not in {fed.clients[c].name for c in refused}]
-        uploads = stack([roles.select(trained[c], "shared") for c in taking])
-        sizes = np.asarray([fed.clients[c].size for c in taking])
-        tasks = np.asarray([fed.task_index(c) for c in taking])
-        downloads, server, log = strategy.aggregate(spread(uploads, fed.server_mesh), sizes, tasks, np.asarray(taking),
-                                                    server)
-        mixing.check_rows(log["weights"])
-        downloads = to_host(downloads)
-        received = roles.names(scope="received")
-        for k, client in enumerate(taking):
-            its = {n: t if n in received else row(t, k) for n, t in downloads.items()}
-            # Fetching again puts the server's own arrays in place of equal copies.
-            adapters = strategy.fetch({**trained[client], **its}, server, fed.task_index(client))
+        after, server, log = _aggregated(fed, trained, taking, server)
+        for client, adapters in after.items():
             population[client] = ClientState(adapters, stage, population[client].rounds)
-        log = {"effective_neighbors": np.asarray(mixing.effective_neighbors(log["weights"]))} | log
-        names = [fed.clients[c].name for c in taking]
-        save_mixing(round_, label, log | {"client_ids": np.asarray(names)})
+        save_mixing(round_, label, log | {"client_ids": np.asarray([fed.clients[c].name for c in taking])})
         summary |= {"loss": float(np.average([r["loss"] for r in used], weights=[r["step"] for r in used])),
                     "effective_neighbors": float(np.mean(log["effective_neighbors"]))}
         if "product_gap" in log:
