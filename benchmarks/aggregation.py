@@ -4,8 +4,9 @@
                                      [--clusters 3] [--repetitions 3] [--json FILE]
 
 Uploads are LoRA trees (rank 8) of clients in `--clusters` clusters, half a tree's own size apart. "ours" has them on
-the device, as a round has; "streamed" has them in host memory, and they go to the device leaf by leaf. "GB/s" is their
-size over the time of "ours", beside what copying a large array reaches here (each byte counted once, as read).
+the device, as a round has; "streamed" has them in host memory, stacked as a round stacks them, and they go to the
+device leaf by leaf. "GB/s" is their size over the time of "ours", beside what copying a large array reaches here (each
+byte counted once, as read).
 
 Before anything is timed, the distances to the nearest neighbours are compared with the loop's in float64: a relative
 difference above 1e-5 ends the run. The loop is timed on 64 pairs and scaled to all.
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 RANK, NEIGHBORS, TIMED_PAIRS = 8, 3, 64
@@ -27,6 +29,8 @@ RANK, NEIGHBORS, TIMED_PAIRS = 8, 3, 64
 
 def make_uploads(cohort: int, parameters: int, clusters: int) -> dict:
     """Trees of 14 leaves (seven targets, A and B) with `parameters` numbers per client, as training leaves them."""
+    from pilot_jax.hosts import empty
+
     rng = np.random.default_rng(0)
     width = max(8, round((parameters / (14 * RANK)) ** 0.5))
     layers = max(1, round(parameters / (14 * RANK * width)))
@@ -34,7 +38,7 @@ def make_uploads(cohort: int, parameters: int, clusters: int) -> dict:
 
     def leaf(shape):
         start, centres = rng.normal(size=shape), rng.normal(size=(clusters, *shape)).astype(np.float32)
-        out = np.empty((cohort, *shape), np.float32)
+        out = empty((cohort, *shape), np.float32)
         for k in range(cohort):
             out[k] = start + 0.5 * centres[k % clusters] + 0.1 * rng.standard_normal(shape, np.float32)
         return out
@@ -100,7 +104,7 @@ def check(tree: dict, space: str, cohort: int) -> float:
     """The largest relative error of the distances to the nearest neighbours of three clients."""
     from pilot_jax.federation.distances import distances
 
-    ours, worst = np.asarray(distances(tree, NEIGHBORS, space)), 0.0
+    ours, worst = np.asarray(distances(tree, NEIGHBORS, space), np.float64), 0.0
     for k in range(min(3, cohort)):
         for j in np.argsort(np.where(np.arange(cohort) == k, np.inf, ours[k]))[:min(NEIGHBORS, cohort - 1)]:
             worst = max(worst, abs(ours[k, j] / loop_pair(tree, space, k, int(j), np.float64) - 1))
@@ -115,7 +119,7 @@ COLUMNS = {"space": "", "cohort": "", "parameters": "", "ours_s": ".3f", "stream
 
 def measure(tree: dict, space: str, cohort: int, repetitions: int, bandwidth: float) -> dict:
     worst = check(tree, space, cohort)  # compiles, too
-    size, resident, flat = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)), jax.device_put(tree), None
+    size, resident, flat = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)), jax.tree.map(jnp.array, tree), None
     jax.block_until_ready(resident)
     if space == "factors" and size < 2e9:
         import torch

@@ -6,6 +6,7 @@ the writer, leaves the files.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -16,6 +17,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pilot_jax.errors import InputError
 
 AT_ONCE = 2**28  # bytes of an array that are gathered on a device
+ALIGNMENT = 64  # bytes; XLA's
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """`np.empty`, but where in memory a CPU device takes it as it is instead of copying it: it must not change then."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start:start + size].view(dtype).reshape(shape)
 
 
 def start(coordinator: str | None, processes: int | None, process: int | None) -> None:

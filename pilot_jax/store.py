@@ -16,12 +16,13 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from pilot_jax.errors import InputError
+from pilot_jax.hosts import empty
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
@@ -55,22 +56,31 @@ class Rows:
         return self.shape[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        count = int(np.prod(self.shape, dtype=np.int64))
-        row = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-        got = np.fromfile(self.path, self.dtype, count, offset=self.start * row).reshape(self.shape)
-        return got if dtype is None else got.astype(dtype)
+        out = empty(self.shape, self.dtype)
+        with self.path.open("rb") as file:
+            self._read(file, 0, out.reshape(-1).view(np.uint8))
+        return out if dtype is None else out.astype(dtype, copy=False)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """As an array's; of an array of rows, only those are read."""
         if not isinstance(index, np.ndarray) or index.ndim != 1 or index.dtype.kind != "i":
             return np.asarray(self)[index]
-        each = int(np.prod(self.shape[1:], dtype=np.int64))
-        out = np.empty((len(index), each), self.dtype)
+        out = empty((len(index), *self.shape[1:]), self.dtype)
+        memory, each = out.reshape(-1).view(np.uint8), self._row_bytes
         with self.path.open("rb") as file:
-            for at, row in enumerate(np.arange(self.shape[0])[index]):  # negative or too large: as arrays do
-                file.seek((self.start + int(row)) * each * self.dtype.itemsize)
-                out[at] = np.frombuffer(file.read(each * self.dtype.itemsize), self.dtype)
-        return out.reshape(len(index), *self.shape[1:])
+            for at, row in enumerate(np.arange(len(self))[index]):  # negative or too large: as arrays do
+                self._read(file, int(row), memory[at * each:(at + 1) * each])
+        return out
+
+    @property
+    def _row_bytes(self) -> int:
+        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+
+    def _read(self, file: BinaryIO, row: int, into: np.ndarray) -> None:
+        """What stands from `row` on, as many bytes as `into` has."""
+        file.seek((self.start + row) * self._row_bytes)
+        if file.readinto(into) != len(into):  # type: ignore[attr-defined]
+            raise OSError(f"{self.path} ends before it should.")
 
     def part(self, start: int, stop: int) -> Rows:
         return Rows(self.path, (stop - start, *self.shape[1:]), self.dtype, self.start + start)
@@ -81,7 +91,7 @@ class RowsWriter:
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: Any) -> None:
         self.rows = Rows(path, shape, dtype)
-        self._row = int(np.prod(shape[1:], dtype=np.int64)) * self.rows.dtype.itemsize
+        self._row = self.rows._row_bytes
         with path.open("wb") as file:
             file.truncate(shape[0] * self._row)
 

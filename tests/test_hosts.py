@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import small_config, tree_max_difference
 
@@ -18,7 +20,8 @@ from pilot_jax import hosts
 from pilot_jax.config import MeshConfig
 from pilot_jax.errors import InputError
 from pilot_jax.federation import preparation, simulation
-from pilot_jax.federation.sharding import make_mesh
+from pilot_jax.federation.population import stack
+from pilot_jax.federation.sharding import make_mesh, spread
 
 ROOT = Path(__file__).parent.parent
 RATES = {"optimizer": "sgd", "lr_connector": 0.005, "lr_lora_stage1": 0.005, "lr_lora_stage2": 0.005}
@@ -205,6 +208,14 @@ def test_each_process_reads_its_own_clients_images():
 def test_incomplete_addresses_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         hosts.start(*arguments)
+
+
+def test_a_cohort_is_in_memory_once():
+    """On CPU the server works on the very arrays that uploads are stacked in."""
+    for dtype in (np.float32, jnp.bfloat16):
+        stacked = stack([{"a": np.full((3, 5), k, dtype)} for k in range(7)])
+        assert stacked["a"].shape == (7, 3, 5) and stacked["a"].dtype == dtype and (stacked["a"][6] == 6).all()
+        assert spread(stacked, None)["a"].unsafe_buffer_pointer() == stacked["a"].ctypes.data
 
 
 def test_nothing_over_clients_is_nothing():

@@ -85,6 +85,10 @@ def test_rows(tmp_path, dtype):
     part = rows.part(3, 5)
     assert part.shape == (2, 2, 3) and (part[1] == values[1]).all() and (part.part(1, 2)[0] == values[1]).all()
     assert np.pad(part, ((0, 1), (0, 0), (0, 0))).shape == (3, 2, 3)
+    rows.path.write_bytes(rows.path.read_bytes()[:-1])
+    for late in (lambda: np.asarray(rows), lambda: rows[np.asarray([4])]):
+        with pytest.raises(OSError, match="ends before"):
+            late()
 
 
 @pytest.mark.parametrize("space", ["factors", "product"])

@@ -48,17 +48,16 @@ def _product_squares(a: jax.Array, b: jax.Array, a_k: jax.Array, b_k: jax.Array)
     return jnp.maximum(jnp.sum(first + second + 2 * cross, axis=(1, 2, 3)), 0.0)
 
 
-def strip_width(cohort: int) -> int:
-    """Columns that are worked on at a time: on CPU as many as stay in its cache."""
+def strip_width(cohort: int, pairs: bool = False) -> int:
+    """Columns that are worked on at a time: on CPU as many as stay in its cache, the differences of PAIRS too."""
     if jax.default_backend() == "cpu":
-        return max(2**10, min(2**15, 2**20 // cohort))
+        return 2**11 if pairs else max(2**10, min(2**15, 2**20 // cohort))
     return max(2**10, min(2**20, 2**26 // cohort))
 
 
-def _over_strips(function: Callable[[jax.Array], jax.Array], leaf: jax.Array) -> jax.Array:
-    """Σ function(strip) over strips [S, w] float32 of a leaf [S, …]."""
+def _over_strips(function: Callable[[jax.Array], jax.Array], leaf: jax.Array, width: int) -> jax.Array:
+    """Σ function(strip) over strips [S, width] float32 of a leaf [S, …]."""
     x = leaf.reshape(leaf.shape[0], -1)
-    width = strip_width(len(x))
 
     def of(start: jax.Array | int, width: int) -> jax.Array:
         return function(jax.lax.dynamic_slice_in_dim(x, start, width, axis=1).astype(jnp.float32))
@@ -78,7 +77,7 @@ def _factor_gram(leaf: jax.Array) -> jax.Array:
         x = x - exact_einsum("s,sp->p", jnp.full(len(x), 1 / len(x)), x)
         return exact_einsum("sp,tp->st", x, x)
 
-    return _over_strips(of, leaf)
+    return _over_strips(of, leaf, strip_width(len(leaf)))
 
 
 @jax.jit
@@ -113,7 +112,7 @@ def _factor_pairs(leaf: jax.Array, rows: jax.Array, columns: jax.Array, count: j
 
         return jax.lax.fori_loop(0, -(-count // at_once), group, jnp.zeros(len(k)))
 
-    return _over_strips(of, leaf)[:len(rows)]
+    return _over_strips(of, leaf, strip_width(len(leaf), pairs=True))[:len(rows)]
 
 
 @jax.jit

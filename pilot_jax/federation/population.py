@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pilot_jax.hosts import empty
 from pilot_jax.store import Key, Store
 
 
@@ -58,7 +59,12 @@ def prune(store: Store, population: Population) -> None:
 
 def stack(trees: list[Any]) -> Any:
     """Trees of one structure → leaves [len(trees), …]."""
-    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *trees)
+    def one(*leaves: Any) -> np.ndarray:
+        rows = [np.asarray(leaf) for leaf in leaves]
+        out = empty((len(rows), *rows[0].shape), np.result_type(*rows))
+        return np.stack(rows, out=out)
+
+    return jax.tree.map(one, *trees)
 
 
 def row(tree: Any, index: int) -> Any:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -178,7 +177,7 @@ def spread(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
     goes from device to device. A leaf lies over as many mesh axes as divide its longest axis.
     """
     if mesh is None:
-        return jax.tree.map(jnp.asarray, tree)
+        return jax.device_put(tree)  # a CPU takes aligned arrays as they are
     return jax.tree.map(lambda leaf: from_host(leaf, NamedSharding(mesh, columns(np.shape(leaf), mesh))), tree)
 
 
