@@ -1,7 +1,7 @@
 """Local steps of both stages at LLaVA-1.5-7B's shape, random bfloat16 weights: speed against the device's own ceiling.
 
     python benchmarks/accelerator.py [--shape 7b] [--clients 1 2 4 8 16] [--batch 8] [--length 704] [--remat]
-                                     [--layers N] [--steps 4] [--json FILE]
+                                     [--layers N] [--steps 4] [--attention own cudnn] [--json FILE]
 
 "of ceiling": FLOPs of the step's matrix products (from its jaxpr, recomputation not counted) over its time, against
 what a large product in the same dtype reaches on this device in the same run. Memory: the allocator's peak beside what
@@ -11,6 +11,7 @@ what a large product in the same dtype reaches on this device in the same run. M
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="decoder layers, fewer than the model's")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--attention", nargs="*", choices=("own", "cudnn"), default=["own"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
@@ -116,6 +118,8 @@ def main() -> None:
     from pilot_jax.federation.client import Phase
     from pilot_jax.models.pretrained import read_shapes
 
+    if "cudnn" in args.attention and not accelerated:
+        raise SystemExit("--attention cudnn needs an NVIDIA GPU")
     large = args.shape == "7b"
     overrides = [f"train.batch_size={args.batch}", f"model.remat={str(args.remat).lower()}"]
     config = load_config(ROOT / "configs" / ("llava15_7b.yaml" if large else "quickstart.yaml"), overrides + (
@@ -139,27 +143,27 @@ def main() -> None:
             print(f"{device.device_kind}, {jnp.dtype(dtype).name}, {args.shape}, {model.text.num_layers} layers, L "
                   f"{length}, batch {args.batch}, remat {args.remat}; products of {8192 if accelerated else 1024}³ "
                   f"reach {top / 1e12:.2f} TFLOP/s")
-            print(f"{'stage':<7} {'clients':>7} {'ms a step':>10} {'client-steps/s':>14} {'TFLOP/s':>8} "
-                  f"{'of ceiling':>10} {'peak GB':>8} {'plan GB':>8}")
+            print(f"{'stage':<7} {'attention':<9} {'clients':>7} {'ms a step':>10} {'client-steps/s':>14} "
+                  f"{'TFLOP/s':>8} {'of ceiling':>10} {'peak GB':>8} {'plan GB':>8}")
         planned = plan.memory(config, shapes, work)
         data = jax.device_put(random_data(model, work, rows, clients, dtype))
         adapters = shapes.strategy.initial_adapters(jax.random.key(0), base["projector"], model,
                                                     config.model.lora.rank, 3)
-        for stage in PHASES:
-            phase = Phase(shapes.module, shapes.strategy.roles(), stage, config.train)
+        for stage, kernel in itertools.product(PHASES, args.attention):
+            phase = Phase(shapes.module.clone(kernel=kernel), shapes.strategy.roles(), stage, config.train)
             flops, total = clients * step_flops(phase, shapes), planned[stage]["total"]
             try:
                 per_step = seconds_per_step(phase, base, adapters, data, clients, args.batch, args.steps)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-                print(f"{stage:<7} {clients:>7} out of memory; plan: {total / 1e9:.1f} GB", flush=True)
+                print(f"{stage:<7} {kernel:<9} {clients:>7} out of memory; plan: {total / 1e9:.1f} GB", flush=True)
                 continue
             peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
-            rows_out.append({"stage": stage, "clients": clients, "seconds_per_step": per_step, "peak_bytes": peak,
-                             "planned_bytes": total, "flops_per_second": flops / per_step,
+            rows_out.append({"stage": stage, "attention": kernel, "clients": clients, "seconds_per_step": per_step,
+                             "peak_bytes": peak, "planned_bytes": total, "flops_per_second": flops / per_step,
                              "of_ceiling": flops / per_step / top})
-            print(f"{stage:<7} {clients:>7} {1e3 * per_step:>10.1f} {clients / per_step:>14.2f} "
+            print(f"{stage:<7} {kernel:<9} {clients:>7} {1e3 * per_step:>10.1f} {clients / per_step:>14.2f} "
                   f"{flops / per_step / 1e12:>8.2f} {flops / per_step / top:>10.1%} "
                   f"{'-' if peak is None else f'{peak / 1e9:.1f}':>8} {total / 1e9:>8.1f}", flush=True)
     if args.json:

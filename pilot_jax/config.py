@@ -244,11 +244,20 @@ class SystemConfig(_Section):
         "memory; images are seen when a client is drawn; what a run puts there goes with it. Default: all in memory")
     unroll: int = Field(4, ge=1, description="decoder layers unrolled in the scan: faster on CPU, longer to compile. "
                         "With all of them unrolled, training computes the last one on answers alone")
+    attention: Literal["own", "cudnn"] = Field(
+        "own", description="of a decoder that trains. cudnn keeps no scores, on NVIDIA GPUs and in bfloat16; "
+        "not measured yet")
     save_every: Literal["phase", "round", "never"] = Field(
         "phase", description="when a run saves what `--resume` goes on from")
     keep_saved: int = Field(2, ge=1, description="how many of these are kept, should the newest be damaged")
     tensorboard: bool = Field(False, description="write losses and scores for TensorBoard into the run directory too")
     compilation_cache: str | None = Field(None, description="folder for compiled programs; default: none")
+
+    @model_validator(mode="after")
+    def _whole_on_a_device(self) -> SystemConfig:
+        if self.attention == "cudnn" and self.mesh.fsdp * self.mesh.tensor > 1:
+            raise ValueError("attention: cudnn is for bases that are whole on each device; mesh.fsdp and mesh.tensor 1")
+        return self
 
 
 class Config(_Section):

@@ -16,7 +16,7 @@ from pilot_jax.errors import InputError
 LOCK = ".lock"
 # What a run may be given otherwise when it goes on: where and how it is computed, not what.
 ROUNDED = ("system.mesh.", "system.client_chunk", "system.client_devices", "system.steps_at_once",
-           "system.length_spread", "system.unroll")  # sums are taken in another order
+           "system.length_spread", "system.unroll", "system.attention")  # sums are taken in another order
 FREE = (*ROUNDED, "system.store", "system.tensorboard", "system.compilation_cache", "system.save_every",
         "system.keep_saved")
 

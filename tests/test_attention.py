@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pilot_jax.data.batches import bucket_shapes
-from pilot_jax.models.attention import MASKED, attention
+from pilot_jax.models.attention import MASKED, attention, causal_attention
 from pilot_jax.models.llama import apply_rope
 from pilot_jax.models.lora import low_rank
 
@@ -49,6 +49,23 @@ def test_attention_and_its_gradient(shape, clients):
         return (run if clients is None else jax.vmap(run))(q, k, v, g)
 
     close(both(attention), both(plain_attention))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_causal_attention_of_clients(window):
+    """A library's kernel, the gradient of the clients' sum as in training, against the plain formula."""
+    rng, length = np.random.default_rng(0), 8
+    q, k, v, g = (jnp.asarray(rng.normal(size=(3, 2, *s)), jnp.float32)
+                  for s in ((2, 3, length, 8), (2, length, 8), (2, length, 8), (2, 3, length, 8)))
+    behind = np.arange(length)[:, None] - np.arange(length)
+    seen = (behind >= 0) & (behind < (window or length))
+    bias = jnp.broadcast_to(jnp.where(jnp.asarray(seen), 0.0, MASKED), (2, length, length))
+
+    def gradient(function):
+        return jax.grad(lambda q, k, v: jnp.sum(jax.vmap(function)(q, k, v) * g), (0, 1, 2))(q, k, v)
+
+    close(gradient(lambda *qkv: causal_attention(*qkv, window, "xla")),
+          gradient(lambda *qkv: plain_attention(*qkv, bias)))
 
 
 @pytest.mark.parametrize("clients", [None, 3])

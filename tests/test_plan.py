@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from pilot_jax import costs
 from pilot_jax.config import load_config
 from pilot_jax.errors import InputError
 from pilot_jax.federation import plan, preparation, simulation
-from pilot_jax.federation.lowering import programs
+from pilot_jax.federation.lowering import CUDNN_CALLS, programs
 
 PROGRAMS = {"stage1", "stage2", "mixing", "gram", "distances", "weights", "generation"}
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -140,6 +142,29 @@ def test_everything_exports_for_tpu():
             assert all(isinstance(n, int) for aval in exported.in_avals + exported.out_avals for n in aval.shape), name
             assert "callback" not in exported.mlir_module(), name
         assert "xbf16" in exported.mlir_module()
+
+
+def test_cudnn_attention_lowers_for_cuda(monkeypatch):
+    """Both stages at 7B, three clients at once: the layers' scan calls cuDNN forward, again when it recomputes, and
+    backward, for all clients in one batch. JAX is told of a cuDNN that is not here: nothing is run."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    config = load_config(CONFIGS / "llava15_7b.yaml", ["system.attention=cudnn", "system.client_chunk=3",
+                                                       "train.batch_size=4"])
+    with pytest.raises(InputError, match=r"system.attention: cudnn needs an NVIDIA GPU"):
+        programs(config)
+    with pytest.raises(InputError, match=r"Or set system.attention=own"):
+        preparation.prepare(small_config(system={"attention": "cudnn"}))
+    with pytest.raises(InputError, match=r"whole on each device"):
+        load_config(CONFIGS / "llava15_7b.yaml", ["system.attention=cudnn", "system.mesh.fsdp=8"])
+    monkeypatch.setattr("pilot_jax.federation.lowering.check_cudnn", lambda *arguments: None)
+    monkeypatch.setattr(cudnn, "cuda_versions", SimpleNamespace(cudnn_get_version=lambda: 91000))
+    lowered = programs(config)
+    for stage in ("stage1", "stage2"):
+        program = lowered[stage].export("cuda").mlir_module()
+        calls = re.findall(r"custom_call @(__cudnn\S+?)\(.* : \(tensor<(\w+)>", program)
+        forward, backward = CUDNN_CALLS
+        assert calls == [(name, "12x704x32x128xbf16") for name in (forward, forward, backward)]
 
 
 def test_a_mesh_too_large_says_what_to_do():

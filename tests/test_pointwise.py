@@ -129,7 +129,8 @@ def test_last_layer_on_answers_alone(tmp_path, name, monkeypatch):
     unrolled = model.module.clone(unroll=model.config.text.num_layers)
     scanned = model.module.clone(unroll=1)
     cases = {"trimmed": results(unrolled, True), "trimmed, remat": results(unrolled.clone(remat=True), True),
-             "scan": results(scanned, True)}
+             "scan": results(scanned, True), "a library's attention": results(scanned.clone(kernel="xla"), True),
+             "a library's, unrolled": results(unrolled.clone(kernel="xla"), True)}
     # The plain way, with nothing of the above: no trimming, no merging.
     monkeypatch.setattr(pilot_jax.models.llama, "lora_linears", lambda x, kernels, adapters, names, scale: tuple(
         x @ w + scale * (x @ adapters[n]["a"].T @ adapters[n]["b"].T) for n, w in zip(names, kernels, strict=True)))

@@ -17,8 +17,11 @@ from pilot_jax.federation import distances, mixing
 from pilot_jax.federation.client import Phase, local_update, peak_rates
 from pilot_jax.federation.plan import Shapes, Workload, data_shapes, phase_shapes, read_workload
 from pilot_jax.federation.sharding import columns, make_mesh, on_clients, on_parts, replicated, sharded_shapes
+from pilot_jax.models.attention import check_cudnn
 from pilot_jax.models.generate import Decoding, generate
 from pilot_jax.models.pretrained import read_shapes
+
+CUDNN_CALLS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +36,10 @@ class Program:
         return self.function.lower(*self.arguments, **self.options)
 
     def export(self, platform: str) -> jax.export.Exported:
-        """The portable program (StableHLO) for "tpu", "cuda" or "cpu"."""
-        return jax.export.export(self.function, platforms=(platform,))(*self.arguments, **self.options)
+        """The portable program (StableHLO) for "tpu", "cuda" or "cpu"; portable but for cuDNN's attention."""
+        allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in CUDNN_CALLS]
+        return jax.export.export(self.function, platforms=(platform,), disabled_checks=allowed)(
+            *self.arguments, **self.options)
 
 
 def _struct(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -113,11 +118,14 @@ def programs(config: Config, **assumptions: int) -> dict[str, Program]:
         assumptions: as in `plan.read_workload`.
 
     Raises:
-        InputError: the mesh needs more devices than there are.
+        InputError: the mesh needs more devices than there are, or the config asks for cuDNN where it is not.
     """
     model, text_directory = read_shapes(config.model)
     work = read_workload(config, model, text_directory, **assumptions)
     shapes, mesh = phase_shapes(config, model, work), make_mesh(config.system.mesh)
+    if config.system.attention == "cudnn":
+        check_cudnn(model.text, shapes.module.dtype)
+    shapes = dataclasses.replace(shapes, module=shapes.module.clone(kernel=config.system.attention))
     rows = mesh.shape["clients"]
     width = rows * min(config.system.client_chunk, -(-len(work.sizes) // rows))
     cohort = min(config.federation.clients_per_round or len(work.sizes), len(work.sizes))

@@ -22,6 +22,7 @@ from pilot_jax.federation.rounds import cohort, most_uploads
 from pilot_jax.federation.sharding import base_placement, on_training_devices
 from pilot_jax.federation.strategies import Strategy, make_strategy
 from pilot_jax.hosts import to_host
+from pilot_jax.models.attention import check_cudnn
 from pilot_jax.models.pretrained import load, load_from_parts
 from pilot_jax.store import Store
 
@@ -69,7 +70,10 @@ def prepare(config: Config, strategy: Strategy | None = None) -> tuple[Federatio
         model = load_from_parts(**config.model.parts.model_dump(), **options)
     tokenizer = model.tokenizer()
     stop_tokens(tokenizer, config.data.template)  # refuses a template the tokenizer cannot end
-    model = dataclasses.replace(model, base=on_training_devices(model.base, config.system))
+    if config.system.attention == "cudnn":
+        check_cudnn(model.config.text, model.module.dtype)
+    model = dataclasses.replace(model, module=model.module.clone(kernel=config.system.attention),
+                                base=on_training_devices(model.base, config.system))
     store = None if config.system.store is None else Store(config.system.store)
     clients = build_clients(model, tokenizer, samples, config.data, config.system.length_spread,
                             None if store is None else store.folder)

@@ -1,15 +1,19 @@
-"""Softmax attention that keeps one [L, S] array for its gradient, and transposes none.
+"""Softmax attention that keeps one [L, S] array for its gradient, and transposes none; or cuDNN's, that keeps none.
 
-Equal to autodiff through `softmax(q·kᵀ/√d + bias)·v` (tests/test_attention.py). On CPU autodiff's version passes over
-the scores more often and copies them into other layouts for some of its products.
+`attention` equals autodiff through `softmax(q·kᵀ/√d + bias)·v` (tests/test_attention.py). On CPU autodiff's version
+passes over the scores more often and copies them into other layouts for some of its products.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pilot_jax.errors import InputError
+from pilot_jax.models.config import TextConfig
 from pilot_jax.models.pointwise import row_sum
 
 MASKED = -1e30  # finite, so that a row with no visible key gives uniform weights instead of NaN
@@ -57,3 +61,35 @@ def _backward(saved, g):
 
 
 attention.defvjp(_forward, _backward)
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None,
+                     implementation: Literal["cudnn", "xla"]) -> jax.Array:
+    """`attention` where a query sees the keys at and before itself, of these the last `window` if given, in JAX's own
+    `implementation`. Shapes as there, L = S.
+
+    Without a bias: cuDNN's cannot be vmapped over clients with one (jax 0.10).
+    """
+    batch, kv, groups, length, width = q.shape
+    out = jax.nn.dot_product_attention(
+        q.reshape(batch, kv * groups, length, width).swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0), implementation=implementation)
+    return out.swapaxes(1, 2).reshape(q.shape)
+
+
+def check_cudnn(config: TextConfig, dtype: jnp.dtype) -> None:
+    """
+    Raises:
+        InputError: cuDNN's attention cannot be used here, or not for this model.
+    """
+    reason = None
+    if jax.default_backend() != "gpu":
+        reason = f"needs an NVIDIA GPU, and JAX sees a {jax.default_backend()} here"
+    elif dtype != jnp.bfloat16:
+        reason = "computes in bfloat16 alone. Set model.dtype=bfloat16, too"
+    elif config.head_dim % 8:
+        reason = f"wants heads whose width 8 divides, and the model's have {config.head_dim}"
+    elif config.sliding_window is not None and not all(config.sliding_layers):
+        reason = "cannot have a sliding window in some layers and none in others, as this model does"
+    if reason is not None:
+        raise InputError(f"system.attention: cudnn {reason}. Or set system.attention=own.")

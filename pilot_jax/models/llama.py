@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from pilot_jax.models.attention import MASKED, attention
+from pilot_jax.models.attention import MASKED, attention, causal_attention
 from pilot_jax.models.config import RopeConfig, TextConfig
 from pilot_jax.models.lora import lora_linears
 from pilot_jax.models.pointwise import rms_norm, swiglu
@@ -67,12 +67,14 @@ def take_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
 class DecoderBlock(nn.Module):
     """x [B, L, C]; cache {"k","v": [B, KV, S, head_dim]} or None; biases float32 [B, L, S], 0 or MASKED.
 
-    `biases` are (everything before, what the sliding window leaves); `windowed` picks one where layers differ.
+    `biases` are (everything before, what the sliding window leaves); `windowed` picks one where layers differ. Without
+    any, a query sees the keys at and before itself, and `kernel` says whose attention it is.
     `rows` [B, A]: positions whose output alone is wanted → [B, A, C]; keys and values are still those of all L.
     """
 
     config: TextConfig
     lora_scale: float
+    kernel: str = "own"
 
     def _linears(self, x: jax.Array, names: tuple[str, ...], lora: dict | None) -> list[jax.Array]:
         """x·W (+ bias) (+ scale·x·Aᵀ·Bᵀ) of every linear in `names`; x [B·L, d_in]."""
@@ -109,8 +111,12 @@ class DecoderBlock(nn.Module):
             k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k, slot, axis=2)
             v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v, slot, axis=2)
             cache = {"k": k, "v": v}
-        bias = biases[0] if len(biases) == 1 else jnp.where(windowed, biases[1], biases[0])
-        attended = attention(q, k, v, bias).transpose(0, 3, 1, 2, 4).reshape(batch * length, kv * groups * hd)
+        if not biases:
+            attended = causal_attention(q, k, v, c.sliding_window, self.kernel)
+        else:
+            bias = biases[0] if len(biases) == 1 else jnp.where(windowed, biases[1], biases[0])
+            attended = attention(q, k, v, bias)
+        attended = attended.transpose(0, 3, 1, 2, 4).reshape(batch * length, kv * groups * hd)
         x = x + self._linears(attended, ("o",), lora)[0]
 
         h = rms_norm(x, self.param("norm2", nn.initializers.ones, (width,)), c.rms_norm_eps)
@@ -120,13 +126,17 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token embedding, scanned blocks, final norm and output head."""
+    """Token embedding, scanned blocks, final norm and output head.
+
+    `kernel`: "own", or an implementation of `causal_attention`, for what is causal and has all its layers alike.
+    """
 
     config: TextConfig
     lora_scale: float = 1.0
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
     unroll: int = 1
+    kernel: str = "own"
 
     def setup(self) -> None:
         c = self.config
@@ -137,7 +147,7 @@ class Decoder(nn.Module):
             block, variable_axes={"params": 0, "lora": 0}, split_rngs={"params": True},
             in_axes=(0, 0, *(nn.broadcast,) * 4), length=c.num_layers,
             unroll=self.unroll)
-        self.layers = scanned(c, self.lora_scale)
+        self.layers = scanned(c, self.lora_scale, self.kernel)
         self.norm = self.param("norm", nn.initializers.ones, (c.hidden_size,))
         if not c.tie_word_embeddings:
             self.head = self.param("head", nn.initializers.normal(0.02), (c.hidden_size, c.vocab_size))
@@ -148,12 +158,13 @@ class Decoder(nn.Module):
 
     def hidden(self, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: dict | None = None,
                slot: jax.Array | int = 0, key_positions: jax.Array | None = None,
-               rows: jax.Array | None = None) -> tuple[jax.Array, dict | None]:
+               rows: jax.Array | None = None, right_padded: bool = False) -> tuple[jax.Array, dict | None]:
         """Final normed states [B, L, C] and the updated cache; with `rows` [B, A] those positions alone, [B, A, C].
 
         positions [B, L] are RoPE positions; mask [B, L, S] says which of the S keys a query sees. With a cache
         ({"k","v": [layers, B, KV, S, head_dim]}) the L new keys are written at `slot`, and key_positions [B, S] say
-        where its keys stand, for the sliding window; without one they are `positions`.
+        where its keys stand, for the sliding window; without one they are `positions`. `right_padded`: `mask` is the
+        causal one of rows whose padding comes last, so that nothing visible sees it.
         """
         c = self.config
         cos, sin = rope_tables(c, positions)
@@ -163,8 +174,11 @@ class Decoder(nn.Module):
             near = mask & (positions[:, :, None] - keys[:, None, :] < c.sliding_window)
             masks = [near] if all(c.sliding_layers) else [mask, near]
         windowed = jnp.asarray(c.sliding_layers or (False,) * c.num_layers)
+        alike = c.sliding_window is None or all(c.sliding_layers)
         biases = tuple(jnp.where(m, 0.0, MASKED) for m in masks)
-        if rows is not None and cache is None and self.unroll >= c.num_layers:
+        if self.kernel != "own" and right_padded and alike:
+            biases = ()
+        if rows is not None and cache is None and biases and self.unroll >= c.num_layers:
             x = self._unrolled(x, windowed, cos, sin, biases, rows)
         else:
             x, cache = self.layers(x, cache, windowed, cos, sin, biases, slot)

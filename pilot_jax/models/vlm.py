@@ -52,12 +52,13 @@ class Vlm(nn.Module):
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
     unroll: int = 1
+    kernel: str = "own"  # of attention in training, see `Decoder`
 
     def setup(self) -> None:
         c = self.config
         self.vision_tower = VisionTower(c.vision, c.drop_first, self.dtype)
         self.connector = Connector()
-        self.decoder = Decoder(c.text, self.lora_scale, self.dtype, self.remat, self.unroll)
+        self.decoder = Decoder(c.text, self.lora_scale, self.dtype, self.remat, self.unroll, self.kernel)
 
     def features(self, pixels: jax.Array) -> jax.Array:
         """H_v: pixels [B, H, W, 3] → [B, N, D]."""
@@ -91,11 +92,12 @@ class Vlm(nn.Module):
         """Logits at the supervised positions alone: the head is most of a small model's output cost.
 
         batch: input_ids, attention_mask [B, L]; features [B, N, D]; target_positions [B, A] (position p predicts the
-        token at p + 1). Returns float32 [B, A, V] and the connector's auxiliary outputs.
+        token at p + 1), padding last. Returns float32 [B, A, V] and the connector's auxiliary outputs.
         """
         x, aux = self.embed(batch["input_ids"], batch["features"], stage, task_index)
         mask = batch["attention_mask"]
-        hidden, _ = self.decoder.hidden(x, positions_of(mask), causal_mask(mask), rows=batch["target_positions"])
+        hidden, _ = self.decoder.hidden(x, positions_of(mask), causal_mask(mask), rows=batch["target_positions"],
+                                        right_padded=True)
         return self.decoder.logits(hidden), aux
 
     def prefill(self, input_ids: jax.Array, attention_mask: jax.Array, features: jax.Array | None, cache: dict,
