@@ -37,7 +37,7 @@ def write_arrays(path: Path, tree: dict[str, Any]) -> None:
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # errors come as exceptions too
     if over_processes(tree):
-        _write_together(path, tree)
+        _save(path, tree, ocp.options.MultiprocessingOptions())
         return
     needed, free = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree)), shutil.disk_usage(path.parent).free
     if needed > free:
@@ -52,25 +52,20 @@ def write_arrays(path: Path, tree: dict[str, Any]) -> None:
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="writer",
     ) if jax.process_count() > 1 else ocp.options.MultiprocessingOptions()
-    try:
-        with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
-            checkpointer.save(path.absolute(), tree | {"%": np.zeros(1)})  # orbax refuses an empty tree
-            checkpointer.wait_until_finished()
-    except (ValueError, RuntimeError) as error:  # what tensorstore makes of a full disk
-        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
+    _save(path, tree, alone)
     if aside.exists():
         shutil.rmtree(aside)
 
 
-def _write_together(path: Path, tree: dict[str, Any]) -> None:
-    """`write_arrays` in every process, to a path where nothing is."""
+def _save(path: Path, tree: dict[str, Any], processes: Any) -> None:
+    """To a path where nothing is; `processes`: orbax's options of who takes part."""
     import orbax.checkpoint as ocp
 
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path.absolute(), tree | {"%": np.zeros(1)})
+        with ocp.StandardCheckpointer(multiprocessing_options=processes) as checkpointer:
+            checkpointer.save(path.absolute(), tree | {"%": np.zeros(1)})  # orbax refuses an empty tree
             checkpointer.wait_until_finished()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:  # what tensorstore makes of a full disk
         raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
 
 
