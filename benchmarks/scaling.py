@@ -48,10 +48,10 @@ def measure(case: dict) -> dict:
     if case["map"]:
         vmapped = client._local_update
 
-        def one_by_one(phase, own_received, base, adapters, received, *rest):
+        def one_by_one(phase, own_received, mesh, base, adapters, received, *rest):
             return jax.lax.map(lambda each: jax.tree.map(
-                lambda x: x[0], vmapped(phase, own_received, base, *jax.tree.map(lambda x: x[None], each[:1]), received,
-                                        *jax.tree.map(lambda x: x[None], each[1:]))), (adapters, *rest))
+                lambda x: x[0], vmapped(phase, own_received, mesh, base, *jax.tree.map(lambda x: x[None], each[:1]),
+                                        received, *jax.tree.map(lambda x: x[None], each[1:]))), (adapters, *rest))
 
         client._local_update = one_by_one
     adapters = preparation.initial_adapters(fed)

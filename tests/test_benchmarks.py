@@ -1,0 +1,37 @@
+"""Every benchmark still runs, at the smallest size it takes. What they measure is for `docs/`, not for a test."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SMALLEST = {
+    "accelerator.py": ["--clients", "1", "--steps", "2"],
+    "aggregation.py": ["--cohort", "8", "20", "--parameters", "1e5", "--repetitions", "1"],
+    "aggregation_on_disk.py": ["--cohort", "20", "--parameters", "1e5"],
+    "peer.py": ["--repetitions", "1", "--steps", "2"],
+    "scaling.py": ["--only", "chunk"],
+    "startup.py": [],
+    "step.py": ["--top", "3"],
+}
+NOT_RUN = {
+    "bad_clients.py": "several whole runs", "memory.py": "two quickstarts", "population.py": "prepares 128 clients",
+    "projection.py": "its smallest size is its only one, and takes minutes",
+    "torch_peer.py": "a part of peer.py",
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SMALLEST)
+def test_benchmark_runs(name):
+    done = subprocess.run([sys.executable, BENCHMARKS / name, *SMALLEST[name]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) > 1
+
+
+def test_no_benchmark_is_forgotten():
+    assert {path.name for path in BENCHMARKS.glob("*.py")} == SMALLEST.keys() | NOT_RUN.keys()
