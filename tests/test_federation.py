@@ -214,7 +214,11 @@ def test_checkpoints_hold_what_their_place_allows_and_restore(two_runs):
         client = checkpointer.restore((folder / "checkpoints" / "clients" / "ocr_1").absolute())
     assert {n for name, tree in server.items() if name != "%" for n in tree} == {"text_adapter", "task"}
     assert set(client) - {"%"} == {"client", "task_bank", "cross_task", "router"}
+    written = (folder / "config.yaml").read_text()
+    assert "attention: own" in written
+    (folder / "config.yaml").write_text(written.replace("attention: own", "attention: cudnn"))  # trained on a GPU
     back = simulation.restore(folder)
+    (folder / "config.yaml").write_text(written)
     for a, b in zip(run.population, back.population, strict=True):
         assert same(a.adapters, b.adapters) and (a.stage, a.rounds) == (b.stage, b.rounds)
     assert simulation.evaluate(back.federation, back.tokenizer, back.population) == run.summary["score_by_client"]

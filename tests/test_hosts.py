@@ -33,10 +33,15 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def command(config: Path, out: Path, *more: object) -> subprocess.Popen:
+def python(*arguments: object) -> subprocess.Popen:
+    """A process of its own, with a CPU device of its own."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen([sys.executable, "-m", "pilot_jax", "run", config, "--out", out, *map(str, more)], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def command(config: Path, out: Path, *more: object) -> subprocess.Popen:
+    return python("-m", "pilot_jax", "run", config, "--out", out, *more)
 
 
 def finished(processes: list[subprocess.Popen]) -> list[str]:
@@ -147,10 +152,7 @@ def test_the_server_mixes_on_the_devices_of_all(tmp_path):
     """Every kind of aggregation, of 20 uploads, of which each of two processes' two devices holds a quarter; then a
     whole run of a strategy without local subtrees, after which everyone has one model."""
     port, sections = free_port(), {"train": RATES, "strategy": {"name": "fedadam"}}
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-    how = {"cwd": ROOT, "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    texts = finished([subprocess.Popen([sys.executable, "-c", SERVER, str(port), str(i), tmp_path / "2",
-                                        json.dumps(sections)], **how) for i in range(2)])
+    texts = finished([python("-c", SERVER, port, i, tmp_path / "2", json.dumps(sections)) for i in range(2)])
     told = json.loads(texts[0].splitlines()[-1])
     for name, (difference, part) in told.items():
         assert difference <= 1e-5 and part == 1 / 4, name
@@ -190,9 +192,7 @@ print(json.dumps({"before": before, "trained": trained, "asked": seen[len(traine
 def test_each_process_reads_its_own_clients_images():
     """Two rows of two processes: every image is read in one process alone, and each reads its share."""
     port = free_port()
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-    how = {"cwd": ROOT, "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    texts = finished([subprocess.Popen([sys.executable, "-c", OWN_IMAGES, str(port), str(i)], **how) for i in range(4)])
+    texts = finished([python("-c", OWN_IMAGES, port, i) for i in range(4)])
     told = [json.loads(text.splitlines()[-1]) for text in texts]
     samples = preparation.load_samples(small_config())
     for key, split in (("trained", "train"), ("asked", "test")):

@@ -8,7 +8,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -184,27 +184,20 @@ def _run(fed: Federation, tokenizer: Any, folder: RunFolder | None, clock: Compi
         note("warning: strategy.init: copy starts ψ_t and ψ_s equal; L_d is symmetric in them, so they stay equal and "
              "never separate. 'preserve' does not have this.")
     names, task_of = [c.name for c in fed.clients], {c.name: c.task for c in fed.examined}
-    state, earlier, keep = initial_state(fed), Clocks(), 0
+    state, earlier, kept = initial_state(fed), Clocks(), 0
     snapshots = None if folder is None else Snapshots(folder.path / "checkpoints" / "resume", names, roles,
                                                       config.system.keep_saved, fed.mesh)
-    data = None if folder is None else data_sha256(fed)
+    data = "" if folder is None else data_sha256(fed)
     if folder is not None and folder.resumes:
         found = snapshots.load(state, fed.store, note, writes)
         for line in folder.notes:
             note(line)
         if found is not None:
             state, extra = found
-            if not {"data", "versions", "clocks", "metrics"} <= set(extra):
-                raise InputError(f"{folder.path}: its snapshots were not written by this version. Start another run.")
-            if extra["data"] != data:
-                raise InputError(f"data.path: {config.data.path} has other training samples than when the run in "
-                                 f"{folder.path} began. Give the same data, or start another run.")
-            if extra["versions"] != _versions():
-                note(f"note: begun with {extra['versions']}, now {_versions()}: results agree to rounding, not bit for "
-                     "bit.")
-            earlier, keep = Clocks(**extra["clocks"]), extra["metrics"]
+            _check_same(extra, fed, folder, data, note)
+            earlier, kept = Clocks(**extra["clocks"]), extra["metrics"]
             note(f"going on in round {state.round} after {state.client_steps} client steps")
-    record = MetricsFile(folder.path / "metrics.jsonl" if writes else None, keep)
+    record = MetricsFile(folder.path / "metrics.jsonl" if writes else None, kept)
     if writes and config.system.tensorboard:
         record.also = EventFiles(folder.path / "tensorboard", record.records)
     train_compile, compiled, saved = earlier.train_compile, clock.seconds, state
@@ -268,6 +261,18 @@ def _run(fed: Federation, tokenizer: Any, folder: RunFolder | None, clock: Compi
     return Run(config, fed, tokenizer, state.population, summary, record.records)
 
 
+def _check_same(saved: Mapping[str, Any], fed: Federation, folder: RunFolder, data: str,
+                note: Callable[[str], None]) -> None:
+    """That what a snapshot has `saved` beside the state can be gone on from, with these data."""
+    if not {"data", "versions", "clocks", "metrics"} <= set(saved):
+        raise InputError(f"{folder.path}: its snapshots were not written by this version. Start another run.")
+    if saved["data"] != data:
+        raise InputError(f"data.path: {fed.config.data.path} has other training samples than when the run in "
+                         f"{folder.path} began. Give the same data, or start another run.")
+    if saved["versions"] != _versions():
+        note(f"note: begun with {saved['versions']}, now {_versions()}: results agree to rounding, not bit for bit.")
+
+
 def _validate(fed: Federation, tokenizer: Any, state: State, round_: int, task_of: dict[str, str],
               record: Callable[[dict], None], show: Callable[[dict], None]) -> None:
     by_client = evaluate(fed, tokenizer, state.population, "validation")
@@ -285,13 +290,14 @@ def _versions() -> dict[str, str]:
 
 
 def restore(folder: str | Path) -> Run:
-    """A run from its directory, finished or as of its last snapshot; on one device where its mesh is not there."""
+    """A run from its directory, finished or as of its last snapshot, to ask its models: on one device where its mesh is
+    not there, and without what only training needs."""
     from pilot_jax.config import load_config
 
     folder = Path(folder)
     if not (folder / "config.yaml").is_file() or not (folder / "checkpoints").is_dir():
         raise InputError(f"{folder}: not a run directory (no config.yaml or checkpoints). Give what `run` wrote.")
-    config = load_config(folder / "config.yaml")
+    config = load_config(folder / "config.yaml", ["system.attention=own"])
     if config.system.mesh.devices > jax.device_count():
         config = apply_overrides(config, [f"system.mesh.{axis}=1" for axis in AXES])
     fed, tokenizer = prepare(config)
