@@ -27,7 +27,7 @@ test: $(VENV)/.test  ## style, types, then every test
 	$(PY) -m mypy
 	$(PY) -m pytest -n 2 --dist loadfile
 
-test-long: $(VENV)/.test  ## many kills and a soak: a quarter of an hour
+test-long: $(VENV)/.test  ## many kills and a soak: half an hour
 	$(PY) -m pytest -m long
 
 fuzz: $(VENV)/.test  ## everything that is read from outside; a quarter of an hour; Linux
