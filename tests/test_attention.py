@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pilot_jax
 from pilot_jax.data.batches import bucket_shapes
-from pilot_jax.models.attention import MASKED, attention, causal_attention
+from pilot_jax.errors import InputError
+from pilot_jax.models.attention import MASKED, attention, causal_attention, check_cudnn
 from pilot_jax.models.llama import apply_rope
 from pilot_jax.models.lora import low_rank
 
@@ -66,6 +69,19 @@ def test_causal_attention_of_clients(window):
 
     close(gradient(lambda *qkv: causal_attention(*qkv, window, "xla")),
           gradient(lambda *qkv: plain_attention(*qkv, bias)))
+
+
+@pytest.mark.parametrize(("backend", "dtype", "changes", "message"), [
+    ("cpu", "auto", {}, "sees a cpu"), ("gpu", "float32", {}, "bfloat16 alone"),
+    ("gpu", "auto", {"head_dim": 12}, "have 12"),
+    ("gpu", "auto", {"sliding_window": 4, "sliding_layers": (True, False)}, "some layers")])
+def test_cudnn_is_refused_where_it_cannot_be(monkeypatch, backend, dtype, changes, message):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    text = pilot_jax.load("embedded").config.text
+    with pytest.raises(InputError, match=message):
+        check_cudnn(dataclasses.replace(text, **changes), dtype)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    check_cudnn(text, "auto")
 
 
 @pytest.mark.parametrize("clients", [None, 3])

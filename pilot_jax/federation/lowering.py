@@ -124,7 +124,7 @@ def programs(config: Config, **assumptions: int) -> dict[str, Program]:
     work = read_workload(config, model, text_directory, **assumptions)
     shapes, mesh = phase_shapes(config, model, work), make_mesh(config.system.mesh)
     if config.system.attention == "cudnn":
-        check_cudnn(model.text, shapes.module.dtype)
+        check_cudnn(model.text, config.model.dtype)
     shapes = dataclasses.replace(shapes, module=shapes.module.clone(kernel=config.system.attention))
     rows = mesh.shape["clients"]
     width = rows * min(config.system.client_chunk, -(-len(work.sizes) // rows))

@@ -23,7 +23,7 @@ from pilot_jax.federation.sharding import base_placement, on_training_devices
 from pilot_jax.federation.strategies import Strategy, make_strategy
 from pilot_jax.hosts import to_host
 from pilot_jax.models.attention import check_cudnn
-from pilot_jax.models.pretrained import load, load_from_parts
+from pilot_jax.models.pretrained import load, load_from_parts, read_shapes
 from pilot_jax.store import Store
 
 
@@ -60,6 +60,8 @@ def prepare(config: Config, strategy: Strategy | None = None) -> tuple[Federatio
     samples = load_samples(config)
     names, tasks = sorted({s.client for s in samples}), sorted({s.task for s in samples})
     _check_names(config, names, tasks)
+    if config.system.attention == "cudnn":  # before gigabytes are loaded
+        check_cudnn(read_shapes(config.model)[0].text, config.model.dtype)
     lora = config.model.lora
     options: dict[str, Any] = {"dtype": None if config.model.dtype == "auto" else config.model.dtype,
                "lora_scale": lora.alpha / lora.rank, "remat": config.model.remat, "unroll": config.system.unroll,
@@ -70,8 +72,6 @@ def prepare(config: Config, strategy: Strategy | None = None) -> tuple[Federatio
         model = load_from_parts(**config.model.parts.model_dump(), **options)
     tokenizer = model.tokenizer()
     stop_tokens(tokenizer, config.data.template)  # refuses a template the tokenizer cannot end
-    if config.system.attention == "cudnn":
-        check_cudnn(model.config.text, model.module.dtype)
     model = dataclasses.replace(model, module=model.module.clone(kernel=config.system.attention),
                                 base=on_training_devices(model.base, config.system))
     store = None if config.system.store is None else Store(config.system.store)

@@ -77,16 +77,17 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | Non
     return out.swapaxes(1, 2).reshape(q.shape)
 
 
-def check_cudnn(config: TextConfig, dtype: jnp.dtype) -> None:
-    """
+def check_cudnn(config: TextConfig, dtype: str) -> None:
+    """dtype: as in `model.dtype`.
+
     Raises:
         InputError: cuDNN's attention cannot be used here, or not for this model.
     """
     reason = None
     if jax.default_backend() != "gpu":
         reason = f"needs an NVIDIA GPU, and JAX sees a {jax.default_backend()} here"
-    elif dtype != jnp.bfloat16:
-        reason = "computes in bfloat16 alone. Set model.dtype=bfloat16, too"
+    elif dtype == "float32":
+        reason = "computes in bfloat16 alone. Set model.dtype=bfloat16"
     elif config.head_dim % 8:
         reason = f"wants heads whose width 8 divides, and the model's have {config.head_dim}"
     elif config.sliding_window is not None and not all(config.sliding_layers):
