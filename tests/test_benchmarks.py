@@ -30,7 +30,7 @@ NOT_RUN = {
 def test_benchmark_runs(name):
     done = subprocess.run([sys.executable, BENCHMARKS / name, *SMALLEST[name]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) > 1
+    assert done.stdout.strip()
 
 
 def test_no_benchmark_is_forgotten():
