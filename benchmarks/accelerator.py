@@ -5,12 +5,14 @@
 
 "of ceiling": FLOPs of the step's matrix products (from its jaxpr, recomputation not counted) over its time, against
 what a large product in the same dtype reaches on this device in the same run. Memory: the allocator's peak beside what
-`pilot-jax plan` says. Without an accelerator the default is a toy shape, and memory is not measured.
+`pilot-jax plan` says; the peak is the process's so far, so that each attention's own needs a run of its own. Without an
+accelerator the default is a toy shape, and memory is not measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import time
@@ -150,8 +152,10 @@ def main() -> None:
         adapters = shapes.strategy.initial_adapters(jax.random.key(0), base["projector"], model,
                                                     config.model.lora.rank, 3)
         for stage, kernel in itertools.product(PHASES, args.attention):
-            phase = Phase(shapes.module.clone(kernel=kernel), shapes.strategy.roles(), stage, config.train)
+            phase = Phase(shapes.module, shapes.strategy.roles(), stage, config.train)
+            # By our own attention's products, whichever is timed: cuDNN's are not in the jaxpr.
             flops, total = clients * step_flops(phase, shapes), planned[stage]["total"]
+            phase = dataclasses.replace(phase, module=shapes.module.clone(kernel=kernel))
             try:
                 per_step = seconds_per_step(phase, base, adapters, data, clients, args.batch, args.steps)
             except jax.errors.JaxRuntimeError as error:
