@@ -90,7 +90,7 @@ def check_cudnn(config: TextConfig, dtype: str) -> None:
         reason = "computes in bfloat16 alone. Set model.dtype=bfloat16"
     elif config.head_dim % 8:
         reason = f"wants heads whose width 8 divides, and the model's have {config.head_dim}"
-    elif config.sliding_window is not None and not all(config.sliding_layers):
+    elif not config.layers_see_alike:
         reason = "cannot have a sliding window in some layers and none in others, as this model does"
     if reason is not None:
         raise InputError(f"system.attention: cudnn {reason}. Or set system.attention=own.")

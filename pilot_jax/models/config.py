@@ -77,6 +77,11 @@ class TextConfig:
     sliding_layers: tuple[bool, ...] = ()  # which layers have the window
 
     @property
+    def layers_see_alike(self) -> bool:
+        """Whether all layers have the window, or none has."""
+        return self.sliding_window is None or all(self.sliding_layers)
+
+    @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(d_in, d_out) of each linear that carries LoRA: every one but `lm_head`."""
         c, f, hd = self.hidden_size, self.intermediate_size, self.head_dim

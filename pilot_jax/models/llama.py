@@ -172,11 +172,10 @@ class Decoder(nn.Module):
         if c.sliding_window is not None:
             keys = positions if key_positions is None else key_positions
             near = mask & (positions[:, :, None] - keys[:, None, :] < c.sliding_window)
-            masks = [near] if all(c.sliding_layers) else [mask, near]
+            masks = [near] if c.layers_see_alike else [mask, near]
         windowed = jnp.asarray(c.sliding_layers or (False,) * c.num_layers)
-        alike = c.sliding_window is None or all(c.sliding_layers)
         biases = tuple(jnp.where(m, 0.0, MASKED) for m in masks)
-        if self.kernel != "own" and right_padded and alike:
+        if self.kernel != "own" and right_padded and c.layers_see_alike:
             biases = ()
         if rows is not None and cache is None and biases and self.unroll >= c.num_layers:
             x = self._unrolled(x, windowed, cos, sin, biases, rows)
