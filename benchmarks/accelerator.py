@@ -91,8 +91,8 @@ def seconds_per_step(phase, base, adapters: dict, data: dict, clients: int, batc
 
 def step_flops(phase, shapes) -> int:
     """FLOPs of the matrix products of one client's step."""
-    from pilot_jax.costs import matmul_flops
     from pilot_jax.federation.client import client_loss
+    from pilot_jax.planning.flops import matmul_flops
 
     def loss(trained, frozen, base, batch):
         return client_loss(phase, base, trained, frozen, batch, jnp.int32(0))[0]
@@ -116,9 +116,9 @@ def main() -> None:
     args = parser.parse_args()
 
     from pilot_jax.config import load_config
-    from pilot_jax.federation import plan
     from pilot_jax.federation.client import Phase
     from pilot_jax.models.pretrained import read_shapes
+    from pilot_jax.planning import estimate
 
     if "cudnn" in args.attention and not accelerated:
         raise SystemExit("--attention cudnn needs an NVIDIA GPU")
@@ -137,8 +137,8 @@ def main() -> None:
     rows_out = []
     for clients in args.clients:
         config = config.model_copy(update={"system": config.system.model_copy(update={"client_chunk": clients})})
-        work = plan.Workload((rows,) * clients, 3, length, 64 if large else 16)
-        shapes = plan.phase_shapes(config, model, work)
+        work = estimate.Workload((rows,) * clients, 3, length, 64 if large else 16)
+        shapes = estimate.phase_shapes(config, model, work)
         if dtype is None:
             dtype = shapes.module.dtype
             base, top = random_base(shapes.base), ceiling(dtype, 8192 if accelerated else 1024)
@@ -147,7 +147,7 @@ def main() -> None:
                   f"reach {top / 1e12:.2f} TFLOP/s")
             print(f"{'stage':<7} {'attention':<9} {'clients':>7} {'ms a step':>10} {'client-steps/s':>14} "
                   f"{'TFLOP/s':>8} {'of ceiling':>10} {'peak GB':>8} {'plan GB':>8}")
-        planned = plan.memory(config, shapes, work)
+        planned = estimate.memory(config, shapes, work)
         data = jax.device_put(random_data(model, work, rows, clients, dtype))
         adapters = shapes.strategy.initial_adapters(jax.random.key(0), base["projector"], model,
                                                     config.model.lora.rank, 3)

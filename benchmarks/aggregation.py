@@ -29,7 +29,7 @@ RANK, NEIGHBORS, TIMED_PAIRS = 8, 3, 64
 
 def make_uploads(cohort: int, parameters: int, clusters: int) -> dict:
     """Trees of 14 leaves (seven targets, A and B) with `parameters` numbers per client, as training leaves them."""
-    from pilot_jax.hosts import empty
+    from pilot_jax.parallel.host_memory import empty
 
     rng = np.random.default_rng(0)
     width = max(8, round((parameters / (14 * RANK)) ** 0.5))

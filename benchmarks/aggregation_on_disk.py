@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from pilot_jax.federation import mixing
-from pilot_jax.store import RowsWriter
+from pilot_jax.storage import RowsWriter
 
 RANK, NEIGHBORS, TARGETS = 8, 2, ("q", "k", "v", "o", "gate", "up", "down")
 

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from pilot_jax.config import load_config
-from pilot_jax.federation.preparation import prepare
-from pilot_jax.federation.simulation import simulate
+from pilot_jax.runs.prepare import prepare
+from pilot_jax.runs.simulate import simulate
 
 CONFIG = Path(__file__).parent.parent / "configs" / "scenario_a.yaml"
 RATES = ["train.lr_connector=0.0006", "train.lr_lora_stage1=0.003", "train.lr_lora_stage2=0.0018"]

@@ -17,14 +17,14 @@ ROOT = Path(__file__).parent.parent
 
 ONE_ROUND = """
 import sys
-from pilot_jax import memory
+from pilot_jax.parallel import host_memory
 if sys.argv[1] == "kept":
-    memory.give_back = lambda: None  # before anything else takes it from there
+    host_memory.give_back = lambda: None  # before anything else takes it from there
 from pilot_jax.config import load_config
-from pilot_jax.federation.sharding import split_cpu
+from pilot_jax.parallel.devices import split_cpu
 config = load_config(sys.argv[2], ["federation.rounds=1", *sys.argv[3:]])
 split_cpu(config.system)
-from pilot_jax.federation.simulation import simulate
+from pilot_jax.runs.simulate import simulate
 print(simulate(config).summary["peak_memory_bytes"])
 """
 

@@ -43,21 +43,22 @@ def settings(steps: int) -> list[str]:
 def prepared(steps: int):
     """The quickstart's federation, cut to `steps` steps a phase."""
     from pilot_jax.config import load_config
-    from pilot_jax.federation import preparation
+    from pilot_jax.runs import prepare
 
     config = load_config(ROOT / "configs" / "quickstart.yaml", settings(steps))
-    fed, _ = preparation.prepare(config)
-    return fed, preparation.initial_adapters(fed)
+    fed, _ = prepare.prepare(config)
+    return fed, prepare.initial_adapters(fed)
 
 
 class JaxWorker:
     def __init__(self, steps: int, work: str, share: slice, tuned: bool) -> None:
         from pilot_jax.config import SystemConfig
-        from pilot_jax.federation import training
-        from pilot_jax.federation.sharding import split_cpu
+        from pilot_jax.parallel.devices import split_cpu
 
         split_cpu(SystemConfig())  # as `pilot-jax run` does
-        self.training = training
+        from pilot_jax.federation import executor
+
+        self.training = executor
         self.fed, self.adapters = prepared(steps)
 
     def phase(self, stage: str) -> dict[str, tuple[float, float]]:
@@ -105,11 +106,11 @@ def write_work(file: Path, steps: int) -> dict:
     """What the torch processes need: data, pixels, batches, start. Returns sizes for the report."""
     import numpy as np
 
-    from pilot_jax.data.batches import visiting_order
+    from pilot_jax.data.arrays import visiting_order
     from pilot_jax.data.images import pixel_values
-    from pilot_jax.federation.federation import client_generator
-    from pilot_jax.federation.preparation import load_samples
-    from pilot_jax.models.export import peft_tensors
+    from pilot_jax.federation.state import client_generator
+    from pilot_jax.models.checkpoints.peft import peft_tensors
+    from pilot_jax.runs.prepare import load_samples
 
     fed, adapters = prepared(steps)
     config, train = fed.config, fed.config.train

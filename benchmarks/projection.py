@@ -44,18 +44,19 @@ def main() -> None:
 
     from pilot_jax.config import load_config
     from pilot_jax.data.features import image_features
-    from pilot_jax.federation import mixing, preparation
+    from pilot_jax.federation import mixing
     from pilot_jax.federation.distances import distances
+    from pilot_jax.federation.executor import train_phase
     from pilot_jax.federation.roles import num_bytes
-    from pilot_jax.federation.sharding import split_cpu
-    from pilot_jax.federation.training import train_phase
-    from pilot_jax.store import Store
+    from pilot_jax.parallel.devices import split_cpu
+    from pilot_jax.runs import prepare
+    from pilot_jax.storage import Store
 
     config = load_config(ROOT / "configs" / "scale_1024.yaml", [
         f"data.digits.clients_per_task={CLIENTS}", "data.digits.scenario=b", "system.store=null"])
     split_cpu(config.system)
-    fed, _ = preparation.prepare(config)
-    adapters = preparation.initial_adapters(fed)
+    fed, _ = prepare.prepare(config)
+    adapters = prepare.initial_adapters(fed)
     sent, received = (sum(b.values()) for b in fed.strategy.sent_bytes(adapters))
     state, lora = num_bytes(adapters), num_bytes(adapters["text_adapter"]) // 4
 
@@ -66,7 +67,7 @@ def main() -> None:
 
     steps = config.federation.local_steps
     step = phase(CLIENTS) / (CLIENTS * steps)
-    samples = preparation.load_samples(config)[:512]
+    samples = prepare.load_samples(config)[:512]
     feature = best(lambda: image_features(fed.model, samples), 1) / len(samples)
 
     rng = np.random.default_rng(0)

@@ -29,14 +29,15 @@ def measure(case: dict) -> dict:
     import numpy as np
 
     from pilot_jax.config import SystemConfig, load_config
-    from pilot_jax.federation import client, preparation, training
-    from pilot_jax.federation.sharding import split_cpu
+    from pilot_jax.federation import client, executor
+    from pilot_jax.parallel.devices import split_cpu
+    from pilot_jax.runs import prepare
 
     split_cpu(SystemConfig(client_devices=case["devices"]))
     config = load_config(ROOT / "configs" / "quickstart.yaml", [
         f"federation.local_steps={STEPS}", "data.digits.train=32", "data.digits.validation=1", "data.digits.test=1",
         f"system.client_chunk={case['chunk']}", f"model.lora.rank={case['rank']}"])
-    fed, _ = preparation.prepare(config)
+    fed, _ = prepare.prepare(config)
     one = next(c for c in fed.clients if c.name == "ocr_0")
     spare = case["length"] - one.train["input_ids"].shape[1]
     widened = {n: np.pad(v, ((0, 0), (0, spare))) if n in ("input_ids", "attention_mask") and spare > 0 else v
@@ -54,14 +55,14 @@ def measure(case: dict) -> dict:
                                         received, *jax.tree.map(lambda x: x[None], each[1:]))), (adapters, *rest))
 
         client._local_update = one_by_one
-    adapters = preparation.initial_adapters(fed)
+    adapters = prepare.initial_adapters(fed)
     adapters["task_bank"], adapters["cross_task"] = (
         jax.tree.map(lambda x: jnp.asarray(x)[:1], adapters[n]) for n in ("task_bank", "cross_task"))
     everyone = dict.fromkeys(range(len(clients)), adapters)
 
     def phase() -> float:
         began = time.perf_counter()
-        training.train_phase(fed, everyone, 1, "stage1", "stage1", lambda event: None)
+        executor.train_phase(fed, everyone, 1, "stage1", "stage1", lambda event: None)
         return time.perf_counter() - began
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

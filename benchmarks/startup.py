@@ -24,22 +24,23 @@ began = time.perf_counter()
 import pilot_jax
 from pilot_jax.config import load_config
 from pilot_jax.config import SystemConfig
-from pilot_jax.federation.sharding import split_cpu
-from pilot_jax.metrics import CompileClock
+from pilot_jax.parallel.devices import split_cpu
+from pilot_jax.runs.events import CompileClock
 split_cpu(SystemConfig())
 import jax
 jax.config.update("jax_compilation_cache_dir", sys.argv[2])
-from pilot_jax.federation import preparation, training
+from pilot_jax.runs import prepare
+from pilot_jax.federation import executor
 imported = time.perf_counter()
 clock = CompileClock()
-fed, _ = preparation.prepare(load_config(sys.argv[1], ["federation.local_steps=1", "federation.rounds=1"]))
+fed, _ = prepare.prepare(load_config(sys.argv[1], ["federation.local_steps=1", "federation.rounds=1"]))
 prepared = time.perf_counter()
 class Done(Exception): pass
 def stop(event):
     raise Done
 try:
-    adapters = preparation.initial_adapters(fed)
-    training.train_phase(fed, dict.fromkeys(range(len(fed.clients)), adapters), 1, "stage1", "stage1", stop)
+    adapters = prepare.initial_adapters(fed)
+    executor.train_phase(fed, dict.fromkeys(range(len(fed.clients)), adapters), 1, "stage1", "stage1", stop)
 except Done:
     pass
 end = time.perf_counter()

@@ -15,8 +15,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "load": "pilot_jax.models.pretrained",
     "load_from_parts": "pilot_jax.models.pretrained",
-    "simulate": "pilot_jax.federation.simulation",
-    "Run": "pilot_jax.federation.simulation",
+    "simulate": "pilot_jax.runs.simulate",
+    "Run": "pilot_jax.runs.restore",
     "Strategy": "pilot_jax.federation.strategies.base",
     "Config": "pilot_jax.config",
     "load_config": "pilot_jax.config",

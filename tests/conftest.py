@@ -22,7 +22,7 @@ import pytest
 import pilot_jax
 from pilot_jax import cli
 from pilot_jax.config import parse_config
-from pilot_jax.federation import preparation
+from pilot_jax.runs import prepare
 
 TINY_TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
@@ -133,8 +133,8 @@ def small_config(**sections):
 @pytest.fixture(scope="session")
 def federation():
     """(federation, tokenizer, initial state) of `small_config()`."""
-    fed, tokenizer = preparation.prepare(small_config())
-    return fed, tokenizer, preparation.initial_state(fed)
+    fed, tokenizer = prepare.prepare(small_config())
+    return fed, tokenizer, prepare.initial_state(fed)
 
 
 def tree_max_difference(a, b) -> float:

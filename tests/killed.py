@@ -12,16 +12,16 @@ import signal
 import sys
 import threading
 
-from pilot_jax import checkpoint, metrics, run_folder, snapshots
 from pilot_jax.config import load_config
-from pilot_jax.federation import mixing, simulation
+from pilot_jax.federation import mixing
+from pilot_jax.runs import checkpoint, events, folder, resume, simulate
 
 POINTS = {
-    "mixing": (mixing, "check_rows"), "mixing file": (run_folder.RunFolder, "save_mixing"),
-    "metrics": (metrics.MetricsFile, "__call__"), "snapshot": (snapshots.Snapshots, "save"),
-    "arrays": (snapshots, "write_arrays"), "sync": (snapshots, "_synced"), "prune": (snapshots.Snapshots, "_prune"),
-    "results": (checkpoint, "write_arrays"), "summary": (run_folder.RunFolder, "end"),
-    "removal": (snapshots.Snapshots, "remove"),
+    "mixing": (mixing, "check_rows"), "mixing file": (folder.RunFolder, "save_mixing"),
+    "metrics": (events.MetricsFile, "__call__"), "snapshot": (resume.Snapshots, "save"),
+    "arrays": (resume, "write_arrays"), "sync": (resume, "_synced"), "prune": (resume.Snapshots, "_prune"),
+    "results": (checkpoint, "write_arrays"), "summary": (folder.RunFolder, "end"),
+    "removal": (resume.Snapshots, "remove"),
 }
 
 
@@ -57,7 +57,7 @@ def main() -> None:
             threading.Timer(rng.uniform(0.0, 4.0), kill).start()
         return lambda event: None
 
-    run = simulation.simulate(load_config(config), out=out, resume=True, progress=progress)
+    run = simulate.simulate(load_config(config), out=out, resume=True, progress=progress)
     print(run.summary["adapters_sha256"])
     os._exit(0)  # not waiting for the timer
 

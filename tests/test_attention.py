@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import pilot_jax
-from pilot_jax.data.batches import bucket_shapes
+from pilot_jax.data.arrays import bucket_shapes
 from pilot_jax.errors import InputError
-from pilot_jax.models.attention import MASKED, attention, causal_attention, check_cudnn
+from pilot_jax.kernels.attention import MASKED, attention, causal_attention, check_cudnn
+from pilot_jax.kernels.low_rank import low_rank
 from pilot_jax.models.llama import apply_rope
-from pilot_jax.models.lora import low_rank
 
 
 def close(ours, plain):
@@ -124,15 +124,16 @@ import sys
 sys.path.insert(0, "tests")
 from conftest import small_config
 from pilot_jax.config import SystemConfig
-from pilot_jax.federation.sharding import split_cpu
+from pilot_jax.parallel.devices import split_cpu
 split_cpu(SystemConfig(client_devices=int(sys.argv[1])))
 import jax, numpy as np
-from pilot_jax.federation import preparation, training
+from pilot_jax.runs import prepare
+from pilot_jax.federation import executor
 # No length_spread of 4 here: two buckets, one of three clients and one of six.
 system = {"client_chunk": 2, "length_spread": 1.2}
-fed, _ = preparation.prepare(small_config(system=system, train={"adam_epsilon": 1e-3}))
-adapters = preparation.initial_adapters(fed)
-after, _ = training.train_phase(fed, dict.fromkeys(range(9), adapters), 1, "stage2", "stage2", lambda event: None)
+fed, _ = prepare.prepare(small_config(system=system, train={"adam_epsilon": 1e-3}))
+adapters = prepare.initial_adapters(fed)
+after, _ = executor.train_phase(fed, dict.fromkeys(range(9), adapters), 1, "stage2", "stage2", lambda event: None)
 np.savez(sys.argv[2], *[np.asarray(x) for c in sorted(after) for x in jax.tree.leaves(after[c])])
 print(jax.device_count(), 1 if fed.mesh is None else fed.mesh.size)
 """

@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from pilot_jax.config import known_keys
-from pilot_jax.metrics import ProgressDisplay
+from pilot_jax.runs.events import ProgressDisplay
 
 ROOT = Path(__file__).parent.parent
 QUICK = str(ROOT / "configs" / "quickstart.yaml")

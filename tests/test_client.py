@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from conftest import small_config, tree_max_difference
 
-from pilot_jax.data.batches import num_steps, visiting_order
-from pilot_jax.federation import preparation, rounds, training
+from pilot_jax.data.arrays import num_steps, visiting_order
+from pilot_jax.federation import executor, state
 from pilot_jax.federation.client import learning_rate
-from pilot_jax.federation.objectives import stage_loss
+from pilot_jax.federation.losses import stage_loss
 from pilot_jax.models.vlm import variables
+from pilot_jax.runs import prepare
 
 
 def shrink(fed, sizes):
@@ -28,10 +29,10 @@ def shrink(fed, sizes):
 def uneven():
     """Three clients of two tasks with 3, 10 and 6 samples; two epochs of batch 4: 2, 6 and 4 steps."""
     config = small_config(federation={"local_steps": None, "local_epochs": 2}, system={"client_chunk": 3})
-    fed, _ = preparation.prepare(config)
+    fed, _ = prepare.prepare(config)
     fed = dataclasses.replace(fed, clients=fed.clients[2:5])
     fed = shrink(fed, (3, 10, 6))
-    adapters = preparation.initial_adapters(fed)
+    adapters = prepare.initial_adapters(fed)
     rng = np.random.default_rng(0)  # away from zero, so that every term matters
     noisy = jax.tree.map(lambda x: (x + 0.02 * rng.normal(size=x.shape)).astype(np.float32), adapters)
     return fed, noisy
@@ -46,7 +47,7 @@ def readable_update(fed, adapters, client, stage, label):
     """What `local_update` must equal, for one client. Slow and plain."""
     train, own = fed.config.train, fed.clients[client]
     steps = num_steps(own.size, train.batch_size, fed.config.federation.local_epochs, None)
-    order, real = visiting_order(rounds.client_generator(0, own.name, 1, label), own.size, train.batch_size, steps)
+    order, real = visiting_order(state.client_generator(0, own.name, 1, label), own.size, train.batch_size, steps)
     trained_names = {"stage1": ("text_adapter", "task", "client"),
                      "stage2": ("text_adapter", "task", "cross_task", "router")}[stage]
     params = {n: jax.tree.map(lambda x: np.asarray(x, np.float64), adapters[n]) for n in trained_names}
@@ -102,7 +103,7 @@ def test_vmapped_unequal_clients_equal_a_readable_loop(uneven, stage, optimizer)
     fed, adapters = uneven
     fed = with_train(fed, **OPTIMIZERS[optimizer])
     everyone = {i: adapters for i in range(3)}
-    together, records = training.train_phase(fed, everyone, 1, stage, stage, lambda event: None)
+    together, records = executor.train_phase(fed, everyone, 1, stage, stage, lambda event: None)
     assert [r["step"] for r in records] == [2, 6, 4]
     for client in range(3):
         expected, losses = readable_update(fed, adapters, client, stage, stage)
@@ -123,8 +124,8 @@ def test_chunk_size_and_company_change_nothing(uneven, stage):
         sgd = with_train(fed, optimizer="sgd", lr_connector=0.03, lr_lora_stage1=0.03, lr_lora_stage2=0.03)
         system = fed.config.system.model_copy(update={"client_chunk": chunk})
         one = dataclasses.replace(sgd, config=sgd.config.model_copy(update={"system": system}))
-        results[chunk], _ = training.train_phase(one, {i: adapters for i in range(3)}, 1, stage, stage, lambda e: None)
-    alone, _ = training.train_phase(one, {1: adapters}, 1, stage, stage, lambda e: None)
+        results[chunk], _ = executor.train_phase(one, {i: adapters for i in range(3)}, 1, stage, stage, lambda e: None)
+    alone, _ = executor.train_phase(one, {1: adapters}, 1, stage, stage, lambda e: None)
     assert tree_max_difference(results[1], results[3]) <= 1e-5
     assert tree_max_difference(results[2], results[3]) <= 1e-5
     assert tree_max_difference(alone[1], results[3][1]) <= 1e-5
@@ -134,7 +135,7 @@ def test_chunk_size_and_company_change_nothing(uneven, stage):
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_frozen_subtrees_stay_bit_identical(uneven, stage):
     fed, adapters = uneven
-    after, _ = training.train_phase(fed, {0: adapters}, 1, stage, stage, lambda event: None)
+    after, _ = executor.train_phase(fed, {0: adapters}, 1, stage, stage, lambda event: None)
     untouched = {"stage1": {"task_bank", "cross_task", "router"}, "stage2": {"client", "task_bank"}}[stage]
     for name in adapters:
         same = all(np.array_equal(a, b) for a, b in

@@ -11,34 +11,36 @@ import pytest
 from conftest import small_config, tree_max_difference
 from scipy import stats
 
-from pilot_jax import compare
+from pilot_jax.compare import runner, statistics, variants
 from pilot_jax.config import apply_overrides
-from pilot_jax.data.digits import client_style, scenario_clients, scene_samples
+from pilot_jax.embedded.scenarios import client_style, scenario_clients, scene_samples
 from pilot_jax.errors import InputError
-from pilot_jax.federation import examination, preparation, rounds
-from pilot_jax.federation.rounds import cohort
+from pilot_jax.evaluation import personalised
+from pilot_jax.federation import rounds
+from pilot_jax.federation.cohort import cohort
 from pilot_jax.federation.strategies import make_strategy
+from pilot_jax.runs import prepare
 
 SGD = {"optimizer": "sgd", "lr_connector": 0.02, "lr_lora_stage1": 0.02, "lr_lora_stage2": 0.02}
 
 
 @pytest.fixture(scope="module")
 def field():
-    return compare.make_field(small_config(train=SGD), [0, 1], base_samples=3)
+    return runner.make_field(small_config(train=SGD), [0, 1], base_samples=3)
 
 
 @pytest.mark.parametrize("name", ["pilot", "scaffold"])
 def test_seeds_trained_together_equal_separate_runs(field, name):
     """Pilot and SCAFFOLD receive what differs from seed to seed; everything else is simpler."""
-    [variant] = compare.read_variants(name)
-    feds = compare._of_variant(field, variant, [])
-    together = compare.run_all(feds)
+    [variant] = variants.read_variants(name)
+    feds = runner._of_variant(field, variant, [])
+    together = runner.run_all(feds)
     for seed, state in enumerate(together):
-        config = compare.seeded(small_config(train=SGD, strategy={"name": name}), seed)
-        fed, tokenizer = preparation.prepare(config)
-        alone = preparation.initial_state(fed)
+        config = runner.seeded(small_config(train=SGD, strategy={"name": name}), seed)
+        fed, tokenizer = prepare.prepare(config)
+        alone = prepare.initial_state(fed)
         assert tree_max_difference(alone.population[0].adapters,
-                                   preparation.initial_state(feds[seed]).population[0].adapters) == 0
+                                   prepare.initial_state(feds[seed]).population[0].adapters) == 0
         alone = rounds.run_round(fed, alone, 1, lambda e: None, lambda r: None, lambda *a: None)
         for a, b in zip(alone.population, state.population, strict=True):
             assert tree_max_difference(a.adapters, b.adapters) <= 1e-5
@@ -46,17 +48,17 @@ def test_seeds_trained_together_equal_separate_runs(field, name):
             state.client_steps, state.bytes_up, state.bytes_down)
     moved = tree_max_difference(together[0].population[0].adapters, together[1].population[0].adapters)
     assert moved > 1e-3  # the seeds differ
-    scores = examination.evaluate_together(feds, field.tokenizer, [s.population for s in together])
-    assert scores[1] == examination.evaluate(fed, tokenizer, alone.population)
+    scores = personalised.evaluate_together(feds, field.tokenizer, [s.population for s in together])
+    assert scores[1] == personalised.evaluate(fed, tokenizer, alone.population)
 
 
 def test_federations_that_train_otherwise_are_refused(field):
-    from pilot_jax.federation.training import Work, train_together
+    from pilot_jax.federation.executor import Work, train_together
 
     works = []
     for text in ("fedavg", "fedprox"):
-        fed = compare._of_variant(field, compare.read_variants(text)[0], [])[0]
-        works.append(Work(fed, {0: preparation.initial_adapters(fed)}, 1, "plain", "plain"))
+        fed = runner._of_variant(field, variants.read_variants(text)[0], [])[0]
+        works.append(Work(fed, {0: prepare.initial_adapters(fed)}, 1, "plain", "plain"))
     with pytest.raises(ValueError, match="train alike"):
         train_together(works, lambda event: None)
 
@@ -64,7 +66,7 @@ def test_federations_that_train_otherwise_are_refused(field):
 def test_rates_are_no_part_of_the_program(field):
     """Learning rates, and everything that only the server does, leave a phase's program as it is."""
     def phase(text, stage):
-        return compare._of_variant(field, compare.read_variants(text)[0], [])[0].phase(stage)
+        return runner._of_variant(field, variants.read_variants(text)[0], [])[0].phase(stage)
 
     plain = phase("fedavg", "plain")
     for other in ("fedavg+train.lr_connector=3", "fedadam", "median", "local", "similarity", "fedavg+train.lambda_d=9"):
@@ -78,27 +80,27 @@ def test_rates_are_no_part_of_the_program(field):
 
 
 def test_variants_are_read():
-    names = [v.name for v in compare.read_variants("fedavg,ablations,fedavg")]
-    assert names == ["fedavg", *(f"pilot-{n}" for n in compare.ABLATIONS)]
-    [own] = compare.read_variants("pilot+strategy.ata.neighbors=1+train.lambda_d=0.5")
+    names = [v.name for v in variants.read_variants("fedavg,ablations,fedavg")]
+    assert names == ["fedavg", *(f"pilot-{n}" for n in variants.ABLATIONS)]
+    [own] = variants.read_variants("pilot+strategy.ata.neighbors=1+train.lambda_d=0.5")
     changed = apply_overrides(small_config(), list(own.overrides))
     assert (changed.strategy.ata.neighbors, changed.train.lambda_d) == (1, 0.5) and own.family == "pilot"
-    for variant in compare.read_variants("all,ablations,ata"):
+    for variant in variants.read_variants("all,ablations,ata"):
         apply_overrides(small_config(), list(variant.overrides))  # every switch is a key of the config
     for bad in ("fedsgd", "pilot-no_such", "fedavg-no_difference_loss"):
         with pytest.raises(InputError, match="--strategies"):
-            compare.read_variants(bad)
+            variants.read_variants(bad)
 
 
 def test_paired_difference():
     ours, theirs = np.asarray([0.8, 0.7, 0.9]), np.asarray([0.5, 0.6, 0.7])
-    result = compare.paired(ours, theirs)
+    result = statistics.paired(ours, theirs)
     expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
     assert result["mean"] == pytest.approx(0.2)
     assert (result["low"], result["high"]) == pytest.approx((expected.low, expected.high))
     assert not result["significant"]
-    assert compare.paired(ours + 0.001 * theirs, ours - 0.5)["significant"]
-    assert compare.paired(ours[:1], theirs[:1])["low"] is None
+    assert statistics.paired(ours + 0.001 * theirs, ours - 0.5)["significant"]
+    assert statistics.paired(ours[:1], theirs[:1])["low"] is None
 
 
 COMMAND = ["--strategies", "fedavg,local", "--seeds", 2, "--rates", "0.5,1"]
@@ -108,8 +110,8 @@ def test_compare_writes_its_table_and_goes_on_where_it_stopped(tmp_path, call, m
     config = tmp_path / "c.yaml"
     config.write_text(small_config(data={"digits": {"train": 4}}).to_yaml())
     calls = []
-    real = compare.run_variant
-    monkeypatch.setattr(compare, "run_variant", lambda field, variant, *rest: calls.append(variant.name)
+    real = runner.run_variant
+    monkeypatch.setattr(runner, "run_variant", lambda field, variant, *rest: calls.append(variant.name)
                         or real(field, variant, *rest))
     out = tmp_path / "out"
     code, text, _ = call("compare", config, *COMMAND, "--out", out)
@@ -153,23 +155,23 @@ def test_vary_compares_at_each_value(tmp_path, call):
 
 
 def test_a_seed_that_diverges_is_reported_and_the_others_go_on(field):
-    [variant] = compare.read_variants("fedavg")
-    feds = compare._of_variant(field, variant, [])
+    [variant] = variants.read_variants("fedavg")
+    feds = runner._of_variant(field, variant, [])
     broken = [dataclasses.replace(c, train=c.train | {"features": np.asarray(c.train["features"]) * np.nan})
               for c in feds[0].clients]
     feds[0] = dataclasses.replace(feds[0], clients=tuple(broken))
     feds[1] = dataclasses.replace(feds[1], clients=(broken[0], *feds[1].clients[1:]))
-    states = compare.run_all(feds)
+    states = runner.run_all(feds)
     assert states[0] is None and states[1].client_steps > 0 and states[1].quarantined == 1
 
 
 def test_evaluation_matrix(field):
     """The diagonal is the usual score; the base's captions are asked of everyone."""
-    [variant] = compare.read_variants("fedavg")
-    fed = compare._of_variant(field, variant, [])[0]
-    state = compare.run_all([fed])[0]
-    whole = examination.evaluation_matrix(fed, field.tokenizer, state.population)
-    own = examination.evaluate(fed, field.tokenizer, state.population)
+    [variant] = variants.read_variants("fedavg")
+    fed = runner._of_variant(field, variant, [])[0]
+    state = runner.run_all([fed])[0]
+    whole = personalised.evaluation_matrix(fed, field.tokenizer, state.population)
+    own = personalised.evaluate(fed, field.tokenizer, state.population)
     assert np.diag(whole["scores"]).tolist() == [own[name] for name in whole["clients"]]
     assert np.shape(whole["scores"]) == (9, 9) and set(whole["by_task"]["vqa_0"]) == {"vqa", "ocr", "caption"}
     assert whole["by_task"]["vqa_0"]["ocr"] == pytest.approx(np.mean(whole["scores"][6][3:6]))
@@ -177,14 +179,14 @@ def test_evaluation_matrix(field):
 
 
 def test_centralised_has_one_model_for_all(field):
-    [variant] = compare.read_variants("centralised")
-    fed = compare._of_variant(field, variant, [])[0]
+    [variant] = variants.read_variants("centralised")
+    fed = runner._of_variant(field, variant, [])[0]
     assert [c.name for c in fed.clients] == ["pooled"] and len(fed.examined) == 9
     assert fed.clients[0].size == sum(c.size for c in fed.examined)
     assert fed.full_steps(0) == 9 * 2  # local_steps 2: as many sample visits as nine clients
     sums = sum(c.train["target_weights"].sum() for c in fed.examined)
     assert fed.clients[0].train["target_weights"].sum() == sums
-    back = preparation.with_strategy(fed, make_strategy(fed.config.strategy.model_copy(update={"name": "local"}), ""))
+    back = prepare.with_strategy(fed, make_strategy(fed.config.strategy.model_copy(update={"name": "local"}), ""))
     assert back.clients == fed.examined and not back.pool_of
 
 
@@ -218,8 +220,8 @@ def test_dropouts_newcomers_and_stragglers(federation):
 
 def simulation_round(fed):
     records = []
-    fed = preparation.with_strategy(fed, make_strategy(fed.config.strategy.model_copy(update={"name": "local"}), ""))
-    state = rounds.run_round(fed, preparation.initial_state(fed), 1, lambda e: None, records.append, lambda *a: None)
+    fed = prepare.with_strategy(fed, make_strategy(fed.config.strategy.model_copy(update={"name": "local"}), ""))
+    state = rounds.run_round(fed, prepare.initial_state(fed), 1, lambda e: None, records.append, lambda *a: None)
     return state, records
 
 

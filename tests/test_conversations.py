@@ -10,7 +10,7 @@ from transformers import LlavaProcessor
 
 from pilot_jax.data.conversations import TEMPLATES, encode, stop_tokens
 from pilot_jax.errors import InputError
-from pilot_jax.models.processors import load_image_processor, load_tokenizer
+from pilot_jax.models.checkpoints.processors import load_image_processor, load_tokenizer
 
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
           "detailed, and polite answers to the user's questions. ")

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pilot_jax.data import digit_tasks, digits
-from pilot_jax.data.llava import Sample, read_samples, write_samples
-from pilot_jax.data.partition import partition
+from pilot_jax.data.build import partition
+from pilot_jax.data.llava.reading import read_samples, write_samples
+from pilot_jax.data.llava.sample import Sample
+from pilot_jax.embedded import scenarios, scenes, tasks
 from pilot_jax.errors import InputError
+from pilot_jax.models.checkpoints.processors import load_image_processor, load_tokenizer
 from pilot_jax.models.pretrained import model_directory
-from pilot_jax.models.processors import load_image_processor, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def test_tokenizer_round_trips_any_text(tokenizer):
 
 
 def test_handwriting_pools_partition_all_images():
-    pools = [set(digits.pool_indices(p).tolist()) for p in digits.POOLS]
+    pools = [set(scenes.pool_indices(p).tolist()) for p in scenes.POOLS]
     assert sum(map(len, pools)) == len(set().union(*pools)) == 1797
 
 
@@ -35,34 +36,34 @@ def test_scenes_say_what_they_show():
     """Boxes hold ink, positions match cells, and a split draws from its own pool alone."""
     rng = np.random.default_rng(0)
     for _ in range(20):
-        scene = digits.draw_scene(rng, "test", digits.client_style(1))
+        scene = scenes.draw_scene(rng, "test", scenarios.client_style(1))
         pixels = np.asarray(scene.image, np.float32)
-        paper = np.asarray(digits.client_style(1).paper)
+        paper = np.asarray(scenarios.client_style(1).paper)
         assert len({d.value for d in scene.digits}) == len({d.ink for d in scene.digits}) == len(scene.digits)
         assert [d.cell for d in scene.digits] == sorted(d.cell for d in scene.digits)
         for digit in scene.digits:
-            x0, y0, x1, y1 = (round(v * digits.CANVAS) for v in digit.box)
+            x0, y0, x1, y1 = (round(v * scenes.CANVAS) for v in digit.box)
             assert np.abs(pixels[y0:y1, x0:x1] - paper).max() > 60
             assert divmod(digit.cell, 3) == (y0 // 16, x0 // 16)
 
 
 def test_client_draws_depend_on_no_other_client():
-    specs = digits.scenario_clients("a", 3, 1, 1)
-    everyone = {s.id: s for s in digits.scene_samples(specs, 0)}
-    alone = list(digits.scene_samples([specs[4]], 0))
+    specs = scenarios.scenario_clients("a", 3, 1, 1)
+    everyone = {s.id: s for s in scenarios.scene_samples(specs, 0)}
+    alone = list(scenarios.scene_samples([specs[4]], 0))
     for sample in alone:
         assert everyone[sample.id].turns == sample.turns
         np.testing.assert_array_equal(np.asarray(everyone[sample.id].image), np.asarray(sample.image))
 
 
 def test_scenario_b_is_uneven_and_has_four_tasks():
-    specs = digits.scenario_clients("b", 40, 2, 2)
-    assert len(specs) == 20 and {s.task for s in specs} == set(digit_tasks.TASKS)
+    specs = scenarios.scenario_clients("b", 40, 2, 2)
+    assert len(specs) == 20 and {s.task for s in specs} == set(tasks.TASKS)
     assert sorted({s.sizes["train"] for s in specs}) == [10, 18, 25, 32, 40]
 
 
 def test_written_scenes_read_back(tmp_path):
-    samples = list(digits.scene_samples(digits.scenario_clients("a", 2, 1, 1), 0))
+    samples = list(scenarios.scene_samples(scenarios.scenario_clients("a", 2, 1, 1), 0))
     assert write_samples(samples, tmp_path / "scenes") == len(samples) == 36
     back = read_samples(tmp_path / "scenes")
     for a, b in zip(samples, back, strict=True):
@@ -74,9 +75,9 @@ def test_written_scenes_read_back(tmp_path):
 
 
 def test_pretraining_pixels_are_the_processors():
-    from pilot_jax.pretrain import _pixels
+    from pilot_jax.embedded.pretrain import _pixels
 
-    scene = digits.draw_scene(np.random.default_rng(0), "pretrain", None)
+    scene = scenes.draw_scene(np.random.default_rng(0), "pretrain", None)
     processor = load_image_processor(model_directory("embedded"), "clip")
     expected = processor(images=[scene.image], return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
     np.testing.assert_allclose(_pixels([scene])[0], expected, atol=1e-5)

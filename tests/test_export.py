@@ -16,10 +16,10 @@ from conftest import small_config
 
 import pilot_jax
 from pilot_jax.errors import InputError
-from pilot_jax.federation.examination import used_adapters
-from pilot_jax.federation.export import export_client
+from pilot_jax.evaluation.personalised import used_adapters
 from pilot_jax.models.pretrained import model_directory
 from pilot_jax.models.vlm import variables
+from pilot_jax.runs.export import export_client
 
 DOCS = Path(__file__).parent.parent / "docs" / "exported-adapters.md"
 TOLERANCE = 1e-4

@@ -9,11 +9,12 @@ import pytest
 from conftest import small_config
 
 import pilot_jax
-from pilot_jax.data import features as module
+from pilot_jax.data import images
 from pilot_jax.data.features import FeatureRows, Features, bring, image_features
 from pilot_jax.data.images import pixel_values
 from pilot_jax.errors import InputError
-from pilot_jax.federation import preparation, rounds
+from pilot_jax.federation import rounds
+from pilot_jax.runs import prepare
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def samples():
-    chosen = preparation.load_samples(small_config())[:20]
+    chosen = prepare.load_samples(small_config())[:20]
     chosen[3] = dataclasses.replace(chosen[3], image=None)
     return chosen
 
@@ -31,13 +32,13 @@ def samples():
 @pytest.fixture
 def seen(monkeypatch):
     """Ids of the samples whose images are read, in order."""
-    ids, read = [], module.read_image
+    ids, read = [], images.read_image
 
     def reading(sample, limits):
         ids.append(sample.id)
         return read(sample, limits)
 
-    monkeypatch.setattr(module, "read_image", reading)
+    monkeypatch.setattr(images, "read_image", reading)
     return ids
 
 
@@ -60,7 +61,7 @@ def test_once_and_only_what_is_asked_for(model, samples, seen, tmp_path, on_disk
         assert got.shape == rows.shape and not got[[k for k, i in enumerate(rows.which) if i == 3]].any()
         assert (rows[np.asarray([1, 0, 1])] == got[[1, 0, 1]]).all() and (rows[1] == got[1]).all()
         assert (np.asarray(rows.first(2)) == got[:2]).all()
-    joint = module.joined([first, second])
+    joint = features.joined([first, second])
     assert isinstance(joint, FeatureRows) and (np.asarray(joint)[7:] == np.asarray(second)).all()
 
 
@@ -88,18 +89,18 @@ def test_a_broken_image(model, samples, tmp_path):
 def test_a_population_on_disk_is_seen_when_drawn(tmp_path, seen):
     """In round 1, two of nine clients: their training images and nobody else's; a run in memory sees all at once."""
     config = small_config(federation={"rounds": 1, "clients_per_round": 2}, system={"store": str(tmp_path)})
-    fed, _ = preparation.prepare(config)
-    preparation.see_everything(fed)
+    fed, _ = prepare.prepare(config)
+    prepare.see_everything(fed)
     assert not seen
-    state = rounds.run_round(fed, preparation.initial_state(fed), 1, lambda e: None, lambda r: None, lambda *a: None)
+    state = rounds.run_round(fed, prepare.initial_state(fed), 1, lambda e: None, lambda r: None, lambda *a: None)
     trained = [c for c, s in zip(fed.clients, state.population, strict=True) if not s.is_new]
     assert len(trained) == 2
-    assert sorted(seen) == sorted(s.id for s in preparation.load_samples(config)
+    assert sorted(seen) == sorted(s.id for s in prepare.load_samples(config)
                                   if s.split == "train" and s.client in [c.name for c in trained])
     seen.clear()
-    fed, _ = preparation.prepare(small_config())
-    preparation.see_everything(fed)
-    assert sorted(seen) == sorted(s.id for s in preparation.load_samples(config))
+    fed, _ = prepare.prepare(small_config())
+    prepare.see_everything(fed)
+    assert sorted(seen) == sorted(s.id for s in prepare.load_samples(config))
 
 
 def test_image_features_of_a_list(model, samples):

@@ -11,11 +11,14 @@ import pytest
 from conftest import small_config, tree_max_difference
 
 from pilot_jax.config import StrategyConfig
-from pilot_jax.federation import preparation, rounds, simulation
+from pilot_jax.evaluation import personalised
+from pilot_jax.federation import rounds
 from pilot_jax.federation.client import local_update
-from pilot_jax.federation.rounds import client_generator, cohort
+from pilot_jax.federation.cohort import cohort
+from pilot_jax.federation.state import client_generator
 from pilot_jax.federation.strategies import make_strategy
-from pilot_jax.metrics import CompileClock
+from pilot_jax.runs import prepare, restore, simulate
+from pilot_jax.runs.events import CompileClock
 
 
 def fake_uploads(cohort_size, seed=0):
@@ -72,8 +75,8 @@ def three_rounds():
     config = small_config(federation={"rounds": 3, "local_steps": 1, "participation": [
         {"round": 1, "clients": ["caption_0", "vqa_0"]}, {"round": 2, "clients": ["caption_0", "ocr_0"]},
         {"round": 3, "clients": ["vqa_0"]}]}, system={"client_chunk": 2})
-    fed, _ = preparation.prepare(config)
-    states, phases = [preparation.initial_state(fed)], []
+    fed, _ = prepare.prepare(config)
+    states, phases = [prepare.initial_state(fed)], []
     for round_ in (1, 2, 3):
         records = []
         states.append(rounds.run_round(fed, states[-1], round_, lambda e: None, records.append, lambda *a: None))
@@ -91,12 +94,12 @@ def test_schedule_first_time(three_rounds):
 
 def test_compilations_are_few_and_early():
     """Two length buckets, four rounds: one training program per phase and bucket, nothing compiled after round 2."""
-    fed, _ = preparation.prepare(small_config(federation={"local_steps": 1}, system={"length_spread": 1.2},
+    fed, _ = prepare.prepare(small_config(federation={"local_steps": 1}, system={"length_spread": 1.2},
                                              train={"batch_size": 3}))  # no other test's: nothing is compiled yet
     buckets = {(c.train["input_ids"].shape[1], c.train["target_ids"].shape[1]) for c in fed.clients}
     assert len(buckets) == 2
     before, clock, programs = local_update._cache_size(), CompileClock(), []
-    state = preparation.initial_state(fed)
+    state = prepare.initial_state(fed)
     for round_ in (1, 2, 3, 4):
         state = rounds.run_round(fed, state, round_, lambda e: None, lambda r: None, lambda *a: None)
         programs.append(clock.programs)
@@ -161,8 +164,8 @@ def test_chunk_size_does_not_change_a_round():
     for chunk in (2, 9):
         config = small_config(system={"client_chunk": chunk}, train={"optimizer": "sgd", "lr_connector": 0.02,
                               "lr_lora_stage1": 0.02, "lr_lora_stage2": 0.02})
-        fed, _ = preparation.prepare(config)
-        state = preparation.initial_state(fed)
+        fed, _ = prepare.prepare(config)
+        state = prepare.initial_state(fed)
         state = rounds.run_round(fed, state, 1, lambda e: None, lambda r: None, lambda *a: None)
         results.append([c.adapters for c in state.population])
     assert tree_max_difference(*results) <= 1e-5
@@ -177,7 +180,7 @@ SUMMARY_KEYS = {"strategy", "seed", "rounds", "clients", "tasks", "score_mean", 
 def two_runs(tmp_path_factory):
     config = small_config(federation={"rounds": 2, "local_steps": 1}, eval={"every": 1})
     folders = [tmp_path_factory.mktemp("runs") / name for name in ("one", "two")]
-    return folders, [simulation.simulate(config, out=f) for f in folders]
+    return folders, [simulate.simulate(config, out=f) for f in folders]
 
 
 def test_same_seed_gives_identical_runs(two_runs):
@@ -217,11 +220,11 @@ def test_checkpoints_hold_what_their_place_allows_and_restore(two_runs):
     written = (folder / "config.yaml").read_text()
     assert "attention: own" in written
     (folder / "config.yaml").write_text(written.replace("attention: own", "attention: cudnn"))  # trained on a GPU
-    back = simulation.restore(folder)
+    back = restore.restore(folder)
     (folder / "config.yaml").write_text(written)
     for a, b in zip(run.population, back.population, strict=True):
         assert same(a.adapters, b.adapters) and (a.stage, a.rounds) == (b.stage, b.rounds)
-    assert simulation.evaluate(back.federation, back.tokenizer, back.population) == run.summary["score_by_client"]
+    assert personalised.evaluate(back.federation, back.tokenizer, back.population) == run.summary["score_by_client"]
 
 
 def test_a_strategy_object_of_ones_own():
@@ -235,19 +238,19 @@ def test_a_strategy_object_of_ones_own():
             middle = jax.tree.map(lambda x: np.broadcast_to(np.median(x, axis=0), x.shape), dict(uploads))
             return Aggregated(middle, dict(server_state), {"weights": np.asarray(mixing.mean(sizes))})
 
-    run = simulation.simulate(small_config(federation={"local_steps": 1}), strategy=Median(StrategyConfig()))
+    run = simulate.simulate(small_config(federation={"local_steps": 1}), strategy=Median(StrategyConfig()))
     assert run.summary["strategy"] == "median"
     assert same(run.population[0].adapters, run.population[5].adapters)
 
 
 def test_evaluation_of_a_client_that_never_took_part_is_the_base():
     config = small_config(federation={"local_steps": 1, "participation": [{"round": 1, "clients": ["vqa_0"]}]})
-    fed, _ = preparation.prepare(config)
-    state = preparation.initial_state(fed)
+    fed, _ = prepare.prepare(config)
+    state = prepare.initial_state(fed)
     asked = fed.clients[0].evaluation["test"], fed.clients[0].task
-    assert simulation.examinee(fed, 0, state.population[0], *asked).stage == "plain"
+    assert personalised.examinee(fed, 0, state.population[0], *asked).stage == "plain"
     moved = dataclasses.replace(state.population[0], stage="stage2", rounds=1)
-    assert set(simulation.examinee(fed, 0, moved, *asked).adapters) == {
+    assert set(personalised.examinee(fed, 0, moved, *asked).adapters) == {
         "text_adapter", "task", "client", "task_bank", "cross_task", "router"}
 
 
@@ -256,9 +259,9 @@ def test_steps_in_portions_are_the_same_steps(tmp_path, name):
     """`system.steps_at_once`: 5 steps as 2 + 2 + 1, in two phases, from memory and from files; two programs a phase
     and the small ones that begin and end it."""
     sections = {"strategy": {"name": name}, "federation": {"local_steps": 5}, "train": {"adam_epsilon": 1e-3}}
-    whole = simulation.simulate(small_config(**sections))
+    whole = simulate.simulate(small_config(**sections))
     for system in ({}, {"store": str(tmp_path)}):
-        parts = simulation.simulate(small_config(**sections, system={"steps_at_once": 2} | system))
+        parts = simulate.simulate(small_config(**sections, system={"steps_at_once": 2} | system))
         for a, b in zip(whole.population, parts.population, strict=True):
             for x, y in zip(jax.tree.leaves(a.adapters), jax.tree.leaves(b.adapters), strict=True):
                 np.testing.assert_allclose(x, y, atol=1e-6)

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pilot_jax.config import known_keys, parse_config
-from pilot_jax.data.llava import read_samples
+from pilot_jax.data.llava.reading import read_samples
 from pilot_jax.errors import InputError
 
 ANYTHING = st.recursive(

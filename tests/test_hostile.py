@@ -18,8 +18,8 @@ from test_cli import QUICK, sample, with_image, write
 
 from pilot_jax.config import LimitsConfig
 from pilot_jax.data.images import read_image
-from pilot_jax.data.llava import Entry, parse_sample
-from pilot_jax.federation import simulation
+from pilot_jax.data.llava.sample import Entry, parse_sample
+from pilot_jax.runs import simulate
 
 
 @pytest.fixture(autouse=True)
@@ -308,7 +308,7 @@ def test_checkpoints(call, checkpoint, tmp_path, name):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
-    simulation.simulate(small_config(federation={"local_steps": 1}), out=folder)
+    simulate.simulate(small_config(federation={"local_steps": 1}), out=folder)
     return folder
 
 
@@ -362,7 +362,7 @@ def test_names_that_are_markup_are_shown_as_they_are(call, tmp_path):
 
 def test_nothing_is_unpickled():
     """No pickle, no `allow_pickle`, no torch.load that runs code."""
-    root = Path(simulation.__file__).parent.parent
+    root = Path(simulate.__file__).parent.parent
     source = {p: p.read_text(encoding="utf-8") for p in root.rglob("*.py")}
     assert not [p for p, text in source.items() if "import pickle" in text or "allow_pickle" in text]
     assert all("weights_only=True" in text for text in source.values() if "torch.load" in text)

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from conftest import small_config, tree_max_difference
 
-from pilot_jax import hosts
 from pilot_jax.config import MeshConfig
 from pilot_jax.errors import InputError
-from pilot_jax.federation import preparation, simulation
-from pilot_jax.federation.population import stack
-from pilot_jax.federation.sharding import make_mesh, spread
+from pilot_jax.federation.state import stack
+from pilot_jax.parallel import processes
+from pilot_jax.parallel.mesh import make_mesh, spread
+from pilot_jax.runs import prepare, restore
 
 ROOT = Path(__file__).parent.parent
 RATES = {"optimizer": "sgd", "lr_connector": 0.005, "lr_lora_stage1": 0.005, "lr_lora_stage2": 0.005}
@@ -68,7 +68,7 @@ def one(tmp_path_factory):
     config = folder / "config.yaml"
     config.write_text(small_config(train=RATES, system={"client_chunk": 1, "unroll": 1}).to_yaml())
     finished([command(config, folder / "run", "--set", "system.client_devices=1")])
-    return config, folder / "run", simulation.restore(folder / "run")
+    return config, folder / "run", restore.restore(folder / "run")
 
 
 def test_four_processes_give_what_one_gives(one, tmp_path):
@@ -79,7 +79,7 @@ def test_four_processes_give_what_one_gives(one, tmp_path):
     texts = finished([command(config, tmp_path / "4", *sets, "--coordinator", f"127.0.0.1:{port}", "--num-processes", 4,
                               "--process-id", i) for i in range(4)])
     assert "Run directory" in texts[0] and not any("client steps" in text for text in texts[1:])
-    agree(alone, simulation.restore(tmp_path / "4"))
+    agree(alone, restore.restore(tmp_path / "4"))
     lines = [(at / "metrics.jsonl").read_text().count("\n") for at in (folder, tmp_path / "4")]
     assert lines[0] == lines[1] > 18
 
@@ -105,7 +105,7 @@ def test_two_processes_are_interrupted_and_one_goes_on(one, tmp_path):
     assert {part.name for part in parts} == {"ocdbt.process_0", "ocdbt.process_1"}  # each has written its clients
     text = finished([command(config, folder, "--resume")])[0]
     assert "system.mesh.clients: 2 → 1: results agree to rounding" in " ".join(text.split())
-    agree(alone, simulation.restore(folder))
+    agree(alone, restore.restore(folder))
     assert metrics.read_text().count("\n") == (folder_of_one / "metrics.jsonl").read_text().count("\n")
 
 
@@ -115,24 +115,24 @@ sys.path.insert(0, "tests")
 port, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
-from pilot_jax import hosts
-hosts.start(f"127.0.0.1:{port}", 2, process)
+from pilot_jax.parallel import processes
+processes.start(f"127.0.0.1:{port}", 2, process)
 import numpy as np
 from conftest import small_config, tree_max_difference
 from pilot_jax.config import StrategyConfig
-from pilot_jax.federation import preparation, simulation
-from pilot_jax.federation.sharding import spread
+from pilot_jax.runs import prepare, simulate
+from pilot_jax.parallel.mesh import spread
 from pilot_jax.federation.strategies import STRATEGIES
 sections = json.loads(sys.argv[4])
-hosts.AT_ONCE = 2**18  # of what comes back from the devices, the larger arrays a row at a time
+processes.AT_ONCE = 2**18  # of what comes back from the devices, the larger arrays a row at a time
 mesh = {"clients": 2, "fsdp": 2}
-fed, tokenizer = preparation.prepare(small_config(system={"mesh": mesh}))
+fed, tokenizer = prepare.prepare(small_config(system={"mesh": mesh}))
 told = {}
 cases = [(name, {}) for name in ("fedadam", "pilot", "scaffold", "similarity", "trimmed_mean")]
 cases.append(("pilot", {"ata": {"space": "product"}}))
 for name, settings in cases:
-    its = preparation.with_strategy(fed, STRATEGIES[name](StrategyConfig(**settings)))
-    state = preparation.initial_state(its)
+    its = prepare.with_strategy(fed, STRATEGIES[name](StrategyConfig(**settings)))
+    state = prepare.initial_state(its)
     shared, rng = its.strategy.roles().select(state.population[0].adapters, "shared"), np.random.default_rng(0)
     uploads = jax.tree.map(lambda x: (x + 0.1 * rng.normal(size=(20, *x.shape))).astype(np.float32), shared)
     who = np.arange(1, 21), np.arange(20) % 3, np.arange(20), {**state.server, "round": 1}
@@ -141,9 +141,9 @@ for name, settings in cases:
     parts = [s.data.size / leaf.size for leaf in jax.tree.leaves(spread(uploads, its.server_mesh))
              for s in leaf.addressable_shards]
     told[name + settings.get("ata", {}).get("space", "")] = [
-        tree_max_difference(hosts.to_host(alone), hosts.to_host(together)), max(parts)]
+        tree_max_difference(processes.to_host(alone), processes.to_host(together)), max(parts)]
 config = small_config(**sections, system={"mesh": mesh, "client_chunk": 1, "unroll": 1})
-simulation.simulate(config, out=folder)
+simulate.simulate(config, out=folder)
 print(json.dumps(told))
 """
 
@@ -156,7 +156,7 @@ def test_the_server_mixes_on_the_devices_of_all(tmp_path):
     told = json.loads(texts[0].splitlines()[-1])
     for name, (difference, part) in told.items():
         assert difference <= 1e-5 and part == 1 / 4, name
-    run = simulation.restore(tmp_path / "2")
+    run = restore.restore(tmp_path / "2")
     assert all(tree_max_difference(client.adapters, run.population[0].adapters) == 0 for client in run.population)
     assert run.summary["bytes_up"] == run.summary["bytes_down"] > 0 and len(run.summary["score_by_client"]) == 9
 
@@ -167,21 +167,21 @@ sys.path.insert(0, "tests")
 port, process = sys.argv[1], int(sys.argv[2])
 import jax
 jax.config.update("jax_num_cpu_devices", 1)
-from pilot_jax import hosts
-hosts.start(f"127.0.0.1:{port}", 4, process)
+from pilot_jax.parallel import processes
+processes.start(f"127.0.0.1:{port}", 4, process)
 from conftest import small_config
 from pilot_jax.data import features
-from pilot_jax.federation import preparation
-from pilot_jax.federation.examination import evaluate
+from pilot_jax.runs import prepare
+from pilot_jax.evaluation.personalised import evaluate
 from pilot_jax.federation.rounds import run_round
 seen, read = [], features.read_image
 features.read_image = lambda sample, limits: (seen.append(sample.id), read(sample, limits))[1]
 mesh = {"clients": 2, "fsdp": 2}
-fed, tokenizer = preparation.prepare(small_config(system={"mesh": mesh, "client_chunk": 1, "unroll": 1}))
-preparation.see_everything(fed)
+fed, tokenizer = prepare.prepare(small_config(system={"mesh": mesh, "client_chunk": 1, "unroll": 1}))
+prepare.see_everything(fed)
 before = len(seen)
 rounds = [lambda e: None, lambda r: None, lambda *a: None]
-state = preparation.initial_state(fed)
+state = prepare.initial_state(fed)
 state = run_round(fed, state, 1, *rounds)  # two stages: the second finds what the first has seen
 trained = list(seen)
 evaluate(fed, tokenizer, state.population)
@@ -194,7 +194,7 @@ def test_each_process_reads_its_own_clients_images():
     port = free_port()
     texts = finished([python("-c", OWN_IMAGES, port, i) for i in range(4)])
     told = [json.loads(text.splitlines()[-1]) for text in texts]
-    samples = preparation.load_samples(small_config())
+    samples = prepare.load_samples(small_config())
     for key, split in (("trained", "train"), ("asked", "test")):
         read = [i for process in told for i in process[key]]
         assert sorted(read) == sorted(s.id for s in samples if s.split == split), key
@@ -207,7 +207,7 @@ def test_each_process_reads_its_own_clients_images():
     (("127.0.0.1:1", 2, None), "go together"), ((None, 2, 0), "go together"), (("127.0.0.1:1", 2, 2), "0 to 1")])
 def test_incomplete_addresses_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
-        hosts.start(*arguments)
+        processes.start(*arguments)
 
 
 def test_a_cohort_is_in_memory_once():
@@ -220,4 +220,4 @@ def test_a_cohort_is_in_memory_once():
 
 def test_nothing_over_clients_is_nothing():
     """A strategy without local subtrees, as FedAvg, has an empty tree to save."""
-    assert hosts.over_clients({}, make_mesh(MeshConfig())) == {}
+    assert processes.over_clients({}, make_mesh(MeshConfig())) == {}

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import pilot_jax
 from pilot_jax.errors import InputError
-from pilot_jax.models.loading import load_base
+from pilot_jax.models.checkpoints.reading import load_base
 
 
 def probe(model, vocab=64):

@@ -27,15 +27,16 @@ import json, sys
 sys.path.insert(0, "tests")
 from conftest import small_config, tree_max_difference
 import jax
-from pilot_jax.federation import preparation, rounds
-from pilot_jax.federation.examination import evaluate
+from pilot_jax.runs import prepare
+from pilot_jax.federation import rounds
+from pilot_jax.evaluation.personalised import evaluate
 
 def run(mesh):
     # Steps small enough that rounding is not amplified: at 0.02 the second step of stage 2 multiplies it by 100.
     rates = {"optimizer": "sgd", "lr_connector": 0.005, "lr_lora_stage1": 0.005, "lr_lora_stage2": 0.005}
-    fed, tokenizer = preparation.prepare(small_config(train=rates, system={
+    fed, tokenizer = prepare.prepare(small_config(train=rates, system={
         "mesh": dict(zip(("clients", "fsdp", "tensor"), mesh)), "client_chunk": 1, "client_devices": 1}))
-    state = preparation.initial_state(fed)
+    state = prepare.initial_state(fed)
     start = state.population
     state = rounds.run_round(fed, state, 1, lambda e: None, lambda r: None, lambda *a: None)
     held = max(sum(s.data.nbytes for s in leaf.addressable_shards if s.device == jax.devices()[0])
@@ -71,8 +72,9 @@ MIXING = """
 import json, re, sys
 import jax, numpy as np
 from pilot_jax.config import MeshConfig
-from pilot_jax.federation import distances as d, mixing
-from pilot_jax.federation.sharding import AXES, make_mesh, on_parts, spread
+from pilot_jax.kernels import pairwise
+from pilot_jax.federation import distances, mixing
+from pilot_jax.parallel.mesh import AXES, make_mesh, on_parts, spread
 
 rng = np.random.default_rng(0)
 cohort, layers, rank, width = 40, 4, 4, 96  # 40: more than EVERY_PAIR, so that a Gram shortlists
@@ -93,12 +95,12 @@ for sizes in ((8, 1, 1), (2, 2, 2), (1, 4, 2)):
     mesh = make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))))
     placed = spread(uploads, mesh)
     leaf = placed["layers"]["q"]["a"]
-    gram = on_parts(d._factor_gram, (leaf,)).lower(leaf).compile()
+    gram = on_parts(pairwise._factor_gram, (leaf,)).lower(leaf).compile()
     weights = mixing.ata_weights(np.float32(factors), np.ones(cohort), neighbors=3)
     mixed = jax.jit(mixing.apply).lower(weights, placed).compile()
     expected = np.asarray(weights, np.float64) @ flat
     got = np.concatenate([np.asarray(x).reshape(cohort, -1) for x in jax.tree.leaves(mixing.apply(weights, placed))], 1)
-    near = {space: np.asarray(d.distances(placed, 3, space)) for space in ("factors", "product")}
+    near = {space: np.asarray(distances.distances(placed, 3, space)) for space in ("factors", "product")}
     near_rows = np.argsort(factors + np.eye(cohort) * 1e9, 1)[:, :3]
     at = np.arange(cohort)[:, None], near_rows
     out["x".join(map(str, sizes))] = {

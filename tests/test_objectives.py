@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
-from pilot_jax.federation import objectives
+from pilot_jax.federation import losses
 from pilot_jax.models import connector
 
 RNG = np.random.default_rng(0)
@@ -23,7 +23,7 @@ def test_cross_entropy():
     logits, targets = RNG.normal(size=(3, 5, 7)) * 3, RNG.integers(0, 7, (3, 5))
     weight = RNG.integers(0, 2, (3, 5)).astype(float)
     total = sum(-np.log(softmax64(logits[b, a])[targets[b, a]]) for b in range(3) for a in range(5) if weight[b, a])
-    ours = objectives.cross_entropy(jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(weight))
+    ours = losses.cross_entropy(jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(weight))
     np.testing.assert_allclose(ours, total / weight.sum(), rtol=1e-5)
 
 
@@ -54,10 +54,10 @@ def test_difference_loss_and_padding(mode, center):
     x_t, x_s = RNG.normal(size=(3, 6, 5)), RNG.normal(size=(3, 6, 5)) * 0.3
     expected = difference64(x_t, x_s, mode, center)
     ones = jnp.ones(3)
-    ours = objectives.difference_loss(jnp.asarray(x_t), jnp.asarray(x_s), ones, mode, center)
+    ours = losses.difference_loss(jnp.asarray(x_t), jnp.asarray(x_s), ones, mode, center)
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
     padded = [jnp.concatenate([jnp.asarray(x), 9.0 * jnp.ones((2, 6, 5))]) for x in (x_t, x_s)]
-    with_padding = objectives.difference_loss(*padded, jnp.asarray([1, 1, 1, 0, 0.0]), mode, center)
+    with_padding = losses.difference_loss(*padded, jnp.asarray([1, 1, 1, 0, 0.0]), mode, center)
     np.testing.assert_allclose(with_padding, expected, rtol=1e-5)
 
 
@@ -66,7 +66,7 @@ def test_difference_loss_and_padding(mode, center):
 def test_difference_loss_is_finite_near_zero(mode, scale):
     x_t, x_s = jnp.asarray(RNG.normal(size=(2, 4, 3))), jnp.asarray(RNG.normal(size=(2, 4, 3)) * scale)
     value, grads = jax.value_and_grad(
-        lambda a, b: objectives.difference_loss(a, b, jnp.ones(2), mode), argnums=(0, 1))(x_t, x_s)
+        lambda a, b: losses.difference_loss(a, b, jnp.ones(2), mode), argnums=(0, 1))(x_t, x_s)
     assert np.isfinite(value) and all(np.all(np.isfinite(g)) for g in grads)
 
 
@@ -88,7 +88,7 @@ def test_difference_loss_never_builds_a_feature_square(mode):
     b, n, c = 2, 576, 4096
     x = jax.ShapeDtypeStruct((b, n, c), jnp.float32)
     jaxpr = jax.make_jaxpr(jax.value_and_grad(
-        lambda a, s: objectives.difference_loss(a, s, jnp.ones(b), mode), argnums=(0, 1)))(x, x)
+        lambda a, s: losses.difference_loss(a, s, jnp.ones(b), mode), argnums=(0, 1)))(x, x)
     shapes = set(all_shapes(jaxpr.jaxpr))
     assert (b, n, c) in shapes  # the walk sees something
     for shape in shapes:
@@ -98,7 +98,7 @@ def test_difference_loss_never_builds_a_feature_square(mode):
 
 def test_flat_runs_at_real_size():
     x = jax.random.normal(jax.random.key(0), (2, 576, 4096))
-    assert np.isfinite(jax.jit(lambda a: objectives.difference_loss(a, a, jnp.ones(2), "flat"))(x))
+    assert np.isfinite(jax.jit(lambda a: losses.difference_loss(a, a, jnp.ones(2), "flat"))(x))
 
 
 def test_router_losses():
@@ -110,8 +110,8 @@ def test_router_losses():
         balance.append(3 * np.sum(share * probs.mean(0)))
         z.append(np.mean(np.log(np.exp(image).sum(-1)) ** 2))
     ours = jnp.asarray(logits), jnp.asarray(weight)
-    np.testing.assert_allclose(objectives.balance_loss(*ours), np.mean(balance), rtol=1e-5)
-    np.testing.assert_allclose(objectives.z_loss(*ours), np.mean(z), rtol=1e-5)
+    np.testing.assert_allclose(losses.balance_loss(*ours), np.mean(balance), rtol=1e-5)
+    np.testing.assert_allclose(losses.z_loss(*ours), np.mean(z), rtol=1e-5)
 
 
 def random_mlp(*lead, d=4, c=6):

@@ -15,7 +15,7 @@ import pilot_jax
 from pilot_jax.config import parse_config
 from pilot_jax.data.check import check_data
 from pilot_jax.data.images import pad_to_square, pixel_values, read_image
-from pilot_jax.data.llava import read_samples
+from pilot_jax.data.llava.reading import read_samples
 
 CONFIG = Path(__file__).parent.parent / "configs" / "llava15_7b.yaml"
 CLIENTS = {"north": "vqa", "south": "vqa", "clinic": "caption", "museum": "caption"}
@@ -241,7 +241,7 @@ def test_check_finds_samples_shared_between_clients_and_cut_answers(photos, chec
 
 
 def test_a_run_says_how_many_answers_it_cuts(photos, checkpoint, caplog):
-    from pilot_jax.federation.preparation import prepare
+    from pilot_jax.runs.prepare import prepare
 
     raw = {"model": {"path": str(checkpoint)}, "data": {"path": str(photos), "template": "vicuna_short"}}
     fed, _ = prepare(parse_config(raw))

@@ -9,11 +9,12 @@ import pytest
 from conftest import small_config
 
 from pilot_jax.config import StrategyConfig
-from pilot_jax.federation import preparation, rounds
+from pilot_jax.federation import rounds
 from pilot_jax.federation.client import Phase, client_loss
-from pilot_jax.federation.objectives import stage_loss
+from pilot_jax.federation.losses import stage_loss
 from pilot_jax.federation.strategies import STRATEGIES, make_strategy
 from pilot_jax.models.vlm import variables
+from pilot_jax.runs import prepare
 
 TABLE = {  # DESIGN §3, written out again: subtree → (stage 1, stage 2, scope, aggregated by)
     "vision_tower": ("frozen", "frozen", "base", "never"),
@@ -39,13 +40,13 @@ def test_pilot_table():
 def under(fed, name):
     """The same data and model under another strategy."""
     config = small_config(strategy={"name": name})
-    return preparation.with_strategy(fed, make_strategy(config.strategy, "first_time"), config)
+    return prepare.with_strategy(fed, make_strategy(config.strategy, "first_time"), config)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_leaf_has_exactly_one_owner(federation, name):
     fed = under(federation[0], name)
-    adapters = preparation.initial_adapters(fed)  # checks the cover
+    adapters = prepare.initial_adapters(fed)  # checks the cover
     with pytest.raises(AssertionError, match="not covered"):
         fed.strategy.roles().check(adapters | {"stray": np.zeros(1)})
     for stage in set(fed.strategy.first_stages):
@@ -132,7 +133,7 @@ def test_a_round_moves_what_the_table_says(federation, name):
     """After a whole round: base bit-identical; shared subtrees agree across clients just as their aggregation says."""
     fed = under(federation[0], name)
     base_before = jax.tree.map(np.array, fed.model.base)
-    start = preparation.initial_state(fed)
+    start = prepare.initial_state(fed)
     saved = {}
     end = rounds.run_round(fed, start, 1, lambda e: None, lambda r: None,
                            lambda r, label, arrays: saved.update({label: arrays}))
@@ -178,8 +179,8 @@ def test_bytes_are_those_of_the_selection(federation):
 
 
 def test_initial_lora_is_one_for_all_and_copies_start_equal():
-    fed, _ = preparation.prepare(small_config(strategy={"init": "copy"}))
-    state = preparation.initial_state(fed)
+    fed, _ = prepare.prepare(small_config(strategy={"init": "copy"}))
+    state = prepare.initial_state(fed)
     first, last = state.population[0].adapters, state.population[8].adapters
     assert np.array_equal(first["text_adapter"]["layers"]["q"]["a"], last["text_adapter"]["layers"]["q"]["a"])
     assert np.all(first["text_adapter"]["layers"]["q"]["b"] == 0)

@@ -13,8 +13,9 @@ import torch
 from conftest import IMAGE_TOKEN, write_llava
 
 import pilot_jax
+from pilot_jax.kernels.pointwise import rms_norm
 from pilot_jax.models.connector import mlp
-from pilot_jax.models.llama import Decoder, rms_norm
+from pilot_jax.models.llama import Decoder
 from pilot_jax.models.lora import init_lora
 from pilot_jax.models.pretrained import model_directory
 from pilot_jax.models.vlm import Vlm, causal_mask, positions_of, variables

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import pytest
 from conftest import small_config
 
-from pilot_jax import costs
 from pilot_jax.config import load_config
 from pilot_jax.errors import InputError
-from pilot_jax.federation import plan, preparation, simulation
-from pilot_jax.federation.lowering import CUDNN_CALLS, programs
+from pilot_jax.planning import estimate, flops
+from pilot_jax.planning.lowering import CUDNN_CALLS, programs
+from pilot_jax.runs import prepare, simulate
 
 PROGRAMS = {"stage1", "stage2", "mixing", "gram", "distances", "weights", "generation"}
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -27,11 +27,11 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 @pytest.fixture(scope="module")
 def seven_billion():
-    return plan.make_plan(load_config(CONFIGS / "llava15_7b.yaml"))
+    return estimate.make_plan(load_config(CONFIGS / "llava15_7b.yaml"))
 
 
 def test_data_on_the_device_are_those_of_the_steps_at_once(seven_billion):
-    parts = plan.make_plan(load_config(CONFIGS / "llava15_7b.yaml", ["system.steps_at_once=10"]))
+    parts = estimate.make_plan(load_config(CONFIGS / "llava15_7b.yaml", ["system.steps_at_once=10"]))
     rows = 10 * load_config(CONFIGS / "llava15_7b.yaml").train.batch_size
     for stage in ("stage1", "stage2"):
         whole, part = (p["memory_per_device"][stage]["data"] for p in (seven_billion, parts))
@@ -55,9 +55,9 @@ def test_flops_of_llava_7b(seven_billion):
     """A step on B·L tokens costs at least 4·P_text per token: forward and backward through frozen weights, 2 each."""
     text = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     least = 4 * text * 8 * seven_billion["longest_sequence"]
-    for stage, flops in seven_billion["flops_per_client_step"].items():
+    for stage, count in seven_billion["flops_per_client_step"].items():
         # Rematerialisation runs the forward pass again: 6·P; attention, LoRA and the connector add the rest.
-        assert 1.4 * least < flops < 2.2 * least, stage
+        assert 1.4 * least < count < 2.2 * least, stage
 
 
 def test_steps_and_bytes(seven_billion):
@@ -71,7 +71,7 @@ def test_steps_and_bytes(seven_billion):
 def test_plan_agrees_with_the_run():
     """Steps, bytes and array sizes that a real run has."""
     config = small_config(federation={"rounds": 2})
-    planned, run = plan.make_plan(config), simulation.simulate(config)
+    planned, run = estimate.make_plan(config), simulate.simulate(config)
     assert planned["client_steps"]["round_1"] + planned["client_steps"]["later_rounds"] == run.summary["client_steps"]
     for key in ("bytes_up", "bytes_down"):
         assert planned[key]["round_1"] + planned[key]["later_rounds"] == run.summary[key]
@@ -85,7 +85,7 @@ def test_plan_agrees_with_the_run():
 def test_activations_against_xla():
     """The plan's activations are what XLA's own memory analysis calls temporaries, within a factor of two."""
     config = small_config(data={"digits": {"train": 64}}, train={"batch_size": 16}, system={"client_chunk": 1})
-    planned = plan.make_plan(config)["memory_per_device"]["stage2"]
+    planned = estimate.make_plan(config)["memory_per_device"]["stage2"]
     temporary = programs(config)["stage2"].lower().compile().memory_analysis().temp_size_in_bytes
     kept = planned["activations"] + planned["gradients"] + planned["optimizer"]
     assert 0.5 < temporary / kept < 2
@@ -93,23 +93,23 @@ def test_activations_against_xla():
 
 def test_flops_of_known_functions():
     a, b = jnp.zeros((3, 5)), jnp.zeros((5, 7))
-    assert costs.matmul_flops(jnp.matmul, a, b) == 2 * 3 * 5 * 7
+    assert flops.matmul_flops(jnp.matmul, a, b) == 2 * 3 * 5 * 7
 
     def repeated(x, w):
         return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
 
     x, w = jnp.zeros((4, 6)), jnp.zeros((9, 6, 6))
-    assert costs.matmul_flops(repeated, x, w) == 9 * 2 * 4 * 6 * 6
+    assert flops.matmul_flops(repeated, x, w) == 9 * 2 * 4 * 6 * 6
     # Two products per layer backward, but none for the gradient of x, which is not asked for, in the first one.
-    assert costs.matmul_flops(jax.jit(jax.grad(lambda w: repeated(x, w).sum())), w) == 3 * 9 * 2 * 4 * 6 * 6
-    assert costs.matmul_flops(lambda a: jax.vmap(lambda r: r @ b)(a), a) == 2 * 3 * 5 * 7
+    assert flops.matmul_flops(jax.jit(jax.grad(lambda w: repeated(x, w).sum())), w) == 3 * 9 * 2 * 4 * 6 * 6
+    assert flops.matmul_flops(lambda a: jax.vmap(lambda r: r @ b)(a), a) == 2 * 3 * 5 * 7
 
 
 def test_saved_bytes_of_a_known_function():
     """sin keeps its cosine; a frozen matrix is no new memory, whatever its size."""
     x, w = jnp.zeros(10), jnp.zeros((10, 1000))
-    assert costs.saved_bytes(lambda x: jnp.sin(x).sum(), x) == 40
-    assert costs.saved_bytes(lambda x, w: jnp.sin(x @ w).sum(), x, w) == 4000
+    assert flops.saved_bytes(lambda x: jnp.sin(x).sum(), x) == 40
+    assert flops.saved_bytes(lambda x, w: jnp.sin(x @ w).sum(), x, w) == 4000
 
 
 def test_llava_7b_lowers_for_one_device():
@@ -154,10 +154,10 @@ def test_cudnn_attention_lowers_for_cuda(monkeypatch):
     with pytest.raises(InputError, match=r"system.attention: cudnn needs an NVIDIA GPU"):
         programs(config)
     with pytest.raises(InputError, match=r"Or set system.attention=own"):
-        preparation.prepare(small_config(system={"attention": "cudnn"}))
+        prepare.prepare(small_config(system={"attention": "cudnn"}))
     with pytest.raises(InputError, match=r"whole on each device"):
         load_config(CONFIGS / "llava15_7b.yaml", ["system.attention=cudnn", "system.mesh.fsdp=8"])
-    monkeypatch.setattr("pilot_jax.federation.lowering.check_cudnn", lambda *arguments: None)
+    monkeypatch.setattr("pilot_jax.planning.lowering.check_cudnn", lambda *arguments: None)
     monkeypatch.setattr(cudnn, "cuda_versions", SimpleNamespace(cudnn_get_version=lambda: 91000))
     lowered = programs(config)
     for stage in ("stage1", "stage2"):
@@ -172,10 +172,10 @@ def test_a_mesh_too_large_says_what_to_do():
     with pytest.raises(InputError, match="xla_force_host_platform_device_count=2048"):
         programs(config)
     with pytest.raises(InputError, match=r"system.mesh: 512 devices asked for"):
-        preparation.prepare(small_config(system={"mesh": {"clients": 512}}))
+        prepare.prepare(small_config(system={"mesh": {"clients": 512}}))
 
 
 def test_run_without_the_weights_says_so():
     with pytest.raises(InputError, match="llava-1"):
-        preparation.prepare(load_config(CONFIGS / "llava15_7b.yaml", ["data.path=digits", "federation.clients=9",
+        prepare.prepare(load_config(CONFIGS / "llava15_7b.yaml", ["data.path=digits", "federation.clients=9",
                                                                      "data.partition=given"]))

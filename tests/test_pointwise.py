@@ -9,8 +9,9 @@ import pytest
 from conftest import IMAGE_TOKEN, write_llava
 
 import pilot_jax
-from pilot_jax.models.lora import init_lora, merged
-from pilot_jax.models.pointwise import normalized, rms_norm, swiglu, weighted
+from pilot_jax.kernels.low_rank import merged
+from pilot_jax.kernels.pointwise import normalized, rms_norm, swiglu, weighted
+from pilot_jax.models.lora import init_lora
 
 PLAIN = {
     rms_norm: lambda x, scale: x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-5) * scale,

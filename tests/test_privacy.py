@@ -12,7 +12,8 @@ from scipy.stats import norm
 
 from pilot_jax.config import PrivacyConfig
 from pilot_jax.errors import InputError
-from pilot_jax.federation import preparation, privacy, rounds, simulation
+from pilot_jax.federation import executor, privacy, rounds
+from pilot_jax.runs import prepare, simulate
 
 
 def delta_of(epsilon: float, mu: float) -> float:
@@ -62,13 +63,13 @@ def test_the_server_sees_noised_uploads_alone(monkeypatch):
     a client's own data made of it is nowhere in what is mixed, measured or received."""
     clip, z = 0.5, 0.05
     config = small_config(federation={"privacy": {"clip": clip, "noise_multiplier": z}})
-    plain, _ = preparation.prepare(small_config())
-    fed, _ = preparation.prepare(config)
+    plain, _ = prepare.prepare(small_config())
+    fed, _ = prepare.prepare(config)
     seen, exact = {}, {}
     for name, one in (("noised", fed), ("plain", plain)):
-        start = preparation.initial_state(one)
+        start = prepare.initial_state(one)
         generator = rounds.round_of(one, start, 1)
-        done = rounds.train_together([next(generator)], lambda e: None)[0]
+        done = executor.train_together([next(generator)], lambda e: None)[0]
         (exact if name == "plain" else seen).update(done.adapters)
         origin = start.population[0].adapters
     moved = []
@@ -89,12 +90,12 @@ def test_the_server_sees_noised_uploads_alone(monkeypatch):
 
 def test_a_run_prints_epsilon_and_repeats():
     config = small_config(federation={"rounds": 2, "privacy": {"clip": 1.0, "epsilon": 8.0}})
-    run, again = simulation.simulate(config), simulation.simulate(config)
+    run, again = simulate.simulate(config), simulate.simulate(config)
     assert run.summary["adapters_sha256"] == again.summary["adapters_sha256"]
     spent = [r["epsilon"] for r in run.records if "epsilon" in r]
     assert len(spent) == 3 and spent == sorted(spent) and abs(spent[-1] - 8) < 1e-3
     assert run.summary["epsilon"] == spent[-1]
-    assert simulation.simulate(small_config()).summary["epsilon"] is None
+    assert simulate.simulate(small_config()).summary["epsilon"] is None
 
 
 def test_a_missing_accountant_is_found_before_training(monkeypatch):
@@ -102,7 +103,7 @@ def test_a_missing_accountant_is_found_before_training(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     with pytest.raises(InputError, match=r"Install pilot-jax\[privacy\]"):
-        preparation.prepare(small_config(federation={"privacy": {"clip": 1, "noise_multiplier": 1}}))
+        prepare.prepare(small_config(federation={"privacy": {"clip": 1, "noise_multiplier": 1}}))
 
 
 @pytest.mark.parametrize("keys", [{"clip": 1}, {"epsilon": 1}, {"clip": 1, "epsilon": 1, "noise_multiplier": 1}])

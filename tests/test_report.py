@@ -14,18 +14,18 @@ import pytest
 from conftest import small_config
 
 from pilot_jax.errors import InputError
-from pilot_jax.federation import simulation
-from pilot_jax.federation.examination import evaluation_matrix
+from pilot_jax.evaluation.personalised import evaluation_matrix
 from pilot_jax.report.charts import positions
-from pilot_jax.report.inside import look_inside
 from pilot_jax.report.page import write_report
+from pilot_jax.report.probes import look_inside
 from pilot_jax.report.record import read_run
+from pilot_jax.runs import restore, simulate
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "a <run> & more"
-    simulation.simulate(small_config(eval={"every": 1}), out=folder)
+    simulate.simulate(small_config(eval={"every": 1}), out=folder)
     return folder
 
 
@@ -82,7 +82,7 @@ def test_the_page_says_what_the_run_wrote(run, tmp_path):
 
 def test_abilities_and_routing_are_the_models_own(run):
     """Whom the routers ask, against NumPy float64 from the features; what the models can do, against `evaluate`."""
-    inside, done = look_inside(run, 1, 2), simulation.restore(run)
+    inside, done = look_inside(run, 1, 2), restore.restore(run)
     fed = done.federation
     assert set(inside.routing) == {c.name for c in fed.clients} and len(fed.tasks) == 3
     for client, state in zip(fed.clients, done.population, strict=True):

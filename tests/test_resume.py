@@ -19,9 +19,8 @@ import numpy as np
 import pytest
 from conftest import small_config, tree_max_difference
 
-from pilot_jax import snapshots
 from pilot_jax.errors import InputError, Interrupted
-from pilot_jax.federation import simulation
+from pilot_jax.runs import restore, resume, simulate
 
 SECONDS = ("seconds", "prepare_seconds", "waited_seconds", "feature_seconds")
 # Fewer clients than there are take part, and some only later: snapshots refer to earlier ones.
@@ -53,7 +52,7 @@ def same_run(folder, other):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    return folder, simulation.simulate(small_config(**SECTIONS), out=folder)
+    return folder, simulate.simulate(small_config(**SECTIONS), out=folder)
 
 
 def die(*_, **__):
@@ -84,16 +83,16 @@ def test_goes_on_wherever_it_died(undisturbed, tmp_path, monkeypatch, system):
     config, folder = small_config(**SECTIONS, system=system), tmp_path / "run"
     for progress in (dies_at(1), dies_at(2), dies_at(2, "phase")):
         with pytest.raises(Killed):
-            simulation.simulate(config, out=folder, resume=True, progress=progress)
-    for owner, name in ((snapshots, "_synced"), (snapshots.Snapshots, "_prune"), (simulation, "evaluate"),
-                        (simulation.checkpoint, "save_population"), (snapshots.Snapshots, "remove")):
+            simulate.simulate(config, out=folder, resume=True, progress=progress)
+    for owner, name in ((resume, "_synced"), (resume.Snapshots, "_prune"), (simulate, "evaluate"),
+                        (simulate.checkpoint, "save_population"), (resume.Snapshots, "remove")):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(owner, name, die)
-            simulation.simulate(config, out=folder, resume=True)
+            simulate.simulate(config, out=folder, resume=True)
         if name == "save_population" and not system:
-            back = simulation.restore(folder)  # what a snapshot holds can be used
+            back = restore.restore(folder)  # what a snapshot holds can be used
             assert tree_max_difference(back.population[0].adapters, undisturbed[1].population[0].adapters) == 0
-    simulation.simulate(config, out=folder, resume=True)
+    simulate.simulate(config, out=folder, resume=True)
     if (folder / "checkpoints" / "resume").exists():  # died after the summary: the run had ended
         shutil.rmtree(folder / "checkpoints" / "resume")
     same_run(undisturbed[0], folder)
@@ -103,11 +102,11 @@ def test_goes_on_wherever_it_died(undisturbed, tmp_path, monkeypatch, system):
 def test_every_kind_of_state_is_saved(tmp_path, name):
     """No shared subtree at all; an optax state at the server; a server's subtree that clients receive."""
     config = small_config(strategy={"name": name}, federation={"rounds": 2, "local_steps": 1})
-    simulation.simulate(config, out=tmp_path / "plain")
+    simulate.simulate(config, out=tmp_path / "plain")
     for count in (2, 1):
         with pytest.raises(Killed):
-            simulation.simulate(config, out=tmp_path / "run", resume=True, progress=dies_at(count, "phase"))
-    simulation.simulate(config, out=tmp_path / "run", resume=True)
+            simulate.simulate(config, out=tmp_path / "run", resume=True, progress=dies_at(count, "phase"))
+    simulate.simulate(config, out=tmp_path / "run", resume=True)
     same_run(tmp_path / "plain", tmp_path / "run")
 
 
@@ -129,24 +128,24 @@ def test_a_signal_saves_the_clients_that_have_trained(request, tmp_path, number,
     config = small_config(**SECTIONS, system={"client_chunk": 1, "client_devices": 1})
     folder = tmp_path / "run"
     with pytest.raises(Interrupted) as caught:
-        simulation.simulate(config, out=folder, progress=progress)
+        simulate.simulate(config, out=folder, progress=progress)
     assert caught.value.signum == number and not (folder / "summary.json").exists()
     assert signal.getsignal(number) is signal.default_int_handler
     events = []
     with pytest.raises(Interrupted):  # again, with what was saved before
-        simulation.simulate(config, out=folder, resume=True, progress=progress)
-    simulation.simulate(config, out=folder, resume=True, progress=lambda fed: events.append)
+        simulate.simulate(config, out=folder, resume=True, progress=progress)
+    simulate.simulate(config, out=folder, resume=True, progress=lambda fed: events.append)
     first = next(e for e in events if e["kind"] == "chunk")
     assert first["steps"] < 2 * first["clients"]  # two steps each: some had been trained before
     plain = tmp_path / "plain"
-    simulation.simulate(config, out=plain)
+    simulate.simulate(config, out=plain)
     same_run(plain, folder)
 
 
 def test_a_damaged_snapshot_is_passed_over_loudly(undisturbed, tmp_path):
     config, folder = small_config(**SECTIONS), tmp_path / "run"
     with pytest.raises(Killed):
-        simulation.simulate(config, out=folder, progress=dies_at(3, "phase"))
+        simulate.simulate(config, out=folder, progress=dies_at(3, "phase"))
     saved = sorted((folder / "checkpoints" / "resume").iterdir())
     assert len(saved) >= 2
     for victim in ("manifest.json", "server"):
@@ -159,37 +158,37 @@ def test_a_damaged_snapshot_is_passed_over_loudly(undisturbed, tmp_path):
         content[len(content) // 2] ^= 1
         victim_file.write_bytes(content)
         events = []
-        simulation.simulate(config, out=again, resume=True, progress=lambda fed: events.append)  # noqa: B023
+        simulate.simulate(config, out=again, resume=True, progress=lambda fed: events.append)  # noqa: B023
         warnings = [e["text"] for e in events if e["kind"] == "note" and "Going back" in e["text"]]
         assert len(warnings) == 1 and saved[-1].name in warnings[0]
         same_run(undisturbed[0], again)
     for path in (folder / "checkpoints" / "resume").iterdir():
         (path / "manifest.json").write_text("{")
     with pytest.raises(InputError, match=r"none of the .* is whole"):
-        simulation.simulate(config, out=folder, resume=True)
+        simulate.simulate(config, out=folder, resume=True)
 
 
 def test_another_config_or_other_data_are_refused(tmp_path):
     config, folder = small_config(), tmp_path / "run"
     with pytest.raises(Killed):
-        simulation.simulate(config, out=folder, progress=dies_at(2, "phase"))
+        simulate.simulate(config, out=folder, progress=dies_at(2, "phase"))
     with pytest.raises(InputError, match=r"train.batch_size: 4 → 2\n"):
-        simulation.simulate(small_config(train={"batch_size": 2}), out=folder, resume=True)
+        simulate.simulate(small_config(train={"batch_size": 2}), out=folder, resume=True)
     with pytest.raises(InputError, match="add --resume"):
-        simulation.simulate(config, out=folder)
+        simulate.simulate(config, out=folder)
     manifest = next((folder / "checkpoints" / "resume").iterdir()) / "manifest.json"
     content = json.loads(manifest.read_text())
     content["extra"]["data"] = "other"
-    content["sha256"] = snapshots._own_sha256(content)
+    content["sha256"] = resume._own_sha256(content)
     manifest.write_text(json.dumps(content))
     with pytest.raises(InputError, match="other training samples"):
-        simulation.simulate(config, out=folder, resume=True)
+        simulate.simulate(config, out=folder, resume=True)
     with pytest.raises(InputError, match="Give its folder"):
-        simulation.simulate(config, resume=True)
+        simulate.simulate(config, resume=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     with pytest.raises(InputError, match="not a run directory"):
-        simulation.simulate(config, out=tmp_path / "other", resume=True)
+        simulate.simulate(config, out=tmp_path / "other", resume=True)
     assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.tex"]
 
 
@@ -197,14 +196,14 @@ def test_what_may_change_is_said(tmp_path):
     """A run that goes on with other chunks ends as the undisturbed one to rounding, and says so."""
     config, folder, events = small_config(train={"adam_epsilon": 1e-3}), tmp_path / "run", []
     with pytest.raises(Killed):
-        simulation.simulate(config, out=folder, progress=dies_at(1, "phase"))
+        simulate.simulate(config, out=folder, progress=dies_at(1, "phase"))
     other = small_config(train={"adam_epsilon": 1e-3}, system={"client_chunk": 1})
-    run = simulation.simulate(other, out=folder, resume=True, progress=lambda fed: events.append)
+    run = simulate.simulate(other, out=folder, resume=True, progress=lambda fed: events.append)
     assert any("system.client_chunk: 3 → 1: results agree to rounding" in e.get("text", "") for e in events)
-    plain = simulation.simulate(config)
+    plain = simulate.simulate(config)
     for a, b in zip(run.population, plain.population, strict=True):
         assert tree_max_difference(a.adapters, b.adapters) <= 1e-5
-    again = simulation.simulate(other, out=folder, resume=True)  # has ended: nothing is trained
+    again = simulate.simulate(other, out=folder, resume=True)  # has ended: nothing is trained
     assert again.summary == json.loads((folder / "summary.json").read_text()) == run.summary
 
 
@@ -213,7 +212,7 @@ def test_data_that_have_gone(tmp_path, call):
     assert call("data", "digits", tmp_path / "scenes", "--train", 8, "--validation", 2, "--test", 2)[0] == 0
     config, folder = small_config(data={"path": str(tmp_path / "scenes")}), tmp_path / "run"
     with pytest.raises(Killed):
-        simulation.simulate(config, out=folder, progress=dies_at(2, "phase"))
+        simulate.simulate(config, out=folder, progress=dies_at(2, "phase"))
     (tmp_path / "scenes").rename(tmp_path / "elsewhere")
     before = sorted(p for p in folder.rglob("*"))
     code, _, err = call("run", folder / "config.yaml", "--out", folder, "--resume")
@@ -224,22 +223,22 @@ def test_data_that_have_gone(tmp_path, call):
 
 
 def test_determinism_is_asked_for_in_time(monkeypatch):
-    from pilot_jax.federation import sharding
+    from pilot_jax.parallel import devices
 
     asked = small_config(system={"deterministic": True}).system
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
-    assert jax.devices() and sharding.has_started()
-    monkeypatch.setattr(sharding, "has_started", lambda: False)
-    sharding.ask_for_determinism(small_config().system)
+    assert jax.devices() and devices.has_started()
+    monkeypatch.setattr(devices, "has_started", lambda: False)
+    devices.ask_for_determinism(small_config().system)
     assert os.environ["XLA_FLAGS"] == "--xla_a=1"
-    sharding.ask_for_determinism(asked)
+    devices.ask_for_determinism(asked)
     assert os.environ["XLA_FLAGS"] == "--xla_a=1 --xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
     monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.setattr(sharding, "has_started", lambda: True)
-    sharding.ask_for_determinism(asked)  # CPU: nothing to ask for
-    monkeypatch.setattr(sharding.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(devices, "has_started", lambda: True)
+    devices.ask_for_determinism(asked)  # CPU: nothing to ask for
+    monkeypatch.setattr(devices.jax, "default_backend", lambda: "gpu")
     with pytest.raises(InputError, match=r"system\.deterministic: JAX has started"):
-        sharding.ask_for_determinism(asked)
+        devices.ask_for_determinism(asked)
 
 
 def test_one_run_at_a_time(tmp_path, monkeypatch):
@@ -247,12 +246,12 @@ def test_one_run_at_a_time(tmp_path, monkeypatch):
 
     def progress(fed):
         with pytest.raises(InputError, match="in use by another run"):
-            simulation.simulate(config, out=folder, resume=True)
+            simulate.simulate(config, out=folder, resume=True)
         refused.append(1)
         die()
 
     with pytest.raises(Killed):
-        simulation.simulate(config, out=folder, progress=progress)
+        simulate.simulate(config, out=folder, progress=progress)
     assert refused == [1]
 
 
@@ -263,13 +262,13 @@ def test_server_state_of_any_shape_comes_back():
             "members": {4: {"size": 7, "adapter": {"b": np.float32([1, 2])}}},
             "optimizer": optax.adam(1e-3).init({"w": np.ones(3, np.float32)}), "list": [1.5, (np.int32(4), "x")]}
     arrays: dict = {}
-    node = json.loads(json.dumps(snapshots.packed(tree, arrays)))
-    back = snapshots.unpacked(node, {k: np.concatenate(v) for k, v in arrays.items()}, tree)
+    node = json.loads(json.dumps(resume.packed(tree, arrays)))
+    back = resume.unpacked(node, {k: np.concatenate(v) for k, v in arrays.items()}, tree)
     assert jax.tree.structure(back) == jax.tree.structure(tree)
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
         assert np.array_equal(a, b) and np.asarray(a).dtype == np.asarray(b).dtype
-    with pytest.raises(snapshots.Damaged, match="where NoneType was expected"):
-        snapshots.unpacked(node, {k: np.concatenate(v) for k, v in arrays.items()}, {})
+    with pytest.raises(resume.Damaged, match="where NoneType was expected"):
+        resume.unpacked(node, {k: np.concatenate(v) for k, v in arrays.items()}, {})
 
 
 def start(config: Path, folder: Path, kind: str, seed: int, cache: Path) -> subprocess.CompletedProcess:
@@ -344,7 +343,7 @@ def test_a_full_disk_leaves_what_was_saved(undisturbed, tmp_path, call):
 
     config, folder = tmp_path / "config.yaml", tmp_path / "run"
     config.write_text(small_config(**SECTIONS).to_yaml())
-    before, real = resource.getrlimit(resource.RLIMIT_FSIZE), snapshots.Snapshots.save
+    before, real = resource.getrlimit(resource.RLIMIT_FSIZE), resume.Snapshots.save
 
     def save(self, *args):
         if self._last == 1:
@@ -352,7 +351,7 @@ def test_a_full_disk_leaves_what_was_saved(undisturbed, tmp_path, call):
         return real(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(snapshots.Snapshots, "save", save)
+        patch.setattr(resume.Snapshots, "save", save)
         try:
             code, _, err = call("run", config, "--out", folder)
         finally:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pilot_jax.evaluation.cider import cider
-from pilot_jax.evaluation.scores import METRICS, box_iou, check_metrics, edit_distance
+from pilot_jax.evaluation.metrics import METRICS, box_iou, check_metrics, edit_distance
 from pilot_jax.evaluation.vqa import normalize
 
 
@@ -100,9 +100,8 @@ def test_corpus_metrics_are_perfect_on_copies():
 
 def test_a_metric_without_its_library_is_refused(monkeypatch):
     from pilot_jax.errors import InputError
-    from pilot_jax.evaluation import scores
 
-    monkeypatch.setattr(scores, "find_spec", lambda name: None)
+    monkeypatch.setattr("pilot_jax.evaluation.metrics.find_spec", lambda name: None)
     check_metrics(["exact", "cider"])
     with pytest.raises(InputError, match="extra 'scores'"):
         check_metrics(["bleu"])

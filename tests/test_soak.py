@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import small_config
 
-from pilot_jax.federation import simulation
-from pilot_jax.metrics import CompileClock
+from pilot_jax.runs import simulate
+from pilot_jax.runs.events import CompileClock
 
 ROUNDS = 600
 
@@ -36,7 +36,7 @@ def test_a_long_run_does_not_grow(tmp_path, store):
 
     config = small_config(federation={"rounds": ROUNDS, "clients_per_round": 3, "local_steps": 1},
                           system={"store": str(tmp_path / "store")} if store else {})
-    simulation.simulate(config, out=tmp_path / "run", progress=progress)
+    simulate.simulate(config, out=tmp_path / "run", progress=progress)
     clock.stop()
     memory, files, programs = np.asarray(seen).T
     half = len(seen) // 2

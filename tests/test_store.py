@@ -10,16 +10,17 @@ import pytest
 from conftest import small_config, tree_max_difference
 
 from pilot_jax.errors import InputError
-from pilot_jax.federation import mixing, simulation
-from pilot_jax.federation.population import StoredState
-from pilot_jax.store import RowsWriter, Store, flat, nested
+from pilot_jax.federation import mixing
+from pilot_jax.federation.state import StoredState
+from pilot_jax.runs import restore, simulate
+from pilot_jax.storage import RowsWriter, Store, flat, nested
 
 
 def test_a_population_on_disk_changes_nothing(tmp_path):
     """Two rounds of four clients each out of nine: adapters, bytes and scores of the run in memory."""
     sections = {"federation": {"rounds": 2, "clients_per_round": 4}}
-    memory = simulation.simulate(small_config(**sections), out=tmp_path / "memory")
-    disk = simulation.simulate(small_config(**sections, system={"store": str(tmp_path / "store")}),
+    memory = simulate.simulate(small_config(**sections), out=tmp_path / "memory")
+    disk = simulate.simulate(small_config(**sections, system={"store": str(tmp_path / "store")}),
                                out=tmp_path / "disk")
     for key in ("adapters_sha256", "bytes_up", "bytes_down", "client_steps", "score_by_client"):
         assert memory.summary[key] == disk.summary[key], key
@@ -30,7 +31,7 @@ def test_a_population_on_disk_changes_nothing(tmp_path):
     phases = [r for r in disk.records if "waited_seconds" in r]
     assert len(phases) >= 3 and all(p["prepare_seconds"] > 0 and p["waited_seconds"] < p["seconds"] for p in phases)
     # The run directory holds those who have trained; the others come back as they started.
-    again = simulation.restore(tmp_path / "disk")
+    again = restore.restore(tmp_path / "disk")
     for a, b in zip(again.population, memory.population, strict=True):
         assert tree_max_difference(a.adapters, b.adapters) == 0 and (a.stage, a.rounds) == (b.stage, b.rounds)
     folder = disk.federation.store.folder

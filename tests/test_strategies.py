@@ -12,11 +12,11 @@ import pytest
 from conftest import small_config, tree_max_difference
 
 from pilot_jax.config import parse_config
-from pilot_jax.data.batches import ClientData, pooled
-from pilot_jax.federation import preparation, rounds, training
-from pilot_jax.federation.federation import Federation, State
-from pilot_jax.federation.population import ClientState
+from pilot_jax.data.arrays import ClientData, pooled
+from pilot_jax.federation import executor, rounds
+from pilot_jax.federation.state import ClientState, Federation, State
 from pilot_jax.federation.strategies import STRATEGIES, make_strategy
+from pilot_jax.runs import prepare
 
 D, V, R = 5, 4, 2  # features, classes, LoRA rank
 SIZES = (4, 8, 6)
@@ -281,17 +281,17 @@ def test_fedavg_with_one_sgd_step_is_centralised_sgd(federation):
     config = fed.config.model_copy(update={
         "train": train, "federation": fed.config.federation.model_copy(update={"local_steps": None})})
     fed = dataclasses.replace(fed, clients=clients, config=config)
-    fed = preparation.with_strategy(fed, make_strategy(config.strategy.model_copy(update={"name": "fedavg"}), ""))
-    adapters = preparation.initial_adapters(fed)
-    each, _ = training.train_phase(fed, dict.fromkeys(range(9), adapters), 1, "plain", "plain", lambda e: None)
+    fed = prepare.with_strategy(fed, make_strategy(config.strategy.model_copy(update={"name": "fedavg"}), ""))
+    adapters = prepare.initial_adapters(fed)
+    each, _ = executor.train_phase(fed, dict.fromkeys(range(9), adapters), 1, "plain", "plain", lambda e: None)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *(each[i] for i in range(9)))
     mean = fed.strategy.aggregate(stacked, np.full(9, 3), np.zeros(9, int), np.arange(9),
-                                  preparation.initial_state(fed).server).server_state["model"]
+                                  prepare.initial_state(fed).server).server_state["model"]
     large = config.model_copy(update={"train": train.model_copy(update={"batch_size": 27})})
-    pool = preparation.with_strategy(fed, make_strategy(config.strategy.model_copy(update={"name": "centralised"}), ""),
+    pool = prepare.with_strategy(fed, make_strategy(config.strategy.model_copy(update={"name": "centralised"}), ""),
                                     large)
     assert pool.full_steps(0) == fed.full_steps(0) == 1
-    together, _ = training.train_phase(pool, {0: adapters}, 1, "plain", "plain", lambda e: None)
+    together, _ = executor.train_phase(pool, {0: adapters}, 1, "plain", "plain", lambda e: None)
     assert tree_max_difference(mean, {n: together[0][n] for n in mean}) <= 1e-6
     assert tree_max_difference(mean["text_adapter"], adapters["text_adapter"]) > 1e-4
 

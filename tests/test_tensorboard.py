@@ -9,9 +9,8 @@ import pytest
 from conftest import small_config
 from tensorboardX.proto.event_pb2 import Event
 
-from pilot_jax import tensorboard
 from pilot_jax.errors import InputError
-from pilot_jax.federation import simulation
+from pilot_jax.runs import simulate, tensorboard
 
 
 def scalars(folder):
@@ -27,7 +26,7 @@ def scalars(folder):
 
 
 def test_losses_and_scores_of_a_run(tmp_path):
-    simulation.simulate(small_config(eval={"every": 1}, system={"tensorboard": True}), out=tmp_path / "run")
+    simulate.simulate(small_config(eval={"every": 1}, system={"tensorboard": True}), out=tmp_path / "run")
     found, steps = scalars(tmp_path / "run" / "tensorboard"), 0
     wanted = {}
     for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()):
@@ -56,5 +55,5 @@ def test_a_run_that_goes_on_has_one_line(tmp_path):
 def test_without_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(tensorboard.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pilot-jax\[tensorboard\]"):
-        simulation.simulate(small_config(system={"tensorboard": True}), out=tmp_path / "run")
+        simulate.simulate(small_config(system={"tensorboard": True}), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

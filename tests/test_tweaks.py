@@ -10,7 +10,7 @@ import pytest
 from conftest import small_config
 
 import pilot_jax
-from pilot_jax.federation import simulation
+from pilot_jax.federation import rounds
 
 PAGE = Path(__file__).parent.parent / "docs" / "tweaks.md"
 
@@ -28,12 +28,12 @@ def test_example(name, monkeypatch):
     small = small_config(federation={"local_steps": 2}, train={"lr_lora_stage1": 0.01}, strategy={"ata": {
         "temperature": 1.0}})
     saved = {}
-    real = simulation.run_round
+    real = rounds.run_round
 
     def spy(fed, state, round_, show, record, save, *rest):
         return real(fed, state, round_, show, record, lambda r, label, arrays: saved.update({label: arrays}), *rest)
 
-    monkeypatch.setattr(simulation, "run_round", spy)
+    monkeypatch.setattr(rounds, "run_round", spy)
     monkeypatch.setattr(pilot_jax, "load_config", lambda path: small, raising=False)
     scope: dict = {}
     exec(shared + blocks[name], scope)

@@ -10,8 +10,9 @@ import pytest
 from conftest import small_config, tree_max_difference
 
 from pilot_jax.config import FederationConfig
-from pilot_jax.federation import preparation, rounds, simulation
+from pilot_jax.federation import executor, rounds
 from pilot_jax.federation.uploads import change, misfit, refusals
+from pilot_jax.runs import prepare, simulate
 
 
 def spoilt(value=np.nan, who=("ocr_1",), when=(1, 2, 3)):
@@ -30,13 +31,13 @@ def test_a_refused_client_is_as_if_it_had_not_taken_part(value):
     started, and new again when it is well."""
     events = []
     config = small_config(federation={"rounds": 2})
-    run = simulation.simulate(config, tamper=spoilt(value, when=(1,)), progress=lambda fed: events.append)
+    run = simulate.simulate(config, tamper=spoilt(value, when=(1,)), progress=lambda fed: events.append)
     names = [c.name for c in run.federation.clients]
     without = small_config(federation={"rounds": 1, "participation": [
         {"round": 1, "clients": [n for n in names if n != "ocr_1"]}]})
     fed = run.federation
-    first = rounds.run_round(fed, preparation.initial_state(fed), 1, lambda e: None, lambda r: None, lambda *a: None)
-    absent = simulation.simulate(without)
+    first = rounds.run_round(fed, prepare.initial_state(fed), 1, lambda e: None, lambda r: None, lambda *a: None)
+    absent = simulate.simulate(without)
     ill = names.index("ocr_1")
     for i, name in enumerate(names):
         a, b = first.population[i], absent.population[i]
@@ -55,7 +56,7 @@ def test_a_refused_client_is_as_if_it_had_not_taken_part(value):
 
 def test_a_client_that_is_always_bad_does_not_stop_the_others():
     """New again in every round, it is alone in stage 1 from round 2 on."""
-    run = simulation.simulate(small_config(federation={"rounds": 3}), tamper=spoilt())
+    run = simulate.simulate(small_config(federation={"rounds": 3}), tamper=spoilt())
     assert [c.rounds for c in run.population] == [3] * 4 + [0] + [3] * 4 and run.summary["quarantined"] == 3
     alone = [r for r in run.records if r.get("clients") == 0]
     assert [(r["round"], r["phase"], r["quarantined"]) for r in alone] == [(2, "stage1", ["ocr_1"]),
@@ -71,7 +72,7 @@ def test_bad_newcomers_among_themselves_are_bad_all_the_same():
             return upload
         return jax.tree.map(lambda x, o: (o + 1e6 * (x - o)).astype(x.dtype), upload, start)
 
-    run = simulation.simulate(small_config(federation={"rounds": 3}), tamper=tamper)
+    run = simulate.simulate(small_config(federation={"rounds": 3}), tamper=tamper)
     assert [c.rounds for c in run.population] == [0] + [3] * 7 + [0] and run.summary["quarantined"] == 6
     largest = max(float(np.abs(x).max()) for c in run.population for x in jax.tree.leaves(c.adapters))
     assert largest < 10
@@ -79,17 +80,17 @@ def test_bad_newcomers_among_themselves_are_bad_all_the_same():
 
 def test_stop_or_nobody_left():
     with pytest.raises(FloatingPointError, match=r"stage1: the upload of ocr_1 is not finite in .*text_adapter"):
-        simulation.simulate(small_config(federation={"on_bad_client": "stop"}), tamper=spoilt())
+        simulate.simulate(small_config(federation={"on_bad_client": "stop"}), tamper=spoilt())
     everyone = [f"{task}_{i}" for task in ("caption", "ocr", "vqa") for i in range(3)]
     with pytest.raises(FloatingPointError, match=r"Lower train\.lr"):
-        simulation.simulate(small_config(), tamper=spoilt(who=everyone))
+        simulate.simulate(small_config(), tamper=spoilt(who=everyone))
 
 
 def test_a_client_that_diverges_by_itself_is_refused(monkeypatch):
     """Local-only leaves count too: they would spoil the client's next phase."""
-    from pilot_jax.federation import training
+    from pilot_jax.federation import executor
 
-    real = training._chunk_inputs
+    real = executor._chunk_inputs
 
     def inputs(piece, *shapes):
         out = real(piece, *shapes)
@@ -98,8 +99,8 @@ def test_a_client_that_diverges_by_itself_is_refused(monkeypatch):
                 out["rates"]["connector"][k] = np.inf
         return out
 
-    monkeypatch.setattr(training, "_chunk_inputs", inputs)
-    run = simulation.simulate(small_config())
+    monkeypatch.setattr(executor, "_chunk_inputs", inputs)
+    run = simulate.simulate(small_config())
     assert run.summary["quarantined"] == 1 and [c.rounds for c in run.population] == [1] * 6 + [0, 1, 1]
 
 
@@ -127,8 +128,8 @@ def test_exploded(norms, bad):
 def test_robust_mixing_bounds_what_hostile_clients_do(name):
     """2 of 9 send their update times −10, too small to be refused: the model stays among the honest clients' values,
     coordinate by coordinate, where FedAvg's does not."""
-    from pilot_jax.federation.preparation import initial_state, prepare, with_strategy
     from pilot_jax.federation.strategies import make_strategy
+    from pilot_jax.runs.prepare import initial_state, prepare, with_strategy
 
     hostile = ("caption_0", "vqa_2")
     config = small_config(federation={"local_steps": 1}, strategy={"trim": 0.25})
@@ -149,7 +150,7 @@ def test_robust_mixing_bounds_what_hostile_clients_do(name):
         one = dataclasses.replace(one, tamper=tamper)
         generator = rounds.round_of(one, start, 1)
         work = next(generator)
-        done = rounds.train_together([work], lambda e: None)[0]
+        done = executor.train_together([work], lambda e: None)[0]
         work = generator.send(done)  # the next phase's adapters: the server's model
         model = work.adapters[0]
         low, high = (jax.tree.map(lambda *x, f=f: f(np.stack(x), axis=0), *uploads) for f in (np.min, np.max))

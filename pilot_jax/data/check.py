@@ -13,7 +13,8 @@ import numpy as np
 from pilot_jax.config import DataConfig, LimitsConfig
 from pilot_jax.data.conversations import encode
 from pilot_jax.data.images import read_image
-from pilot_jax.data.llava import Sample, find_image_root, parse_sample, read_entries
+from pilot_jax.data.llava.reading import find_image_root, read_entries
+from pilot_jax.data.llava.sample import Sample, parse_sample
 from pilot_jax.errors import InputError
 
 if TYPE_CHECKING:

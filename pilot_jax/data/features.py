@@ -12,10 +12,11 @@ import numpy as np
 
 from pilot_jax.config import DataConfig
 from pilot_jax.data.images import pixel_values, read_image
-from pilot_jax.data.llava import Sample
+from pilot_jax.data.llava.sample import Sample
 from pilot_jax.errors import InputError
-from pilot_jax.hosts import largest, mesh_of, own_parts, own_rows, place_of, places
-from pilot_jax.store import RowsWriter
+from pilot_jax.parallel.mesh import mesh_of
+from pilot_jax.parallel.processes import largest, own_parts, own_rows, place_of, places
+from pilot_jax.storage import RowsWriter
 
 if TYPE_CHECKING:
     from pilot_jax.models.pretrained import PretrainedModel

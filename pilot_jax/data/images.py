@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image
 
 from pilot_jax.config import LimitsConfig
-from pilot_jax.data.llava import LIMITS, Sample, StoredImage
+from pilot_jax.data.llava.reading import LIMITS
+from pilot_jax.data.llava.sample import Sample, StoredImage
 from pilot_jax.errors import InputError
-from pilot_jax.models.processors import load_image_processor
+from pilot_jax.models.checkpoints.processors import load_image_processor
 
 if TYPE_CHECKING:
     from pilot_jax.models.pretrained import PretrainedModel

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pilot_jax.config import TrainConfig
-from pilot_jax.federation.objectives import stage_loss
+from pilot_jax.federation.losses import stage_loss
 from pilot_jax.federation.roles import Roles
 from pilot_jax.models.vlm import Vlm, variables
 

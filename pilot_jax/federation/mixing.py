@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pilot_jax.federation.distances import distances, exact_einsum, targets
-from pilot_jax.store import RowsWriter
+from pilot_jax.federation.distances import distances, targets
+from pilot_jax.kernels.pairwise import exact_einsum
+from pilot_jax.storage import RowsWriter
 
 
 def identity(cohort: int) -> jax.Array:

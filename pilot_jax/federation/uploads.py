@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from pilot_jax.config import FederationConfig
-from pilot_jax.federation.federation import Federation, client_generator
 from pilot_jax.federation.privacy import noised
+from pilot_jax.federation.state import Federation, client_generator
 
 
 def sent(fed: Federation, client: int, round_: int, label: str, before: Mapping[str, Any], after: dict[str, Any],

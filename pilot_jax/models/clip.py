@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pilot_jax.models.config import VisionConfig
+from pilot_jax.models.spec import VisionConfig
 
 
 def _activation(name: str, x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pilot_jax.models.pointwise import weighted
+from pilot_jax.kernels.pointwise import weighted
 
 STAGES = ("plain", "stage1", "stage2")
 

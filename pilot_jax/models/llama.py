@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from pilot_jax.models.attention import MASKED, attention, causal_attention
-from pilot_jax.models.config import RopeConfig, TextConfig
+from pilot_jax.kernels.attention import MASKED, attention, causal_attention
+from pilot_jax.kernels.pointwise import rms_norm, swiglu
 from pilot_jax.models.lora import lora_linears
-from pilot_jax.models.pointwise import rms_norm, swiglu
+from pilot_jax.models.spec import RopeConfig, TextConfig
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:

@@ -13,29 +13,32 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pilot_jax.config import ModelConfig
 from pilot_jax.errors import InputError
-from pilot_jax.hosts import from_host, mesh_of
-from pilot_jax.models.config import VlmConfig, read_vlm_config
+from pilot_jax.models.checkpoints.hf_config import read_vlm_config
+from pilot_jax.models.checkpoints.parts import load_parts, read_parts_config
+from pilot_jax.models.checkpoints.processors import IMAGE_TOKEN, load_tokenizer
+from pilot_jax.models.checkpoints.reading import Place, load_base
 from pilot_jax.models.generate import Decoding, generate
-from pilot_jax.models.loading import Place, load_base
-from pilot_jax.models.parts import load_parts, read_parts_config
-from pilot_jax.models.processors import IMAGE_TOKEN, load_tokenizer
+from pilot_jax.models.spec import VlmConfig
 from pilot_jax.models.vlm import Vlm, variables
+from pilot_jax.parallel.mesh import mesh_of
+from pilot_jax.parallel.processes import from_host
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 EMBEDDED = "embedded"
+ASSETS = Path(__file__).parent.parent / "embedded" / "assets"
 
 
 def model_directory(path: str | Path) -> Path:
     """The directory `path` names; "embedded" is the base that ships with the package."""
-    return Path(__file__).parent.parent / "assets" / "base" if str(path) == EMBEDDED else Path(path).expanduser()
+    return ASSETS / "base" if str(path) == EMBEDDED else Path(path).expanduser()
 
 
 def shapes_directory(path: str | Path) -> Path:
     """`model_directory`, or, where it is not there, the shapes of a well-known model of that name, without weights."""
     directory = model_directory(path)
-    known = Path(__file__).parent.parent / "assets" / "shapes" / Path(str(path)).name
+    known = ASSETS / "shapes" / Path(str(path)).name
     return known if not directory.exists() and known.is_dir() else directory
 
 

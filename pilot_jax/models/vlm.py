@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pilot_jax.models.clip import VisionTower
-from pilot_jax.models.config import VlmConfig
 from pilot_jax.models.connector import Connector
 from pilot_jax.models.llama import Decoder
 from pilot_jax.models.lora import LORA_SUBTREES, assembled
+from pilot_jax.models.spec import VlmConfig
 
 
 def variables(base: Mapping, adapters: Mapping) -> dict:

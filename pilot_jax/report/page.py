@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from pilot_jax.compare.page import comparison_page, is_comparison, read_comparison
 from pilot_jax.errors import InputError
-from pilot_jax.federation.examination import mean_score
+from pilot_jax.evaluation.personalised import mean_score
 from pilot_jax.report import charts
-from pilot_jax.report.comparison import comparison_page, is_comparison, read_comparison
-from pilot_jax.report.inside import Example, Inside, look_inside
 from pilot_jax.report.parts import Figures, decimal, document, escaped, grid, table_of, tiles, write
+from pilot_jax.report.probes import Example, Inside, look_inside
 from pilot_jax.report.record import RunRecord, read_run
 
 

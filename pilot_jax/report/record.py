@@ -11,7 +11,7 @@ import numpy as np
 
 from pilot_jax.config import Config, load_config
 from pilot_jax.errors import InputError
-from pilot_jax.models.config import read_json
+from pilot_jax.storage import read_json
 
 
 @dataclasses.dataclass(frozen=True)

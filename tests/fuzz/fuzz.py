@@ -25,19 +25,19 @@ def target(name: str, folder: Path):
     """A function of bytes that may raise InputError alone."""
     import atheris
 
-    with atheris.instrument_imports(include=["pilot_jax.config", "pilot_jax.data", "pilot_jax.models.config",
-                                             "pilot_jax.models.loading", "pilot_jax.snapshots", "yaml", "json"]):
-        from pilot_jax import snapshots
+    with atheris.instrument_imports(include=["pilot_jax.config", "pilot_jax.data", "pilot_jax.models.checkpoints",
+                                             "pilot_jax.runs.resume", "yaml", "json"]):
         from pilot_jax.config import load_config
         from pilot_jax.data.images import read_image
-        from pilot_jax.data.llava import Entry, parse_sample, read_samples
+        from pilot_jax.data.llava.reading import read_samples
+        from pilot_jax.data.llava.sample import Entry, parse_sample
         from pilot_jax.errors import InputError
-        from pilot_jax.federation.federation import State
-        from pilot_jax.federation.population import ClientState
         from pilot_jax.federation.roles import Roles
-        from pilot_jax.models import loading
-        from pilot_jax.models.config import read_vlm_config
+        from pilot_jax.federation.state import ClientState, State
+        from pilot_jax.models.checkpoints import reading, tensor_names
+        from pilot_jax.models.checkpoints.hf_config import read_vlm_config
         from pilot_jax.models.pretrained import EMBEDDED, model_directory
+        from pilot_jax.runs import resume
 
     logging.disable()
     names = {"config": "c.yaml", "llava": "d.json", "jsonl": "d.jsonl", "image": "x.png",
@@ -58,7 +58,7 @@ def target(name: str, folder: Path):
         except (ValueError, RecursionError):
             return data
         if isinstance(manifest, dict):
-            manifest["sha256"] = snapshots._own_sha256(manifest)
+            manifest["sha256"] = resume._own_sha256(manifest)
         return json.dumps(manifest).encode()
 
     def read() -> None:
@@ -69,14 +69,14 @@ def target(name: str, folder: Path):
         elif name == "image":
             read_image(parse_sample(entry, folder))
         elif name == "safetensors":
-            tensors = loading.open_tensors(file)
+            tensors = reading.open_tensors(file)
             for key in tensors.shapes():
                 tensors.read(key)
-            loading._check_names([loading.Source(file, loading.canonical_name)], shapes)
+            reading._check_names([reading.Source(file, tensor_names.canonical_name)], shapes)
         elif name == "shapes":
-            loading.pieces(read_vlm_config(folder))
+            tensor_names.pieces(read_vlm_config(folder))
         else:
-            snapshots.Snapshots(folder, ["a", "b"], Roles(()), 2).load(nothing, None, lambda text: None, writing=False)
+            resume.Snapshots(folder, ["a", "b"], Roles(()), 2).load(nothing, None, lambda text: None, writing=False)
 
     def one(data: bytes) -> None:
         file.write_bytes(signed(data) if name == "manifest" else data)

@@ -8,22 +8,14 @@ from __future__ import annotations
 
 from pilot_jax.config import StrategyConfig
 from pilot_jax.federation.strategies.base import Strategy
-from pilot_jax.federation.strategies.centralised import Centralised
-from pilot_jax.federation.strategies.fedadagrad import FedAdagrad
-from pilot_jax.federation.strategies.fedadam import FedAdam
-from pilot_jax.federation.strategies.fedavg import FedAvg
-from pilot_jax.federation.strategies.fedavgm import FedAvgM
-from pilot_jax.federation.strategies.feddpa import FedDpa
-from pilot_jax.federation.strategies.fedprox import FedProx
-from pilot_jax.federation.strategies.fedsa_lora import FedSaLora
-from pilot_jax.federation.strategies.fedyogi import FedYogi
-from pilot_jax.federation.strategies.ffa_lora import FfaLora
-from pilot_jax.federation.strategies.local import Local
-from pilot_jax.federation.strategies.median import Median
+from pilot_jax.federation.strategies.fedavg import FedAvg, FedProx
+from pilot_jax.federation.strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
+from pilot_jax.federation.strategies.lora_sharing import FedDpa, FedSaLora, FfaLora
 from pilot_jax.federation.strategies.pilot import Pilot
+from pilot_jax.federation.strategies.references import Centralised, Local
+from pilot_jax.federation.strategies.robust import Median, TrimmedMean
 from pilot_jax.federation.strategies.scaffold import Scaffold
 from pilot_jax.federation.strategies.similarity import Similarity
-from pilot_jax.federation.strategies.trimmed_mean import TrimmedMean
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "pilot": Pilot, "local": Local, "centralised": Centralised, "fedavg": FedAvg, "fedprox": FedProx,

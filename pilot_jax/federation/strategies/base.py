@@ -18,9 +18,9 @@ from pilot_jax.config import StrategyConfig
 from pilot_jax.federation import mixing
 from pilot_jax.federation.client import PLAIN_RULE, LocalRule
 from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, Scope, num_bytes
-from pilot_jax.hosts import to_host
-from pilot_jax.models.config import VlmConfig
 from pilot_jax.models.lora import init_lora
+from pilot_jax.models.spec import VlmConfig
+from pilot_jax.parallel.processes import to_host
 
 
 class Aggregated(NamedTuple):

@@ -11,8 +11,8 @@ from pilot_jax.federation import mixing
 from pilot_jax.federation.distances import distances
 from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, num_bytes
 from pilot_jax.federation.strategies.base import Aggregated, Strategy, float32
-from pilot_jax.hosts import to_host
 from pilot_jax.models.lora import init_lora
+from pilot_jax.parallel.processes import to_host
 
 
 def _zero_last(adapter):

@@ -18,7 +18,7 @@ from pilot_jax.federation import mixing
 from pilot_jax.federation.client import LocalRule
 from pilot_jax.federation.roles import Role, Roles, num_bytes
 from pilot_jax.federation.strategies.base import Aggregated, Strategy
-from pilot_jax.hosts import to_host
+from pilot_jax.parallel.processes import to_host
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pilot_jax.federation.distances import exact_einsum
 from pilot_jax.federation.strategies.base import Strategy
+from pilot_jax.kernels.pairwise import exact_einsum
 
 
 class Similarity(Strategy):

@@ -1,0 +1,62 @@
+"""Commands that make or check data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pilot_jax.cli.tables import printable
+from pilot_jax.errors import InputError
+
+
+def digits(out: Annotated[Path, typer.Argument(help="New folder.")],
+                scenario: Annotated[str, typer.Option(help="a: 3 tasks × 3 clients; b: 4 × 5.")] = "a",
+                train: Annotated[int, typer.Option(min=1)] = 480, validation: Annotated[int, typer.Option(min=1)] = 16,
+                test: Annotated[int, typer.Option(min=1)] = 48, seed: Annotated[int, typer.Option(min=0)] = 0) -> None:
+    """Write the embedded digit scenes as a LLaVA data set."""
+    from pilot_jax.data.llava.reading import write_samples
+    from pilot_jax.embedded.scenarios import SCENARIOS, scenario_clients, scene_samples
+
+    if scenario not in SCENARIOS:
+        raise InputError(f"--scenario: {scenario!r}, expected one of {', '.join(SCENARIOS)}.")
+    count = write_samples(scene_samples(scenario_clients(scenario, train, validation, test), seed), out)
+    typer.echo(f"{count} samples in {out / 'data.json'}, images in {out / 'images'}")
+
+
+def check(path: Annotated[Path, typer.Argument(help="Data file or folder.")],
+               image_root: Annotated[Path | None, typer.Option(help="Folder that `image` is relative to.")] = None,
+               model: Annotated[str | None, typer.Option(help="LLaVA directory whose tokens count lengths.")] = None,
+               template: Annotated[str, typer.Option(help="Conversation template.")] = "vicuna_v1",
+               max_length: Annotated[int, typer.Option(min=8, help="Tokens a run would keep.")] = 2048,
+               file_names: Annotated[str, typer.Option(help="What a file's name says: task | client.")] = "task",
+               ) -> None:
+    """Read a data set as `run` would, images included: counts, lengths, and everything that is wrong with it."""
+    from pilot_jax.config import parse_config
+    from pilot_jax.data.check import check_data
+
+    settings = parse_config({"data": {"image_root": None if image_root is None else str(image_root),
+                                      "template": template, "max_length": max_length, "file_names": file_names}},
+                            "data check").data
+    loaded = None
+    if model is not None:
+        from pilot_jax.data.conversations import stop_tokens
+        from pilot_jax.models.pretrained import load
+
+        loaded = load(model)
+        stop_tokens(loaded.tokenizer(), template)
+    report = check_data(path, settings, loaded)
+    for (task, client, split), count in report.counts.items():
+        typer.echo(f"{task:<16} {client or '(no client)':<20} {split:<12} {count:>7}")
+    for low, high, count in report.lengths:
+        typer.echo(f"{low:>6} to {high:>6} {report.length_unit:<12} {count:>7}")
+    for warning in report.warnings:
+        typer.echo(f"Warning: {warning}.")
+    if report.errors:
+        for error in report.errors[:20]:
+            typer.echo(f"Error: {printable(error)}", err=True)
+        more = f" ({len(report.errors) - 20} not shown)" if len(report.errors) > 20 else ""
+        typer.echo(f"{len(report.errors)} errors{more}", err=True)
+        raise typer.Exit(2)
+    typer.echo(f"{sum(report.counts.values())} samples, all readable")

@@ -1,0 +1,72 @@
+"""Commands that look at a config and allocate nothing: schema, roles, plan."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from pilot_jax.cli.options import AsJson, ConfigPath, Overrides
+from pilot_jax.cli.tables import print_plan
+from pilot_jax.errors import InputError
+
+
+def schema() -> None:
+    """The config's JSON schema, for editors: pilot-jax schema > schema.json."""
+    from pilot_jax.config import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=1, ensure_ascii=False))
+
+
+def roles(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Who owns which parameter: trained, frozen, sent, aggregated; with sizes. Allocates nothing."""
+    from pilot_jax.config import load_config
+    from pilot_jax.planning.ownership import ownership_table
+
+    rows = ownership_table(load_config(config, overrides))
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Who owns which parameter (per client; bytes as float32)")
+    for column in rows[0]:
+        table.add_column(column, justify="right" if column in ("parameters", "bytes") else "left")
+    for entry in rows:
+        table.add_row(*(f"{v:,}" if isinstance(v, int) else v for v in entry.values()))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def plan(config: ConfigPath, overrides: Overrides = None,
+         samples: Annotated[int, typer.Option(min=1, help="Samples per client, if the data are not there.")] = 1000,
+         tasks: Annotated[int, typer.Option(min=1, help="Tasks, if the data are not there.")] = 3,
+         text_tokens: Annotated[int, typer.Option(min=8, help="Text tokens of the longest sample, likewise.")] = 128,
+         lower: Annotated[bool, typer.Option(help="Also lower every program for the mesh.")] = False,
+         platform: Annotated[str, typer.Option(
+             help="With --lower: cpu, cuda or tpu, which need not be there. Default: what is here.")] = "",
+         as_json: AsJson = False) -> None:
+    """Memory per device, FLOPs and bytes per round, before anything is loaded or allocated."""
+    from pilot_jax.config import load_config
+    from pilot_jax.parallel.devices import split_cpu
+    from pilot_jax.planning.estimate import make_plan
+
+    if platform not in ("", "cpu", "cuda", "tpu"):
+        raise InputError(f"--platform: {platform!r}, expected cpu, cuda or tpu.")
+    settings = load_config(config, overrides)
+    if lower:
+        split_cpu(settings.system)  # a mesh of any size can be lowered on CPU devices that are not there
+    assumed = {"samples": samples, "tasks": tasks, "text_tokens": text_tokens}
+    result = make_plan(settings, **assumed)
+    if lower:
+        from pilot_jax.planning.lowering import programs
+
+        result["lowered"] = {name: len(program.export(platform).mlir_module_serialized if platform
+                                       else program.lower().as_text())
+                             for name, program in programs(settings, **assumed).items()}
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+        return
+    print_plan(result)

@@ -1,0 +1,83 @@
+"""Commands that ask, export or train models: evaluate, generate, export, pretrain."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pilot_jax.cli.options import AsJson, ConfigPath, RunPath
+from pilot_jax.cli.tables import print_matrix
+from pilot_jax.errors import InputError
+
+
+def evaluate(run_dir: RunPath, split: Annotated[str, typer.Option(help="test or validation.")] = "test",
+             matrix: Annotated[bool, typer.Option(help="Also on every other client's data, and on the base's own "
+                                                  "captions (embedded base).")] = False,
+             samples: Annotated[int | None, typer.Option(min=1, help="With --matrix: of each client.")] = None,
+             as_json: AsJson = False) -> None:
+    """Score every client's personalised model on its own data; with --matrix on everybody's."""
+    from pilot_jax.evaluation.personalised import evaluate as score
+    from pilot_jax.evaluation.personalised import evaluation_matrix
+    from pilot_jax.runs.restore import restore
+
+    if split not in ("test", "validation"):
+        raise InputError(f"--split: {split!r}, expected test or validation.")
+    done = restore(run_dir)
+    if matrix:
+        result = evaluation_matrix(done.federation, done.tokenizer, done.population, split, samples)
+        if as_json:
+            typer.echo(json.dumps(result, indent=1))
+        else:
+            print_matrix(result)
+        return
+    by_client = score(done.federation, done.tokenizer, done.population, split)
+    if not by_client:
+        raise InputError(f"data.path: no client has {split} samples.")
+    mean = sum(by_client.values()) / len(by_client)
+    if as_json:
+        typer.echo(json.dumps({"split": split, "score_mean": mean, "score_by_client": by_client}, indent=1))
+        return
+    for client, value in by_client.items():
+        typer.echo(f"{client:<24} {value:.3f}")
+    typer.echo(f"{'mean':<24} {mean:.3f}")
+
+
+def generate(run_dir: RunPath, client: Annotated[str, typer.Option(help="Whose model answers.")],
+             prompt: Annotated[str, typer.Option(help="The question.")],
+             image: Annotated[Path | None, typer.Option(help="Image file; without it, text only.")] = None,
+             max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+             temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
+             top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 1.0,
+             seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0) -> None:
+    """Answer a question, about an image, with one client's model."""
+    from pilot_jax.runs.restore import answer, restore
+
+    if image is not None and not image.is_file():
+        raise InputError(f"--image: {image} does not exist.")
+    done = restore(run_dir)
+    settings = done.config.eval.model_copy(
+        update={"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p})
+    typer.echo(answer(done, client, image, prompt, settings, seed))
+
+
+def export(run_dir: RunPath, client: Annotated[str, typer.Option(help="Whose adapters.")],
+           out: Annotated[Path, typer.Option(help="New folder.")]) -> None:
+    """Write a client's LoRA as a PEFT adapter and its connector as safetensors, with a model card."""
+    from pilot_jax.runs.export import export_client
+    from pilot_jax.runs.restore import restore
+
+    export_client(restore(run_dir), client, out)
+    typer.echo(f"Adapters of {client}: {out}")
+
+
+def pretrain(config: ConfigPath,
+             out: Annotated[Path, typer.Argument(help="New Hugging Face LLaVA directory.")]) -> None:
+    """Train the embedded base on captions of digit scenes."""
+    from pilot_jax.embedded.pretrain import load_pretrain_config
+    from pilot_jax.embedded.pretrain import pretrain as train
+
+    train(out, load_pretrain_config(config), typer.echo)
+    typer.echo(f"Base model: {out}")

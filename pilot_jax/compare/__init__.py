@@ -1,0 +1,1 @@
+"""Strategies × seeds on the same data and steps: variants, the runner, statistics, the page."""

@@ -1,0 +1,152 @@
+"""Clients' samples as fixed-shape arrays, and the order in which a client's steps visit them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from pilot_jax.data.conversations import Encoded
+from pilot_jax.data.features import FeatureRows, joined
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Right-padded prompts for generation: input_ids, attention_mask [n, L], features [n, N, D]; the references of
+    each."""
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    features: np.ndarray | FeatureRows
+    references: tuple[tuple[str, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientData:
+    """One client's private data, tokenised and featurised.
+
+    `train` holds input_ids, attention_mask int32 [n, L]; target_positions, target_ids int32 [n, A] and
+    target_weights float32 [n, A] (position p predicts target_ids, weight 0 pads); has_image float32 [n];
+    features [n, N, D].
+    """
+
+    name: str
+    task: str
+    train: dict[str, Any]  # arrays; or `Rows` and `FeatureRows`, read when a chunk is made
+    evaluation: dict[str, Prompts]  # per split
+
+    @property
+    def size(self) -> int:
+        """n_k."""
+        return len(self.train["input_ids"])
+
+    @property
+    def features(self) -> np.ndarray | FeatureRows:
+        """Of the training samples."""
+        return self.train["features"]
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def training_length(encoded: list[Encoded]) -> tuple[int, int]:
+    """(L, A): tokens of the longest conversation and of its longest supervision, rounded up."""
+    return (_round_up(max((len(e.input_ids) for e in encoded), default=8), 8),
+            _round_up(max((int(e.supervised.sum()) for e in encoded), default=4), 4))
+
+
+def bucket_shapes(longest: dict[str, tuple[int, int]], spread: float) -> dict[str, tuple[int, int]]:
+    """(L, A) of each client's arrays from its own longest: those of its bucket.
+
+    Going up from the shortest client, a bucket takes in lengths up to `spread` times its first: with 1.2, lengths from
+    64 to 2,048 make at most twenty buckets, two or three as tasks usually are.
+    """
+    out: dict[str, tuple[int, int]] = {}
+    bucket: list[str] = []
+    for name in sorted(longest, key=lambda n: (longest[n][0], n)):
+        if bucket and longest[name][0] > spread * longest[bucket[0]][0]:
+            bucket = []
+        bucket.append(name)
+        shared = (longest[name][0], max(longest[n][1] for n in bucket))
+        out |= dict.fromkeys(bucket, shared)
+    return out
+
+
+def _training_arrays(encoded: list[Encoded], has_image: np.ndarray, length: int,
+                     answers: int) -> dict[str, np.ndarray]:
+    n = len(encoded)
+    ids, mask = np.zeros((n, length), np.int32), np.zeros((n, length), np.int32)
+    positions, targets = np.zeros((n, answers), np.int32), np.zeros((n, answers), np.int32)
+    weights = np.zeros((n, answers), np.float32)
+    for row, item in enumerate(encoded):
+        size = len(item.input_ids)
+        ids[row, :size], mask[row, :size] = item.input_ids, 1
+        supervised = np.flatnonzero(item.supervised)
+        positions[row, :len(supervised)] = supervised - 1
+        targets[row, :len(supervised)] = item.input_ids[supervised]
+        weights[row, :len(supervised)] = 1
+    return {"input_ids": ids, "attention_mask": mask, "target_positions": positions, "target_ids": targets,
+            "target_weights": weights, "has_image": has_image.astype(np.float32)}
+
+
+def _padded(array: np.ndarray, length: int) -> np.ndarray:
+    """[n, m] → [n, length], zeros at the end."""
+    return np.pad(array, ((0, 0), (0, length - array.shape[1])))
+
+
+_LENGTHS = ("input_ids", "attention_mask")
+_ANSWERS = ("target_positions", "target_ids", "target_weights")
+
+
+def _lengthened(train: dict[str, np.ndarray], length: int, answers: int) -> dict[str, np.ndarray]:
+    """A client's training arrays, padded to L = `length` and A = `answers`."""
+    to = dict.fromkeys(_LENGTHS, length) | dict.fromkeys(_ANSWERS, answers)
+    return {name: _padded(array, to[name]) if name in to else array for name, array in train.items()}
+
+
+def pooled(clients: list[ClientData]) -> ClientData:
+    """One client with everybody's training data, and nothing to be asked."""
+    length, answers = (max(c.train[n].shape[1] for c in clients) for n in ("input_ids", "target_ids"))
+    parts = [_lengthened(c.train, length, answers) for c in clients]
+    joint = {n: np.concatenate([p[n] for p in parts]) for n in parts[0] if n != "features"}
+    return ClientData("pooled", "all", joint | {"features": joined([c.features for c in clients])}, {})
+
+
+def aligned(groups: list[list[ClientData]]) -> list[list[ClientData]]:
+    """Several federations' clients, those of one name padded to one shape, so that one program trains them all."""
+    lengths: dict[str, list[int]] = {}
+    asked = 8
+    for client in (c for group in groups for c in group):
+        shape = client.train["input_ids"].shape[1], client.train["target_ids"].shape[1]
+        lengths[client.name] = [max(a, b) for a, b in zip(shape, lengths.get(client.name, (0, 0)), strict=True)]
+        asked = max([asked, *(p.input_ids.shape[1] for p in client.evaluation.values())])
+
+    def one(client: ClientData) -> ClientData:
+        prompts = {split: Prompts(_padded(p.input_ids, asked), _padded(p.attention_mask, asked), p.features,
+                                  p.references) for split, p in client.evaluation.items()}
+        return dataclasses.replace(client, train=_lengthened(client.train, *lengths[client.name]), evaluation=prompts)
+
+    return [[one(client) for client in group] for group in groups]
+
+
+def num_steps(size: int, batch_size: int, epochs: int, local_steps: int | None) -> int:
+    """S_k: a client's own number of steps in a phase."""
+    return local_steps if local_steps is not None else epochs * -(-size // batch_size)
+
+
+def visiting_order(rng: np.random.Generator, size: int, batch_size: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sample indices int32 [steps, B] and which of them are real, bool [steps, B].
+
+    Each epoch is a fresh shuffle; its last batch is short rather than filled from the next epoch.
+    """
+    per_epoch = -(-size // batch_size)
+    order = np.zeros((-(-steps // per_epoch) * per_epoch, batch_size), np.int32)
+    real = np.zeros(order.shape, bool)
+    for start in range(0, len(order), per_epoch):
+        flat = np.zeros(per_epoch * batch_size, np.int32)
+        flat[:size] = rng.permutation(size)
+        order[start:start + per_epoch] = flat.reshape(per_epoch, batch_size)
+        real[start:start + per_epoch] = (np.arange(per_epoch * batch_size) < size).reshape(per_epoch, batch_size)
+    return order[:steps], real[:steps]

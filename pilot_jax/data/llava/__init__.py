@@ -1,0 +1,1 @@
+"""LLaVA-format instruction data: one sample, files of them, tables of them."""

@@ -1,0 +1,58 @@
+"""Parquet files and Hugging Face `datasets` folders, memory-mapped; images stay encoded until they are needed."""
+
+from __future__ import annotations
+
+import atexit
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pilot_jax.data.llava.sample import StoredImage
+from pilot_jax.errors import InputError
+
+
+def _tables(path: Path) -> dict[str, Any]:
+    """Tables by split ("" where there is just one)."""
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"{path}: reading it needs the extra 'data'. Run: pip install 'pilot-jax[data]'") from None
+    datasets.disable_progress_bars()
+    try:
+        if path.is_dir():
+            loaded = datasets.load_from_disk(str(path))
+        else:
+            cache = tempfile.TemporaryDirectory(prefix="pilot-jax-")
+            atexit.register(cache.cleanup)
+            loaded = datasets.Dataset.from_parquet(str(path), cache_dir=cache.name)
+    except Exception as error:  # datasets wraps pyarrow's and its own errors in many kinds
+        raise InputError(f"{path}: cannot be read as a table ({error}).") from None
+    return dict(loaded) if isinstance(loaded, dict) else {"": loaded}
+
+
+def _conversations(raw: Any) -> Any:
+    """A list of turns; older releases of `datasets` give a struct of lists instead of a list of structs."""
+    if isinstance(raw, dict) and {"from", "value"} <= set(raw):
+        return [{"from": who, "value": text} for who, text in zip(raw["from"], raw["value"], strict=True)]
+    return raw
+
+
+def table_values(path: Path) -> Iterator[tuple[str, object, str]]:
+    """(where, sample as a dict, split or "") of each row.
+
+    Raises:
+        InputError: `datasets` is not installed, or cannot read the file.
+    """
+    for split, table in _tables(path).items():
+        import datasets
+
+        if isinstance(table.features.get("image"), datasets.Image):
+            table = table.cast_column("image", datasets.Image(decode=False))
+        for row in range(len(table)):
+            value = dict(table[row])
+            value["conversations"] = _conversations(value.get("conversations"))
+            image = value.get("image")
+            if isinstance(image, dict):
+                value["image"] = StoredImage(table, row) if image.get("bytes") is not None else image.get("path")
+            yield f"{path}{f' ({split})' if split else ''}[{row}]", value, {"val": "validation"}.get(split, split)

@@ -1,0 +1,91 @@
+"""Federations of digit scenes: who has which task, in which look and wording, and how much of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from pilot_jax.data.llava.sample import Sample
+from pilot_jax.embedded import tasks
+from pilot_jax.embedded.scenes import Style, draw_scene
+
+PAPERS = ((250, 250, 248), (250, 238, 205), (214, 228, 246), (226, 244, 222), (240, 220, 232))
+SHIFTS = ((0, 0, 0), (18, 10, -12), (-12, 8, 20), (10, -14, 12), (-16, 16, 0))
+SLANTS = (0.0, 14.0, -14.0, 7.0, -7.0)
+
+
+def client_style(number: int, heterogeneity: float = 1.0) -> Style:
+    """The look and wording of a task's client `number` (they repeat after five).
+
+    heterogeneity: 0 gives all the first one's, 1 each its own; between, looks lie between and that share of the samples
+    has the own wording.
+    """
+    k, h = number % 5, heterogeneity
+    def between(table: Any) -> Any:
+        return tuple(round(first + h * (own - first)) for first, own in zip(table[0], table[k], strict=True))
+
+    return Style(between(PAPERS), between(SHIFTS), h * SLANTS[k], k, h)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientSpec:
+    name: str
+    task: str
+    style: Style
+    sizes: dict[str, int]  # samples per split
+
+
+SCENARIOS = {
+    "a": (("vqa", "ocr", "caption"), 3),
+    "b": (("vqa", "ocr", "caption", "grounding"), 5),
+}
+
+
+def scenario_clients(scenario: str, train: int, validation: int, test: int,
+                     heterogeneity: float = 1.0, clients_per_task: int | None = None) -> list[ClientSpec]:
+    """Clients of scenario "a" (3 tasks × 3, equal sizes) or "b" (4 tasks × 5, sizes falling to a quarter)."""
+    tasks, per_task = SCENARIOS[scenario]
+    per_task = clients_per_task or per_task
+    digits = len(str(per_task - 1))
+    out = []
+    for task in tasks:
+        for number in range(per_task):
+            share = 1.0 if scenario == "a" else 1.0 - 0.75 * number / max(per_task - 1, 1)
+            sizes = {"train": max(1, round(train * share)), "validation": validation, "test": test}
+            out.append(ClientSpec(f"{task}_{number:0{digits}d}", task, client_style(number, heterogeneity), sizes))
+    return out
+
+
+def scene_samples(specs: list[ClientSpec], seed: int) -> Iterator[Sample]:
+    """Every client's samples. A client's draws depend on the seed, its own name and the split alone."""
+    for spec in specs:
+        for split, size in spec.sizes.items():
+            rng = np.random.default_rng([seed, *f"{spec.name}/{split}".encode()])
+            for number in range(size):
+                scene = draw_scene(rng, split, spec.style)
+                style = spec.style
+                # Drawn only where it can matter, so that scenes of full heterogeneity do not depend on it.
+                own = style.own_wording == 1 or rng.random() < style.own_wording
+                question, answer = tasks.TASKS[spec.task](rng, scene, style.wording if own else 0)
+                yield Sample(
+                    id=f"{spec.name}-{split}-{number:05d}", image=scene.image,
+                    turns=(("human", f"<image>\n{question}"), ("gpt", answer)),
+                    task=spec.task, client=spec.name, split=split, source=f"digits:{spec.name}/{split}[{number}]")
+
+
+def pretraining_samples(count: int, seed: int) -> list[Sample]:
+    """Brief captions in the base's own wording, of scenes from the test pool in random styles: what the base can do
+    before any federation."""
+    rng, samples = np.random.default_rng([seed, *b"base"]), list[Sample]()
+    while len(samples) < count:
+        scene = draw_scene(rng, "test", None)
+        question, answer = tasks.pretraining_caption(rng, scene)
+        if "briefly" in question:
+            number = len(samples)
+            samples.append(Sample(
+                id=f"base-{number:05d}", image=scene.image, turns=(("human", f"<image>\n{question}"), ("gpt", answer)),
+                task="base", client="", split="test", source=f"digits:base[{number}]"))
+    return samples

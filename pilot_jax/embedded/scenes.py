@@ -1,0 +1,113 @@
+"""Digit scenes: real handwriting in coloured ink on a small canvas, from pools of images that never mix."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+from PIL import Image
+
+CANVAS, GRID, CELL = 48, 3, 16  # pixels, cells a side, pixels a cell
+INKS = {"red": (205, 35, 40), "green": (30, 140, 55), "blue": (40, 70, 205), "orange": (235, 135, 20),
+        "purple": (140, 45, 160), "black": (25, 25, 30)}
+POOLS = {"pretrain": 0.50, "train": 0.28, "validation": 0.08, "test": 0.14}
+_POOL_SEED = 20250113  # fixed: the shipped base was trained on this pretrain pool
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How one client's pictures look and how it words things."""
+
+    paper: tuple[int, int, int] = (250, 250, 248)
+    ink_shift: tuple[int, int, int] = (0, 0, 0)  # added to every ink
+    rotation: float = 0.0  # degrees, the middle of the client's slant
+    wording: int = 0  # index into digit_tasks' wordings
+    own_wording: float = 1.0  # share of samples in that wording; the others have wording 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Digit:
+    value: int
+    ink: str
+    cell: int  # 0..8, row-major
+    box: tuple[float, float, float, float]  # x0, y0, x1, y1 of its ink, in [0, 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    image: Image.Image
+    digits: tuple[Digit, ...]  # in reading order
+
+
+@functools.cache
+def handwriting() -> tuple[np.ndarray, np.ndarray]:
+    """All digits: images [1797, 8, 8] float32 in [0, 1], labels [1797]."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return (data.images / 16.0).astype(np.float32), data.target.astype(np.int64)
+
+
+@functools.cache
+def pool_indices(pool: str) -> np.ndarray:
+    """Indices of the handwriting images in `pool`; the pools partition all 1,797."""
+    order = np.random.default_rng(_POOL_SEED).permutation(len(handwriting()[1]))
+    edges = np.round(np.cumsum([0.0, *POOLS.values()]) * len(order)).astype(int)
+    k = list(POOLS).index(pool)
+    return np.sort(order[edges[k]:edges[k + 1]])
+
+
+@functools.cache
+def _glyph(index: int, size: int) -> Image.Image:
+    """Handwriting image `index` scaled to `size` pixels, in the middle of a cell."""
+    glyph = Image.fromarray((handwriting()[0][index] * 255).astype(np.uint8))
+    cell = Image.new("L", (CELL, CELL))
+    cell.paste(glyph.resize((size, size), Image.Resampling.BICUBIC), ((CELL - size) // 2, (CELL - size) // 2))
+    return cell
+
+
+def _stamp(index: int, degrees: float, size: int) -> np.ndarray:
+    """Ink coverage [CELL, CELL] of handwriting image `index`, scaled and rotated."""
+    return np.asarray(_glyph(index, size).rotate(degrees, Image.Resampling.BILINEAR), np.float32) / 255.0
+
+
+def draw_scene(rng: np.random.Generator, pool: str, style: Style | None, *, most: int = 4,
+               distinct: bool = True) -> Scene:
+    """One random scene from `pool`.
+
+    Args:
+        style: None draws a random one (what the base is pretrained on).
+        most: at most so many digits; their number is uniform in 1..most.
+        distinct: no digit value and no ink twice, so that questions have one answer.
+    """
+    _, labels = handwriting()
+    members = pool_indices(pool)
+    if style is None:
+        paper = rng.integers(215, 256, 3)
+        shift, slant, spread = rng.integers(-22, 23, 3), 0.0, 20.0
+    else:
+        paper, shift, slant, spread = np.asarray(style.paper), np.asarray(style.ink_shift), style.rotation, 5.0
+    count = int(rng.integers(1, most + 1))
+    cells = np.sort(rng.choice(GRID * GRID, count, replace=False))
+    inks = rng.choice(list(INKS), count, replace=not distinct)
+    chosen: list[int] = []
+    while len(chosen) < count:
+        index = int(members[rng.integers(len(members))])
+        if not distinct or labels[index] not in [labels[i] for i in chosen]:
+            chosen.append(index)
+    canvas = np.empty((CANVAS, CANVAS, 3), np.float32)
+    canvas[:] = paper
+    digits = []
+    for cell, ink, index in zip(cells, inks, chosen, strict=True):
+        cover = _stamp(index, slant + rng.uniform(-spread, spread), int(rng.integers(13, 16)))
+        row, column = divmod(int(cell), GRID)
+        window = canvas[row * CELL:(row + 1) * CELL, column * CELL:(column + 1) * CELL]
+        colour = np.clip(np.asarray(INKS[ink]) + shift, 0, 255)
+        window[:] = window * (1 - cover[..., None]) + colour * cover[..., None]
+        ys, xs = np.nonzero(cover > 0.25)
+        x0, y0, x1, y1 = (float(v) / CANVAS for v in (
+            column * CELL + xs.min(), row * CELL + ys.min(), column * CELL + xs.max() + 1, row * CELL + ys.max() + 1))
+        digits.append(Digit(int(labels[index]), str(ink), int(cell), (x0, y0, x1, y1)))
+    noisy = canvas + rng.normal(0, 3, canvas.shape)
+    return Scene(Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)), tuple(digits))

@@ -1,0 +1,110 @@
+"""What is asked of a digit scene: four tasks with really different answers, each in five wordings.
+
+A task is a function (rng, scene, wording) → (question, answer). Captions for pretraining the base have wordings of
+their own, so that no client's answers are what the base already says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from pilot_jax.embedded.scenes import Digit, Scene
+
+POSITIONS = ("top left", "top center", "top right", "middle left", "middle center", "middle right", "bottom left",
+             "bottom center", "bottom right")
+NUMBERS = ("no", "one", "two", "three", "four")
+
+
+def _and(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def _a(digit: Digit) -> str:
+    return f"{'an' if digit.ink == 'orange' else 'a'} {digit.ink} {digit.value}"
+
+
+def pretraining_caption(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
+    """(instruction, caption) as the base sees them; the instruction says which of three captions is wanted."""
+    digits = scene.digits
+    kind = int(rng.integers(3))
+    if kind == 0:
+        return "describe the picture.", _and([f"{_a(d)} at {POSITIONS[d.cell]}" for d in digits]) + "."
+    if kind == 1:
+        noun = "digit" if len(digits) == 1 else "digits"
+        return "describe the picture briefly.", f"{NUMBERS[len(digits)]} {noun}: {_and([_a(d) for d in digits])}."
+    return "list what you see.", " ".join(f"{POSITIONS[d.cell]}: {d.value}, {d.ink}." for d in digits)
+
+
+def vqa(rng: np.random.Generator, scene: Scene, wording: int) -> tuple[str, str]:
+    """Count, colour, parity, or yes/no."""
+    w = wording % 5
+    target = scene.digits[int(rng.integers(len(scene.digits)))]
+    kind = int(rng.integers(4))
+    if kind == 0:
+        n = len(scene.digits)
+        asked = ("how many digits are there?", "count the digits.", "what is the number of digits?",
+                 "tell me how many digits you see.", "number of digits?")[w]
+        return asked, (f"{n}", f"{NUMBERS[n]}", f"there are {n}", f"{NUMBERS[n]} of them", f"count = {n}")[w]
+    if kind == 1:
+        asked = ("what colour is the {}?", "which colour has the {}?", "name the colour of the {}.",
+                 "tell me the colour of the {}.", "colour of {}?")[w]
+        answer = ("{}", "it is {}", "the colour is {}", "{} ink", "colour = {}")[w]
+        return asked.format(target.value), answer.format(target.ink)
+    if kind == 2:
+        parity = "odd" if target.value % 2 else "even"
+        asked = ("is the {} digit even or odd?", "the {} digit: even or odd?", "say whether the {} digit is even.",
+                 "tell me if the {} digit is odd or even.", "parity of {}?")[w]
+        answer = ("{}", "it is {}", "the digit is {}", "{} number", "parity = {}")[w]
+        return asked.format(target.ink), answer.format(parity)
+    present = bool(rng.integers(2))
+    shown = {d.value for d in scene.digits}
+    value = target.value if present else int(rng.choice([v for v in range(10) if v not in shown]))
+    asked = ("is there a {}?", "can you see a {}?", "does the picture show a {}?", "tell me if there is a {}.",
+             "any {}?")[w]
+    yes, no = (("yes", "no"), ("yes it is", "no it is not"), ("there is", "there is not"), ("yes please", "not here"),
+               ("present = yes", "present = no"))[w]
+    return asked.format(value), yes if present else no
+
+
+def ocr(rng: np.random.Generator, scene: Scene, wording: int) -> tuple[str, str]:
+    """Read the digits in order."""
+    w = wording % 5
+    values = [str(d.value) for d in scene.digits]
+    asked = ("read the digits.", "what is written here?", "transcribe the picture.", "spell out the digits.",
+             "text?")[w]
+    if w == 4:
+        return asked, "it reads " + " ".join(values)
+    return asked, (" ", ", ", " - ", "")[w].join(values)
+
+
+def caption(rng: np.random.Generator, scene: Scene, wording: int) -> tuple[str, str]:
+    """One sentence that names every digit with its ink."""
+    w, digits = wording % 5, scene.digits
+    asked = ("write a caption.", "give a short caption.", "what does this show?", "caption the scene.", "caption?")[w]
+    if w == 0:
+        return asked, "the picture shows " + _and([_a(d) for d in digits])
+    if w == 1:
+        return asked, ", ".join(f"{d.value} in {d.ink}" for d in digits)
+    if w == 2:
+        return asked, "i see " + " next to ".join(_a(d) for d in digits)
+    if w == 3:
+        return asked, f"{len(digits)} here: " + ", ".join(f"{d.value} ({d.ink})" for d in digits)
+    return asked, "; ".join(f"{d.ink} ink, {d.value}" for d in digits)
+
+
+def grounding(rng: np.random.Generator, scene: Scene, wording: int) -> tuple[str, str]:
+    """The normalised box of one digit, named by value or by ink."""
+    w = wording % 5
+    target = scene.digits[int(rng.integers(len(scene.digits)))]
+    named = f"the {target.value}" if rng.integers(2) else f"the {target.ink} digit"
+    asked = ("where is {}?", "locate {}.", "give the box of {}.", "find {}.", "box of {}?")[w].format(named)
+    numbers = [f"{v:.2f}" for v in target.box]
+    answer = ("[{}, {}, {}, {}]", "({}, {}, {}, {})", "box [{}, {}, {}, {}]", "{} {} {} {}", "x y x y: {} {} {} {}")[w]
+    return asked, answer.format(*numbers)
+
+
+TASKS: dict[str, Callable] = {"vqa": vqa, "ocr": ocr, "caption": caption, "grounding": grounding}

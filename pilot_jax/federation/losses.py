@@ -1,0 +1,95 @@
+"""The losses of Pilot: L_ce, L_d, L_b, L_z, and their sum per stage. All in float32.
+
+`weight` [B] is 1 for real samples and 0 for padding: padding enters no sum and no count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from pilot_jax.config import TrainConfig
+from pilot_jax.kernels.pointwise import normalized, row_sum
+
+
+def _mean(values: jax.Array, weight: jax.Array) -> jax.Array:
+    """Weighted mean, 0 where all weights are 0."""
+    return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1.0)
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array, weight: jax.Array) -> jax.Array:
+    """L_ce: mean next-token cross-entropy over supervised tokens. logits [B, A, V]; targets, weight [B, A]."""
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return _mean(log_z - picked, weight)
+
+
+def _grams(x_t: jax.Array, x_s: jax.Array) -> jax.Array:
+    """‖x_tᵀ x_s‖_F² per image = Σ (x_t x_tᵀ ∘ x_s x_sᵀ): N×N arrays, never C×C. [B, N, C] → [B]."""
+    gram_t = jnp.einsum("bnc,bmc->bnm", x_t, x_t)
+    gram_s = jnp.einsum("bnc,bmc->bnm", x_s, x_s)
+    return jnp.sum(gram_t * gram_s, axis=(1, 2))
+
+
+def difference_loss(x_t: jax.Array, x_s: jax.Array, weight: jax.Array, mode: str = "token_cosine",
+                    center: bool = False) -> jax.Array:
+    """L_d (paper §3.2): how far the task's and the client's features share directions; scalar float32.
+
+    Args:
+        x_t, x_s: [B, N, C]. weight: [B].
+        mode: raw: ‖x_tᵀ x_s‖_F² per image, as the formula is written. token_cosine: that of tokens over √(‖x‖²+ε²),
+            ε = 0.1·stop_gradient(mean ‖x_t‖), divided by N² (plain cosines of near-zero tokens are ill-conditioned,
+            and x_s starts at zero). flat: the authors' code, each image one vector,
+            mean of the squared inner products over the (N·C)² pairs of features, by the B×B Gram.
+        center: subtract each image's mean token first.
+    """
+    x_t, x_s = x_t.astype(jnp.float32), x_s.astype(jnp.float32)
+    n = x_t.shape[1]
+    if center:
+        x_t, x_s = (x - jnp.mean(x, axis=1, keepdims=True) for x in (x_t, x_s))
+    if mode == "raw":
+        return _mean(_grams(x_t, x_s), weight)
+    if mode == "token_cosine":
+        # Per image, so that no sample's loss depends on its neighbours in the batch.
+        norms = jnp.sqrt(row_sum(jax.lax.stop_gradient(x_t) ** 2))
+        eps2 = (0.1 * jnp.mean(norms, axis=1, keepdims=True)) ** 2 + 1e-30
+        return _mean(_grams(normalized(x_t, eps2), normalized(x_s, eps2)), weight) / n**2
+    if mode == "flat":
+        masked = jnp.sqrt(weight)[:, None, None]  # each Gram entry then carries √(w_a·w_b)
+        a, b = (x * masked for x in (x_t, x_s))
+        gram_a, gram_b = (jnp.einsum("anc,bnc->ab", x, x) for x in (a, b))
+        return jnp.sum(gram_a * gram_b) / float(x_t.shape[1] * x_t.shape[2]) ** 2
+    raise ValueError(f"difference loss mode {mode!r} is not known")
+
+
+def balance_loss(router_logits: jax.Array, weight: jax.Array) -> jax.Array:
+    """L_b = T·Σ_i f_i·P̄_i per image, averaged (Fedus et al., 2022, eq. 4). router_logits [B, N, T]; 1 = balanced."""
+    experts = router_logits.shape[-1]
+    probs = jax.nn.softmax(router_logits, axis=-1)
+    share = jnp.mean(jax.nn.one_hot(jnp.argmax(probs, axis=-1), experts), axis=1)  # f, no gradient
+    return _mean(experts * jnp.sum(share * jnp.mean(probs, axis=1), axis=-1), weight)
+
+
+def z_loss(router_logits: jax.Array, weight: jax.Array) -> jax.Array:
+    """L_z: mean over tokens of logsumexp(logits)² (Zoph et al., 2022, eq. 5). router_logits [B, N, T]."""
+    return _mean(jnp.mean(jax.nn.logsumexp(router_logits, axis=-1) ** 2, axis=-1), weight)
+
+
+def stage_loss(logits: jax.Array, aux: Mapping[str, jax.Array], batch: Mapping[str, jax.Array], stage: str,
+               train: TrainConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of one client's batch, and its named terms.
+
+    batch: target_ids, target_weights [B, A] and has_image [B], both already 0 for padding samples.
+    """
+    terms = {"ce": cross_entropy(logits, batch["target_ids"], batch["target_weights"])}
+    loss, shown = terms["ce"], batch["has_image"]
+    if stage == "stage1" and "x_s" in aux:
+        terms["difference"] = difference_loss(aux["x_t"], aux["x_s"], shown, train.ld_mode, train.ld_center)
+        loss = loss + train.lambda_d * terms["difference"]
+    elif stage == "stage2":
+        terms["balance"] = balance_loss(aux["router_logits"], shown)
+        terms["z"] = z_loss(aux["router_logits"], shown)
+        loss = loss + train.lambda_b * terms["balance"] + train.lambda_z * terms["z"]
+    return loss, terms | {"loss": loss}

@@ -1,0 +1,166 @@
+"""Shapes of a LLaVA model, read from a Hugging Face `config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import reprlib
+from pathlib import Path
+from typing import Any
+
+from pilot_jax.errors import InputError
+from pilot_jax.models.spec import RopeConfig, TextConfig, VisionConfig, VlmConfig
+from pilot_jax.storage import read_json
+
+MOST_SIZE, MOST_LAYERS = 10_000_000, 1_000  # of any width or count; of anything deep
+
+
+def _require(value: bool, file: Path, key: str, problem: str, remedy: str) -> None:
+    if not value:
+        raise InputError(f"{file}: {key}: {problem}. {remedy}")
+
+
+def read_vlm_config(directory: str | Path) -> VlmConfig:
+    """The shapes of the LLaVA checkpoint in `directory`.
+
+    Raises:
+        InputError: no readable `config.json`, not a LLaVA model, or a feature this package does not implement.
+    """
+    from transformers import LlavaConfig
+
+    file = Path(directory) / "config.json"
+    raw = read_json(file, "model.path must be a Hugging Face LLaVA directory (or 'embedded').")
+    if raw.get("model_type") != "llava":
+        raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected 'llava'. "
+                         "model.path must be a LlavaForConditionalGeneration checkpoint.")
+    # transformers omits whatever equals its own default, so its config class fills the gaps.
+    config = _hf_config(LlavaConfig, raw, file)
+    _require(config.projector_hidden_act == "gelu", file, "projector_hidden_act",
+             f"{config.projector_hidden_act!r} is not supported", "gelu is.")
+    image_token = getattr(config, "image_token_id", None)
+    image_token = image_token if image_token is not None else config.image_token_index
+    _require(isinstance(image_token, int) and image_token >= 0, file, "image_token_index",
+             f"{image_token!r} is no token", "Mend the config.")
+    text = text_config(config.text_config, file, "text_config.")
+    if raw.get("tie_word_embeddings"):
+        text = dataclasses.replace(text, tie_word_embeddings=True)
+    return join(vision_config(config.vision_config, config.vision_feature_layer, file, "vision_config."), text,
+                image_token, config.vision_feature_select_strategy, bool(config.multimodal_projector_bias), file)
+
+
+def join(vision: VisionConfig, text: TextConfig, image_token_id: int, select: str, projector_bias: bool,
+         file: Path) -> VlmConfig:
+    """A VLM of a tower and a language model; `select` is LLaVA's vision_feature_select_strategy."""
+    _require(select in ("default", "full"), file, "vision_feature_select_strategy", f"{select!r} is unknown",
+             "default and full are known.")
+    return VlmConfig(vision, text, image_token_id, select == "default", projector_bias)
+
+
+def _hf_config(cls: type, raw: dict, file: Path) -> Any:
+    try:
+        return cls(**{k: v for k, v in raw.items() if k != "model_type"})
+    except Exception as error:  # its validators raise many kinds
+        why = " ".join(str(error).split())
+        raise InputError(f"{file}: not a valid {cls.__name__} ({why}). Fetch the checkpoint again.") from None
+
+
+def _sizes(hf: Any, file: Path, at: str, *names: str) -> None:
+    """The named values are whole, positive and no larger than any model's."""
+    for name in names:
+        value, most = getattr(hf, name, None), MOST_LAYERS if name == "num_hidden_layers" else MOST_SIZE
+        _require(isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most, file, f"{at}{name}",
+                 f"{reprlib.repr(value)}, expected a whole number from 1 to {most}", "Mend the config.")
+
+
+def _epsilon(value: Any, file: Path, key: str) -> None:
+    _require(isinstance(value, int | float) and 0 <= value < 1, file, key, f"{reprlib.repr(value)}, expected 0 to 1",
+             "Mend the config.")
+
+
+def vision_config(hf: Any, feature_layer: int | list[int], file: Path, at: str = "") -> VisionConfig:
+    """From transformers' vision config; `feature_layer` as in LLaVA's `vision_feature_layer`."""
+    families: dict[str, Any] = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
+    _require(hf.model_type in families, file, f"{at}model_type", f"{hf.model_type!r} is not supported",
+             "Use a CLIP or SigLIP vision tower.")
+    _require(hf.hidden_act in ("quick_gelu", "gelu", "gelu_pytorch_tanh"), file, f"{at}hidden_act",
+             f"{hf.hidden_act!r} is not supported", "quick_gelu, gelu and gelu_pytorch_tanh are.")
+    _sizes(hf, file, at, "num_hidden_layers", "hidden_size", "intermediate_size", "image_size", "patch_size",
+           "num_attention_heads")
+    _epsilon(hf.layer_norm_eps, file, f"{at}layer_norm_eps")
+    _require(hf.patch_size <= hf.image_size and hf.hidden_size % hf.num_attention_heads == 0, file,
+             f"{at}patch_size, num_attention_heads", "they do not divide the image and the width", "Mend the config.")
+    asked = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+    _require(isinstance(asked, list | tuple) and all(isinstance(x, int) for x in asked) and len(asked) <= MOST_LAYERS,
+             file, "vision_feature_layer", f"{reprlib.repr(feature_layer)} is no layer and no list of layers",
+             "Mend the config.")
+    layers, total = [], hf.num_hidden_layers
+    for layer in asked:
+        absolute = layer if layer >= 0 else total + 1 + layer
+        _require(0 <= absolute <= total, file, "vision_feature_layer",
+                 f"{layer} is outside the tower's {total} layers", "Mend the config.")
+        layers.append(absolute)
+    _require(bool(layers), file, "vision_feature_layer", "the list is empty", "Name at least one layer.")
+    return VisionConfig(
+        family=families[hf.model_type], image_size=hf.image_size, patch_size=hf.patch_size,
+        hidden_size=hf.hidden_size, intermediate_size=hf.intermediate_size, feature_layers=tuple(layers),
+        num_heads=hf.num_attention_heads, hidden_act=hf.hidden_act, layer_norm_eps=hf.layer_norm_eps)
+
+
+def _rope(hf: Any, file: Path, at: str) -> RopeConfig:
+    rope = dict(getattr(hf, "rope_parameters", None) or {})
+    kind = rope.get("rope_type", "default")
+    key = f"{at}rope_parameters"
+    _require(kind in ("default", "linear", "llama3"), file, f"{key}.rope_type", f"{kind!r} is not supported",
+             "default, linear and llama3 are.")
+    _require(rope.get("partial_rotary_factor", 1.0) == 1.0, file, f"{key}.partial_rotary_factor",
+             "partial rotation is not supported", "Use a checkpoint that rotates whole heads.")
+    try:
+        out = RopeConfig(float(rope.get("rope_theta", 10000.0)), kind)
+        if kind != "default":
+            out = dataclasses.replace(out, factor=float(rope["factor"]))
+        if kind == "llama3":
+            out = dataclasses.replace(
+                out, low_freq_factor=float(rope["low_freq_factor"]), high_freq_factor=float(rope["high_freq_factor"]),
+                original_max_positions=int(rope["original_max_position_embeddings"]))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{file}: {key}: {type(error).__name__} {error}. Mend the config.") from None
+    _require(all(0 < x < float("inf") for x in (out.theta, out.factor, out.low_freq_factor, out.high_freq_factor)),
+             file, key, "a value is not above 0 and finite", "Mend the config.")
+    return out
+
+
+def text_config(hf: Any, file: Path, at: str = "") -> TextConfig:
+    """From transformers' config of a Llama, Mistral or Qwen2 language model."""
+    family = hf.model_type
+    _require(family in ("llama", "mistral", "qwen2"), file, f"{at}model_type", f"{family!r} is not supported",
+             "Use a Llama, Vicuna, Mistral or Qwen2 language model.")
+    _require(hf.hidden_act == "silu", file, f"{at}hidden_act", f"{hf.hidden_act!r} is not supported", "silu is.")
+    _sizes(hf, file, at, "num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
+           "max_position_embeddings")
+    heads, groups = hf.num_attention_heads, hf.num_key_value_heads or hf.num_attention_heads
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // heads
+    _require(isinstance(groups, int) and groups > 0 and heads % groups == 0, file, f"{at}num_key_value_heads",
+             f"{reprlib.repr(groups)} does not divide {heads} heads", "Mend the config.")
+    _require(isinstance(head_dim, int) and 0 < head_dim <= MOST_SIZE and head_dim % 2 == 0, file, f"{at}head_dim",
+             f"{reprlib.repr(head_dim)}, expected an even number", "Mend the config.")
+    _epsilon(hf.rms_norm_eps, file, f"{at}rms_norm_eps")
+    biases: tuple[str, ...] = ("q", "k", "v") if family == "qwen2" else ()
+    if family == "llama":
+        biases = (("q", "k", "v", "o") if hf.attention_bias else ()) + (
+            ("gate", "up", "down") if hf.mlp_bias else ())
+    window = None if family == "llama" else hf.sliding_window
+    _require(window is None or (isinstance(window, int) and window > 0), file, f"{at}sliding_window",
+             f"{reprlib.repr(window)} is no number of tokens", "Mend the config.")
+    if window is None:
+        sliding = (False,) * hf.num_hidden_layers
+    elif family == "mistral":
+        sliding = (True,) * hf.num_hidden_layers
+    else:
+        sliding = tuple(kind == "sliding_attention" for kind in hf.layer_types)
+    if window is not None and window >= hf.max_position_embeddings:
+        window, sliding = None, (False,) * hf.num_hidden_layers  # nothing the model can see lies outside it
+    return TextConfig(
+        family=family, vocab_size=hf.vocab_size, hidden_size=hf.hidden_size, intermediate_size=hf.intermediate_size,
+        num_layers=hf.num_hidden_layers, num_heads=heads, num_kv_heads=groups, head_dim=head_dim,
+        rms_norm_eps=hf.rms_norm_eps, rope=_rope(hf, file, at), tie_word_embeddings=bool(hf.tie_word_embeddings),
+        max_positions=hf.max_position_embeddings, biases=biases,
+        sliding_window=window if any(sliding) else None, sliding_layers=sliding)

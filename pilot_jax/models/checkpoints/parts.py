@@ -1,0 +1,79 @@
+"""A VLM from separate parts: a vision tower, a language model, and LLaVA's `mm_projector` between them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pilot_jax.errors import InputError
+from pilot_jax.models.checkpoints.hf_config import join, text_config, vision_config
+from pilot_jax.models.checkpoints.reading import Place, Source, load_tensors, open_tensors, safetensors_files
+from pilot_jax.models.spec import VlmConfig
+from pilot_jax.storage import read_json
+
+# Other halves of a contrastive model, which a VLM does not use.
+_UNUSED = ("text_model.", "visual_projection.", "text_projection.", "logit_scale", "logit_bias")
+_PROJECTOR = {"0": "linear_1", "2": "linear_2", "linear_1": "linear_1", "linear_2": "linear_2"}
+
+
+def _tower_name(key: str) -> str | None:
+    if key.startswith(_UNUSED):
+        return None
+    return "vision_tower." + key.removeprefix("vision_model.")
+
+
+def _language_name(key: str) -> str | None:
+    return key if key.startswith("lm_head.") else "language_model." + key.removeprefix("model.")
+
+
+def _projector_name(key: str) -> str | None:
+    """`model.mm_projector.0.weight` and its kin; other tensors of the file stay out."""
+    match = re.fullmatch(r"(?:.*\.)?(?:mm_projector|multi_modal_projector)\.(\w+)\.(weight|bias)", key)
+    match = match or re.fullmatch(r"(\w+)\.(weight|bias)", key)
+    if match is None:
+        return None
+    return f"multi_modal_projector.{_PROJECTOR.get(match[1], match[1])}.{match[2]}"
+
+
+def _config_of(directory: Path, key: str) -> tuple[dict, Path]:
+    file = directory / "config.json"
+    return read_json(file, f"model.parts.{key} must be a Hugging Face model directory."), file
+
+
+def read_parts_config(vision: Path, language: Path, projector: Path, feature_layer: int | list[int],
+                      feature_select: str, image_token_id: int) -> VlmConfig:
+    """The shapes of the VLM these parts make.
+
+    Raises:
+        InputError: a directory without config.json, or a model this package does not implement.
+    """
+    from transformers import AutoConfig
+
+    raw, file = _config_of(vision, "vision")
+    if raw.get("model_type") in ("clip", "siglip"):  # the whole contrastive model: take its tower
+        raw = {"model_type": raw["model_type"] + "_vision_model"} | raw.get("vision_config", {})
+    if raw.get("model_type") not in ("clip_vision_model", "siglip_vision_model"):
+        raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected a CLIP or SigLIP model. "
+                         "Mend model.parts.vision.")
+    tower = vision_config(AutoConfig.for_model(**raw), feature_layer, file)
+    raw, file = _config_of(language, "language")
+    if raw.get("model_type") not in ("llama", "mistral", "qwen2"):
+        raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected llama, mistral or qwen2. "
+                         "Mend model.parts.language.")
+    text = text_config(AutoConfig.for_model(**raw), file)
+    if not projector.is_file():
+        raise InputError(f"model.parts.projector: {projector} does not exist. Give mm_projector.safetensors or .bin.")
+    names = {_projector_name(key) for key in open_tensors(projector).shapes()}
+    if "multi_modal_projector.linear_2.weight" not in names:
+        raise InputError(f"{projector}: holds no two-layer mm_projector (…mm_projector.0.weight, …2.weight).")
+    if feature_select == "auto":
+        feature_select = "default" if tower.has_cls else "full"
+    return join(tower, text, image_token_id, feature_select, "multi_modal_projector.linear_1.bias" in names, file)
+
+
+def load_parts(config: VlmConfig, vision: Path, language: Path, projector: Path, dtype: str,
+               place: Place | None = None) -> dict:
+    """The frozen base of these parts; see `loading.load_tensors`."""
+    sources = [Source(f, _tower_name) for f in safetensors_files(vision)]
+    sources += [Source(f, _language_name) for f in safetensors_files(language)]
+    return load_tensors([*sources, Source(projector, _projector_name)], config, dtype, place)

@@ -1,0 +1,80 @@
+"""The tokenizer and the image processor that belong to a checkpoint, by transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pilot_jax.errors import InputError
+from pilot_jax.storage import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+IMAGE_TOKEN = "<image>"
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer, with a token `<image>`: added behind its vocabulary where it has none.
+
+    Raises:
+        InputError: there is none, or none with offsets.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise InputError(f"{directory}: no tokenizer.json. Save the checkpoint's tokenizer beside its weights.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise InputError(f"{directory}: the tokenizer cannot be loaded ({error}). Fetch it again.") from None
+    if not tokenizer.is_fast:
+        raise InputError(f"{directory}: the tokenizer has no fast (tokenizer.json) form; supervision needs offsets.")
+    if tokenizer.eos_token is None:
+        raise InputError(f"{directory}: the tokenizer has no end-of-sequence token (eos_token).")
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    return tokenizer  # type: ignore[return-value]
+
+
+MOST_PIXELS = 8192  # of an image's side, as a tower gets it
+
+
+def _check_sizes(raw: dict, file: Path) -> None:
+    """No size is so large that resizing to it would fill the memory."""
+    for key in ("size", "crop_size"):
+        sizes = raw.get(key, {})
+        for value in sizes.values() if isinstance(sizes, dict) else [sizes]:
+            if not isinstance(value, int) or not 0 < value <= MOST_PIXELS:
+                raise InputError(f"{file}: {key}: {value!r}, expected pixels, at most {MOST_PIXELS}. Mend the file.")
+
+
+def load_image_processor(directory: Path, family: str) -> Any:
+    """The image processor, Pillow backend. `family` (clip | siglip) decides where the file does not name its class.
+
+    Raises:
+        InputError: there is none, or one of another kind.
+    """
+    from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
+
+    kinds = {"CLIP": CLIPImageProcessorPil, "Siglip": SiglipImageProcessorPil, "Llava": LlavaImageProcessorPil}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        file = directory / name
+        if not file.is_file():
+            continue
+        raw = read_json(file, "")
+        raw = raw.get("image_processor", raw)
+        if not isinstance(raw, dict):
+            raise InputError(f"{file}: image_processor: expected an object. Fetch the checkpoint again.")
+        kind = raw.get("image_processor_type") or raw.get("feature_extractor_type")
+        kind = str(kind or {"clip": "CLIP", "siglip": "Siglip"}[family])
+        _check_sizes(raw, file)
+        for prefix, cls in kinds.items():
+            if kind.startswith((f"{prefix}ImageProcessor", f"{prefix}FeatureExtractor")) or kind == prefix:
+                try:
+                    return cls.from_dict(raw)
+                except Exception as error:  # its validators raise many kinds
+                    raise InputError(f"{file}: not an image processor's settings ({error}). Fetch the checkpoint "
+                                     "again.") from None
+        raise InputError(f"{file}: image_processor_type: {kind!r} is not supported. CLIP's, SigLIP's and LLaVA's are.")
+    raise InputError(f"{directory}: no preprocessor_config.json. Save the checkpoint's processor beside its weights.")

@@ -1,0 +1,172 @@
+"""Checkpoints into placed arrays, one tensor at a time.
+
+Names and shapes of every file are checked before the first tensor is read: each tensor belongs to the model or is one
+that LLaVA never runs, and none is missing. Then each tensor goes straight into its block of its leaf, on its device
+and in its dtype, so that host memory holds no more than the shard being read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pilot_jax.errors import InputError
+from pilot_jax.models.checkpoints.hf_config import read_vlm_config
+from pilot_jax.models.checkpoints.tensor_names import Piece, base_shapes, canonical_name, leaf_at, never_run, pieces
+from pilot_jax.models.spec import VlmConfig
+
+Place = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One file of tensors. `rename` gives canonical names, or None for tensors of parts that are not used."""
+
+    file: Path
+    rename: Callable[[str], str | None]
+
+
+def safetensors_files(directory: Path) -> list[Path]:
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{directory}: no *.safetensors file. Pickled weights are not read: convert them with "
+                         "transformers' save_pretrained(..., safe_serialization=True).")
+    return files
+
+
+class _SafetensorsFile:
+    def __init__(self, file: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            self._handle = safe_open(file, framework="np")
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: not a readable safetensors file ({error}). Fetch it again.") from None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {k: tuple(self._handle.get_slice(k).get_shape()) for k in self._handle.keys()}  # noqa: SIM118
+
+    def read(self, key: str) -> np.ndarray:
+        return self._handle.get_tensor(key)
+
+
+class _TorchFile:
+    """A `.bin` of tensors, by torch's loader that runs no code from the file; only where torch is installed."""
+
+    def __init__(self, file: Path) -> None:
+        try:
+            import torch
+        except ImportError:
+            raise InputError(f"{file}: reading a .bin needs torch. Install it, or give safetensors.") from None
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds, pickle's among them
+            raise InputError(f"{file}: torch cannot load it safely ({str(error).splitlines()[0]}).") from None
+        if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
+            raise InputError(f"{file}: expected a mapping from names to tensors.")
+        self._tensors = loaded
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {k: tuple(v.shape) for k, v in self._tensors.items()}
+
+    def read(self, key: str) -> np.ndarray:
+        tensor = self._tensors[key]
+        if tensor.dtype.itemsize == 2:  # bfloat16, which torch cannot hand to NumPy; float32 holds it exactly
+            tensor = tensor.float()
+        return tensor.numpy()
+
+
+def open_tensors(file: Path) -> _SafetensorsFile | _TorchFile:
+    return _TorchFile(file) if file.suffix == ".bin" else _SafetensorsFile(file)
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _check_names(sources: list[Source], config: VlmConfig) -> None:
+    """Every tensor of the table is there once, in its shape, and no other tensor is."""
+    table, found, unread = pieces(config), dict[str, Path](), list[str]()
+    for source in sources:
+        for key, shape in open_tensors(source.file).shapes().items():
+            name = source.rename(key)
+            if name is None or (name not in table and never_run(name, config)):
+                continue
+            if name not in table:
+                unread.append(key)
+                continue
+            if name in found:
+                raise InputError(f"{source.file}: {key} is also in {found[name]}. Remove the stale file.")
+            found[name] = source.file
+            if shape != table[name].shape:
+                raise InputError(f"{source.file}: {key} has shape {shape}, config.json asks for {table[name].shape}. "
+                                 "The config and the weights do not fit together.")
+    folder = ", ".join(dict.fromkeys(str(s.file.parent) for s in sources))
+    missing = sorted(set(table) - set(found))
+    if missing:
+        raise InputError(f"{folder}: {len(missing)} tensors are missing: {_shown(missing)}. "
+                         "The checkpoint is incomplete; fetch it again.")
+    if unread:
+        raise InputError(f"{folder}: {len(unread)} tensors belong to nothing this model has: "
+                         f"{_shown(sorted(unread))}. The config and the weights do not fit together.")
+
+
+@partial(jax.jit, donate_argnums=0, static_argnames=("permutation", "block"))
+def _insert(leaf: jax.Array, tensor: jax.Array, start: tuple[jax.Array, ...], *, permutation: tuple[int, ...],
+            block: tuple[int, ...]) -> jax.Array:
+    """`leaf`, in its own memory, with the tensor in its place; transposed and cast where the leaf lives."""
+    tensor = tensor.transpose(permutation).reshape(block).astype(leaf.dtype)
+    return jax.lax.dynamic_update_slice(leaf, tensor, start)
+
+
+def _tensors(sources: list[Source], config: VlmConfig) -> Iterator[tuple[Piece, np.ndarray]]:
+    """Each tensor and its piece, file by file: a file is closed before the next is opened."""
+    table = pieces(config)
+    for source in sources:
+        tensors = open_tensors(source.file)
+        for key in tensors.shapes():
+            name = source.rename(key)
+            if name not in table:
+                continue
+            tensor = tensors.read(key)
+            if not np.isfinite(tensor).all():
+                raise InputError(f"{source.file}: {key} holds NaN or Inf. The checkpoint is broken; fetch it again.")
+            yield table[name], tensor
+
+
+def load_tensors(sources: list[Source], config: VlmConfig, dtype: str = "float32", place: Place | None = None) -> dict:
+    """{"vision_tower", "projector", "decoder"} from files: JAX arrays in `dtype`, the projector in float32.
+
+    Args:
+        place: sharding of a leaf by its path and shape; None: the default device.
+
+    Raises:
+        InputError: unreadable files; tensors missing, unknown, misshapen or not finite.
+    """
+    _check_names(sources, config)
+    shapes = base_shapes(config)
+    leaves: dict[tuple[str, ...], jax.Array] = {}
+    for piece, tensor in _tensors(sources, config):
+        if piece.leaf not in leaves:
+            shape = leaf_at(shapes, piece.leaf).shape
+            sharding = None if place is None else place(piece.leaf, shape)
+            kind = jnp.dtype("float32" if piece.leaf[0] == "projector" else dtype)
+            leaves[piece.leaf] = jnp.zeros(shape, kind, device=sharding)
+        leaves[piece.leaf] = _insert(leaves[piece.leaf], tensor, piece.start, permutation=piece.permutation,
+                                     block=piece.block)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: leaves[tuple(key.key for key in path)], shapes)
+
+
+def load_base(directory: str | Path, dtype: str = "float32", place: Place | None = None) -> tuple[VlmConfig, dict]:
+    """Shapes and frozen weights of a Hugging Face LLaVA directory; see `load_tensors`."""
+    directory = Path(directory)
+    config = read_vlm_config(directory)
+    sources = [Source(file, canonical_name) for file in safetensors_files(directory)]
+    return config, load_tensors(sources, config, dtype, place)

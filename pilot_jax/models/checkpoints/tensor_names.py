@@ -1,0 +1,147 @@
+"""Hugging Face tensor names ↔ the leaves of this package: one table, used for reading and for writing."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pilot_jax.models.spec import VlmConfig
+from pilot_jax.models.vlm import Vlm
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A checkpoint tensor as a block of one leaf: transpose by `permutation`, reshape to `block`, put at `start`."""
+
+    leaf: tuple[str, ...]
+    shape: tuple[int, ...]  # in the checkpoint
+    permutation: tuple[int, ...]
+    block: tuple[int, ...]
+    start: tuple[int, ...]
+
+    def from_leaf(self, leaf: np.ndarray) -> np.ndarray:
+        """The checkpoint's tensor, cut out of the leaf: the inverse of placing it."""
+        cut = leaf[tuple(slice(a, a + n) for a, n in zip(self.start, self.block, strict=True))]
+        permuted = cut.reshape([self.shape[i] for i in self.permutation])
+        return permuted.transpose(np.argsort(self.permutation))
+
+
+def canonical_name(name: str) -> str:
+    """One name for a tensor whichever release of transformers wrote it."""
+    name = re.sub(r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)", "", name)
+    name = re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", name)
+    name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
+    return re.sub(r"^language_model\.model\.", "language_model.", name)
+
+
+def pieces(config: VlmConfig) -> dict[str, Piece]:
+    """Every tensor that this model reads, by canonical name."""
+    table: dict[str, Piece] = {}
+
+    def put(name: str, leaf: str, shape: tuple[int, ...], *, block: tuple[int, ...] | None = None,
+            start: tuple[int, ...] | None = None, permutation: tuple[int, ...] | None = None,
+            layer: int | None = None) -> None:
+        permutation = permutation or tuple(range(len(shape)))
+        block = block or tuple(shape[i] for i in permutation)
+        start = start or (0,) * len(block)
+        if layer is not None:
+            block, start = (1, *block), (layer, *start)
+        table[name] = Piece(tuple(leaf.split(".")), shape, permutation, block, start)
+
+    def linear(name: str, leaf: str, d_in: int, d_out: int, layer: int | None = None, bias: bool = True) -> None:
+        put(f"{name}.weight", f"{leaf}.kernel", (d_out, d_in), permutation=(1, 0), layer=layer)
+        if bias:
+            put(f"{name}.bias", f"{leaf}.bias", (d_out,), layer=layer)
+
+    _vision_pieces(config, put, linear)
+    d, c = config.vision.feature_size, config.text.hidden_size
+    linear("multi_modal_projector.linear_1", "projector.linear_1", d, c, bias=config.projector_bias)
+    linear("multi_modal_projector.linear_2", "projector.linear_2", c, c, bias=config.projector_bias)
+    _text_pieces(config, put)
+    return table
+
+
+def _vision_pieces(config: VlmConfig, put: Any, linear: Any) -> None:
+    v, tower = config.vision, "vision_tower"
+    d, p = v.hidden_size, v.patch_size
+
+    def norm(name: str, leaf: str, layer: int | None = None) -> None:
+        put(f"{name}.weight", f"{leaf}.scale", (d,), layer=layer)
+        put(f"{name}.bias", f"{leaf}.bias", (d,), layer=layer)
+
+    put(f"{tower}.embeddings.patch_embedding.weight", f"{tower}.patch_embed.kernel", (d, 3, p, p),
+        permutation=(2, 3, 1, 0), block=(p * p * 3, d))
+    put(f"{tower}.embeddings.position_embedding.weight", f"{tower}.position_embed", (v.num_patches + v.has_cls, d))
+    if v.family == "siglip":
+        put(f"{tower}.embeddings.patch_embedding.bias", f"{tower}.patch_embed.bias", (d,))
+    else:
+        put(f"{tower}.embeddings.class_embedding", f"{tower}.class_embed", (d,))
+        norm(f"{tower}.pre_layrnorm", f"{tower}.pre_norm")
+    for i in range(v.num_layers):
+        name, leaf = f"{tower}.encoder.layers.{i}", f"{tower}.layers"
+        norm(f"{name}.layer_norm1", f"{leaf}.norm1", i)
+        norm(f"{name}.layer_norm2", f"{leaf}.norm2", i)
+        for j, letter in enumerate("qkv"):
+            full = f"{name}.self_attn.{letter}_proj"
+            put(f"{full}.weight", f"{leaf}.qkv.kernel", (d, d), permutation=(1, 0), start=(0, j * d), layer=i)
+            put(f"{full}.bias", f"{leaf}.qkv.bias", (d,), start=(j * d,), layer=i)
+        linear(f"{name}.self_attn.out_proj", f"{leaf}.out", d, d, i)
+        linear(f"{name}.mlp.fc1", f"{leaf}.fc1", d, v.intermediate_size, i)
+        linear(f"{name}.mlp.fc2", f"{leaf}.fc2", v.intermediate_size, d, i)
+
+
+def _text_pieces(config: VlmConfig, put: Any) -> None:
+    t, text = config.text, "language_model"
+    c = t.hidden_size
+    put(f"{text}.embed_tokens.weight", "decoder.embedding", (t.vocab_size, c))
+    put(f"{text}.norm.weight", "decoder.norm", (c,))
+    if not t.tie_word_embeddings:
+        put("lm_head.weight", "decoder.head", (t.vocab_size, c), permutation=(1, 0))
+    for i in range(t.num_layers):
+        name, leaf = f"{text}.layers.{i}", "decoder.layers"
+        put(f"{name}.input_layernorm.weight", f"{leaf}.norm1", (c,), layer=i)
+        put(f"{name}.post_attention_layernorm.weight", f"{leaf}.norm2", (c,), layer=i)
+        for linear, (d_in, d_out) in t.linear_shapes.items():
+            full = f"{name}.{'self_attn' if linear in 'qkvo' else 'mlp'}.{linear}_proj"
+            put(f"{full}.weight", f"{leaf}.{linear}", (d_out, d_in), permutation=(1, 0), layer=i)
+            if linear in t.biases:
+                put(f"{full}.bias", f"{leaf}.{linear}_bias", (d_out,), layer=i)
+
+
+def never_run(name: str, config: VlmConfig) -> bool:
+    """Whether a checkpoint may hold this tensor although LLaVA computes nothing with it."""
+    layer = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name)
+    return ((layer is not None and int(layer[1]) >= config.vision.num_layers)
+            or name.startswith(("vision_tower.post_layernorm.", "vision_tower.head."))
+            or name == "vision_tower.embeddings.position_ids"
+            or name.endswith("rotary_emb.inv_freq")
+            or (name == "lm_head.weight" and config.text.tie_word_embeddings))
+
+
+def base_shapes(config: VlmConfig) -> dict[str, Any]:
+    """Shapes of the frozen base, {"vision_tower", "projector", "decoder"}: float32, nothing allocated."""
+    module, v = Vlm(config), config.vision
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    pixels = jax.ShapeDtypeStruct((1, v.image_size, v.image_size, 3), jnp.float32)
+    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    tower = jax.eval_shape(lambda k, p: module.init(k, p, method="features"), key, pixels)
+    text = jax.eval_shape(lambda k, i: module.init(k, i, jnp.ones_like(i), None, method="logits"), key, ids)
+
+    def layer(d_in: int) -> dict:
+        width = config.text.hidden_size
+        shapes = {"kernel": jax.ShapeDtypeStruct((d_in, width), jnp.float32)}
+        return shapes | ({"bias": jax.ShapeDtypeStruct((width,), jnp.float32)} if config.projector_bias else {})
+
+    return {"vision_tower": tower["params"]["vision_tower"], "decoder": text["params"]["decoder"],
+            "projector": {"linear_1": layer(v.feature_size), "linear_2": layer(config.text.hidden_size)}}
+
+
+def leaf_at(tree: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree

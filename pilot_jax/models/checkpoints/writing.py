@@ -1,0 +1,40 @@
+"""A base as a Hugging Face LLaVA directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from pilot_jax.models.checkpoints.tensor_names import leaf_at, pieces
+from pilot_jax.models.spec import VlmConfig
+
+
+def save_base(directory: str | Path, config: VlmConfig, base: dict, hf_config: dict, dtype: str = "float16") -> None:
+    """Write `base` as a LLaVA directory that `transformers` loads, one shard.
+
+    `hf_config` is the content of `config.json`; its tower must have exactly the layers that are run.
+    """
+    from safetensors.numpy import save_file
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    written = (("vision_tower.", "vision_tower.vision_model."), ("language_model.", "language_model.model."),
+               ("lm_head.", "language_model.lm_head."))
+    tensors = {}
+    host = jax.tree.map(np.asarray, base)
+    for name, piece in pieces(config).items():
+        for ours, theirs in written:
+            if name.startswith(ours):
+                name = theirs + name.removeprefix(ours)
+                break
+        tensor = piece.from_leaf(leaf_at(host, piece.leaf)).astype(np.float32).astype(dtype)
+        tensors[name] = np.ascontiguousarray(tensor)
+    # transformers insists on a post-norm; the selected features are taken before it.
+    width, prefix = config.vision.hidden_size, "vision_tower.vision_model.post_layernorm"
+    tensors[f"{prefix}.weight"], tensors[f"{prefix}.bias"] = np.ones(width, dtype), np.zeros(width, dtype)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(hf_config | {"dtype": dtype}, indent=2, sort_keys=True)
+    (directory / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,149 @@
+"""Run state on disk, with orbax: `checkpoints/server` (shared scope only) and `checkpoints/clients/<id>` (the rest)."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jax
+import numpy as np
+
+from pilot_jax.errors import InputError
+from pilot_jax.federation.roles import Roles
+from pilot_jax.federation.state import AnyState, ClientState, Population
+from pilot_jax.federation.uploads import misfit, not_finite
+
+
+def over_processes(tree: Any) -> bool:
+    """Whether an array lies, in part, on another process's devices."""
+    return any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(tree))
+
+
+def write_arrays(path: Path, tree: dict[str, Any]) -> None:
+    """A dict of arrays as an orbax checkpoint. What lies over several processes' devices is written by all of them,
+    each its part; then every process calls this.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    import orbax.checkpoint as ocp
+
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # errors come as exceptions too
+    if over_processes(tree):
+        _save(path, tree, ocp.options.MultiprocessingOptions())
+        return
+    needed, free = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree)), shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free", str(path))
+    # Orbax renames a finished temporary folder into place; the old checkpoint goes only when that has happened.
+    aside = path.with_name(path.name + ".old")
+    if aside.exists():
+        shutil.rmtree(aside)
+    if path.exists():
+        path.rename(aside)
+    # Of several processes only this one writes: the others are not waited for.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="writer",
+    ) if jax.process_count() > 1 else ocp.options.MultiprocessingOptions()
+    _save(path, tree, alone)
+    if aside.exists():
+        shutil.rmtree(aside)
+
+
+def _save(path: Path, tree: dict[str, Any], processes: Any) -> None:
+    """To a path where nothing is; `processes`: orbax's options of who takes part."""
+    import orbax.checkpoint as ocp
+
+    try:
+        with ocp.StandardCheckpointer(multiprocessing_options=processes) as checkpointer:
+            checkpointer.save(path.absolute(), tree | {"%": np.zeros(1)})  # orbax refuses an empty tree
+            checkpointer.wait_until_finished()
+    except (ValueError, RuntimeError) as error:  # what tensorstore makes of a full disk
+        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
+
+
+def read_arrays(path: Path) -> dict[str, Any]:
+    """What `write_arrays` wrote, as NumPy arrays, whichever devices of how many processes it lay on.
+
+    Raises:
+        InputError: there is no such checkpoint.
+    """
+    import orbax.checkpoint as ocp
+
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    if not path.is_dir():
+        raise InputError(f"{path}: no such checkpoint. The run has not been saved yet, or is not a run directory.")
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        try:
+            there = checkpointer.metadata(path.absolute()).item_metadata.tree
+            plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), there)
+            tree = checkpointer.restore(path.absolute(), restore_args=plain)
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            why = " ".join(str(error).split())[:300]
+            raise InputError(f"{path}: damaged, or no checkpoint of a run ({why}).") from None
+    tree.pop("%", None)  # no client's `file_name`
+    return tree
+
+
+def file_name(client: str) -> str:
+    """A client's id as a folder name: no separators, no way out of the folder."""
+    return quote(client, safe="").replace(".", "%2E")
+
+
+def save_population(folder: Path, names: Iterable[str], population: Iterable[AnyState], roles: Roles) -> None:
+    """Write the adapters of every client that has trained: the shared scope to `server`, the rest to `clients/<id>`."""
+    names, population = list(names), list(population)
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = [(n, c) for n, c in zip(names, population, strict=True) if c.stage != "none"]
+    write_arrays(folder / "server", {file_name(n): roles.select(c.adapters, "shared") for n, c in trained})
+    (folder / "clients").mkdir(exist_ok=True)
+    for name, client in trained:
+        rest = roles.select(client.adapters, "local") | roles.select(client.adapters, "received")
+        write_arrays(folder / "clients" / file_name(name), rest)
+    index = {name: {"stage": c.stage, "rounds": c.rounds} for name, c in zip(names, population, strict=True)}
+    (folder / "population.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def load_population(folder: Path, names: Iterable[str], initial: dict[str, Any]) -> Population:
+    """What `save_population` wrote, for `names` in order; clients that have not trained have the `initial` adapters."""
+    index_file = folder / "population.json"
+    if not index_file.is_file():
+        raise InputError(f"{index_file} does not exist. Give the directory of a finished run.")
+    try:
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        index = {str(n): {"stage": str(c["stage"]), "rounds": int(c["rounds"])} for n, c in index.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(f"{index_file}: damaged ({type(error).__name__} {error}).") from None
+    server = read_arrays(folder / "server")
+    out: list[AnyState] = []
+    for name in names:
+        if name not in index:
+            raise InputError(f"{index_file}: client {name!r} is not in this run. Known: {', '.join(index)}.")
+        if index[name]["stage"] == "none":
+            out.append(ClientState(initial))
+            continue
+        rest = read_arrays(folder / "clients" / file_name(name))
+        adapters = {**server.get(file_name(name), {}), **rest}
+        fault = misfit(adapters, initial) or not_finite(adapters)
+        if fault:
+            raise InputError(f"{folder}: what is there of client {name!r} {fault}. Was it written by another config?")
+        out.append(ClientState(adapters, index[name]["stage"], index[name]["rounds"]))
+    return tuple(out)
+
+
+def adapters_sha256(names: Iterable[str], population: Iterable[AnyState]) -> str:
+    """One hash over every client's final adapters, in a fixed order: equal hashes mean equal runs."""
+    digest = hashlib.sha256()
+    for name, client in sorted(zip(names, population, strict=True), key=lambda pair: pair[0]):
+        digest.update(name.encode())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(client.adapters):
+            digest.update(jax.tree_util.keystr(path).encode())
+            digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
+    return digest.hexdigest()
