@@ -23,7 +23,7 @@ from pilot_jax.embedded import scenes, tasks
 from pilot_jax.errors import InputError
 from pilot_jax.models.checkpoints.hf_config import read_vlm_config
 from pilot_jax.models.checkpoints.writing import save_base
-from pilot_jax.models.spec import VlmConfig
+from pilot_jax.models.spec import VlmSpec
 from pilot_jax.models.vlm import Vlm, variables
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
@@ -274,7 +274,7 @@ def pretrain(out: str | Path, config: PretrainConfig | None = None, report: Call
     return out
 
 
-def _shapes(raw: dict) -> VlmConfig:
+def _shapes(raw: dict) -> VlmSpec:
     import json
 
     with tempfile.TemporaryDirectory() as folder:

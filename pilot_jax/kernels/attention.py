@@ -14,7 +14,7 @@ from jax import lax
 
 from pilot_jax.errors import InputError
 from pilot_jax.kernels.pointwise import row_sum
-from pilot_jax.models.spec import TextConfig
+from pilot_jax.models.spec import TextSpec
 
 MASKED = -1e30  # finite, so that a row with no visible key gives uniform weights instead of NaN
 
@@ -77,7 +77,7 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | Non
     return out.swapaxes(1, 2).reshape(q.shape)
 
 
-def check_cudnn(config: TextConfig, dtype: str) -> None:
+def check_cudnn(config: TextSpec, dtype: str) -> None:
     """dtype: as in `model.dtype`.
 
     Raises:

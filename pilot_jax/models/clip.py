@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pilot_jax.models.spec import VisionConfig
+from pilot_jax.models.spec import VisionSpec
 
 
 def _activation(name: str, x: jax.Array) -> jax.Array:
@@ -22,7 +22,7 @@ def _activation(name: str, x: jax.Array) -> jax.Array:
 class VisionBlock(nn.Module):
     """Pre-norm encoder layer. x [B, P, D] → [B, P, D], P = patches + CLS."""
 
-    config: VisionConfig
+    config: VisionSpec
     keep: bool = False  # hand every layer's output back, for features of several layers
 
     @nn.compact
@@ -51,7 +51,7 @@ class VisionTower(nn.Module):
     `config.feature_layers` side by side, without post-norm, the first token dropped or kept.
     """
 
-    config: VisionConfig
+    config: VisionSpec
     drop_first: bool
     dtype: jnp.dtype = jnp.float32
 

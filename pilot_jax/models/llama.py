@@ -14,10 +14,10 @@ from flax import linen as nn
 from pilot_jax.kernels.attention import MASKED, attention, causal_attention
 from pilot_jax.kernels.pointwise import rms_norm, swiglu
 from pilot_jax.models.lora import lora_linears
-from pilot_jax.models.spec import RopeConfig, TextConfig
+from pilot_jax.models.spec import RopeSpec, TextSpec
 
 
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+def rope_frequencies(rope: RopeSpec, head_dim: int) -> np.ndarray:
     """Radians per position of each pair, float32 [head_dim/2].
 
     llama3 (Llama 3.1's long-context rule): wavelengths below original/high keep their frequency, those above
@@ -33,7 +33,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     return inverse.astype(np.float32)
 
 
-def rope_tables(config: TextConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_tables(config: TextSpec, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 [B, 1, L, head_dim], of positions [B, L]; angles at large positions need float32."""
     angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config.rope, config.head_dim)
     cos, sin = (jnp.concatenate([f(angles)] * 2, axis=-1)[:, None] for f in (jnp.cos, jnp.sin))
@@ -72,7 +72,7 @@ class DecoderBlock(nn.Module):
     `rows` [B, A]: positions whose output alone is wanted → [B, A, C]; keys and values are still those of all L.
     """
 
-    config: TextConfig
+    config: TextSpec
     lora_scale: float
     kernel: str = "own"
 
@@ -131,7 +131,7 @@ class Decoder(nn.Module):
     `kernel`: "own", or an implementation of `causal_attention`, for what is causal and has all its layers alike.
     """
 
-    config: TextConfig
+    config: TextSpec
     lora_scale: float = 1.0
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
@@ -206,7 +206,7 @@ class Decoder(nn.Module):
         return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def empty_cache(config: TextConfig, batch: int, slots: int, dtype: jnp.dtype) -> dict:
+def empty_cache(config: TextSpec, batch: int, slots: int, dtype: jnp.dtype) -> dict:
     """Zeros {"k","v": [layers, B, KV, slots, head_dim]}."""
     shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pilot_jax.kernels.low_rank import low_rank, merged
-from pilot_jax.models.spec import TextConfig
+from pilot_jax.models.spec import TextSpec
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 # The subtrees a client's LoRA may consist of: whole, or as its factors, for strategies that treat A and B apart; and a
@@ -20,7 +20,7 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 LORA_SUBTREES = ("text_adapter", "text_adapter_a", "text_adapter_b", "private_adapter")
 
 
-def init_lora(key: jax.Array, config: TextConfig, rank: int) -> dict:
+def init_lora(key: jax.Array, config: TextSpec, rank: int) -> dict:
     """A ~ U(±1/√d_in) (PEFT's Kaiming-uniform with a = √5), B = 0, float32. See the module docstring for shapes."""
     layers = {}
     for index, name in enumerate(TARGETS):

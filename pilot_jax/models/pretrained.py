@@ -18,7 +18,7 @@ from pilot_jax.models.checkpoints.parts import load_parts, read_parts_config
 from pilot_jax.models.checkpoints.processors import IMAGE_TOKEN, load_tokenizer
 from pilot_jax.models.checkpoints.reading import Place, load_base
 from pilot_jax.models.generate import Decoding, generate
-from pilot_jax.models.spec import VlmConfig
+from pilot_jax.models.spec import VlmSpec
 from pilot_jax.models.vlm import Vlm, variables
 from pilot_jax.parallel.mesh import mesh_of
 from pilot_jax.parallel.processes import from_host
@@ -42,7 +42,7 @@ def shapes_directory(path: str | Path) -> Path:
     return known if not directory.exists() and known.is_dir() else directory
 
 
-def read_shapes(config: ModelConfig) -> tuple[VlmConfig, Path]:
+def read_shapes(config: ModelConfig) -> tuple[VlmSpec, Path]:
     """The shapes of the configured model and the directory of its tokenizer; no weights are read."""
     if config.parts is None:
         directory = shapes_directory(config.path)
@@ -59,7 +59,7 @@ class PretrainedModel:
 
     text_directory: Path  # of the tokenizer
     image_directory: Path  # of the image processor
-    config: VlmConfig
+    config: VlmSpec
     base: dict  # {"vision_tower", "projector", "decoder"}
     module: Vlm
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
+class VisionSpec:
     """A CLIP or SigLIP tower. `feature_layers` index hidden states: 0 the embeddings, i the output of layer i."""
 
     family: Literal["clip", "siglip"]
@@ -40,7 +40,7 @@ class VisionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeConfig:
+class RopeSpec:
     """Rotary embedding: kind default, linear (positions divided by `factor`) or llama3 (by wavelength)."""
 
     theta: float = 10000.0
@@ -52,7 +52,7 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TextConfig:
+class TextSpec:
     """A decoder of the Llama kind: Llama, Vicuna, Mistral, Qwen2."""
 
     family: str  # Hugging Face's model_type
@@ -64,7 +64,7 @@ class TextConfig:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope: RopeConfig
+    rope: RopeSpec
     tie_word_embeddings: bool
     max_positions: int
     biases: tuple[str, ...] = ()  # the linears that have one
@@ -92,9 +92,9 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class VlmConfig:
-    vision: VisionConfig
-    text: TextConfig
+class VlmSpec:
+    vision: VisionSpec
+    text: TextSpec
     image_token_id: int
     drop_first: bool  # vision_feature_select_strategy: default drops the first token (CLIP's CLS), full keeps it
     projector_bias: bool

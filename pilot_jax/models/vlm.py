@@ -17,7 +17,7 @@ from pilot_jax.models.clip import VisionTower
 from pilot_jax.models.connector import Connector
 from pilot_jax.models.llama import Decoder
 from pilot_jax.models.lora import LORA_SUBTREES, assembled
-from pilot_jax.models.spec import VlmConfig
+from pilot_jax.models.spec import VlmSpec
 
 
 def variables(base: Mapping, adapters: Mapping) -> dict:
@@ -47,7 +47,7 @@ def causal_mask(attention_mask: jax.Array) -> jax.Array:
 class Vlm(nn.Module):
     """`stage` chooses the connector: "plain" (LLaVA's projector), "stage1" or "stage2"."""
 
-    config: VlmConfig
+    config: VlmSpec
     lora_scale: float = 1.0
     dtype: jnp.dtype = jnp.float32
     remat: bool = False

@@ -21,7 +21,7 @@ from pilot_jax.models.checkpoints.processors import load_tokenizer
 from pilot_jax.models.checkpoints.tensor_names import base_shapes
 from pilot_jax.models.llama import empty_cache
 from pilot_jax.models.pretrained import read_shapes
-from pilot_jax.models.spec import VlmConfig
+from pilot_jax.models.spec import VlmSpec
 from pilot_jax.models.vlm import Vlm
 from pilot_jax.parallel.mesh import base_spec, shard_elements
 from pilot_jax.planning.flops import matmul_flops, saved_bytes
@@ -39,7 +39,7 @@ class Workload:
     assumed: str = ""  # what was not read from data
 
 
-def read_workload(config: Config, model: VlmConfig, text_directory: Path, *, samples: int = 1000, tasks: int = 3,
+def read_workload(config: Config, model: VlmSpec, text_directory: Path, *, samples: int = 1000, tasks: int = 3,
                   text_tokens: int = 128) -> Workload:
     """From the config's data where they and the tokenizer are there, else from these assumptions.
 
@@ -72,14 +72,14 @@ class Shapes:
     """Everything a phase reads, as shapes."""
 
     module: Vlm
-    model: VlmConfig
+    model: VlmSpec
     base: dict[str, Any]
     adapters: dict[str, Any]  # one client's
     strategy: Strategy
     batch: dict[str, Any]
 
 
-def phase_shapes(config: Config, model: VlmConfig, work: Workload) -> Shapes:
+def phase_shapes(config: Config, model: VlmSpec, work: Workload) -> Shapes:
     auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if config.model.dtype == "auto" else config.model.dtype)
     lora = config.model.lora
@@ -93,7 +93,7 @@ def phase_shapes(config: Config, model: VlmConfig, work: Workload) -> Shapes:
     return Shapes(module, model, base, adapters, strategy, data_shapes(model, dtype, work, config.train.batch_size))
 
 
-def data_shapes(model: VlmConfig, dtype: Any, work: Workload, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+def data_shapes(model: VlmSpec, dtype: Any, work: Workload, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     """A client's training arrays, or a batch of them, `rows` long; see `data.batches.ClientData`."""
     shape, length, answers = jax.ShapeDtypeStruct, (rows, work.length), (rows, work.answers)
     return {"input_ids": shape(length, jnp.int32), "attention_mask": shape(length, jnp.int32),

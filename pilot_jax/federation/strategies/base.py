@@ -19,7 +19,7 @@ from pilot_jax.federation import mixing
 from pilot_jax.federation.client import PLAIN_RULE, LocalRule
 from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, Scope, num_bytes
 from pilot_jax.models.lora import init_lora
-from pilot_jax.models.spec import VlmConfig
+from pilot_jax.models.spec import VlmSpec
 from pilot_jax.parallel.processes import to_host
 
 
@@ -66,7 +66,7 @@ class Strategy:
                       Role("text_adapter", {"plain": "trained"}, self.scope, self.aggregated_by),
                       Role("projector", {"plain": "trained"}, self.scope, self.aggregated_by)))
 
-    def initial_adapters(self, key: jax.Array, projector: Mapping, model: VlmConfig, rank: int,
+    def initial_adapters(self, key: jax.Array, projector: Mapping, model: VlmSpec, rank: int,
                          num_tasks: int) -> dict[str, Any]:
         """What every client starts from. The same for all: LoRA distances would otherwise measure the random start."""
         return {"text_adapter": init_lora(key, model.text, rank), "projector": float32(projector)}

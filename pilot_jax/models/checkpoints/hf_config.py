@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pilot_jax.errors import InputError
-from pilot_jax.models.spec import RopeConfig, TextConfig, VisionConfig, VlmConfig
+from pilot_jax.models.spec import RopeSpec, TextSpec, VisionSpec, VlmSpec
 from pilot_jax.storage import read_json
 
 MOST_SIZE, MOST_LAYERS = 10_000_000, 1_000  # of any width or count; of anything deep
@@ -19,7 +19,7 @@ def _require(value: bool, file: Path, key: str, problem: str, remedy: str) -> No
         raise InputError(f"{file}: {key}: {problem}. {remedy}")
 
 
-def read_vlm_config(directory: str | Path) -> VlmConfig:
+def read_vlm_config(directory: str | Path) -> VlmSpec:
     """The shapes of the LLaVA checkpoint in `directory`.
 
     Raises:
@@ -47,12 +47,12 @@ def read_vlm_config(directory: str | Path) -> VlmConfig:
                 image_token, config.vision_feature_select_strategy, bool(config.multimodal_projector_bias), file)
 
 
-def join(vision: VisionConfig, text: TextConfig, image_token_id: int, select: str, projector_bias: bool,
-         file: Path) -> VlmConfig:
+def join(vision: VisionSpec, text: TextSpec, image_token_id: int, select: str, projector_bias: bool,
+         file: Path) -> VlmSpec:
     """A VLM of a tower and a language model; `select` is LLaVA's vision_feature_select_strategy."""
     _require(select in ("default", "full"), file, "vision_feature_select_strategy", f"{select!r} is unknown",
              "default and full are known.")
-    return VlmConfig(vision, text, image_token_id, select == "default", projector_bias)
+    return VlmSpec(vision, text, image_token_id, select == "default", projector_bias)
 
 
 def _hf_config(cls: type, raw: dict, file: Path) -> Any:
@@ -76,7 +76,7 @@ def _epsilon(value: Any, file: Path, key: str) -> None:
              "Mend the config.")
 
 
-def vision_config(hf: Any, feature_layer: int | list[int], file: Path, at: str = "") -> VisionConfig:
+def vision_config(hf: Any, feature_layer: int | list[int], file: Path, at: str = "") -> VisionSpec:
     """From transformers' vision config; `feature_layer` as in LLaVA's `vision_feature_layer`."""
     families: dict[str, Any] = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
     _require(hf.model_type in families, file, f"{at}model_type", f"{hf.model_type!r} is not supported",
@@ -99,13 +99,13 @@ def vision_config(hf: Any, feature_layer: int | list[int], file: Path, at: str =
                  f"{layer} is outside the tower's {total} layers", "Mend the config.")
         layers.append(absolute)
     _require(bool(layers), file, "vision_feature_layer", "the list is empty", "Name at least one layer.")
-    return VisionConfig(
+    return VisionSpec(
         family=families[hf.model_type], image_size=hf.image_size, patch_size=hf.patch_size,
         hidden_size=hf.hidden_size, intermediate_size=hf.intermediate_size, feature_layers=tuple(layers),
         num_heads=hf.num_attention_heads, hidden_act=hf.hidden_act, layer_norm_eps=hf.layer_norm_eps)
 
 
-def _rope(hf: Any, file: Path, at: str) -> RopeConfig:
+def _rope(hf: Any, file: Path, at: str) -> RopeSpec:
     rope = dict(getattr(hf, "rope_parameters", None) or {})
     kind = rope.get("rope_type", "default")
     key = f"{at}rope_parameters"
@@ -114,7 +114,7 @@ def _rope(hf: Any, file: Path, at: str) -> RopeConfig:
     _require(rope.get("partial_rotary_factor", 1.0) == 1.0, file, f"{key}.partial_rotary_factor",
              "partial rotation is not supported", "Use a checkpoint that rotates whole heads.")
     try:
-        out = RopeConfig(float(rope.get("rope_theta", 10000.0)), kind)
+        out = RopeSpec(float(rope.get("rope_theta", 10000.0)), kind)
         if kind != "default":
             out = dataclasses.replace(out, factor=float(rope["factor"]))
         if kind == "llama3":
@@ -128,7 +128,7 @@ def _rope(hf: Any, file: Path, at: str) -> RopeConfig:
     return out
 
 
-def text_config(hf: Any, file: Path, at: str = "") -> TextConfig:
+def text_config(hf: Any, file: Path, at: str = "") -> TextSpec:
     """From transformers' config of a Llama, Mistral or Qwen2 language model."""
     family = hf.model_type
     _require(family in ("llama", "mistral", "qwen2"), file, f"{at}model_type", f"{family!r} is not supported",
@@ -158,7 +158,7 @@ def text_config(hf: Any, file: Path, at: str = "") -> TextConfig:
         sliding = tuple(kind == "sliding_attention" for kind in hf.layer_types)
     if window is not None and window >= hf.max_position_embeddings:
         window, sliding = None, (False,) * hf.num_hidden_layers  # nothing the model can see lies outside it
-    return TextConfig(
+    return TextSpec(
         family=family, vocab_size=hf.vocab_size, hidden_size=hf.hidden_size, intermediate_size=hf.intermediate_size,
         num_layers=hf.num_hidden_layers, num_heads=heads, num_kv_heads=groups, head_dim=head_dim,
         rms_norm_eps=hf.rms_norm_eps, rope=_rope(hf, file, at), tie_word_embeddings=bool(hf.tie_word_embeddings),

@@ -8,7 +8,7 @@ from pathlib import Path
 from pilot_jax.errors import InputError
 from pilot_jax.models.checkpoints.hf_config import join, text_config, vision_config
 from pilot_jax.models.checkpoints.reading import Place, Source, load_tensors, open_tensors, safetensors_files
-from pilot_jax.models.spec import VlmConfig
+from pilot_jax.models.spec import VlmSpec
 from pilot_jax.storage import read_json
 
 # Other halves of a contrastive model, which a VLM does not use.
@@ -41,7 +41,7 @@ def _config_of(directory: Path, key: str) -> tuple[dict, Path]:
 
 
 def read_parts_config(vision: Path, language: Path, projector: Path, feature_layer: int | list[int],
-                      feature_select: str, image_token_id: int) -> VlmConfig:
+                      feature_select: str, image_token_id: int) -> VlmSpec:
     """The shapes of the VLM these parts make.
 
     Raises:
@@ -71,7 +71,7 @@ def read_parts_config(vision: Path, language: Path, projector: Path, feature_lay
     return join(tower, text, image_token_id, feature_select, "multi_modal_projector.linear_1.bias" in names, file)
 
 
-def load_parts(config: VlmConfig, vision: Path, language: Path, projector: Path, dtype: str,
+def load_parts(config: VlmSpec, vision: Path, language: Path, projector: Path, dtype: str,
                place: Place | None = None) -> dict:
     """The frozen base of these parts; see `loading.load_tensors`."""
     sources = [Source(f, _tower_name) for f in safetensors_files(vision)]

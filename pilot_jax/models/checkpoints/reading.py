@@ -19,7 +19,7 @@ import numpy as np
 from pilot_jax.errors import InputError
 from pilot_jax.models.checkpoints.hf_config import read_vlm_config
 from pilot_jax.models.checkpoints.tensor_names import Piece, base_shapes, canonical_name, leaf_at, never_run, pieces
-from pilot_jax.models.spec import VlmConfig
+from pilot_jax.models.spec import VlmSpec
 
 Place = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding | None]
 
@@ -90,7 +90,7 @@ def _shown(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _check_names(sources: list[Source], config: VlmConfig) -> None:
+def _check_names(sources: list[Source], config: VlmSpec) -> None:
     """Every tensor of the table is there once, in its shape, and no other tensor is."""
     table, found, unread = pieces(config), dict[str, Path](), list[str]()
     for source in sources:
@@ -125,7 +125,7 @@ def _insert(leaf: jax.Array, tensor: jax.Array, start: tuple[jax.Array, ...], *,
     return jax.lax.dynamic_update_slice(leaf, tensor, start)
 
 
-def _tensors(sources: list[Source], config: VlmConfig) -> Iterator[tuple[Piece, np.ndarray]]:
+def _tensors(sources: list[Source], config: VlmSpec) -> Iterator[tuple[Piece, np.ndarray]]:
     """Each tensor and its piece, file by file: a file is closed before the next is opened."""
     table = pieces(config)
     for source in sources:
@@ -140,7 +140,7 @@ def _tensors(sources: list[Source], config: VlmConfig) -> Iterator[tuple[Piece, 
             yield table[name], tensor
 
 
-def load_tensors(sources: list[Source], config: VlmConfig, dtype: str = "float32", place: Place | None = None) -> dict:
+def load_tensors(sources: list[Source], config: VlmSpec, dtype: str = "float32", place: Place | None = None) -> dict:
     """{"vision_tower", "projector", "decoder"} from files: JAX arrays in `dtype`, the projector in float32.
 
     Args:
@@ -164,7 +164,7 @@ def load_tensors(sources: list[Source], config: VlmConfig, dtype: str = "float32
         lambda path, _: leaves[tuple(key.key for key in path)], shapes)
 
 
-def load_base(directory: str | Path, dtype: str = "float32", place: Place | None = None) -> tuple[VlmConfig, dict]:
+def load_base(directory: str | Path, dtype: str = "float32", place: Place | None = None) -> tuple[VlmSpec, dict]:
     """Shapes and frozen weights of a Hugging Face LLaVA directory; see `load_tensors`."""
     directory = Path(directory)
     config = read_vlm_config(directory)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pilot_jax.models.spec import VlmConfig
+from pilot_jax.models.spec import VlmSpec
 from pilot_jax.models.vlm import Vlm
 
 
@@ -39,7 +39,7 @@ def canonical_name(name: str) -> str:
     return re.sub(r"^language_model\.model\.", "language_model.", name)
 
 
-def pieces(config: VlmConfig) -> dict[str, Piece]:
+def pieces(config: VlmSpec) -> dict[str, Piece]:
     """Every tensor that this model reads, by canonical name."""
     table: dict[str, Piece] = {}
 
@@ -66,7 +66,7 @@ def pieces(config: VlmConfig) -> dict[str, Piece]:
     return table
 
 
-def _vision_pieces(config: VlmConfig, put: Any, linear: Any) -> None:
+def _vision_pieces(config: VlmSpec, put: Any, linear: Any) -> None:
     v, tower = config.vision, "vision_tower"
     d, p = v.hidden_size, v.patch_size
 
@@ -95,7 +95,7 @@ def _vision_pieces(config: VlmConfig, put: Any, linear: Any) -> None:
         linear(f"{name}.mlp.fc2", f"{leaf}.fc2", v.intermediate_size, d, i)
 
 
-def _text_pieces(config: VlmConfig, put: Any) -> None:
+def _text_pieces(config: VlmSpec, put: Any) -> None:
     t, text = config.text, "language_model"
     c = t.hidden_size
     put(f"{text}.embed_tokens.weight", "decoder.embedding", (t.vocab_size, c))
@@ -113,7 +113,7 @@ def _text_pieces(config: VlmConfig, put: Any) -> None:
                 put(f"{full}.bias", f"{leaf}.{linear}_bias", (d_out,), layer=i)
 
 
-def never_run(name: str, config: VlmConfig) -> bool:
+def never_run(name: str, config: VlmSpec) -> bool:
     """Whether a checkpoint may hold this tensor although LLaVA computes nothing with it."""
     layer = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name)
     return ((layer is not None and int(layer[1]) >= config.vision.num_layers)
@@ -123,7 +123,7 @@ def never_run(name: str, config: VlmConfig) -> bool:
             or (name == "lm_head.weight" and config.text.tie_word_embeddings))
 
 
-def base_shapes(config: VlmConfig) -> dict[str, Any]:
+def base_shapes(config: VlmSpec) -> dict[str, Any]:
     """Shapes of the frozen base, {"vision_tower", "projector", "decoder"}: float32, nothing allocated."""
     module, v = Vlm(config), config.vision
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from pilot_jax.models.checkpoints.tensor_names import leaf_at, pieces
-from pilot_jax.models.spec import VlmConfig
+from pilot_jax.models.spec import VlmSpec
 
 
-def save_base(directory: str | Path, config: VlmConfig, base: dict, hf_config: dict, dtype: str = "float16") -> None:
+def save_base(directory: str | Path, config: VlmSpec, base: dict, hf_config: dict, dtype: str = "float16") -> None:
     """Write `base` as a LLaVA directory that `transformers` loads, one shard.
 
     `hf_config` is the content of `config.json`; its tower must have exactly the layers that are run.
