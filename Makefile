@@ -22,9 +22,7 @@ report: $(VENV)/.run  ## a page of the newest run
 	$(PY) -m pip install --quiet -e ".[plots]"
 	$(VENV)/bin/pilot-jax report "$$(ls -dt runs/*/ | head -1)"
 
-test: $(VENV)/.test  ## style, types, then every test
-	$(PY) -m ruff check .
-	$(PY) -m mypy
+test: lint  ## style, types, layers, then every test
 	$(PY) -m pytest -n 2 --dist loadfile
 
 test-long: $(VENV)/.test  ## many kills and a soak: half an hour
@@ -37,9 +35,10 @@ fuzz: $(VENV)/.test  ## everything that is read from outside; a quarter of an ho
 bench: $(VENV)/.test  ## this package and torch on the same work, side by side
 	$(PY) benchmarks/peer.py
 
-lint: $(VENV)/.test  ## style and types
+lint: $(VENV)/.test  ## style, types, layers
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
 
 notebooks: $(VENV)/.test  ## run them again and keep what they show
 	$(VENV)/bin/jupyter execute --inplace notebooks/*.ipynb

@@ -14,13 +14,14 @@ import json
 import resource
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from pilot_jax.federation import mixing
-from pilot_jax.storage import RowsWriter
+from pilot_jax.storage import RowsWriter, map_on_disk
 
 RANK, NEIGHBORS, TARGETS = 8, 2, ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -78,7 +79,7 @@ def main() -> None:
         weights, distances = mixing.ata(uploads, np.ones(args.cohort), neighbors=NEIGHBORS, auto_factor=0.25)
         weights, distances = np.asarray(weights), np.asarray(distances)
         weighed = time.perf_counter()
-        mixed = mixing.apply_on_disk(weights, uploads, Path(folder))
+        mixed = map_on_disk(partial(jax.jit(mixing.apply), weights), uploads, Path(folder))
         ended = time.perf_counter()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         wrong_distance, wrong_value = check(uploads, mixed, weights, distances)

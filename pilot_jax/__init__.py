@@ -8,26 +8,37 @@ Dimension letters used in every docstring:
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
 # Resolved on first use, so that `import pilot_jax` and `pilot-jax --help` stay fast.
 _PUBLIC = {
-    "load": "pilot_jax.models.pretrained",
-    "load_from_parts": "pilot_jax.models.pretrained",
-    "simulate": "pilot_jax.runs.simulate",
-    "Run": "pilot_jax.runs.restore",
-    "Strategy": "pilot_jax.federation.strategies.base",
-    "Config": "pilot_jax.config",
-    "load_config": "pilot_jax.config",
-    "InputError": "pilot_jax.errors",
-    "mixing": "pilot_jax.federation.mixing",
+    "Config": "pilot_jax.config:Config",
+    "InputError": "pilot_jax.errors:InputError",
+    "Run": "pilot_jax.runs.restore:Run",
+    "RunObserver": "pilot_jax.federation.observer:RunObserver",
+    "Strategy": "pilot_jax.federation.strategies:Strategy",
+    "StrategyParams": "pilot_jax.config:StrategyParams",
+    "answer": "pilot_jax.runs.restore:answer",
+    "load": "pilot_jax.models.pretrained:load",
+    "load_config": "pilot_jax.config:load_config",
+    "load_from_parts": "pilot_jax.models.pretrained:load_from_parts",
+    "mixing": "pilot_jax.federation.mixing:",
+    "register": "pilot_jax.federation.strategies:register",
+    "restore": "pilot_jax.runs.restore:restore",
+    "simulate": "pilot_jax.runs.simulate:simulate",
 }
 __all__ = [*_PUBLIC, "__version__"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'pilot_jax' has no attribute {name!r}")
-    module = importlib.import_module(_PUBLIC[name])
-    return module if _PUBLIC[name].endswith(f".{name}") else getattr(module, name)
+    module, _, attribute = _PUBLIC[name].partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

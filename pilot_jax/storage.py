@@ -1,8 +1,4 @@
-"""A folder for what does not fit in memory: clients' adapters, one file each, and their data's arrays.
-
-Files are written aside and renamed, so that none is ever half there. What is written is the business of a thread; what
-has not been written yet is read from memory.
-"""
+"""Files: atomic writing, arrays of which only some rows are read, clients' adapters on disk, and JSON objects."""
 
 from __future__ import annotations
 
@@ -14,97 +10,148 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from numpy.typing import DTypeLike
 from safetensors.numpy import load_file, save_file
 
 from pilot_jax.errors import InputError
 from pilot_jax.parallel.host_memory import empty
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
-    """Nested dicts of arrays → {"a/b/c": array}."""
-    out: dict[str, np.ndarray] = {}
-    for name, value in tree.items():
-        out |= flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: np.asarray(value)}
-    return out
+def atomic_write(path: Path, data: str | bytes | Callable[[Path], object], *, durable: bool = True) -> None:
+    """Writes a file such that a reader, and a crash, find either all of it or what was there before.
+
+    Args:
+        path: the file; its folder must exist.
+        data: a text (written as UTF-8), bytes, or a function that writes the file at the path it is given, which is
+            `<name>.partial` in the same folder.
+        durable: whether to wait until the disk has the content before the file gets its name. False for files that
+            need not outlive the machine.
+
+    Raises:
+        OSError: the file could not be written. What stood at `path` is unchanged, and the partial file is removed.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        if callable(data):
+            data(partial)
+        else:
+            partial.write_bytes(data.encode() if isinstance(data, str) else data)
+        if durable:
+            with partial.open("r+b") as file:
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
-def nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The inverse of `flat`."""
-    out: dict[str, Any] = {}
-    for name, array in arrays.items():
-        *path, leaf = name.split("/")
-        at = out
-        for part in path:
-            at = at.setdefault(part, {})
-        at[leaf] = array
-    return out
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder `<name>.partial` beside `path`, which gets its name when the block ends without an error.
+
+    On an error the partial folder is removed. One that an earlier process left behind is removed at the start.
+
+    Raises:
+        FileExistsError: `path` exists; nothing was written.
+        OSError: the folder cannot be written.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists already.")
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 class Rows:
-    """Rows `start` to `stop` of an array in a file, read when asked for; no page of it stays mapped."""
+    """Rows `start` to `start + shape[0]` of an array in a file; they are read on access and never memory-mapped."""
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: Any, start: int = 0) -> None:
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: DTypeLike, start: int = 0) -> None:
         self.path, self.shape, self.dtype, self.start = path, shape, np.dtype(dtype), start
         self.ndim = len(shape)
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         out = empty(self.shape, self.dtype)
         with self.path.open("rb") as file:
             self._read(file, 0, out.reshape(-1).view(np.uint8))
         return out if dtype is None else out.astype(dtype, copy=False)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """As an array's; of an array of rows, only those are read."""
+        """Indexes as an array does; a one-dimensional integer array reads the rows it names and no others."""
         if not isinstance(index, np.ndarray) or index.ndim != 1 or index.dtype.kind != "i":
             return np.asarray(self)[index]
         out = empty((len(index), *self.shape[1:]), self.dtype)
-        memory, each = out.reshape(-1).view(np.uint8), self._row_bytes
+        memory, size = out.reshape(-1).view(np.uint8), self.row_bytes
         with self.path.open("rb") as file:
-            for at, row in enumerate(np.arange(len(self))[index]):  # negative or too large: as arrays do
-                self._read(file, int(row), memory[at * each:(at + 1) * each])
+            for i, row in enumerate(np.arange(len(self))[index]):  # negative or too large indices: as arrays do
+                self._read(file, int(row), memory[i * size:(i + 1) * size])
         return out
 
     @property
-    def _row_bytes(self) -> int:
+    def row_bytes(self) -> int:
+        """The size of one row."""
         return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
 
-    def _read(self, file: BinaryIO, row: int, into: np.ndarray) -> None:
-        """What stands from `row` on, as many bytes as `into` has."""
-        file.seek((self.start + row) * self._row_bytes)
-        if file.readinto(into) != len(into):  # type: ignore[attr-defined]
+    def _read(self, file: BinaryIO, row: int, buffer: np.ndarray) -> None:
+        """Fills `buffer`, uint8 [bytes], with what stands in the file from `row` on."""
+        file.seek((self.start + row) * self.row_bytes)
+        if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
             raise OSError(f"{self.path} ends before it should.")
 
     def part(self, start: int, stop: int) -> Rows:
+        """Returns rows `start` to `stop`, without reading them."""
         return Rows(self.path, (stop - start, *self.shape[1:]), self.dtype, self.start + start)
 
 
 class RowsWriter:
-    """An array [n, …] of zeros in a file; rows are assigned, `rows` reads them."""
+    """A new file that holds an array [n, …] of zeros; assignment writes rows, the attribute `rows` reads them."""
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: Any) -> None:
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> None:
         self.rows = Rows(path, shape, dtype)
-        self._row = self.rows._row_bytes
         with path.open("wb") as file:
-            file.truncate(shape[0] * self._row)
+            file.truncate(shape[0] * self.rows.row_bytes)
 
-    def __setitem__(self, rows: Sequence[int], values: np.ndarray) -> None:
+    def __setitem__(self, rows: Sequence[int] | np.ndarray, values: np.ndarray) -> None:
         with self.rows.path.open("r+b") as file:
             for row, value in zip(rows, values, strict=True):
-                file.seek(row * self._row)
+                file.seek(int(row) * self.rows.row_bytes)
                 file.write(np.ascontiguousarray(value, self.rows.dtype).tobytes())
 
 
-def kept(path: Path, array: np.ndarray) -> Rows:
-    """An array [n, …], written behind those of the same row shape that are in the file already."""
+def map_on_disk(function: Callable[[np.ndarray], Any], tree: Any, folder: Path) -> Any:
+    """Applies a function [n, …] → [m, …] to every leaf of a tree of `Rows`, one leaf in memory at a time.
+
+    The results are files in `folder`; returns a tree of `Rows`.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    out = []
+    for number, leaf in enumerate(leaves):
+        result = np.asarray(function(np.asarray(leaf)))
+        writer = RowsWriter(folder / f"mapped-{number}", result.shape, result.dtype)
+        writer[range(len(result))] = result
+        out.append(writer.rows)
+    return jax.tree.unflatten(structure, out)
+
+
+def append_rows(path: Path, array: np.ndarray) -> Rows:
+    """Appends an array [n, …] to a file of rows of the same shape and dtype, and returns these n rows."""
     with path.open("ab") as file:
         start = file.tell() // max(array[:1].nbytes, 1)
         file.write(np.ascontiguousarray(array).tobytes())
@@ -113,17 +160,26 @@ def kept(path: Path, array: np.ndarray) -> Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """One version of one client's adapters."""
+    """The name of one version of one client's adapters in a `Store`."""
 
     client: int
     version: int
 
 
 class Store:
-    """A folder of one run, which goes when the store does. A client's earlier adapters stay readable until `prune`."""
+    """The clients' adapters of one run, one safetensors file for each version, in a folder that goes with the store.
+
+    A thread writes; adapters that have not been written yet are read from memory. A client's earlier versions stay
+    readable until `prune`. The attributes `read_seconds`, `write_seconds` and `waited_seconds` add up what took how
+    long.
+    """
 
     def __init__(self, parent: str | Path, most_waiting: int = 128) -> None:
-        """most_waiting: clients that may wait to be written; beyond, `write` waits too.
+        """Makes a folder of its own inside `parent`.
+
+        Args:
+            parent: is made if it does not exist.
+            most_waiting: versions that may wait to be written; with more, `write` waits.
 
         Raises:
             InputError: the folder cannot be written.
@@ -137,88 +193,93 @@ class Store:
         self._finalizer = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.read_seconds = self.write_seconds = self.waited_seconds = 0.0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
-        self._waiting: dict[Key, tuple[dict, Future]] = {}
-        self._lock, self._most, self._versions = threading.Lock(), most_waiting, 0
+        self._waiting: dict[Key, tuple[dict[str, Any], Future[None]]] = {}
+        self._lock, self._most_waiting, self._versions = threading.Lock(), most_waiting, 0
 
     def _path(self, key: Key) -> Path:
         return self.folder / f"client-{key.client:08d}-{key.version}.safetensors"
 
     def write(self, client: int, adapters: dict[str, Any]) -> Key:
-        """Has `adapters` written; they can be read at once."""
-        began = time.perf_counter()
-        while len(left := self._left()) >= self._most:
-            left[0].result()
-        self.waited_seconds += time.perf_counter() - began
+        """Queues `adapters`, nested dicts of arrays, to be written, and returns the key that reads them from now on.
+
+        Raises:
+            OSError: an earlier version could not be written.
+        """
+        start = time.perf_counter()
+        while len(futures := self._futures()) >= self._most_waiting:
+            futures[0].result()
+        self.waited_seconds += time.perf_counter() - start
         self._versions += 1
         key = Key(client, self._versions)
         with self._lock:
             self._waiting[key] = adapters, self._writer.submit(self._put, key, adapters)
         return key
 
-    def _left(self) -> list[Future]:
-        """What waits to be written, or could not be, oldest first."""
+    def _futures(self) -> list[Future[None]]:
+        """Returns the writes that are waiting or have failed, oldest first."""
         with self._lock:
             return [future for _, future in self._waiting.values()]
 
     def _put(self, key: Key, adapters: dict[str, Any]) -> None:
-        began, path = time.perf_counter(), self._path(key)
-        partial = path.with_suffix(".partial")
-        save_file({n: np.ascontiguousarray(a) for n, a in flat(adapters).items()}, partial)
-        os.replace(partial, path)
-        self.write_seconds += time.perf_counter() - began
+        start = time.perf_counter()
+        arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flatten_dict(adapters, sep="/").items()}
+        # The folder does not outlive the process, so nothing is gained by waiting for the disk.
+        atomic_write(self._path(key), lambda partial: save_file(arrays, partial), durable=False)
+        self.write_seconds += time.perf_counter() - start
         with self._lock:
             self._waiting.pop(key, None)
 
     def read(self, key: Key) -> dict[str, Any]:
+        """Returns the adapters as nested dicts of NumPy arrays; the very object that was written while it waits."""
         with self._lock:
             waiting = self._waiting.get(key)
         if waiting is not None:
             return waiting[0]
-        began = time.perf_counter()
-        adapters = nested(load_file(self._path(key)))
-        self.read_seconds += time.perf_counter() - began
+        start = time.perf_counter()
+        adapters = unflatten_dict(load_file(self._path(key)), sep="/")
+        self.read_seconds += time.perf_counter() - start
         return adapters
 
     def flush(self) -> None:
-        """Wait until everything is written.
-
-        Raises:
-            OSError: something could not be.
-        """
-        began = time.perf_counter()
-        for future in self._left():
-            future.result()
-        self.waited_seconds += time.perf_counter() - began
-
-    def prune(self, keep: set[Key]) -> None:
-        """Remove the written versions that are not in `keep`; what waits to be written goes on waiting.
+        """Waits until everything is written.
 
         Raises:
             OSError: something could not be written.
         """
-        for future in self._left():
+        start = time.perf_counter()
+        for future in self._futures():
+            future.result()
+        self.waited_seconds += time.perf_counter() - start
+
+    def prune(self, keep: set[Key]) -> None:
+        """Removes the written versions that are not in `keep`; what waits to be written is not affected.
+
+        Raises:
+            OSError: something could not be written.
+        """
+        for future in self._futures():
             if future.done():
                 future.result()
-        wanted = {self._path(key).name for key in keep}
+        names = {self._path(key).name for key in keep}
         for path in self.folder.glob("client-*.safetensors"):
-            if path.name not in wanted:
+            if path.name not in names:
                 path.unlink()
 
 
-MOST_BYTES = 100_000_000  # of a JSON file of a checkpoint
+MOST_JSON_BYTES = 100_000_000  # no JSON file of a checkpoint or a run comes near it
 
 
-def read_json(file: Path, remedy: str) -> dict:
-    """The JSON object in `file`.
+def read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """Returns the JSON object in `file`; `remedy` says what to do if the file does not exist.
 
     Raises:
-        InputError: it is not there or not a JSON object.
+        InputError: the file does not exist, is too large, or is not a JSON object.
     """
     if not file.is_file():
         raise InputError(f"{file} does not exist. {remedy}")
     try:
-        if file.stat().st_size > MOST_BYTES:
-            raise ValueError(f"{file.stat().st_size} bytes")
+        if file.stat().st_size > MOST_JSON_BYTES:
+            raise ValueError(f"{file.stat().st_size} bytes, at most {MOST_JSON_BYTES} are read")
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: not valid JSON ({error}). Fetch or write it again.") from None

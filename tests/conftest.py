@@ -1,4 +1,6 @@
-"""Shared fixtures: small random checkpoints written by transformers, and a small federation."""
+"""Shared fixtures: small random checkpoints written by transformers, a small federation, observers that collect."""
+
+# ruff: noqa: E402  # the check of annotations comes before what it checks
 
 from __future__ import annotations
 
@@ -15,81 +17,68 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/pil
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**31))  # with a limit, JAX locks what it reads and writes
 
+import jaxtyping
+
+# Before the first import of the package: shapes and dtypes that annotations promise are checked in every call. Not in
+# modules of dataclasses that stand for more than they say, as a toy model for a model.
+jaxtyping.install_import_hook(
+    ["pilot_jax.kernels", "pilot_jax.models.connector", "pilot_jax.models.lora",
+     *(f"pilot_jax.federation.{name}" for name in ("client", "cohort", "distances", "losses", "mixing", "privacy"))],
+    "beartype.beartype")
+
 import jax
 import numpy as np
 import pytest
 
 import pilot_jax
-from pilot_jax import cli
 from pilot_jax.config import parse_config
+from pilot_jax.federation.observer import RunObserver
 from pilot_jax.runs import prepare
-
-TINY_TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
-             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-TINY_VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
-               "image_size": 16, "patch_size": 8}
-IMAGE_TOKEN = 5
-
-
-def write_llava(folder, *, vision=None, text=None, **options):
-    """A random LLaVA checkpoint written by transformers; returns the torch model.
-
-    `vision` and `text` override the tiny shapes; their `model_type` chooses the family (default CLIP and Llama).
-    """
-    import torch
-    from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    torch.manual_seed(0)
-    save = options.pop("save", {})
-    parts = {"vision_config": {"model_type": "clip_vision_model"} | TINY_VISION | (vision or {}),
-             "text_config": {"model_type": "llama"} | TINY_TEXT | (text or {})}
-    config = LlavaConfig(**{name: AutoConfig.for_model(**raw).to_dict() for name, raw in parts.items()},
-                         image_token_index=IMAGE_TOKEN, **options)
-    model = LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():  # random biases and norms too, so that a mix-up shows
-        for name, parameter in model.named_parameters():
-            std = 0.3 if parameter.ndim == 1 else 0.15
-            parameter.copy_(torch.randn_like(parameter) * std + (1.0 if "norm" in name and "weight" in name else 0.0))
-    model.to(save.pop("dtype", torch.float32)).save_pretrained(folder, **save)
-    if model.dtype != torch.float32:  # not model.float(): its rotary buffers have been rounded with the rest
-        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    return model
+from pilot_jax.runs.events import MetricsFile
+from pilot_jax.testing.checkpoints import (  # noqa: F401  # for the tests that import them from here
+    IMAGE_TOKEN,
+    TINY_TEXT,
+    TINY_VISION,
+    write_checkpoint,
+    write_llava,
+    write_tokenizer,
+)
 
 
-def write_tokenizer(folder, *, size=400, chat_template=None, image=True):
-    """A byte-level BPE tokenizer trained here, with a BOS that it puts first, as Llama's does; returns it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+class Events(RunObserver):
+    """Collects what a person sees of a run, as dicts with "kind": note, chunk, phase (with an aggregation) or score."""
 
-    special = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", *(["<image>"] if image else ["<spare>"]), "<|im_end|>"]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    text = ["USER: what is the colour of the cat? ASSISTANT: the cat is red. How many? two, I think."] * 4
-    tokenizer.train_from_iterator(text, trainers.BpeTrainer(
-        vocab_size=size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-                                   pad_token="<pad>", chat_template=chat_template)
-    fast.save_pretrained(folder)
-    return fast
+    def __init__(self):
+        self.events = []
+
+    def _add(self, kind, **event):
+        self.events.append({"kind": kind, **event})
+
+    def note(self, text):
+        self._add("note", text=text)
+
+    def chunk_trained(self, progress):
+        self._add("chunk", **progress)
+
+    def phase_ended(self, state, record, mixing, trained):
+        if mixing is not None:
+            self._add("phase", **record)
+
+    def round_scored(self, round_, score):
+        self._add("score", text=f"round {round_}: validation score {score:.3f}")
 
 
-def write_checkpoint(folder, *, chat_template=None, **options):
-    """`write_llava` with the tokenizer and image processor that a downloaded checkpoint brings."""
-    from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+class Records(MetricsFile):
+    """Collects the lines of metrics.jsonl in `.records`, and in `.mixing` each phase's arrays, by (round, label)."""
 
-    text = {"vocab_size": 400} | options.pop("text", {})
-    model = write_llava(folder, text=text, **options)
-    assert len(write_tokenizer(folder, chat_template=chat_template)) <= text["vocab_size"]
-    side = model.config.vision_config.image_size
-    if model.config.vision_config.model_type == "clip_vision_model":
-        CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-                              ).save_pretrained(folder)
-    else:
-        SiglipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
-    return model
+    def __init__(self):
+        super().__init__(None)
+        self.mixing = {}
+
+    def phase_ended(self, state, record, mixing, trained):
+        super().phase_ended(state, record, mixing, trained)
+        if mixing is not None:
+            self.mixing[record["round"], record["phase"]] = mixing
 
 
 def pytest_unconfigure(config):
@@ -131,10 +120,15 @@ def small_config(**sections):
 
 
 @pytest.fixture(scope="session")
-def federation():
-    """(federation, tokenizer, initial state) of `small_config()`."""
-    fed, tokenizer = prepare.prepare(small_config())
-    return fed, tokenizer, prepare.initial_state(fed)
+def setup():
+    """The `Setup` of `small_config()`."""
+    return prepare.prepare(small_config())
+
+
+@pytest.fixture(scope="session")
+def federation(setup):
+    """(federation, setup, initial state) of `small_config()`."""
+    return setup.federation, setup, prepare.initial_state(setup.federation)
 
 
 def tree_max_difference(a, b) -> float:
@@ -146,6 +140,8 @@ def tree_max_difference(a, b) -> float:
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Run a command; returns (exit code, stdout, stderr)."""
+    from pilot_jax import cli
+
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["pilot-jax", *map(str, args)])
         with pytest.raises(SystemExit) as caught:

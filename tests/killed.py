@@ -14,11 +14,12 @@ import threading
 
 from pilot_jax.config import load_config
 from pilot_jax.federation import mixing
+from pilot_jax.federation.observer import RunObserver
 from pilot_jax.runs import checkpoint, events, folder, resume, simulate
 
 POINTS = {
-    "mixing": (mixing, "check_rows"), "mixing file": (folder.RunFolder, "save_mixing"),
-    "metrics": (events.MetricsFile, "__call__"), "snapshot": (resume.Snapshots, "save"),
+    "mixing": (mixing, "check_rows"), "mixing file": (events, "atomic_write"),
+    "metrics": (events.MetricsFile, "_append"), "snapshot": (resume.Snapshots, "save"),
     "arrays": (resume, "write_arrays"), "sync": (resume, "_synced"), "prune": (resume.Snapshots, "_prune"),
     "results": (checkpoint, "write_arrays"), "summary": (folder.RunFolder, "end"),
     "removal": (resume.Snapshots, "remove"),
@@ -52,12 +53,12 @@ def main() -> None:
     if kind in POINTS:
         kill_at(kind, rng.randint(1, 40 if kind == "metrics" else 2), rng.random() < 0.5)
 
-    def progress(fed):
-        if kind == "time":
-            threading.Timer(rng.uniform(0.0, 4.0), kill).start()
-        return lambda event: None
+    class Clock(RunObserver):
+        def run_started(self, fed, state):
+            if kind == "time":
+                threading.Timer(rng.uniform(0.0, 4.0), kill).start()
 
-    run = simulate.simulate(load_config(config), out=out, resume=True, progress=progress)
+    run = simulate.simulate(load_config(config), out=out, resume=True, observers=[Clock()])
     print(run.summary["adapters_sha256"])
     os._exit(0)  # not waiting for the timer
 

@@ -12,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import pilot_jax
+from pilot_jax.config import ModelConfig
 from pilot_jax.data.arrays import bucket_shapes
 from pilot_jax.errors import InputError
+from pilot_jax.kernels import backend
 from pilot_jax.kernels.attention import MASKED, attention, causal_attention, check_cudnn
-from pilot_jax.kernels.low_rank import low_rank
+from pilot_jax.kernels.low_rank import linears_with_low_rank, low_rank
+from pilot_jax.kernels.pointwise import row_sum
 from pilot_jax.models.llama import apply_rope
+from pilot_jax.models.pretrained import read_shapes
 
 
 def close(ours, plain):
@@ -71,17 +74,37 @@ def test_causal_attention_of_clients(window):
           gradient(lambda *qkv: plain_attention(*qkv, bias)))
 
 
-@pytest.mark.parametrize(("backend", "dtype", "changes", "message"), [
+@pytest.mark.parametrize(("platform", "dtype", "changes", "message"), [
     ("cpu", "auto", {}, "sees a cpu"), ("gpu", "float32", {}, "bfloat16 alone"),
-    ("gpu", "auto", {"head_dim": 12}, "have 12"),
+    ("tpu", "auto", {}, "sees a tpu"), ("gpu", "auto", {"head_dim": 12}, "have 12"),
     ("gpu", "auto", {"sliding_window": 4, "sliding_layers": (True, False)}, "some layers")])
-def test_cudnn_is_refused_where_it_cannot_be(monkeypatch, backend, dtype, changes, message):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    text = pilot_jax.load("embedded").config.text
+def test_cudnn_is_refused_where_it_cannot_be(monkeypatch, platform, dtype, changes, message):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    text = read_shapes(ModelConfig())[0].text
+    changed = dataclasses.replace(text, **changes)
     with pytest.raises(InputError, match=message):
-        check_cudnn(dataclasses.replace(text, **changes), dtype)
+        check_cudnn(changed.head_dim, changed.layers_see_alike, dtype)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    check_cudnn(text, "auto")
+    check_cudnn(text.head_dim, text.layers_see_alike, "auto")
+
+
+def test_choices_by_backend(monkeypatch):
+    """What `kernels.backend` says of each kind of device, and that the kernels obey it."""
+    rng = np.random.default_rng(0)
+    x, w, a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((9, 6), (6, 7), (2, 6), (2, 7)))
+    products = {}
+    for name in ("cpu", "gpu", "tpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda name=name: name)
+        cpu = name == "cpu"
+        assert backend.default_dtype() == ("float32" if cpu else "bfloat16")
+        assert backend.sums_as_products() is cpu and backend.has_cudnn() is (name == "gpu")
+        assert backend.merges_low_rank("float32") is cpu and not backend.merges_low_rank(jnp.bfloat16)
+        assert backend.columns_at_once(64) == (2**14 if cpu else 2**20)
+        products[name] = linears_with_low_rank(x, (w,), a, (b,))
+        counts = [str(jax.make_jaxpr(f)(x)).count("dot_general") for f in  # new functions, that nothing is cached
+                  (lambda x: row_sum(x), lambda x: linears_with_low_rank(x, (w,), a, (b,)))]
+        assert counts == ([1, 2] if cpu else [0, 3])  # B·A and x·(W + B·A); x·W and two thin products
+    close(products["gpu"], products["cpu"])
 
 
 @pytest.mark.parametrize("clients", [None, 3])
@@ -131,9 +154,10 @@ from pilot_jax.runs import prepare
 from pilot_jax.federation import executor
 # No length_spread of 4 here: two buckets, one of three clients and one of six.
 system = {"client_chunk": 2, "length_spread": 1.2}
-fed, _ = prepare.prepare(small_config(system=system, train={"adam_epsilon": 1e-3}))
-adapters = prepare.initial_adapters(fed)
-after, _ = executor.train_phase(fed, dict.fromkeys(range(9), adapters), 1, "stage2", "stage2", lambda event: None)
+setup = prepare.prepare(small_config(system=system, train={"adam_epsilon": 1e-3}))
+fed = setup.federation
+adapters = dict.fromkeys(range(9), prepare.initial_adapters(fed))
+after, _ = executor.train_phase(fed, adapters, 1, "stage2", "stage2", setup.executor)
 np.savez(sys.argv[2], *[np.asarray(x) for c in sorted(after) for x in jax.tree.leaves(after[c])])
 print(jax.device_count(), 1 if fed.mesh is None else fed.mesh.size)
 """

@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from pilot_jax.config import known_keys
-from pilot_jax.runs.events import ProgressDisplay
+from pilot_jax.runs.progress import ProgressDisplay
 
 ROOT = Path(__file__).parent.parent
 QUICK = str(ROOT / "configs" / "quickstart.yaml")
@@ -216,15 +216,16 @@ def test_keys_can_be_completed():
 def test_bars_on_a_terminal():
     """Run, phase and client one below the other, with what is left and the last score; lines stay above them."""
     out = io.StringIO()
-    display = ProgressDisplay(40, Console(file=out, force_terminal=True, width=120), rounds=2)
-    display({"kind": "note", "text": "3 clients [red]"})
+    display = ProgressDisplay(console=Console(file=out, force_terminal=True, width=120))
+    display.begin(40, rounds=2)
+    display.note("3 clients [red]")
     for clients in (1, 3):
-        display({"kind": "chunk", "round": 1, "phase": "stage1", "steps": 5 * clients, "of": 3, "clients": clients,
-                 "loss": 0.5})
-    display({"kind": "phase", "round": 1, "phase": "stage1", "loss": 0.5, "effective_neighbors": 1.5, "seconds": 2.0,
-             "client_steps": 15})
-    display({"kind": "score", "text": "round 1: validation score 0.250"})
-    display({"kind": "chunk", "round": 2, "phase": "stage2", "steps": 5, "of": 3, "clients": 1, "loss": 0.4})
+        display.chunk_trained({"round": 1, "phase": "stage1", "steps": 5 * clients, "of": 3, "clients": clients,
+                               "loss": 0.5})
+    display.phase_ended(None, {"round": 1, "phase": "stage1", "loss": 0.5, "effective_neighbors": 1.5, "seconds": 2.0,
+                               "client_steps": 15}, {}, ())
+    display.round_scored(1, 0.25)
+    display.chunk_trained({"round": 2, "phase": "stage2", "steps": 5, "of": 3, "clients": 1, "loss": 0.4})
     display._bar.refresh()
     display.close()
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
@@ -234,12 +235,18 @@ def test_bars_on_a_terminal():
 
 
 def test_events_as_lines_of_json(capsys):
-    events = [{"kind": "note", "text": "warning: 1"}, {"kind": "score", "text": "round 1"},
-              {"kind": "chunk", "round": 1, "phase": "stage1", "steps": 2, "of": 3, "clients": 1, "loss": 0.5}]
+    chunk = {"round": 1, "phase": "stage1", "steps": 2, "of": 3, "clients": 1, "loss": 0.5}
+    phase = {"round": 1, "phase": "stage1", "loss": 0.5, "effective_neighbors": 1.5, "seconds": 2.0, "client_steps": 6}
+    events = [{"kind": "note", "text": "warning: 1"}, {"kind": "score", "text": "round 1: validation score 0.250"},
+              {"kind": "chunk"} | chunk, {"kind": "phase"} | phase]
     for mode in ("json", "quiet"):
-        display = ProgressDisplay(6, mode=mode)
-        for event in events:
-            display(event)
+        display = ProgressDisplay(mode=mode)
+        display.begin(6, rounds=1)
+        display.note("warning: 1")
+        display.round_scored(1, 0.25)
+        display.chunk_trained(chunk)
+        display.phase_ended(None, phase | {"bytes_up_by_subtree": {"task": 1}}, {}, ())
+        display.phase_ended(None, phase, None, ())  # of which no upload could be used
         display.close()
         out, err = capsys.readouterr()
         assert [json.loads(line) for line in out.splitlines()] == (events if mode == "json" else [])

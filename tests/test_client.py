@@ -11,9 +11,10 @@ import pytest
 from conftest import small_config, tree_max_difference
 
 from pilot_jax.data.arrays import num_steps, visiting_order
-from pilot_jax.federation import executor, state
+from pilot_jax.federation import executor
 from pilot_jax.federation.client import learning_rate
-from pilot_jax.federation.losses import stage_loss
+from pilot_jax.federation.losses import loss_weights, stage_loss
+from pilot_jax.federation.randomness import client_generator
 from pilot_jax.models.vlm import variables
 from pilot_jax.runs import prepare
 
@@ -29,7 +30,7 @@ def shrink(fed, sizes):
 def uneven():
     """Three clients of two tasks with 3, 10 and 6 samples; two epochs of batch 4: 2, 6 and 4 steps."""
     config = small_config(federation={"local_steps": None, "local_epochs": 2}, system={"client_chunk": 3})
-    fed, _ = prepare.prepare(config)
+    fed = prepare.prepare(config).federation
     fed = dataclasses.replace(fed, clients=fed.clients[2:5])
     fed = shrink(fed, (3, 10, 6))
     adapters = prepare.initial_adapters(fed)
@@ -39,15 +40,14 @@ def uneven():
 
 
 def with_train(fed, **changes):
-    config = fed.config.model_copy(update={"train": fed.config.train.model_copy(update=changes)})
-    return dataclasses.replace(fed, config=config)
+    return dataclasses.replace(fed, train=fed.train.model_copy(update=changes))
 
 
 def readable_update(fed, adapters, client, stage, label):
     """What `local_update` must equal, for one client. Slow and plain."""
-    train, own = fed.config.train, fed.clients[client]
-    steps = num_steps(own.size, train.batch_size, fed.config.federation.local_epochs, None)
-    order, real = visiting_order(state.client_generator(0, own.name, 1, label), own.size, train.batch_size, steps)
+    train, own = fed.train, fed.clients[client]
+    steps = num_steps(own.size, train.batch_size, fed.settings.local_epochs, None)
+    order, real = visiting_order(client_generator(0, own.name, 1, label), own.size, train.batch_size, steps)
     trained_names = {"stage1": ("text_adapter", "task", "client"),
                      "stage2": ("text_adapter", "task", "cross_task", "router")}[stage]
     params = {n: jax.tree.map(lambda x: np.asarray(x, np.float64), adapters[n]) for n in trained_names}
@@ -61,7 +61,7 @@ def readable_update(fed, adapters, client, stage, label):
         def loss(params):
             logits, aux = module.apply(variables(base, {**rest, **params}), batch, stage, fed.task_index(client),
                                        method="target_logits")
-            return stage_loss(logits, aux, batch, stage, train)[0]
+            return stage_loss(logits, aux, batch, loss_weights(train, stage))[0]
 
         return jax.value_and_grad(loss)(params)
 
@@ -103,7 +103,7 @@ def test_vmapped_unequal_clients_equal_a_readable_loop(uneven, stage, optimizer)
     fed, adapters = uneven
     fed = with_train(fed, **OPTIMIZERS[optimizer])
     everyone = {i: adapters for i in range(3)}
-    together, records = executor.train_phase(fed, everyone, 1, stage, stage, lambda event: None)
+    together, records = executor.train_phase(fed, everyone, 1, stage, stage)
     assert [r["step"] for r in records] == [2, 6, 4]
     for client in range(3):
         expected, losses = readable_update(fed, adapters, client, stage, stage)
@@ -120,12 +120,11 @@ def test_chunk_size_and_company_change_nothing(uneven, stage):
     """SGD (linear in the gradient, so rounding stays rounding): any chunk and each client alone agree to 1e-5."""
     fed, adapters = uneven
     results = {}
+    sgd = with_train(fed, optimizer="sgd", lr_connector=0.03, lr_lora_stage1=0.03, lr_lora_stage2=0.03)
     for chunk in (1, 2, 3):
-        sgd = with_train(fed, optimizer="sgd", lr_connector=0.03, lr_lora_stage1=0.03, lr_lora_stage2=0.03)
-        system = fed.config.system.model_copy(update={"client_chunk": chunk})
-        one = dataclasses.replace(sgd, config=sgd.config.model_copy(update={"system": system}))
-        results[chunk], _ = executor.train_phase(one, {i: adapters for i in range(3)}, 1, stage, stage, lambda e: None)
-    alone, _ = executor.train_phase(one, {1: adapters}, 1, stage, stage, lambda e: None)
+        results[chunk], _ = executor.train_phase(sgd, {i: adapters for i in range(3)}, 1, stage, stage,
+                                                 executor.Executor(chunk))
+    alone, _ = executor.train_phase(sgd, {1: adapters}, 1, stage, stage, executor.Executor(3))
     assert tree_max_difference(results[1], results[3]) <= 1e-5
     assert tree_max_difference(results[2], results[3]) <= 1e-5
     assert tree_max_difference(alone[1], results[3][1]) <= 1e-5
@@ -135,7 +134,7 @@ def test_chunk_size_and_company_change_nothing(uneven, stage):
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_frozen_subtrees_stay_bit_identical(uneven, stage):
     fed, adapters = uneven
-    after, _ = executor.train_phase(fed, {0: adapters}, 1, stage, stage, lambda event: None)
+    after, _ = executor.train_phase(fed, {0: adapters}, 1, stage, stage)
     untouched = {"stage1": {"task_bank", "cross_task", "router"}, "stage2": {"client", "task_bank"}}[stage]
     for name in adapters:
         same = all(np.array_equal(a, b) for a, b in

@@ -9,8 +9,14 @@ import pytest
 from conftest import small_config
 
 import pilot_jax
-from pilot_jax.data import images
-from pilot_jax.data.features import FeatureRows, Features, bring, image_features
+from pilot_jax.data import features as features_module
+from pilot_jax.data.features import (
+    FeatureRows,
+    Features,
+    compute_features,
+    concatenate_features,
+    image_features,
+)
 from pilot_jax.data.images import pixel_values
 from pilot_jax.errors import InputError
 from pilot_jax.federation import rounds
@@ -32,13 +38,13 @@ def samples():
 @pytest.fixture
 def seen(monkeypatch):
     """Ids of the samples whose images are read, in order."""
-    ids, read = [], images.read_image
+    ids, read = [], features_module.read_image
 
     def reading(sample, limits):
         ids.append(sample.id)
         return read(sample, limits)
 
-    monkeypatch.setattr(images, "read_image", reading)
+    monkeypatch.setattr(features_module, "read_image", reading)
     return ids
 
 
@@ -47,32 +53,32 @@ def test_once_and_only_what_is_asked_for(model, samples, seen, tmp_path, on_disk
     features = Features(model, samples, file=tmp_path / "features" if on_disk else None)
     first, second = features.rows(range(2, 9)), features.rows([12, 5, 3])
     assert not seen
-    np.asarray(features.rows([15]))  # not asked for: brought all the same
-    assert seen == [samples[15].id] and not bring([features.rows([15])], 1) and seen.pop()
-    bring([first], 1)
+    np.asarray(features.rows([15]))  # nobody called for it: computed all the same
+    assert seen == [samples[15].id] and not compute_features([features.rows([15])], 1) and seen.pop()
+    compute_features([first], 1)
     assert seen == [samples[i].id for i in (2, 4, 5, 6, 7, 8)]  # 3 has no image
-    bring([second, first, np.zeros(3)], 2)
+    compute_features([second, first, np.zeros(3)], 2)
     assert seen[6:] == [samples[12].id]
     for rows in (first, second):
         got = np.asarray(rows)
-        shown = [k for k, i in enumerate(rows.which) if i != 3]
-        expected = model.features(pixel_values(model, [samples[rows.which[k]].image for k in shown]))
+        shown = [k for k, i in enumerate(rows.indices) if i != 3]
+        expected = model.features(pixel_values(model, [samples[rows.indices[k]].image for k in shown]))
         np.testing.assert_allclose(got[shown], expected, atol=1e-5)
-        assert got.shape == rows.shape and not got[[k for k, i in enumerate(rows.which) if i == 3]].any()
+        assert got.shape == rows.shape and not got[[k for k, i in enumerate(rows.indices) if i == 3]].any()
         assert (rows[np.asarray([1, 0, 1])] == got[[1, 0, 1]]).all() and (rows[1] == got[1]).all()
         assert (np.asarray(rows.first(2)) == got[:2]).all()
-    joint = features.joined([first, second])
+    joint = concatenate_features([first, second])
     assert isinstance(joint, FeatureRows) and (np.asarray(joint)[7:] == np.asarray(second)).all()
 
 
 def test_one_image_is_a_batch_of_one(model, samples):
     """A single question does not pay for 64 images, and many do not compile a program for every remainder."""
     features = Features(model, samples * 5)
-    bring([features.rows([7])], 1)
-    assert features._sizes == {1}
-    bring([features.rows(range(100))], 1)
-    bring([features.rows([0, 1, 2])], 1)
-    assert features._sizes == {1, 64}
+    compute_features([features.rows([7])], 1)
+    assert features._batch_sizes == {1}
+    compute_features([features.rows(range(100))], 1)
+    compute_features([features.rows([0, 1, 2])], 1)
+    assert features._batch_sizes == {1, 64}
 
 
 def test_a_broken_image(model, samples, tmp_path):
@@ -80,26 +86,26 @@ def test_a_broken_image(model, samples, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG not really")
     bad = dataclasses.replace(samples[1], image=tmp_path / "broken.png")
     features = Features(model, [samples[0], bad])
-    bring([features.rows([0])], 1)
+    compute_features([features.rows([0])], 1)
     with pytest.raises(InputError, match=r"broken\.png cannot be decoded"):
-        bring([features.rows([1])], 1)
+        compute_features([features.rows([1])], 1)
     assert np.asarray(features.rows([0])).any()
 
 
 def test_a_population_on_disk_is_seen_when_drawn(tmp_path, seen):
     """In round 1, two of nine clients: their training images and nobody else's; a run in memory sees all at once."""
     config = small_config(federation={"rounds": 1, "clients_per_round": 2}, system={"store": str(tmp_path)})
-    fed, _ = prepare.prepare(config)
-    prepare.see_everything(fed)
+    setup = prepare.prepare(config)
+    fed = setup.federation
+    prepare.compute_all_features(setup)
     assert not seen
-    state = rounds.run_round(fed, prepare.initial_state(fed), 1, lambda e: None, lambda r: None, lambda *a: None)
+    state, = rounds.run_round([fed], [prepare.initial_state(fed)], setup.executor)
     trained = [c for c, s in zip(fed.clients, state.population, strict=True) if not s.is_new]
     assert len(trained) == 2
     assert sorted(seen) == sorted(s.id for s in prepare.load_samples(config)
                                   if s.split == "train" and s.client in [c.name for c in trained])
     seen.clear()
-    fed, _ = prepare.prepare(small_config())
-    prepare.see_everything(fed)
+    prepare.compute_all_features(prepare.prepare(small_config()))
     assert sorted(seen) == sorted(s.id for s in prepare.load_samples(config))
 
 

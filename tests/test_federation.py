@@ -8,14 +8,13 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import small_config, tree_max_difference
+from conftest import Records, small_config, tree_max_difference
 
-from pilot_jax.config import StrategyConfig
 from pilot_jax.evaluation import personalised
 from pilot_jax.federation import rounds
 from pilot_jax.federation.client import local_update
-from pilot_jax.federation.cohort import cohort
-from pilot_jax.federation.state import client_generator
+from pilot_jax.federation.cohort import Cohort, participants
+from pilot_jax.federation.randomness import client_generator
 from pilot_jax.federation.strategies import make_strategy
 from pilot_jax.runs import prepare, restore, simulate
 from pilot_jax.runs.events import CompileClock
@@ -35,7 +34,7 @@ def kernel(tree):
 
 @pytest.fixture
 def pilot():
-    strategy = make_strategy(StrategyConfig(), "first_time")
+    strategy = make_strategy("pilot")
     bank = {"linear_1": {"kernel": np.zeros((2, 3, 4), np.float32)}}
     return strategy, {"bank": bank, "members": {}}
 
@@ -43,7 +42,7 @@ def pilot():
 def test_a_task_without_participants_keeps_its_adapter(pilot):
     strategy, state = pilot
     up = fake_uploads(2)
-    out = strategy.aggregate(up, np.asarray([1, 3]), np.asarray([1, 1]), np.asarray([4, 7]), {**state, "round": 1})
+    out = strategy.aggregate(Cohort(up, np.asarray([1, 3]), np.asarray([1, 1]), np.asarray([4, 7]), 1), state)
     np.testing.assert_array_equal(kernel(out.downloads["task_bank"])[0], 0)
     expected = np.average(kernel(up["task"]), axis=0, weights=[1, 3])
     np.testing.assert_allclose(kernel(out.downloads["task_bank"])[1], expected, atol=1e-6)
@@ -52,19 +51,17 @@ def test_a_task_without_participants_keeps_its_adapter(pilot):
 def test_a_lone_newcomer_does_not_overwrite_its_task(pilot):
     strategy, state = pilot
     first = fake_uploads(2, 1)
-    out = strategy.aggregate(first, np.asarray([10, 30]), np.asarray([0, 0]), np.asarray([0, 1]), {**state, "round": 1})
+    out = strategy.aggregate(Cohort(first, np.asarray([10, 30]), np.asarray([0, 0]), np.asarray([0, 1]), 1), state)
     for phase_seed in (2, 3):  # both phases of the newcomer's round
         lone = fake_uploads(1, phase_seed)
-        out = strategy.aggregate(lone, np.asarray([20]), np.asarray([0]), np.asarray([2]),
-                                 {**out.server_state, "round": 2})
+        out = strategy.aggregate(Cohort(lone, np.asarray([20]), np.asarray([0]), np.asarray([2]), 2), out.server)
         expected = np.average(np.concatenate([kernel(first["task"]), kernel(lone["task"])]), axis=0,
                               weights=[10, 30, 20])
         np.testing.assert_allclose(kernel(out.downloads["task_bank"])[0], expected, atol=1e-6)
         np.testing.assert_array_equal(out.mixing["weights"], [[1.0]])
     # With an earlier participant beside it, the mean is over those who take part, as in any round.
     both = fake_uploads(2, 4)
-    out = strategy.aggregate(both, np.asarray([10, 20]), np.asarray([0, 0]), np.asarray([0, 2]),
-                             {**out.server_state, "round": 3})
+    out = strategy.aggregate(Cohort(both, np.asarray([10, 20]), np.asarray([0, 0]), np.asarray([0, 2]), 3), out.server)
     np.testing.assert_allclose(kernel(out.downloads["task_bank"])[0],
                                np.average(kernel(both["task"]), axis=0, weights=[10, 20]), atol=1e-6)
 
@@ -75,12 +72,13 @@ def three_rounds():
     config = small_config(federation={"rounds": 3, "local_steps": 1, "participation": [
         {"round": 1, "clients": ["caption_0", "vqa_0"]}, {"round": 2, "clients": ["caption_0", "ocr_0"]},
         {"round": 3, "clients": ["vqa_0"]}]}, system={"client_chunk": 2})
-    fed, _ = prepare.prepare(config)
+    setup = prepare.prepare(config)
+    fed = setup.federation
     states, phases = [prepare.initial_state(fed)], []
-    for round_ in (1, 2, 3):
-        records = []
-        states.append(rounds.run_round(fed, states[-1], round_, lambda e: None, records.append, lambda *a: None))
-        phases.append([(r["phase"], r["client"]) for r in records if "client" in r])
+    for _ in range(3):
+        records = Records()
+        states += rounds.run_round([fed], states[-1:], setup.executor, [records])
+        phases.append([(r["phase"], r["client"]) for r in records.records if "client" in r])
     return fed, states, phases
 
 
@@ -94,14 +92,15 @@ def test_schedule_first_time(three_rounds):
 
 def test_compilations_are_few_and_early():
     """Two length buckets, four rounds: one training program per phase and bucket, nothing compiled after round 2."""
-    fed, _ = prepare.prepare(small_config(federation={"local_steps": 1}, system={"length_spread": 1.2},
-                                             train={"batch_size": 3}))  # no other test's: nothing is compiled yet
+    setup = prepare.prepare(small_config(federation={"local_steps": 1}, system={"length_spread": 1.2},
+                                         train={"batch_size": 3}))  # no other test's: nothing is compiled yet
+    fed = setup.federation
     buckets = {(c.train["input_ids"].shape[1], c.train["target_ids"].shape[1]) for c in fed.clients}
     assert len(buckets) == 2
     before, clock, programs = local_update._cache_size(), CompileClock(), []
     state = prepare.initial_state(fed)
-    for round_ in (1, 2, 3, 4):
-        state = rounds.run_round(fed, state, round_, lambda e: None, lambda r: None, lambda *a: None)
+    for _ in range(4):
+        state, = rounds.run_round([fed], [state], setup.executor)
         programs.append(clock.programs)
     clock.stop()
     assert local_update._cache_size() - before == 2 * len(buckets)  # stage 1 and stage 2
@@ -141,18 +140,19 @@ def test_bytes_count_what_a_returning_client_fetches(three_rounds):
 
 
 def test_every_round_schedule():
-    strategy = make_strategy(StrategyConfig(), "every_round")
+    strategy = make_strategy("pilot", schedule="every_round")
     assert strategy.stages(True, 1) == strategy.stages(False, 4) == ("stage1", "stage2")
-    baseline = make_strategy(StrategyConfig(name="fedavg"), "first_time")
+    baseline = make_strategy("fedavg")
     assert [len(baseline.stages(new, r)) for new, r in ((True, 1), (False, 2), (True, 3))] == [2, 1, 1]
 
 
 def test_cohorts_are_seeded_and_streams_are_each_clients_own():
     names = tuple(f"c{i}" for i in range(20))
-    config = small_config(federation={"clients_per_round": 5})
-    drawn = [tuple(cohort(config, names, r)) for r in (1, 2, 3)]
+    settings = small_config(federation={"clients_per_round": 5}).federation
+    drawn = [tuple(participants(settings, names, r, 0)) for r in (1, 2, 3)]
     assert len(set(drawn)) == 3 and all(len(set(d)) == 5 for d in drawn)
-    assert drawn == [tuple(cohort(config, names, r)) for r in (1, 2, 3)]
+    assert drawn == [tuple(participants(settings, names, r, 0)) for r in (1, 2, 3)]
+    assert drawn != [tuple(participants(settings, names, r, 1)) for r in (1, 2, 3)]
     streams = {(c, r, p): client_generator(0, c, r, p).integers(1 << 60)
                for c in ("c0", "c1") for r in (1, 2) for p in ("stage1", "stage2")}
     assert len(set(streams.values())) == 8
@@ -164,9 +164,8 @@ def test_chunk_size_does_not_change_a_round():
     for chunk in (2, 9):
         config = small_config(system={"client_chunk": chunk}, train={"optimizer": "sgd", "lr_connector": 0.02,
                               "lr_lora_stage1": 0.02, "lr_lora_stage2": 0.02})
-        fed, _ = prepare.prepare(config)
-        state = prepare.initial_state(fed)
-        state = rounds.run_round(fed, state, 1, lambda e: None, lambda r: None, lambda *a: None)
+        setup = prepare.prepare(config)
+        state, = rounds.run_round([setup.federation], [prepare.initial_state(setup.federation)], setup.executor)
         results.append([c.adapters for c in state.population])
     assert tree_max_difference(*results) <= 1e-5
 
@@ -224,28 +223,29 @@ def test_checkpoints_hold_what_their_place_allows_and_restore(two_runs):
     (folder / "config.yaml").write_text(written)
     for a, b in zip(run.population, back.population, strict=True):
         assert same(a.adapters, b.adapters) and (a.stage, a.rounds) == (b.stage, b.rounds)
-    assert personalised.evaluate(back.federation, back.tokenizer, back.population) == run.summary["score_by_client"]
+    assert personalised.evaluate(back.evaluation, back.population) == run.summary["score_by_client"]
 
 
 def test_a_strategy_object_of_ones_own():
     from pilot_jax.federation import mixing
-    from pilot_jax.federation.strategies.base import Aggregated, Strategy
+    from pilot_jax.federation.strategies import Strategy
+    from pilot_jax.federation.strategies.base import Aggregated
 
     class Median(Strategy):
         """Ten lines of a user's: everyone receives the coordinate-wise median."""
 
-        def aggregate(self, uploads, sizes, tasks, client_ids, server_state):
-            middle = jax.tree.map(lambda x: np.broadcast_to(np.median(x, axis=0), x.shape), dict(uploads))
-            return Aggregated(middle, dict(server_state), {"weights": np.asarray(mixing.mean(sizes))})
+        def aggregate(self, cohort, server):
+            middle = jax.tree.map(lambda x: np.broadcast_to(np.median(x, axis=0), x.shape), dict(cohort.uploads))
+            return Aggregated(middle, dict(server), {"weights": np.asarray(mixing.mean(cohort.sizes))})
 
-    run = simulate.simulate(small_config(federation={"local_steps": 1}), strategy=Median(StrategyConfig()))
-    assert run.summary["strategy"] == "median"
+    run = simulate.simulate(small_config(federation={"local_steps": 1}), strategy=Median())
+    assert run.summary["strategy"] == f"{__name__}:{Median.__qualname__}"  # not the package's own "median"
     assert same(run.population[0].adapters, run.population[5].adapters)
 
 
 def test_evaluation_of_a_client_that_never_took_part_is_the_base():
     config = small_config(federation={"local_steps": 1, "participation": [{"round": 1, "clients": ["vqa_0"]}]})
-    fed, _ = prepare.prepare(config)
+    fed = prepare.prepare(config).federation
     state = prepare.initial_state(fed)
     asked = fed.clients[0].evaluation["test"], fed.clients[0].task
     assert personalised.examinee(fed, 0, state.population[0], *asked).stage == "plain"

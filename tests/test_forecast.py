@@ -6,9 +6,9 @@ import jax
 import numpy as np
 from conftest import small_config
 
+from pilot_jax.federation.state import steps_by_stage
 from pilot_jax.planning import forecast
 from pilot_jax.planning.estimate import make_plan
-from pilot_jax.runs import simulate
 
 
 def test_forecast_is_the_plan_of_the_data_that_are_there(federation, monkeypatch):
@@ -17,7 +17,7 @@ def test_forecast_is_the_plan_of_the_data_that_are_there(federation, monkeypatch
     got, plan = forecast.forecast(fed), make_plan(small_config())
     assert got["flops"] == plan["flops"]["round_1"] and got["seconds"] == got["flops"] / 1e9
     assert got["bytes"] == max(kinds["total"] for kinds in plan["memory_per_device"].values())
-    steps = simulate.steps_by_stage(fed)
+    steps = steps_by_stage(fed)
     assert steps == {"stage1": 18, "stage2": 18}  # nine clients, two steps each
     assert "no less than 45 s here" in forecast.told({"flops": 1e12, "seconds": 45.0, "bytes": 1e8})
     assert "2.0 h" in forecast.told({"flops": 1e15, "seconds": 7200.0, "bytes": 1e8})

@@ -90,8 +90,8 @@ def test_one_program_serves_many_clients(tiny):
         batch = {"input_ids": jnp.broadcast_to(ids, (count, *ids.shape)), "features":
                  jnp.broadcast_to(features, (count, *features.shape)),
                  "attention_mask": jnp.broadcast_to(mask, (count, *mask.shape))}
-        keys = jax.random.split(jax.random.key(0), (count, len(ids)))
-        return np.asarray(generate(model.module, model.base, adapters, batch, jnp.zeros(count, jnp.int32), keys,
+        batch["keys"] = jax.random.split(jax.random.key(0), (count, len(ids)))
+        return np.asarray(generate(model.module, model.base, adapters, batch, jnp.zeros(count, jnp.int32),
                                    stage="plain", how=Decoding(8, (63,))))
 
     before = generate._cache_size()

@@ -119,25 +119,25 @@ from pilot_jax.parallel import processes
 processes.start(f"127.0.0.1:{port}", 2, process)
 import numpy as np
 from conftest import small_config, tree_max_difference
-from pilot_jax.config import StrategyConfig
 from pilot_jax.runs import prepare, simulate
 from pilot_jax.parallel.mesh import spread
-from pilot_jax.federation.strategies import STRATEGIES
+from pilot_jax.federation.cohort import Cohort
+from pilot_jax.federation.strategies import make_strategy
 sections = json.loads(sys.argv[4])
 processes.AT_ONCE = 2**18  # of what comes back from the devices, the larger arrays a row at a time
 mesh = {"clients": 2, "fsdp": 2}
-fed, tokenizer = prepare.prepare(small_config(system={"mesh": mesh}))
+setup = prepare.prepare(small_config(system={"mesh": mesh}))
 told = {}
 cases = [(name, {}) for name in ("fedadam", "pilot", "scaffold", "similarity", "trimmed_mean")]
 cases.append(("pilot", {"ata": {"space": "product"}}))
 for name, settings in cases:
-    its = prepare.with_strategy(fed, STRATEGIES[name](StrategyConfig(**settings)))
+    its = prepare.with_strategy(setup, make_strategy(name, settings)).federation
     state = prepare.initial_state(its)
     shared, rng = its.strategy.roles().select(state.population[0].adapters, "shared"), np.random.default_rng(0)
     uploads = jax.tree.map(lambda x: (x + 0.1 * rng.normal(size=(20, *x.shape))).astype(np.float32), shared)
-    who = np.arange(1, 21), np.arange(20) % 3, np.arange(20), {**state.server, "round": 1}
-    alone = its.strategy.aggregate(spread(uploads, None), *who)
-    together = its.strategy.aggregate(spread(uploads, its.server_mesh), *who)
+    who = np.arange(1, 21), np.arange(20) % 3, np.arange(20), 1
+    alone = its.strategy.aggregate(Cohort(spread(uploads, None), *who), state.server)
+    together = its.strategy.aggregate(Cohort(spread(uploads, its.server_mesh), *who), state.server)
     parts = [s.data.size / leaf.size for leaf in jax.tree.leaves(spread(uploads, its.server_mesh))
              for s in leaf.addressable_shards]
     told[name + settings.get("ata", {}).get("space", "")] = [
@@ -177,14 +177,13 @@ from pilot_jax.federation.rounds import run_round
 seen, read = [], features.read_image
 features.read_image = lambda sample, limits: (seen.append(sample.id), read(sample, limits))[1]
 mesh = {"clients": 2, "fsdp": 2}
-fed, tokenizer = prepare.prepare(small_config(system={"mesh": mesh, "client_chunk": 1, "unroll": 1}))
-prepare.see_everything(fed)
+setup = prepare.prepare(small_config(system={"mesh": mesh, "client_chunk": 1, "unroll": 1}))
+fed = setup.federation
+prepare.compute_all_features(setup)
 before = len(seen)
-rounds = [lambda e: None, lambda r: None, lambda *a: None]
-state = prepare.initial_state(fed)
-state = run_round(fed, state, 1, *rounds)  # two stages: the second finds what the first has seen
+state, = run_round([fed], [prepare.initial_state(fed)], setup.executor)  # two stages: the second finds what the first has seen
 trained = list(seen)
-evaluate(fed, tokenizer, state.population)
+evaluate(setup.evaluation, state.population)
 print(json.dumps({"before": before, "trained": trained, "asked": seen[len(trained):]}))
 """
 

@@ -34,14 +34,15 @@ from pilot_jax.evaluation.personalised import evaluate
 def run(mesh):
     # Steps small enough that rounding is not amplified: at 0.02 the second step of stage 2 multiplies it by 100.
     rates = {"optimizer": "sgd", "lr_connector": 0.005, "lr_lora_stage1": 0.005, "lr_lora_stage2": 0.005}
-    fed, tokenizer = prepare.prepare(small_config(train=rates, system={
+    setup = prepare.prepare(small_config(train=rates, system={
         "mesh": dict(zip(("clients", "fsdp", "tensor"), mesh)), "client_chunk": 1, "client_devices": 1}))
+    fed = setup.federation
     state = prepare.initial_state(fed)
     start = state.population
-    state = rounds.run_round(fed, state, 1, lambda e: None, lambda r: None, lambda *a: None)
+    state, = rounds.run_round([fed], [state], setup.executor)
     held = max(sum(s.data.nbytes for s in leaf.addressable_shards if s.device == jax.devices()[0])
                / leaf.nbytes for leaf in jax.tree.leaves(fed.model.base["decoder"]["layers"]) if leaf.ndim > 2)
-    return start, state, evaluate(fed, tokenizer, state.population), held
+    return start, state, evaluate(setup.evaluation, state.population), held
 
 start, alone, scores, held = run((1, 1, 1))
 out = {"moved": tree_max_difference(start[0].adapters, alone.population[0].adapters), "meshes": {}}
@@ -95,7 +96,7 @@ for sizes in ((8, 1, 1), (2, 2, 2), (1, 4, 2)):
     mesh = make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))))
     placed = spread(uploads, mesh)
     leaf = placed["layers"]["q"]["a"]
-    gram = on_parts(pairwise._factor_gram, (leaf,)).lower(leaf).compile()
+    gram = on_parts(pairwise.factor_gram, (leaf,)).lower(leaf).compile()
     weights = mixing.ata_weights(np.float32(factors), np.ones(cohort), neighbors=3)
     mixed = jax.jit(mixing.apply).lower(weights, placed).compile()
     expected = np.asarray(weights, np.float64) @ flat

@@ -1,4 +1,4 @@
-"""Mixing matrices and ATA against NumPy float64 written from DESIGN §2."""
+"""Mixing matrices and ATA against NumPy float64 written from the formulas."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_distances_inside_two_far_clusters(space, spread):
 @pytest.mark.parametrize(("cohort", "width", "pairs"), [(18, 7, 5), (7, 11, 4), (5, 33, 10)])
 def test_long_leaves_are_summed_in_strips(monkeypatch, cohort, width, pairs):
     """Strips of a few columns, the last one shorter or none, and groups of a few pairs: the same distances."""
-    monkeypatch.setattr("pilot_jax.kernels.pairwise.strip_width", lambda cohort, pairs=False: width)
+    monkeypatch.setattr("pilot_jax.kernels.pairwise.columns_at_once", lambda cohort, pairs=False: width)
     monkeypatch.setattr("pilot_jax.kernels.pairwise.PAIRS", pairs)
     tree = uploads(cohort, layers=3, d_in=11)  # shapes of no other test: nothing compiled before is used
     np.testing.assert_allclose(distances(tree, cohort - 1), distances64(tree, "factors"), rtol=1e-5, atol=1e-12)

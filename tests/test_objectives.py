@@ -1,4 +1,4 @@
-"""Losses and CT-MoA against NumPy float64 written from the formulas (DESIGN §2), not from the code."""
+"""Losses and CT-MoA against NumPy float64 written from the formulas, not from the code."""
 
 from __future__ import annotations
 

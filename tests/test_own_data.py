@@ -244,11 +244,11 @@ def test_a_run_says_how_many_answers_it_cuts(photos, checkpoint, caplog):
     from pilot_jax.runs.prepare import prepare
 
     raw = {"model": {"path": str(checkpoint)}, "data": {"path": str(photos), "template": "vicuna_short"}}
-    fed, _ = prepare(parse_config(raw))
+    fed = prepare(parse_config(raw)).federation
     longest = fed.clients[0].train["input_ids"].shape[1]
     raw["data"]["max_length"] = int(max((c.train["attention_mask"].sum(1).max()) for c in fed.clients)) - 1
     with caplog.at_level(logging.WARNING, "pilot_jax"):
-        shorter, _ = prepare(parse_config(raw))
+        shorter = prepare(parse_config(raw)).federation
     assert "cuts the answers of" in caplog.text and "all.json[" in caplog.text
     assert shorter.clients[0].train["input_ids"].shape[1] <= longest
 

@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import Records, small_config
 
-from pilot_jax.config import StrategyConfig
 from pilot_jax.federation import rounds
-from pilot_jax.federation.client import Phase, client_loss
-from pilot_jax.federation.losses import stage_loss
+from pilot_jax.federation.client import client_loss, phase_spec
+from pilot_jax.federation.cohort import Cohort
+from pilot_jax.federation.losses import LossWeights, stage_loss
 from pilot_jax.federation.strategies import STRATEGIES, make_strategy
 from pilot_jax.models.vlm import variables
 from pilot_jax.runs import prepare
 
-TABLE = {  # DESIGN §3, written out again: subtree → (stage 1, stage 2, scope, aggregated by)
+TABLE = {  # written out again: subtree → (stage 1, stage 2, scope, aggregated by)
     "vision_tower": ("frozen", "frozen", "base", "never"),
     "language_model": ("frozen", "frozen", "base", "never"),
     "text_adapter": ("trained", "trained", "shared", "ata"),
@@ -33,19 +33,19 @@ def batch_of(fed, client, rows=slice(0, 4)):
 
 
 def test_pilot_table():
-    rows = make_strategy(StrategyConfig(), "first_time").roles().rows
+    rows = make_strategy("pilot").roles().rows
     assert {r.subtree: (r.modes["stage1"], r.modes["stage2"], r.scope, r.aggregated_by) for r in rows} == TABLE
 
 
-def under(fed, name):
+def under(setup, name):
     """The same data and model under another strategy."""
     config = small_config(strategy={"name": name})
-    return prepare.with_strategy(fed, make_strategy(config.strategy, "first_time"), config)
+    return prepare.with_strategy(setup, make_strategy(config.strategy), config).federation
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_every_leaf_has_exactly_one_owner(federation, name):
-    fed = under(federation[0], name)
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_every_leaf_has_exactly_one_owner(setup, name):
+    fed = under(setup, name)
     adapters = prepare.initial_adapters(fed)  # checks the cover
     with pytest.raises(AssertionError, match="not covered"):
         fed.strategy.roles().check(adapters | {"stray": np.zeros(1)})
@@ -58,13 +58,13 @@ def test_every_leaf_has_exactly_one_owner(federation, name):
 def test_step_zero_is_the_base_model(federation, stage):
     """preserve: untrained adapters compute the base's loss, in stage 1 and in stage 2."""
     fed, _, state = federation
-    train = fed.config.train.model_copy(update={"lambda_d": 0.0, "lambda_b": 0.0, "lambda_z": 0.0})
+    train = fed.train.model_copy(update={"lambda_d": 0.0, "lambda_b": 0.0, "lambda_z": 0.0})
     for client in (0, 4, 8):
         batch = batch_of(fed, client)
         logits, _ = fed.model.module.apply(variables(fed.model.base, {"projector": fed.model.base["projector"]}),
                                            batch, "plain", method="target_logits")
-        base = stage_loss(logits, {}, batch, "plain", train)[0]
-        phase = Phase(fed.model.module, fed.strategy.roles(), stage, train)
+        base = stage_loss(logits, {}, batch, LossWeights())[0]
+        phase = phase_spec(fed.model.module, fed.strategy.roles(), stage, train)
         adapters = jax.tree.map(jnp.asarray, state.population[client].adapters)
         ours, _ = client_loss(phase, fed.model.base, adapters, {}, batch, fed.task_index(client))
         assert float(base) > 0.5
@@ -74,7 +74,7 @@ def test_step_zero_is_the_base_model(federation, stage):
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_every_trained_leaf_gets_a_gradient_within_two_steps(federation, stage):
     fed, _, state = federation
-    phase = Phase(fed.model.module, fed.strategy.roles(), stage, fed.config.train)
+    phase = fed.phase(stage)
     adapters = jax.tree.map(jnp.asarray, state.population[4].adapters)
     trained, frozen = fed.strategy.roles().split(adapters, stage)
     seen = jax.tree.map(lambda leaf: False, trained)
@@ -94,7 +94,7 @@ def test_only_cross_entropy_reaches_lora(federation, stage, terms):
     rng = np.random.default_rng(0)
     adapters = jax.tree.map(lambda x: jnp.asarray(x + 0.05 * rng.normal(size=x.shape), jnp.float32),
                             state.population[0].adapters)
-    phase = Phase(fed.model.module, fed.strategy.roles(), stage, fed.config.train)
+    phase = fed.phase(stage)
 
     def term(lora, name):
         return client_loss(phase, fed.model.base, {**adapters, "text_adapter": lora}, {}, batch_of(fed, 0), 0)[1][name]
@@ -122,21 +122,20 @@ def test_nothing_local_can_be_uploaded(federation):
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(upload))
         uploads.append(upload)
     stacked = jax.tree.map(lambda *x: np.stack(x), *uploads)
-    out = fed.strategy.aggregate(stacked, np.arange(1, 10), np.asarray([fed.task_index(i) for i in range(9)]),
-                                 np.arange(9), {**state.server, "round": 1})
+    tasks = np.asarray([fed.task_index(i) for i in range(9)])
+    out = fed.strategy.aggregate(Cohort(stacked, np.arange(1, 10), tasks, np.arange(9), 1), state.server)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(out.downloads))
     assert set(out.downloads) == {"text_adapter", "task", "task_bank"}
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_a_round_moves_what_the_table_says(federation, name):
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_a_round_moves_what_the_table_says(setup, name):
     """After a whole round: base bit-identical; shared subtrees agree across clients just as their aggregation says."""
-    fed = under(federation[0], name)
+    fed = under(setup, name)
     base_before = jax.tree.map(np.array, fed.model.base)
     start = prepare.initial_state(fed)
-    saved = {}
-    end = rounds.run_round(fed, start, 1, lambda e: None, lambda r: None,
-                           lambda r, label, arrays: saved.update({label: arrays}))
+    told = Records()
+    end, = rounds.run_round([fed], [start], setup.executor, [told])
     assert all(np.array_equal(a, b) for a, b in
                zip(jax.tree.leaves(base_before), jax.tree.leaves(fed.model.base), strict=True))
     if name == "centralised":
@@ -152,7 +151,7 @@ def test_a_round_moves_what_the_table_says(federation, name):
         for subtree in roles.names(stage=stage, mode="trained"):
             assert not equal(first[subtree], start.population[0].adapters[subtree]), subtree
     if name == "pilot":
-        assert set(saved) == {"stage1", "stage2"}
+        assert set(told.mixing) == {(1, "stage1"), (1, "stage2")}
         assert equal(first["task"], second["task"]) and not equal(first["task"], other["task"])
         assert equal(first["task_bank"], other["task_bank"])
         for local in ("client", "cross_task", "router", "text_adapter"):
@@ -179,7 +178,7 @@ def test_bytes_are_those_of_the_selection(federation):
 
 
 def test_initial_lora_is_one_for_all_and_copies_start_equal():
-    fed, _ = prepare.prepare(small_config(strategy={"init": "copy"}))
+    fed = prepare.prepare(small_config(strategy={"init": "copy"})).federation
     state = prepare.initial_state(fed)
     first, last = state.population[0].adapters, state.population[8].adapters
     assert np.array_equal(first["text_adapter"]["layers"]["q"]["a"], last["text_adapter"]["layers"]["q"]["a"])

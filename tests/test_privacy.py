@@ -63,13 +63,13 @@ def test_the_server_sees_noised_uploads_alone(monkeypatch):
     a client's own data made of it is nowhere in what is mixed, measured or received."""
     clip, z = 0.5, 0.05
     config = small_config(federation={"privacy": {"clip": clip, "noise_multiplier": z}})
-    plain, _ = prepare.prepare(small_config())
-    fed, _ = prepare.prepare(config)
+    plain = prepare.prepare(small_config()).federation
+    fed = prepare.prepare(config).federation
     seen, exact = {}, {}
     for name, one in (("noised", fed), ("plain", plain)):
         start = prepare.initial_state(one)
-        generator = rounds.round_of(one, start, 1)
-        done = executor.train_together([next(generator)], lambda e: None)[0]
+        plan = rounds.begin_phase(one, start)
+        done, = executor.Executor().train([executor.Work(one, plan.adapters, 1, plan.stage, plan.label)])
         (exact if name == "plain" else seen).update(done.adapters)
         origin = start.population[0].adapters
     moved = []

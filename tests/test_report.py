@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import small_config
 
+from pilot_jax.compare.page import write_comparison_report
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.personalised import evaluation_matrix
 from pilot_jax.report.charts import positions
@@ -83,7 +84,7 @@ def test_the_page_says_what_the_run_wrote(run, tmp_path):
 def test_abilities_and_routing_are_the_models_own(run):
     """Whom the routers ask, against NumPy float64 from the features; what the models can do, against `evaluate`."""
     inside, done = look_inside(run, 1, 2), restore.restore(run)
-    fed = done.federation
+    fed, evaluation = done.federation, done.evaluation
     assert set(inside.routing) == {c.name for c in fed.clients} and len(fed.tasks) == 3
     for client, state in zip(fed.clients, done.population, strict=True):
         features = np.asarray(client.evaluation["test"].features, np.float64)
@@ -91,7 +92,7 @@ def test_abilities_and_routing_are_the_models_own(run):
         np.testing.assert_allclose(inside.routing[client.name], (e / e.sum(-1, keepdims=True)).mean((0, 1)), atol=1e-5)
     able = inside.abilities  # two prompts are all that each client has
     assert able.columns == (*fed.tasks, "base's captions") and able.models == tuple(c.name for c in fed.clients)
-    base, matrix = done.summary["score_base_by_task"], evaluation_matrix(fed, done.tokenizer, done.population)
+    base, matrix = done.summary["score_base_by_task"], evaluation_matrix(evaluation, done.population)
     assert able.scores[-1, :3].tolist() == [base[t] for t in fed.tasks]
     columns = [[i for i, c in enumerate(fed.clients) if c.task == t] for t in fed.tasks]
     for row, scores in zip(able.scores, np.asarray(matrix["scores"]), strict=False):
@@ -114,13 +115,14 @@ def test_the_page_of_a_comparison(tmp_path, call):
     folder = tmp_path / "compared"
     folder.mkdir()
     shutil.copy(RESULTS, folder / "results.json")
-    assert write_report([folder], tmp_path / "again.html", 0)[0].read_text().count("<section") == 4
-    with pytest.raises(InputError, match="page of its own"):
-        write_report([folder, folder], tmp_path / "no.html", 0)
+    assert write_comparison_report(folder, tmp_path / "again.html")[0].read_text().count("<section") == 4
+    code, _, error = call("report", folder, folder, "--out", tmp_path / "no.html")
+    assert code == 2 and "page of its own" in error
     assert call("report", folder / "results.json")[0] == 0 and (folder / "results.html").is_file()
     (folder / "results.json").write_text('{"key": "a", "values": []}')
     with pytest.raises(InputError, match="not what `compare` writes"):
-        write_report([folder], tmp_path / "no.html", 0)
+        write_comparison_report(folder, tmp_path / "no.html")
+    assert not (tmp_path / "no.html").exists()
 
 
 def test_several_runs_and_unfinished_ones(run, tmp_path, call):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,10 +18,11 @@ import jax
 import killed
 import numpy as np
 import pytest
-from conftest import small_config, tree_max_difference
+from conftest import Events, small_config, tree_max_difference
 
 from pilot_jax.errors import InputError, Interrupted
-from pilot_jax.runs import restore, resume, simulate
+from pilot_jax.federation.observer import RunObserver
+from pilot_jax.runs import packing, restore, resume, simulate, summary
 
 SECONDS = ("seconds", "prepare_seconds", "waited_seconds", "feature_seconds")
 # Fewer clients than there are take part, and some only later: snapshots refer to earlier ones.
@@ -59,19 +61,41 @@ def die(*_, **__):
     raise Killed
 
 
-def dies_at(count, event="chunk"):
-    """A `progress` that dies at an event."""
-    def progress(fed):
-        seen = []
+class DiesAt(Events):
+    """Dies at the `count`-th event of a kind."""
 
-        def show(e):
-            seen.append(e["kind"])
-            if seen.count(event) == count and e["kind"] == event:
-                die()
+    def __init__(self, count, kind="chunk"):
+        super().__init__()
+        self.count, self.kind = count, kind
 
-        return show
+    def _add(self, kind, **event):
+        super()._add(kind, **event)
+        if kind == self.kind and sum(e["kind"] == kind for e in self.events) == self.count:
+            die()
 
-    return progress
+
+def resumes(folder):
+    return folder / "checkpoints" / "resume"
+
+
+def contents(folder):
+    """Every file below a folder, byte for byte."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def signed(manifest, **changes):
+    """Writes a manifest with other entries (None: without them), and the checksum that fits."""
+    content = {k: v for k, v in (json.loads(manifest.read_text()) | changes).items() if v is not None}
+    content["sha256"] = resume._own_sha256(content)
+    manifest.write_text(json.dumps(content))
+
+
+def flip(path):
+    """One bit of a file, or of the largest file in a folder."""
+    file = path if path.is_file() else max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 @pytest.mark.parametrize("system", [{}, {"save_every": "round"}, {"store": "store"}])
@@ -81,11 +105,11 @@ def test_goes_on_wherever_it_died(undisturbed, tmp_path, monkeypatch, system):
     if "store" in system:
         system = {"store": str(tmp_path / "store")}
     config, folder = small_config(**SECTIONS, system=system), tmp_path / "run"
-    for progress in (dies_at(1), dies_at(2), dies_at(2, "phase")):
+    for observer in (DiesAt(1), DiesAt(2), DiesAt(2, "phase")):
         with pytest.raises(Killed):
-            simulate.simulate(config, out=folder, resume=True, progress=progress)
+            simulate.simulate(config, out=folder, resume=True, observers=[observer])
     for owner, name in ((resume, "_synced"), (resume.Snapshots, "_prune"), (simulate, "evaluate"),
-                        (simulate.checkpoint, "save_population"), (resume.Snapshots, "remove")):
+                        (summary, "evaluate"), (simulate, "save_population"), (resume.Snapshots, "remove")):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(owner, name, die)
             simulate.simulate(config, out=folder, resume=True)
@@ -105,7 +129,7 @@ def test_every_kind_of_state_is_saved(tmp_path, name):
     simulate.simulate(config, out=tmp_path / "plain")
     for count in (2, 1):
         with pytest.raises(Killed):
-            simulate.simulate(config, out=tmp_path / "run", resume=True, progress=dies_at(count, "phase"))
+            simulate.simulate(config, out=tmp_path / "run", resume=True, observers=[DiesAt(count, "phase")])
     simulate.simulate(config, out=tmp_path / "run", resume=True)
     same_run(tmp_path / "plain", tmp_path / "run")
 
@@ -113,74 +137,177 @@ def test_every_kind_of_state_is_saved(tmp_path, name):
 @pytest.mark.parametrize(("number", "phases"), [(signal.SIGINT, 0), (signal.SIGTERM, 1)])
 def test_a_signal_saves_the_clients_that_have_trained(request, tmp_path, number, phases):
     """In the middle of a phase: the chunk is finished, its clients are not trained again."""
-    def progress(fed):
-        seen = []
-
-        def show(event):
-            seen.append(event["kind"])
-            if event["kind"] == "chunk" and seen.count("phase") == phases and event["clients"] < event["of"]:
+    class Kicks(Events):
+        def _add(self, kind, **event):
+            super()._add(kind, **event)
+            done = sum(e["kind"] == "phase" for e in self.events)
+            if kind == "chunk" and done == phases and event["clients"] < event["of"]:
                 os.kill(os.getpid(), number)
-
-        return show
 
     before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)}
     request.addfinalizer(lambda: [signal.signal(n, handler) for n, handler in before.items()])
     config = small_config(**SECTIONS, system={"client_chunk": 1, "client_devices": 1})
     folder = tmp_path / "run"
     with pytest.raises(Interrupted) as caught:
-        simulate.simulate(config, out=folder, progress=progress)
+        simulate.simulate(config, out=folder, observers=[Kicks()])
     assert caught.value.signum == number and not (folder / "summary.json").exists()
     assert signal.getsignal(number) is signal.default_int_handler
-    events = []
     with pytest.raises(Interrupted):  # again, with what was saved before
-        simulate.simulate(config, out=folder, resume=True, progress=progress)
-    simulate.simulate(config, out=folder, resume=True, progress=lambda fed: events.append)
-    first = next(e for e in events if e["kind"] == "chunk")
+        simulate.simulate(config, out=folder, resume=True, observers=[Kicks()])
+    seen = Events()
+    simulate.simulate(config, out=folder, resume=True, observers=[seen])
+    first = next(e for e in seen.events if e["kind"] == "chunk")
     assert first["steps"] < 2 * first["clients"]  # two steps each: some had been trained before
     plain = tmp_path / "plain"
     simulate.simulate(config, out=plain)
     same_run(plain, folder)
 
 
+class Listing(Events):
+    """Also keeps the names in a run's folder of snapshots as they are when training begins."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder, self.names = folder, []
+
+    def run_started(self, fed, state):
+        self.names = sorted(p.name for p in resumes(self.folder).iterdir())
+
+
 def test_a_damaged_snapshot_is_passed_over_loudly(undisturbed, tmp_path):
+    """One flipped bit: it is set aside, not deleted, and the run goes on from the snapshot before it."""
     config, folder = small_config(**SECTIONS), tmp_path / "run"
     with pytest.raises(Killed):
-        simulate.simulate(config, out=folder, progress=dies_at(3, "phase"))
-    saved = sorted((folder / "checkpoints" / "resume").iterdir())
+        simulate.simulate(config, out=folder, observers=[DiesAt(3, "phase")])
+    saved = sorted(p.name for p in resumes(folder).iterdir())
     assert len(saved) >= 2
-    for victim in ("manifest.json", "server"):
+    for victim in ("manifest.json", "server", "clients"):
         again = tmp_path / victim
         shutil.copytree(folder, again)
-        newest = again / "checkpoints" / "resume" / saved[-1].name / victim
-        victim_file = newest if newest.is_file() else max((p for p in newest.rglob("*") if p.is_file()),
-                                                          key=lambda p: p.stat().st_size)
-        content = bytearray(victim_file.read_bytes())
-        content[len(content) // 2] ^= 1
-        victim_file.write_bytes(content)
-        events = []
-        simulate.simulate(config, out=again, resume=True, progress=lambda fed: events.append)  # noqa: B023
-        warnings = [e["text"] for e in events if e["kind"] == "note" and "Going back" in e["text"]]
-        assert len(warnings) == 1 and saved[-1].name in warnings[0]
+        flip(resumes(again) / saved[-1] / victim)
+        before, seen = contents(resumes(again) / saved[-1]), Listing(again)
+        with pytest.raises(Killed):  # it is left as it was, whatever the run does next
+            simulate.simulate(config, out=again, resume=True, observers=[seen, DiesAt(2, "phase")])
+        warnings = [e["text"] for e in seen.events if e["kind"] == "note" and "Going back" in e["text"]]
+        assert len(warnings) == 1 and saved[-1] in warnings[0]
+        assert seen.names == [*saved[:-1], saved[-1] + ".damaged"]
+        assert contents(resumes(again) / (saved[-1] + ".damaged")) == before
+        seen = Events()
+        simulate.simulate(config, out=again, resume=True, observers=[seen])
+        assert not any("Going back" in e.get("text", "") for e in seen.events)  # said once
         same_run(undisturbed[0], again)
-    for path in (folder / "checkpoints" / "resume").iterdir():
+    for path in resumes(folder).iterdir():
         (path / "manifest.json").write_text("{")
-    with pytest.raises(InputError, match=r"none of the .* is whole"):
-        simulate.simulate(config, out=folder, resume=True)
+    for _ in range(2):  # and does not begin anew the next time
+        with pytest.raises(InputError, match=r"none of the .* is whole"):
+            simulate.simulate(config, out=folder, resume=True)
+        assert sorted(p.name for p in resumes(folder).iterdir()) == [f"{name}.damaged" for name in saved]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run that was killed after two snapshots: its folder, and every file of them."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    with pytest.raises(Killed):
+        simulate.simulate(small_config(**SECTIONS), out=folder, observers=[DiesAt(3, "phase")])
+    return folder, contents(resumes(folder))
+
+
+@pytest.mark.parametrize("error", [InputError("x: damaged, or no checkpoint of a run (try again)."),
+                                   OSError(5, "Input/output error")], ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("place", ["read_arrays", "_sha256"])
+def test_a_read_error_deletes_nothing(undisturbed, begun, tmp_path, monkeypatch, place, error):
+    """A disk that does not answer for a moment is no reason to give a snapshot up."""
+    def fails(*_):
+        raise error
+
+    folder = tmp_path / "run"
+    shutil.copytree(begun[0], folder)
+    with monkeypatch.context() as patch, pytest.raises(type(error), match=re.escape(str(error))):
+        patch.setattr(resume, place, fails)
+        simulate.simulate(small_config(**SECTIONS), out=folder, resume=True)
+    assert contents(resumes(folder)) == begun[1]
+    if place == "read_arrays":
+        simulate.simulate(small_config(**SECTIONS), out=folder, resume=True)
+        same_run(undisturbed[0], folder)
+
+
+def test_a_read_error_while_old_snapshots_are_removed_deletes_nothing(begun, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(begun[0], folder)
+    names, real = sorted(p.name for p in resumes(folder).iterdir()), resume.Snapshots._manifest
+
+    def fails(self, number):
+        if number != max(self._numbers()):
+            raise resume.Damaged(number, "no answer")
+        return real(self, number)
+
+    prune = resume.Snapshots._prune
+
+    def pruned(self):
+        with monkeypatch.context() as patch:
+            patch.setattr(resume.Snapshots, "_manifest", fails)
+            prune(self)
+        die()
+
+    monkeypatch.setattr(resume.Snapshots, "_prune", pruned)
+    with pytest.raises(Killed):
+        simulate.simulate(small_config(**SECTIONS), out=folder, resume=True)
+    assert names == sorted(p.name for p in resumes(folder).iterdir())[:-1]
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"format": None, "pilot_jax": None}, r"another version of pilot_jax \(before snapshots named it; this is \d"),
+    ({"format": 1, "pilot_jax": "0.0.7"}, r"another version of pilot_jax \(0\.0\.7; this is \d"),
+    ({"format": 99, "pilot_jax": "9.9.9", "clients": None, "files": None}, r"another version of pilot_jax \(9\.9\.9;"),
+])
+def test_a_snapshot_of_another_version_is_refused_by_name(begun, tmp_path, changes, says):
+    folder = tmp_path / "run"
+    shutil.copytree(begun[0], folder)
+    for path in resumes(folder).iterdir():
+        signed(path / "manifest.json", **changes)
+    before = contents(resumes(folder))
+    with pytest.raises(InputError, match=says) as caught:
+        simulate.simulate(small_config(**SECTIONS), out=folder, resume=True)
+    assert "\n" not in str(caught.value) and str(max(resumes(folder).iterdir())) in str(caught.value)
+    assert contents(resumes(folder)) == before
+
+
+def test_a_snapshot_of_another_strategy_is_refused(begun, tmp_path):
+    """As when a class of one's own has changed since: the config is the same, the adapters are not."""
+    folder, other = tmp_path / "run", small_config(**SECTIONS, strategy={"name": "fedavg"})
+    shutil.copytree(begun[0], folder)
+    (folder / "config.yaml").write_text(other.to_yaml())
+    with pytest.raises(InputError, match=r"Was the run of another strategy, or has its class changed"):
+        simulate.simulate(other, out=folder, resume=True)
+    assert contents(resumes(folder)) == begun[1]
+
+
+@pytest.mark.parametrize("changes", [
+    {"clients": {}}, {"clients": 3}, {"files": None}, {"server": {"array": "float32", "shape": [-1], "at": "x"}},
+    {"partial": {"clients": [0]}}, {"uploads": None}])
+def test_a_snapshot_that_lies_is_refused(begun, tmp_path, changes):
+    """Its checksum fits, what it says does not: a message, and nothing is deleted."""
+    folder = tmp_path / "run"
+    shutil.copytree(begun[0], folder)
+    for path in resumes(folder).iterdir():
+        signed(path / "manifest.json", **changes)
+    before = contents(resumes(folder))
+    with pytest.raises(InputError, match=re.escape(str(resumes(folder)))):
+        simulate.simulate(small_config(**SECTIONS), out=folder, resume=True)
+    assert contents(resumes(folder)) == before
 
 
 def test_another_config_or_other_data_are_refused(tmp_path):
     config, folder = small_config(), tmp_path / "run"
     with pytest.raises(Killed):
-        simulate.simulate(config, out=folder, progress=dies_at(2, "phase"))
+        simulate.simulate(config, out=folder, observers=[DiesAt(2, "phase")])
     with pytest.raises(InputError, match=r"train.batch_size: 4 → 2\n"):
         simulate.simulate(small_config(train={"batch_size": 2}), out=folder, resume=True)
     with pytest.raises(InputError, match="add --resume"):
         simulate.simulate(config, out=folder)
     manifest = next((folder / "checkpoints" / "resume").iterdir()) / "manifest.json"
-    content = json.loads(manifest.read_text())
-    content["extra"]["data"] = "other"
-    content["sha256"] = resume._own_sha256(content)
-    manifest.write_text(json.dumps(content))
+    signed(manifest, extra=json.loads(manifest.read_text())["extra"] | {"data": "other"})
     with pytest.raises(InputError, match="other training samples"):
         simulate.simulate(config, out=folder, resume=True)
     with pytest.raises(InputError, match="Give its folder"):
@@ -194,12 +321,12 @@ def test_another_config_or_other_data_are_refused(tmp_path):
 
 def test_what_may_change_is_said(tmp_path):
     """A run that goes on with other chunks ends as the undisturbed one to rounding, and says so."""
-    config, folder, events = small_config(train={"adam_epsilon": 1e-3}), tmp_path / "run", []
+    config, folder, seen = small_config(train={"adam_epsilon": 1e-3}), tmp_path / "run", Events()
     with pytest.raises(Killed):
-        simulate.simulate(config, out=folder, progress=dies_at(1, "phase"))
+        simulate.simulate(config, out=folder, observers=[DiesAt(1, "phase")])
     other = small_config(train={"adam_epsilon": 1e-3}, system={"client_chunk": 1})
-    run = simulate.simulate(other, out=folder, resume=True, progress=lambda fed: events.append)
-    assert any("system.client_chunk: 3 → 1: results agree to rounding" in e.get("text", "") for e in events)
+    run = simulate.simulate(other, out=folder, resume=True, observers=[seen])
+    assert any("system.client_chunk: 3 → 1: results agree to rounding" in e.get("text", "") for e in seen.events)
     plain = simulate.simulate(config)
     for a, b in zip(run.population, plain.population, strict=True):
         assert tree_max_difference(a.adapters, b.adapters) <= 1e-5
@@ -212,7 +339,7 @@ def test_data_that_have_gone(tmp_path, call):
     assert call("data", "digits", tmp_path / "scenes", "--train", 8, "--validation", 2, "--test", 2)[0] == 0
     config, folder = small_config(data={"path": str(tmp_path / "scenes")}), tmp_path / "run"
     with pytest.raises(Killed):
-        simulate.simulate(config, out=folder, progress=dies_at(2, "phase"))
+        simulate.simulate(config, out=folder, observers=[DiesAt(2, "phase")])
     (tmp_path / "scenes").rename(tmp_path / "elsewhere")
     before = sorted(p for p in folder.rglob("*"))
     code, _, err = call("run", folder / "config.yaml", "--out", folder, "--resume")
@@ -244,14 +371,15 @@ def test_determinism_is_asked_for_in_time(monkeypatch):
 def test_one_run_at_a_time(tmp_path, monkeypatch):
     config, folder, refused = small_config(), tmp_path / "run", []
 
-    def progress(fed):
-        with pytest.raises(InputError, match="in use by another run"):
-            simulate.simulate(config, out=folder, resume=True)
-        refused.append(1)
-        die()
+    class Second(RunObserver):
+        def run_started(self, fed, state):
+            with pytest.raises(InputError, match="in use by another run"):
+                simulate.simulate(config, out=folder, resume=True)
+            refused.append(1)
+            die()
 
     with pytest.raises(Killed):
-        simulate.simulate(config, out=folder, progress=progress)
+        simulate.simulate(config, out=folder, observers=[Second()])
     assert refused == [1]
 
 
@@ -262,13 +390,13 @@ def test_server_state_of_any_shape_comes_back():
             "members": {4: {"size": 7, "adapter": {"b": np.float32([1, 2])}}},
             "optimizer": optax.adam(1e-3).init({"w": np.ones(3, np.float32)}), "list": [1.5, (np.int32(4), "x")]}
     arrays: dict = {}
-    node = json.loads(json.dumps(resume.packed(tree, arrays)))
-    back = resume.unpacked(node, {k: np.concatenate(v) for k, v in arrays.items()}, tree)
+    node = json.loads(json.dumps(packing.packed(tree, arrays)))
+    back = packing.unpacked(node, {k: np.concatenate(v) for k, v in arrays.items()}, tree)
     assert jax.tree.structure(back) == jax.tree.structure(tree)
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
         assert np.array_equal(a, b) and np.asarray(a).dtype == np.asarray(b).dtype
-    with pytest.raises(resume.Damaged, match="where NoneType was expected"):
-        resume.unpacked(node, {k: np.concatenate(v) for k, v in arrays.items()}, {})
+    with pytest.raises(InputError, match="where NoneType was expected"):
+        packing.unpacked(node, {k: np.concatenate(v) for k, v in arrays.items()}, {})
 
 
 def start(config: Path, folder: Path, kind: str, seed: int, cache: Path) -> subprocess.CompletedProcess:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import small_config
 
+from pilot_jax.federation.observer import RunObserver
 from pilot_jax.runs import simulate
 from pilot_jax.runs.events import CompileClock
 
@@ -26,17 +27,15 @@ def resident() -> int:
 def test_a_long_run_does_not_grow(tmp_path, store):
     seen, clock = [], CompileClock()
 
-    def progress(fed):
-        def show(event):
-            if event["kind"] == "phase" and event["round"] % 20 == 0:
+    class Watch(RunObserver):
+        def phase_ended(self, state, record, mixing, trained):
+            if mixing is not None and record["round"] % 20 == 0:
                 gc.collect()
                 seen.append((resident(), len(os.listdir("/proc/self/fd")), clock.programs))
 
-        return show
-
     config = small_config(federation={"rounds": ROUNDS, "clients_per_round": 3, "local_steps": 1},
                           system={"store": str(tmp_path / "store")} if store else {})
-    simulate.simulate(config, out=tmp_path / "run", progress=progress)
+    simulate.simulate(config, out=tmp_path / "run", observers=[Watch()])
     clock.stop()
     memory, files, programs = np.asarray(seen).T
     half = len(seen) // 2

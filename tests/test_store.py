@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_config, tree_max_difference
+from safetensors.numpy import load_file
 
 from pilot_jax.errors import InputError
 from pilot_jax.federation import mixing
 from pilot_jax.federation.state import StoredState
 from pilot_jax.runs import restore, simulate
-from pilot_jax.storage import RowsWriter, Store, flat, nested
+from pilot_jax.storage import RowsWriter, Store, append_rows, atomic_write, map_on_disk, new_folder
 
 
 def test_a_population_on_disk_changes_nothing(tmp_path):
@@ -21,7 +24,7 @@ def test_a_population_on_disk_changes_nothing(tmp_path):
     sections = {"federation": {"rounds": 2, "clients_per_round": 4}}
     memory = simulate.simulate(small_config(**sections), out=tmp_path / "memory")
     disk = simulate.simulate(small_config(**sections, system={"store": str(tmp_path / "store")}),
-                               out=tmp_path / "disk")
+                             out=tmp_path / "disk")
     for key in ("adapters_sha256", "bytes_up", "bytes_down", "client_steps", "score_by_client"):
         assert memory.summary[key] == disk.summary[key], key
     on_disk = [isinstance(state, StoredState) for state in disk.population]
@@ -42,11 +45,11 @@ def test_a_population_on_disk_changes_nothing(tmp_path):
 def test_versions(tmp_path, monkeypatch):
     store = Store(tmp_path / "new" / "folder", most_waiting=2)
     tree = {"a": {"b": np.arange(6, dtype=np.float32).reshape(2, 3)}, "c": np.float32([1])}
-    assert nested(flat(tree)).keys() == tree.keys() and flat(tree).keys() == {"a/b", "c"}
     first = store.write(3, tree)
     second = store.write(3, {"a": {"b": tree["a"]["b"] + 1}, "c": tree["c"]})
     store.flush()
     assert tree_max_difference(store.read(first), tree) == 0  # still there
+    assert load_file(store._path(first)).keys() == {"a/b", "c"}  # the file's format
     assert store.read(second)["a"]["b"][1, 2] == 6
     store.prune({second})
     assert [p.name for p in store.folder.iterdir()] == [store._path(second).name]
@@ -72,6 +75,56 @@ def test_a_write_that_fails_is_reported(tmp_path):
     store.write(1, {"a": np.zeros(3, np.float32)})
     with pytest.raises(Exception, match="No such file"):
         store.flush()
+
+
+def test_an_empty_subtree_leaves_no_trace(tmp_path):
+    """As before flax flattened the trees: a file has arrays alone."""
+    store = Store(tmp_path)
+    key = store.write(1, {"a": {}, "b": {"c": np.ones(2, np.float32), "d": {}}})
+    store.flush()
+    read = store.read(key)
+    assert read.keys() == {"b"} and read["b"].keys() == {"c"}
+
+
+def failing(path):
+    path.write_text("half")
+    raise RuntimeError("no more")
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_atomic_write(tmp_path, durable):
+    file = tmp_path / "config.yaml"
+    for data, content in (("ä\n", "ä\n".encode()), (b"\x00", b"\x00"), (lambda path: path.write_text("c"), b"c")):
+        atomic_write(file, data, durable=durable)
+        assert file.read_bytes() == content
+    with pytest.raises(RuntimeError, match="no more"):
+        atomic_write(file, failing, durable=durable)
+    assert file.read_bytes() == b"c" and [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+    with pytest.raises(FileNotFoundError):
+        atomic_write(tmp_path / "no such folder" / "file", "text", durable=durable)
+
+
+def test_new_folder(tmp_path):
+    path = tmp_path / "deep" / "folder"
+    stale = path.with_name("folder.partial")
+    stale.mkdir(parents=True)
+    (stale / "old").touch()  # of a process that was killed
+    with new_folder(path) as folder:
+        (folder / "new").touch()
+        assert not path.exists()
+    assert [p.name for p in path.iterdir()] == ["new"] and not stale.exists()
+    with pytest.raises(FileExistsError, match="exists already"), new_folder(path):
+        pass
+    assert [p.name for p in path.iterdir()] == ["new"]
+    with pytest.raises(RuntimeError, match="no more"), new_folder(tmp_path / "other") as folder:
+        failing(folder / "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["deep"]
+
+
+def test_append_rows(tmp_path):
+    arrays = [np.arange(6, dtype=np.int32).reshape(3, 2), np.zeros((0, 2), np.int32), np.ones((2, 2), np.int32)]
+    rows = [append_rows(tmp_path / "rows", array) for array in arrays]
+    assert all((np.asarray(r) == a).all() and r.shape == a.shape for r, a in zip(rows, arrays, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
@@ -106,7 +159,7 @@ def test_mixing_from_disk(tmp_path, space):
             files["layers"][target][name] = writer.rows
     expected, weights = (mixing.ata(x, np.ones(20), neighbors=2, space=space)[0] for x in (arrays, files))
     assert (np.asarray(weights) == np.asarray(expected)).all() and np.asarray(weights).max() < 1
-    mixed = mixing.apply_on_disk(weights, files, tmp_path)
+    mixed = map_on_disk(partial(jax.jit(mixing.apply), weights), files, tmp_path)
     np.testing.assert_allclose(np.asarray(mixed["layers"]["q"]["b"]),
                                np.einsum("ms,sldr->mldr", weights, arrays["layers"]["q"]["b"]), atol=1e-6)
     assert mixed["layers"]["v"]["a"].shape == (20, 2, 3, 8)

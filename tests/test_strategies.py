@@ -3,71 +3,65 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import re
+import sys
+import textwrap
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jsonschema
 import numpy as np
 import pytest
-from conftest import small_config, tree_max_difference
+import yaml
+from conftest import Records, small_config, tree_max_difference
+from pydantic import Field
 
-from pilot_jax.config import parse_config
-from pilot_jax.data.arrays import ClientData, pooled
-from pilot_jax.federation import executor, rounds
-from pilot_jax.federation.state import ClientState, Federation, State
-from pilot_jax.federation.strategies import STRATEGIES, make_strategy
-from pilot_jax.runs import prepare
+import pilot_jax
+from pilot_jax.config import (
+    STRATEGY_PARAMS,
+    FederationConfig,
+    StrategyParams,
+    apply_overrides,
+    json_schema,
+    known_keys,
+    load_config,
+    parse_config,
+)
+from pilot_jax.errors import InputError, Interrupted
+from pilot_jax.evaluation.personalised import Evaluation, evaluate
+from pilot_jax.federation import executor, mixing, rounds
+from pilot_jax.federation.cohort import Cohort
+from pilot_jax.federation.observer import RunObserver
+from pilot_jax.federation.state import stack
+from pilot_jax.federation.strategies import ENTRY_POINTS, STRATEGIES, Strategy, make_strategy, use
+from pilot_jax.runs import prepare, restore, simulate
+from pilot_jax.runs.export import export_client
+from pilot_jax.runs.resume import Snapshots
+from pilot_jax.testing import toy
+from pilot_jax.testing.toy import (
+    CLASSES,
+    DESCENT,
+    FEATURES,
+    RANK,
+    ROUNDS,
+    SIZES,
+    run_toy,
+    toy_adapters,
+    toy_clients,
+    toy_federation,
+    toy_numbers,
+    toy_state,
+)
 
-D, V, R = 5, 4, 2  # features, classes, LoRA rank
-SIZES = (4, 8, 6)
-TASKS = (0, 0, 1)
-ROUNDS, EPOCHS, RATE = 2, 3, 0.4
-
-
-@dataclasses.dataclass(frozen=True)
-class Regression:
-    """logits = X·(W + B·A)ᵀ: the projector is W, LoRA's only layer is A, B."""
-
-    def apply(self, variables, batch, stage, task_index, method):
-        w = variables["connector"]["connector"]["projector"]["w"]
-        pair = variables["lora"]["decoder"]["layers"]["q"]
-        return (batch["features"] @ (w + pair["b"][0] @ pair["a"][0]).T)[:, None], {}
-
-
-def problem(sizes=SIZES, seed=0):
-    rng = np.random.default_rng(seed)
-    return [(rng.normal(size=(n, D)), rng.integers(V, size=n)) for n in sizes]
-
-
-def client_data(number, x, y):
-    n = len(x)
-    train = {"input_ids": np.zeros((n, 8), np.int32), "attention_mask": np.ones((n, 8), np.int32),
-             "target_positions": np.zeros((n, 1), np.int32), "target_ids": y[:, None].astype(np.int32),
-             "target_weights": np.ones((n, 1), np.float32), "has_image": np.ones(n, np.float32),
-             "features": x.astype(np.float32)}
-    return ClientData(f"c{number}", f"t{TASKS[number]}", train, {})
-
-
-def start():
-    rng = np.random.default_rng(7)
-    return {"w": rng.normal(size=(V, D)) * 0.3, "a": rng.normal(size=(R, D)) * 0.5, "b": rng.normal(size=(V, R)) * 0.2,
-            "a2": rng.normal(size=(R, D)) * 0.5, "b2": np.zeros((V, R))}
+EPOCHS, RATE = ROUNDS.local_epochs, DESCENT.lr_connector
 
 
-def subtrees(name, p):
-    """The start as the strategy's adapters."""
-    lora = lambda a, b: {"layers": {"q": {"a": a[None], "b": b[None]}}}  # noqa: E731
-    own = {"projector": {"w": p["w"]}}
-    if name in ("ffa_lora", "fedsa_lora"):
-        own |= {"text_adapter_a": {"q": p["a"][None]}, "text_adapter_b": {"q": p["b"][None]}}
-    else:
-        own["text_adapter"] = lora(p["a"], p["b"])
-    if name == "feddpa":
-        own["private_adapter"] = lora(p["a2"], p["b2"])
-    if name == "scaffold":
-        zero = jax.tree.map(np.zeros_like, own)
-        own = {**own, "control": zero, "control_change": zero, "server_control": zero}
-    return jax.tree.map(lambda x: np.asarray(x, np.float32), own)
+def problem():
+    """(features, labels) of each client, float64."""
+    return [(np.float64(c.features), c.train["target_ids"][:, 0]) for c in toy_clients()]
 
 
 def numbers(adapters):
@@ -82,25 +76,9 @@ def numbers(adapters):
     return {k: np.asarray(v, np.float64) for k, v in out.items()}
 
 
-def run(name, data, **settings):
+def run(name, **settings):
     """The package's rounds on the problem; every client's final numbers."""
-    config = parse_config({
-        "strategy": {"name": name, **settings}, "federation": {"rounds": ROUNDS, "local_epochs": EPOCHS},
-        "train": {"batch_size": 64, "optimizer": "sgd", "warmup": 0.0, "lr_connector": RATE, "lr_lora_stage1": RATE},
-        "system": {"client_chunk": 2}})
-    strategy = make_strategy(config.strategy, "first_time")
-    clients = tuple(client_data(i, x, y) for i, (x, y) in enumerate(data))
-    model = types.SimpleNamespace(module=Regression(), base={})
-    fed = Federation(config, strategy, model, clients, ("t0", "t1"))
-    if strategy.pools_data:
-        fed = dataclasses.replace(fed, clients=(pooled(list(clients)),), pool_of=clients)
-    adapters = subtrees(name, start())
-    strategy.roles().check(adapters)
-    server = strategy.initial_server_state(adapters, np.asarray([c.size for c in fed.clients]),
-                                           np.asarray([fed.task_index(i) for i in range(len(fed.clients))]))
-    state = State(tuple(ClientState(adapters) for _ in fed.clients), server)
-    for round_ in range(1, ROUNDS + 1):
-        state = rounds.run_round(fed, state, round_, lambda e: None, lambda r: None, lambda *a: None)
+    state = run_toy(toy_federation(make_strategy(name, settings)))
     return [numbers(c.adapters) for c in state.population]
 
 
@@ -112,7 +90,7 @@ def gradient(p, x, y):
     ba = p["b"] @ p["a"] + (p["b2"] @ p["a2"] if "a2" in p else 0)
     z = x @ (p["w"] + ba).T
     z = np.exp(z - z.max(1, keepdims=True))
-    g = (z / z.sum(1, keepdims=True) - np.eye(V)[y]).T @ x / len(x)
+    g = (z / z.sum(1, keepdims=True) - np.eye(CLASSES)[y]).T @ x / len(x)
     out = {"w": g, "a": p["b"].T @ g, "b": g @ p["a"].T}
     return out | ({"a2": p["b2"].T @ g, "b2": g @ p["a2"].T} if "a2" in p else {})
 
@@ -136,12 +114,12 @@ def average(uploads, weights):
     return {k: sum(w * u[k] for w, u in zip(weights, uploads, strict=True)) for k in uploads[0]}
 
 
-PHASES = ROUNDS + 1  # two in the first round
+PHASES = ROUNDS.rounds + 1  # two in the first round
 
 
 def federated(data, server_step=average, shared="wab", trained="wab", correct=None, private=False):
     """FedAvg's loop: `server_step(uploads, sizes) → model`; entries not in `shared` stay with their client."""
-    p = {k: v for k, v in start().items() if private or k in "wab"}
+    p = {k: v for k, v in toy_numbers().items() if private or k in "wab"}
     clients = [dict(p) for _ in data]
     for _ in range(PHASES):
         clients = [local_steps(c, x, y, trained, correct)[0] for c, (x, y) in zip(clients, data, strict=True)]
@@ -152,7 +130,7 @@ def federated(data, server_step=average, shared="wab", trained="wab", correct=No
 
 def with_server(rule):
     """Server step x ← x + η·direction(Δ), Δ the mean change of the clients; `rule(Δ, state, k) → step`."""
-    model = {k: v for k, v in start().items() if k in "wab"}
+    model = {k: v for k, v in toy_numbers().items() if k in "wab"}
     state = {}
 
     def step(uploads, sizes):
@@ -182,7 +160,7 @@ def adaptive(second):
 
 def scaffold(data):
     """Karimireddy et al., 2020: x ← x + mean(y − x), c_k by the mean of the client's gradients, c their mean."""
-    model = {k: v for k, v in start().items() if k in "wab"}
+    model = {k: v for k, v in toy_numbers().items() if k in "wab"}
     own = [{k: np.zeros_like(v) for k, v in model.items()} for _ in data]
     for _ in range(PHASES):
         everyone = average(own, SIZES)
@@ -194,7 +172,7 @@ def scaffold(data):
 
 
 def similarity(data, temperature=0.5):
-    begin = {k: v for k, v in start().items() if k in "wab"}
+    begin = {k: v for k, v in toy_numbers().items() if k in "wab"}
     clients = [dict(begin) for _ in data]
     for _ in range(PHASES):
         clients = [local_steps(c, x, y)[0] for c, (x, y) in zip(clients, data, strict=True)]
@@ -207,7 +185,7 @@ def similarity(data, temperature=0.5):
 
 def centralised(data):
     x, y = np.concatenate([x for x, _ in data]), np.concatenate([y for _, y in data])
-    model = {k: v for k, v in start().items() if k in "wab"}
+    model = {k: v for k, v in toy_numbers().items() if k in "wab"}
     for _ in range(PHASES):
         model, _ = local_steps(model, x, y)
     return [model]
@@ -239,18 +217,19 @@ CASES = {
 
 
 def test_every_strategy_is_here():
-    assert set(CASES) == set(STRATEGIES) - {"pilot"}  # Pilot's parts: test_mixing, test_objectives, test_federation
+    packages = {name for name, strategy in STRATEGIES.items() if strategy.__module__.startswith("pilot_jax.")}
+    assert set(CASES) == packages - {"pilot"}  # Pilot's parts: test_mixing, test_objectives, test_federation
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_against_the_papers_own_update(name):
     settings, expected = CASES[name]
     data = problem()
-    ours, theirs = run(name, data, **settings), expected(data)
+    ours, theirs = run(name, **settings), expected(data)
     for got, want in zip(ours, theirs, strict=True):
         for key in got:
             np.testing.assert_allclose(got[key], want[key], atol=2e-5, err_msg=key)
-    begin = start()
+    begin = toy_numbers()
     assert all(np.abs(got["w"] - begin["w"]).max() > 1e-2 for got in ours)
     if name not in ("fedavg", "centralised"):  # each differs from FedAvg by far more than the tolerance
         plain = federated(data)
@@ -259,39 +238,35 @@ def test_against_the_papers_own_update(name):
 
 def test_absent_clients_keep_their_control():
     """SCAFFOLD with one client away: c moves by the share of those who are there."""
-    strategy = make_strategy(parse_config({"strategy": {"name": "scaffold"}}).strategy, "first_time")
-    adapters = subtrees("scaffold", start())
-    server = strategy.initial_server_state(adapters, np.asarray(SIZES), np.asarray(TASKS))
+    strategy, tasks = make_strategy("scaffold"), np.asarray([0, 0, 1])
+    adapters = toy_adapters(strategy)
+    server = strategy.initial_server_state(adapters, np.asarray(SIZES), tasks)
     ones = jax.tree.map(lambda x: np.ones((2, *x.shape), np.float32), adapters["control_change"])
     uploads = {n: jax.tree.map(lambda x: np.stack([x, x]), adapters[n]) for n in ("text_adapter", "projector")}
-    out = strategy.aggregate({**uploads, "control_change": ones}, np.asarray(SIZES[:2]), np.asarray(TASKS[:2]),
-                             np.arange(2), server)
-    for leaf in jax.tree.leaves(out.server_state["control"]):
+    out = strategy.aggregate(Cohort({**uploads, "control_change": ones}, np.asarray(SIZES[:2]), tasks[:2],
+                                    np.arange(2), 1), server)
+    for leaf in jax.tree.leaves(out.server["control"]):
         np.testing.assert_allclose(leaf, (4 + 8) / 18, atol=1e-6)
 
 
-def test_fedavg_with_one_sgd_step_is_centralised_sgd(federation):
+def test_fedavg_with_one_sgd_step_is_centralised_sgd(setup):
     """Equal supervised-token counts, one local step: the mean of the clients' steps is the step on the pooled batch."""
-    fed, _, _ = federation
-    train = fed.config.train.model_copy(update={"optimizer": "sgd", "lr_connector": 0.1, "lr_lora_stage1": 0.1,
-                                                "batch_size": 3})
+    def one_step(name, batch_size):
+        config = small_config(strategy={"name": name}, federation={"local_steps": None}, train={
+            "optimizer": "sgd", "lr_connector": 0.1, "lr_lora_stage1": 0.1, "batch_size": batch_size})
+        return prepare.with_strategy(few, make_strategy(config.strategy), config).federation
+
     clients = tuple(dataclasses.replace(c, train={k: v[:3] for k, v in c.train.items()} | {
         "target_weights": np.concatenate([np.ones((3, 1)), np.zeros((3, c.train["target_ids"].shape[1] - 1))], 1
-                                         ).astype(np.float32)}) for c in fed.clients)
-    config = fed.config.model_copy(update={
-        "train": train, "federation": fed.config.federation.model_copy(update={"local_steps": None})})
-    fed = dataclasses.replace(fed, clients=clients, config=config)
-    fed = prepare.with_strategy(fed, make_strategy(config.strategy.model_copy(update={"name": "fedavg"}), ""))
+                                         ).astype(np.float32)}) for c in setup.federation.clients)
+    few = dataclasses.replace(setup, evaluation=dataclasses.replace(setup.evaluation, clients=clients))
+    fed, pool = one_step("fedavg", 3), one_step("centralised", 27)
     adapters = prepare.initial_adapters(fed)
-    each, _ = executor.train_phase(fed, dict.fromkeys(range(9), adapters), 1, "plain", "plain", lambda e: None)
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *(each[i] for i in range(9)))
-    mean = fed.strategy.aggregate(stacked, np.full(9, 3), np.zeros(9, int), np.arange(9),
-                                  prepare.initial_state(fed).server).server_state["model"]
-    large = config.model_copy(update={"train": train.model_copy(update={"batch_size": 27})})
-    pool = prepare.with_strategy(fed, make_strategy(config.strategy.model_copy(update={"name": "centralised"}), ""),
-                                    large)
+    each, _ = executor.train_phase(fed, dict.fromkeys(range(9), adapters), 1, "plain", "plain")
+    everyone = Cohort(stack([each[i] for i in range(9)]), np.full(9, 3), np.zeros(9, int), np.arange(9), 1)
+    mean = fed.strategy.aggregate(everyone, prepare.initial_state(fed).server).server["model"]
     assert pool.full_steps(0) == fed.full_steps(0) == 1
-    together, _ = executor.train_phase(pool, {0: adapters}, 1, "plain", "plain", lambda e: None)
+    together, _ = executor.train_phase(pool, {0: adapters}, 1, "plain", "plain")
     assert tree_max_difference(mean, {n: together[0][n] for n in mean}) <= 1e-6
     assert tree_max_difference(mean["text_adapter"], adapters["text_adapter"]) > 1e-4
 
@@ -299,7 +274,7 @@ def test_fedavg_with_one_sgd_step_is_centralised_sgd(federation):
 def test_pilot_without_its_parts():
     """Ablations leave out of the table what they leave out of the method."""
     def table(**changes):
-        strategy = make_strategy(small_config(strategy=changes).strategy, "first_time")
+        strategy = make_strategy("pilot", changes)
         rows = strategy.roles().adapter_rows
         return {r.subtree: (r.modes.get("stage1"), r.modes.get("stage2")) for r in rows}, strategy
 
@@ -311,10 +286,433 @@ def test_pilot_without_its_parts():
     single, strategy = table(cross_task=False)
     assert set(single) == {"text_adapter", "task", "client"}
     assert strategy.stages(True, 1) == ("stage1", "stage1") and strategy.stages(False, 2) == ("stage1",)
-    uploads = np.asarray([10, 30, 20]), np.asarray([0, 0, 1])
+    cohort = Cohort({}, np.asarray([10, 30, 20]), np.asarray([0, 0, 1]), np.arange(3), 1)
     between = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (3, 3)))
     _, mean = table(text_aggregation="mean")
-    np.testing.assert_allclose(mean.weights(between, *uploads, np.arange(3)), np.tile([1 / 6, 1 / 2, 1 / 3], (3, 1)))
+    np.testing.assert_allclose(mean.weights(between, cohort), np.tile([1 / 6, 1 / 2, 1 / 3], (3, 1)))
     _, per_task = table(text_aggregation="per_task_mean")
-    np.testing.assert_allclose(per_task.weights(between, *uploads, np.arange(3)),
-                               [[0.25, 0.75, 0], [0.25, 0.75, 0], [0, 0, 1]])
+    np.testing.assert_allclose(per_task.weights(between, cohort), [[0.25, 0.75, 0], [0.25, 0.75, 0], [0, 0, 1]])
+
+
+# A strategy of the user's own. Its run is that of the toy where the real model adds nothing.
+
+
+class Halfway(Strategy):
+    """A mixture of the client's own upload and the mean; its ownership table is the base class's."""
+
+    one_model = False
+
+    class Params(StrategyParams):
+        share: float = Field(0.5, ge=0, le=1, description="halfway: weight of the mean")
+
+    def mix(self, cohort):
+        own, mean = mixing.identity(len(cohort)), mixing.mean(cohort.sizes)
+        return (1 - self.params.share) * own + self.params.share * mean
+
+
+MINE = f"{__name__}:Halfway"
+MODULE = '''
+from pathlib import Path
+import jax.numpy as jnp
+import pilot_jax
+from pilot_jax import mixing
+
+Path(__file__).with_name("imported").touch()
+
+
+class Ring(pilot_jax.Strategy):
+    one_model = False
+
+    def mix(self, cohort):
+        own = mixing.identity(len(cohort))
+        return (own + jnp.roll(own, 1, axis=1)) / 2
+
+
+NOTHING = 5
+'''
+
+
+@pytest.fixture
+def another_process():
+    """Call it to forget which strategies were registered since the test began, as a new process would."""
+    known = dict(STRATEGIES), dict(STRATEGY_PARAMS)
+
+    def forget():
+        for now, before in zip((STRATEGIES, STRATEGY_PARAMS), known, strict=True):
+            now.clear()
+            now.update(before)
+
+    yield forget
+    forget()
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch, another_process):
+    """The name of a class in a file of the working directory; the file leaves `imported` beside it when it is run."""
+    name = f"mine_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield f"{name}:Ring"
+    sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def on_toy(monkeypatch):
+    """`simulate` and `restore` train the toy instead of the model and the data that a config names."""
+    def setup(config, strategy=None):
+        if strategy is None:
+            strategy = make_strategy(config.strategy, schedule=config.federation.schedule)
+        else:
+            config, strategy = prepare.with_own_strategy(config, strategy)
+        fed = toy_federation(strategy, settings=config.federation, train=DESCENT, seed=config.system.seed)
+        evaluation = Evaluation(fed, fed.clients, tuple(range(len(fed.clients))), None, {}, 2, config.data)
+        return prepare.Setup(config, fed, evaluation, executor.Executor(2), config.model, config.eval, config.system)
+
+    monkeypatch.setattr(simulate, "prepare", setup)
+    monkeypatch.setattr(restore, "prepare_restored", setup)
+    for place in (simulate, restore):
+        monkeypatch.setattr(place, "initial_state", toy_state)
+    monkeypatch.setattr(restore, "initial_adapters", lambda fed: toy_adapters(fed.strategy))
+    return parse_config({"federation": {"rounds": 2, "local_epochs": 3}, "strategy": {"name": "fedavg"}})
+
+
+class Stops(RunObserver):
+    """Asks for an end after so many chunks."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def chunk_trained(self, progress):
+        self.left -= 1
+
+    def stop_requested(self):
+        return 0 if self.left > 0 else 15
+
+
+def files(folder):
+    """What is in a folder: each file and its hash, without the lock."""
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
+
+
+def one_line(error):
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_a_strategy_of_ones_own_in_a_file_is_found_by_its_name(module, on_toy, another_process):
+    """By an override, by `use`, and by nothing else: the same run as with the object."""
+    with pytest.raises(InputError):
+        apply_overrides(on_toy, ["strategy={name: " + module + "}"])  # a section given as one may come from a file
+    config = apply_overrides(on_toy, [f"strategy.name={module}"])
+    assert config.strategy.name == module and Path("imported").exists()
+    run = simulate.simulate(config)
+    assert run.summary["strategy"] == module and type(run.federation.strategy).__name__ == "Ring"
+    another_process()
+    assert use(module) == module and use(STRATEGIES[module]) == module
+    found = STRATEGIES[module]
+    as_object = simulate.simulate(on_toy, strategy=found())
+    assert as_object.summary["adapters_sha256"] == run.summary["adapters_sha256"]
+    assert run.summary["adapters_sha256"] != simulate.simulate(on_toy).summary["adapters_sha256"]
+    for bad, message in ((f"{module}s", "has no Rings"), (module.replace("Ring", "NOTHING"), "not a subclass"),
+                         ("no_such_module:Ring", "cannot be imported"), ("fedavgg", "Did you mean 'fedavg'")):
+        with pytest.raises(InputError, match=message):
+            use(bad)
+
+
+def test_a_file_alone_imports_nothing(module, on_toy, another_process, tmp_path):
+    """A config, or a run directory, that names a module from elsewhere: one line that says what to do."""
+    config = apply_overrides(on_toy, [f"strategy.name={module}"])
+    simulate.simulate(config, out=tmp_path / "run")
+    another_process()
+    sys.modules.pop(module.split(":")[0])
+    Path("imported").unlink()
+    before = files(tmp_path / "run")
+    (tmp_path / "their.yaml").write_text(config.to_yaml())
+    attempts = [lambda: load_config(tmp_path / "their.yaml"), lambda: restore.restore(tmp_path / "run"),
+                lambda: load_config(tmp_path / "their.yaml", ["federation.rounds=3"]),
+                lambda: parse_config({"strategy": {"name": module}}), lambda: make_strategy(module),
+                lambda: simulate.simulate(on_toy, out=tmp_path / "run", resume=True)]
+    for attempt in attempts:
+        with pytest.raises(InputError, match="a file alone imports no code") as error:
+            attempt()
+        assert f"--strategy {module}" in one_line(error)
+    assert not Path("imported").exists() and files(tmp_path / "run") == before
+    assert restore.restore(tmp_path / "run", strategy=module).federation.strategy.name == module
+    assert Path("imported").exists()
+
+
+@pytest.mark.parametrize("named", ["class", "object", "name"])
+def test_an_interrupted_run_of_ones_own_goes_on_with_it_alone(on_toy, another_process, tmp_path, named):
+    """Without it, or with another, one line is all that happens. (The stock strategy was taken, at commit 5da22c1, its
+    adapters did not fit, the good snapshot counted as broken and was deleted.)"""
+    mine = Halfway(Halfway.Params(share=0.25))
+    whole = simulate.simulate(on_toy, strategy=mine)
+    with pytest.raises(Interrupted):
+        simulate.simulate(on_toy, out=tmp_path / "run", strategy=mine, observers=[Stops(3)])
+    assert load_config(tmp_path / "run" / "config.yaml").strategy == mine.params
+    before = files(tmp_path / "run")
+    assert any("resume/000001/manifest.json" in name for name in before)
+    with pytest.raises(InputError, match=r"strategy\.name: '.*Halfway' → 'fedavg'"):  # known, and not the run's
+        simulate.simulate(on_toy, out=tmp_path / "run", resume=True)
+    another_process()
+    for attempt in (lambda: simulate.simulate(on_toy, out=tmp_path / "run", resume=True),
+                    lambda: simulate.simulate(parse_config({}), out=tmp_path / "run", resume=True),
+                    lambda: restore.restore(tmp_path / "run")):
+        with pytest.raises(InputError, match="--strategy") as error:
+            attempt()
+        assert MINE in one_line(error)
+    with pytest.raises(InputError, match=f"but .* is a run of {MINE}") as error:
+        use(Halfway)
+        restore.restore(tmp_path / "run", strategy="fedavg")
+    one_line(error)
+    assert files(tmp_path / "run") == before
+    another_process()
+    use({"class": Halfway, "object": mine, "name": MINE}[named])
+    back = restore.restore(tmp_path / "run", strategy={"class": Halfway, "object": mine, "name": MINE}[named])
+    assert type(back.federation.strategy) is Halfway and back.federation.strategy.params.share == 0.25
+    config = load_config(tmp_path / "run" / "config.yaml")
+    run = simulate.simulate(config, out=tmp_path / "run", resume=True)
+    assert run.summary["adapters_sha256"] == whole.summary["adapters_sha256"]
+    assert restore.restore(tmp_path / "run", strategy=Halfway).summary["strategy"] == MINE
+
+
+def test_snapshots_of_another_strategy_are_refused_and_stay(on_toy, tmp_path):
+    """Whatever brings the wrong strategy to a good snapshot: it is named as such, not called damaged, not removed."""
+    with pytest.raises(Interrupted):
+        simulate.simulate(on_toy, out=tmp_path / "run", observers=[Stops(3)])
+    folder = tmp_path / "run" / "checkpoints" / "resume"
+    before = files(folder)
+    told = []
+    for name in ("ffa_lora", "scaffold", "feddpa"):
+        fed = toy_federation(make_strategy(name))
+        with pytest.raises(InputError, match="another strategy"):
+            Snapshots(folder, fed.names, fed.strategy.roles()).load(toy_state(fed), None, told.append)
+    assert not told and files(folder) == before
+
+
+def test_a_run_of_ones_own_is_evaluated_and_exported(another_process, tmp_path):
+    """On the real model: restored by its class it gives the scores of its summary, and can be exported."""
+    config = small_config(federation={"local_steps": 1}, data={"digits": {"train": 4}})
+    run = simulate.simulate(config, out=tmp_path / "run", strategy=Halfway())
+    weights = np.load(tmp_path / "run" / "mixing" / "round_0001_plain2.npz")["weights"]
+    np.testing.assert_allclose(weights, np.eye(9) / 2 + 1 / 18, atol=1e-6)
+    another_process()
+    with pytest.raises(InputError, match=f"--strategy {MINE}"):
+        restore.restore(tmp_path / "run")
+    back = restore.restore(tmp_path / "run", strategy=Halfway)
+    assert type(back.federation.strategy) is Halfway and back.config.strategy.name == MINE
+    assert evaluate(back.evaluation, back.population) == run.summary["score_by_client"]
+    export_client(back, "vqa_0", tmp_path / "vqa_0")
+    assert f"| method | {MINE} |" in (tmp_path / "vqa_0" / "README.md").read_text()
+    assert (tmp_path / "vqa_0" / "adapter_model.safetensors").stat().st_size > 0
+
+
+def test_entry_points_of_installed_packages_are_known(on_toy, another_process, monkeypatch):
+    """An installed package is code that the user has chosen: its names need no `--strategy`, in files neither."""
+    point = types.SimpleNamespace(name="halfway", value=MINE, load=lambda: Halfway)
+    wrong = types.SimpleNamespace(name="wrong", value="json:loads", load=lambda: 5)
+    groups = {ENTRY_POINTS: [point, wrong]}
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda *, group: groups.get(group, []))
+    config = parse_config({"strategy": {"name": "halfway", "share": 0.75}})
+    assert STRATEGIES["halfway"] is Halfway and config.strategy.share == 0.75
+    assert type(make_strategy(config.strategy)) is Halfway and make_strategy(config.strategy).name == "halfway"
+    another_process()
+    assert type(make_strategy(MINE)) is Halfway  # by its value too
+    for bad, message in (("wrong", "not a subclass"), ("halfwayy", "is not a strategy")):
+        with pytest.raises(InputError, match=message):
+            make_strategy(bad)
+
+
+# The section `strategy`.
+
+
+def test_the_section_of_a_strategy_of_ones_own(another_process):
+    name = use(Halfway)
+    assert parse_config({"strategy": {"name": name, "share": 0.25}}).strategy == Halfway.Params(name=name, share=0.25)
+    for section, message in (({"share": 2}, r"strategy\.share: .*less than or equal to 1 \(got 2\)"),
+                             ({"share": "much"}, r"strategy\.share: .*valid number"),
+                             ({"sahre": 0.5}, r"strategy\.sahre: unknown key\. Did you mean 'strategy\.share'\?")):
+        with pytest.raises(InputError, match=message):
+            parse_config({"strategy": {"name": name, **section}})
+    assert "strategy.share" in known_keys()
+    assert apply_overrides(parse_config({}), [f"strategy.name={name}", "strategy.share=1"]).strategy.share == 1
+    assert yaml.safe_load(parse_config({"strategy": {"name": name}}).to_yaml())["strategy"] == {
+        "name": name, "share": 0.5}
+
+
+def test_keys_of_other_strategies_are_checked_and_dropped():
+    """One config serves several strategies; what is wrong in it is wrong under each of them."""
+    several = {"ata": {"neighbors": 4}, "trim": 0.1, "prox_mu": 0.5, "server": {"momentum": 0.5}}
+    for name in STRATEGIES:
+        section = parse_config({"strategy": {"name": name, **several}}).strategy
+        own = STRATEGY_PARAMS[name].model_fields
+        assert type(section) is STRATEGY_PARAMS[name]
+        assert set(section.model_dump()) == {"name"} | set(own) and section.name == name
+        for key in set(several) & set(own):
+            assert getattr(section, key) != own[key].default
+        for key, bad in (("ata", {"neighbors": 0}), ("trim", 0.5), ("prox_mu", -1), ("server", {"tau": 0}),
+                         ("ata", {"neighbours": 1})):
+            with pytest.raises(InputError, match=rf"strategy\.{key}"):
+                parse_config({"strategy": {"name": name, key: bad}})
+    with pytest.raises(InputError, match=r"strategy\.trimm: unknown key\. Did you mean 'strategy\.trim'\?"):
+        parse_config({"strategy": {"name": "fedavg", "trimm": 0.1}})
+    for raw, message in ((5, "expected a mapping"), ({"name": 5}, "5 is not a strategy"), ({"name": ["a:b"]}, "is not"),
+                         ({"name": "fed_avg"}, "Did you mean 'fedavg'")):
+        with pytest.raises(InputError, match=message):
+            parse_config({"strategy": raw})
+
+
+def test_the_json_schema_knows_every_strategys_section(another_process):
+    use(Halfway)
+    schema = json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    valid = jsonschema.Draft202012Validator(schema).is_valid
+    for name, params in STRATEGY_PARAMS.items():
+        section = params(name=name).model_dump(mode="json")
+        assert valid({"strategy": section}) and valid({"strategy": {"name": name}}), name
+        assert not valid({"strategy": section | {"no_such_key": 1}}), name
+    assert valid({}) and valid({"strategy": {"ata": {"neighbors": 1}}})  # Pilot is the default
+    assert not valid({"strategy": {"name": "no_such_strategy"}})
+    assert not valid({"strategy": {"name": MINE, "share": 2}}) and not valid({"strategy": {"ata": {"neighbors": 0}}})
+
+
+# What is told of a run, and how it is ended.
+
+
+class Order(RunObserver):
+    """The names of its methods, in the order of their calls."""
+
+    def __init__(self):
+        self.calls = []
+
+
+for _name in vars(RunObserver):
+    if not _name.startswith("_") and _name != "stop_requested":
+        setattr(Order, _name, lambda self, *arguments, _name=_name: self.calls.append((_name, *arguments)))
+
+
+def test_observers_are_called_in_order(on_toy, monkeypatch):
+    monkeypatch.setattr(simulate, "evaluate", lambda evaluation, population, split: {"c0": 0.25, "c2": 0.75})
+    config = apply_overrides(on_toy, ["eval.every=2"])
+    one, two = Order(), Order()
+    run = simulate.simulate(config, observers=[one, two])
+    phase = ["chunk_trained"] * 2 + ["client_trained"] * 3 + ["phase_ended"]
+    assert [name for name, *_ in one.calls] == [
+        "run_started", *phase, *phase, "round_ended", *phase, "client_scored", "client_scored", "round_scored",
+        "round_ended", "note", "run_ended", "close"]
+    assert [name for name, *_ in two.calls] == [name for name, *_ in one.calls]
+    given = {name: arguments for name, *arguments in one.calls}
+    assert given["run_started"] == [run.federation, given["run_started"][1]]
+    assert given["chunk_trained"] == [{"round": 2, "phase": "plain", "steps": 9, "of": 3, "clients": 3,
+                                       "loss": given["chunk_trained"][0]["loss"]}]
+    assert given["client_scored"] == [{"round": 2, "split": "validation", "client": "c2", "task": "t1", "score": 0.75}]
+    assert given["round_scored"] == [2, 0.5] and given["run_ended"] == [run.summary]
+    state, record, arrays, trained = given["phase_ended"]
+    assert (record["round"], record["phase"], record["clients"]) == (2, "plain", 3) and list(trained) == [0, 1, 2]
+    assert arrays["weights"].shape == (3, 3) and arrays["client_ids"].tolist() == ["c0", "c1", "c2"]
+    assert state.version == 3 and given["round_ended"][0].round == 3
+    lines = [arguments[name == "phase_ended"] for name, *arguments in one.calls
+             if name in ("client_trained", "phase_ended", "client_scored")]
+    assert run.records == lines
+
+
+def test_an_observer_that_raises_ends_the_run_and_all_are_closed(on_toy, tmp_path):
+    class Broken(RunObserver):
+        def client_trained(self, record):
+            raise OSError("no connection")
+
+    order = Order()
+    with pytest.raises(OSError, match="no connection"):
+        simulate.simulate(on_toy, out=tmp_path / "run", observers=[Broken(), order])
+    assert order.calls[-1] == ("close",)
+    whole = simulate.simulate(on_toy)
+    run = simulate.simulate(on_toy, out=tmp_path / "run", resume=True)
+    assert run.summary["adapters_sha256"] == whole.summary["adapters_sha256"]
+
+
+@pytest.mark.parametrize("name", ["scaffold", "similarity"])
+@pytest.mark.parametrize("chunks", [1, 2, 3, 5, 6])
+def test_stop_requested_ends_a_run_that_then_goes_on(on_toy, tmp_path, chunks, name):
+    """After any chunk, in the middle of a phase or at its end: what was trained is saved, and the end is the same."""
+    config = apply_overrides(on_toy, [f"strategy.name={name}"])
+    whole = simulate.simulate(config)
+    order = Order()
+    with pytest.raises(Interrupted) as interrupted:
+        simulate.simulate(config, out=tmp_path / "run", observers=[Stops(chunks), order])
+    assert interrupted.value.signum == 15 and order.calls[-1] == ("close",)
+    assert sum(name == "chunk_trained" for name, *_ in order.calls) == chunks
+    assert not (tmp_path / "run" / "summary.json").exists()
+    seen = Order()
+    run = simulate.simulate(config, out=tmp_path / "run", resume=True, observers=[seen])
+    assert sum(name == "chunk_trained" for name, *_ in seen.calls) == 6 - chunks
+    strip = lambda r: {k: v for k, v in r.items() if not k.endswith("seconds")}  # noqa: E731
+    assert [strip(r) for r in run.records] == [strip(r) for r in whole.records]
+    for key in ("adapters_sha256", "bytes_up", "bytes_down", "client_steps"):
+        assert run.summary[key] == whole.summary[key], key
+
+
+# Rounds of several federations, and bytes.
+
+
+def test_a_federation_that_diverges_leaves_the_others_as_they_were():
+    """Three trained together, one sends what is not finite: it is None, the others are as if it had not been there."""
+    def federation(seed):
+        return toy_federation(make_strategy("scaffold"), toy_clients(seed=seed), seed=seed)
+
+    feds = [federation(seed) for seed in range(3)]
+    feds[1] = dataclasses.replace(feds[1], tamper=lambda client, round_, upload, start: jax.tree.map(
+        lambda x: x * np.float32(np.nan), upload))
+    states, records = [toy_state(fed) for fed in feds], [Records() for _ in feds]
+    with pytest.raises(FloatingPointError, match=r"the upload of c\d is not finite"):
+        rounds.run_round(feds, states, executor.Executor(4))
+    after = rounds.run_round(feds, states, executor.Executor(4), records, survive=True)
+    assert after[1] is None and [s.round for s in (after[0], after[2])] == [2, 2]
+    for i in (0, 2):
+        mine = Records()
+        alone, = rounds.run_round([feds[i]], [states[i]], executor.Executor(4), [mine])
+        for a, b in zip(alone.population, after[i].population, strict=True):
+            assert tree_max_difference(a.adapters, b.adapters) <= 1e-6
+        assert tree_max_difference(alone.server["control"], after[i].server["control"]) <= 1e-6
+        assert [(r["phase"], r.get("client")) for r in mine.records] == [
+            (r["phase"], r.get("client")) for r in records[i].records]
+        assert list(mine.mixing) == list(records[i].mixing) == [(1, "plain1"), (1, "plain2")]
+    assert not records[1].mixing
+
+
+W, A, B = (4 * n for n in (CLASSES * FEATURES, RANK * FEATURES, CLASSES * RANK))
+
+
+@pytest.mark.parametrize(("name", "each"), [
+    ("fedavg", W + A + B), ("fedadam", W + A + B), ("feddpa", W + A + B), ("scaffold", 2 * (W + A + B)),
+    ("ffa_lora", W + B), ("fedsa_lora", W + A), ("median", W + A + B), ("local", 0), ("similarity", 0)])
+def test_a_returning_client_fetches_what_has_changed_and_nothing_else(name, each):
+    """c0 is always there, c1 is away in round 2, c2 comes in round 3: c1 and c2 fetch what others have made since."""
+    settings = FederationConfig(rounds=3, local_steps=1, participation=[
+        {"round": 1, "clients": ["c0", "c1"]}, {"round": 2, "clients": ["c0"]}])
+    fed = toy_federation(make_strategy(name), settings=settings)
+    state, fetched = toy_state(fed), {}
+    for _ in range(3):
+        while (plan := rounds.begin_phase(fed, state)) is not None:
+            fetched[plan.round, plan.label] = plan.bytes_fetched
+            before = state.bytes_down
+            trained, = executor.Executor().train([
+                executor.Work(fed, plan.adapters, plan.round, plan.stage, plan.label)])
+            state = rounds.finish_phase(fed, state, plan, trained, RunObserver())
+            down = sum(fed.strategy.sent_bytes(plan.adapters[0])[1].values())
+            assert state.bytes_down - before == len(plan.clients) * down + plan.bytes_fetched
+        state = rounds.end_round(fed, state)
+    assert fetched == {(1, "plain1"): 0, (1, "plain2"): 0, (2, "plain"): 0, (3, "plain"): 2 * each}
+
+
+def test_the_toys_own_example_runs():
+    text, = re.findall(r"\n\n((?:    .*\n|\n)+)\n?\Z", toy.__doc__ + "\n")
+    scope = {"pilot_jax": pilot_jax, "mixing": mixing}
+    exec(textwrap.dedent(text), scope)
+    alone = run_toy(toy_federation(make_strategy("local")))
+    assert tree_max_difference(scope["state"].population[0].adapters, alone.population[0].adapters) == 0
+    with pytest.raises(ValueError, match="does not know the subtree 'task'"):
+        toy_adapters(make_strategy("pilot"))

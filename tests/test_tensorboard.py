@@ -44,16 +44,16 @@ def test_a_run_that_goes_on_has_one_line(tmp_path):
     records = [{"round": 1, "client": "a", "step": 3, "loss": 2.0}, {"round": 1, "client": "a", "step": 3, "loss": 1.0}]
     files = tensorboard.EventFiles(tmp_path / "tensorboard")
     for record in (*records, {"round": 1, "client": "a", "step": 3, "loss": 9.0}):  # the last was not saved
-        files(record)
+        files.client_trained(record)
     files.close()
     files = tensorboard.EventFiles(tmp_path / "tensorboard", records)
-    files({"round": 2, "client": "a", "step": 3, "loss": 0.5})
+    files.client_trained({"round": 2, "client": "a", "step": 3, "loss": 0.5})
     files.close()
     assert scalars(tmp_path / "tensorboard") == {("loss/a", 3): 2.0, ("loss/a", 6): 1.0, ("loss/a", 9): 0.5}
 
 
 def test_without_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(tensorboard.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pilot-jax\[tensorboard\]"):
+    with pytest.raises(InputError, match=r"extra 'tensorboard'. Run: pip install tensorboardX"):
         simulate.simulate(small_config(system={"tensorboard": True}), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

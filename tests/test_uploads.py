@@ -7,10 +7,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from conftest import small_config, tree_max_difference
+from conftest import Events, small_config, tree_max_difference
 
 from pilot_jax.config import FederationConfig
 from pilot_jax.federation import executor, rounds
+from pilot_jax.federation.observer import RunObserver
+from pilot_jax.federation.strategies import make_strategy
 from pilot_jax.federation.uploads import change, misfit, refusals
 from pilot_jax.runs import prepare, simulate
 
@@ -29,14 +31,14 @@ def spoilt(value=np.nan, who=("ocr_1",), when=(1, 2, 3)):
 def test_a_refused_client_is_as_if_it_had_not_taken_part(value):
     """Everybody else: what a federation gives in whose rounds the client is not in the cohort. The client: as it
     started, and new again when it is well."""
-    events = []
+    events = Events()
     config = small_config(federation={"rounds": 2})
-    run = simulate.simulate(config, tamper=spoilt(value, when=(1,)), progress=lambda fed: events.append)
+    run = simulate.simulate(config, tamper=spoilt(value, when=(1,)), observers=[events])
     names = [c.name for c in run.federation.clients]
     without = small_config(federation={"rounds": 1, "participation": [
         {"round": 1, "clients": [n for n in names if n != "ocr_1"]}]})
     fed = run.federation
-    first = rounds.run_round(fed, prepare.initial_state(fed), 1, lambda e: None, lambda r: None, lambda *a: None)
+    first, = rounds.run_round([fed], [prepare.initial_state(fed)], run.setup.executor)
     absent = simulate.simulate(without)
     ill = names.index("ocr_1")
     for i, name in enumerate(names):
@@ -48,7 +50,7 @@ def test_a_refused_client_is_as_if_it_had_not_taken_part(value):
     # Round 1's first phase; it is then out of the second, and has both of its phases in round 2.
     assert [(r["round"], r["phase"], r["clients"], r["quarantined"]) for r in refused] == [
         (1, "stage1", 8, ["ocr_1"]), (1, "stage2", 8, []), (2, "stage1", 1, []), (2, "stage2", 9, [])]
-    told = [e["text"] for e in events if e["kind"] == "note" and "ocr_1" in e["text"]]
+    told = [e["text"] for e in events.events if e["kind"] == "note" and "ocr_1" in e["text"]]
     assert len(told) == 1 and "left out of this round" in told[0]
     assert ("not finite" if not np.isfinite(value) else "federation.max_update_ratio") in told[0]
     assert all(np.isfinite(x).all() for c in run.population for x in jax.tree.leaves(c.adapters))
@@ -88,18 +90,16 @@ def test_stop_or_nobody_left():
 
 def test_a_client_that_diverges_by_itself_is_refused(monkeypatch):
     """Local-only leaves count too: they would spoil the client's next phase."""
-    from pilot_jax.federation import executor
+    real = executor._Phase.load
 
-    real = executor._chunk_inputs
-
-    def inputs(piece, *shapes):
-        out = real(piece, *shapes)
+    def load(self, piece):
+        loaded = real(self, piece)
         for k, job in enumerate(piece.members):
             if job.data.name == "vqa_0":
-                out["rates"]["connector"][k] = np.inf
-        return out
+                loaded.batch.rates["connector"][k] = np.inf
+        return loaded
 
-    monkeypatch.setattr(executor, "_chunk_inputs", inputs)
+    monkeypatch.setattr(executor._Phase, "load", load)
     run = simulate.simulate(small_config())
     assert run.summary["quarantined"] == 1 and [c.rounds for c in run.population] == [1] * 6 + [0, 1, 1]
 
@@ -128,17 +128,12 @@ def test_exploded(norms, bad):
 def test_robust_mixing_bounds_what_hostile_clients_do(name):
     """2 of 9 send their update times −10, too small to be refused: the model stays among the honest clients' values,
     coordinate by coordinate, where FedAvg's does not."""
-    from pilot_jax.federation.strategies import make_strategy
-    from pilot_jax.runs.prepare import initial_state, prepare, with_strategy
-
     hostile = ("caption_0", "vqa_2")
-    config = small_config(federation={"local_steps": 1}, strategy={"trim": 0.25})
-    fed, _ = prepare(config)
+    setup = prepare.prepare(small_config(federation={"local_steps": 1}))
     outside = {}
     for strategy in (name, "fedavg"):
-        chosen = make_strategy(config.strategy.model_copy(update={"name": strategy}), "first_time")
-        one = with_strategy(fed, chosen)
-        start = initial_state(one)
+        one = prepare.with_strategy(setup, make_strategy(strategy, {"trim": 0.25})).federation
+        start = prepare.initial_state(one)
         uploads = []
 
         def tamper(client, round_, upload, origin, uploads=uploads):
@@ -148,11 +143,10 @@ def test_robust_mixing_bounds_what_hostile_clients_do(name):
             return upload
 
         one = dataclasses.replace(one, tamper=tamper)
-        generator = rounds.round_of(one, start, 1)
-        work = next(generator)
-        done = executor.train_together([work], lambda e: None)[0]
-        work = generator.send(done)  # the next phase's adapters: the server's model
-        model = work.adapters[0]
+        plan = rounds.begin_phase(one, start)
+        done, = setup.executor.train([executor.Work(one, plan.adapters, 1, plan.stage, plan.label)])
+        after = rounds.finish_phase(one, start, plan, done, RunObserver())
+        model = rounds.begin_phase(one, after).adapters[0]  # the next phase's: the server's model
         low, high = (jax.tree.map(lambda *x, f=f: f(np.stack(x), axis=0), *uploads) for f in (np.min, np.max))
         parts = [np.mean((m < lo - 1e-6) | (m > hi + 1e-6)) for n in uploads[0] for m, lo, hi in zip(
             jax.tree.leaves(model[n]), jax.tree.leaves(low[n]), jax.tree.leaves(high[n]), strict=True)]

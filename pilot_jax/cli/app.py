@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -14,12 +15,15 @@ from pilot_jax.errors import InputError
 
 app = typer.Typer(name="pilot-jax", no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Federated multimodal instruction tuning in JAX: Pilot, its baselines, its ablations.")
-for command in (run, comparisons.report, inspect.schema, inspect.roles, inspect.plan, models.evaluate,
-                comparisons.compare, models.generate, models.export, models.pretrain):
+COMMANDS: tuple[Callable[..., None], ...] = (
+    run, comparisons.report, inspect.schema, inspect.roles, inspect.plan, models.evaluate, comparisons.compare,
+    models.generate, models.export, models.pretrain)
+DATA_COMMANDS: tuple[Callable[..., None], ...] = (data.digits, data.check)
+for command in COMMANDS:
     app.command()(command)
 data_app = typer.Typer(no_args_is_help=True, help="Make or check data sets.")
 app.add_typer(data_app, name="data")
-for command in (data.digits, data.check):
+for command in DATA_COMMANDS:
     data_app.command()(command)
 
 

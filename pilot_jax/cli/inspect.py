@@ -1,4 +1,4 @@
-"""Commands that look at a config and allocate nothing: schema, roles, plan."""
+"""Commands that describe configs and allocate nothing: schema, roles, plan."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from pilot_jax.cli.options import AsJson, ConfigPath, Overrides
+from pilot_jax.cli.options import AsJson, ConfigPath, Overrides, StrategyName, check_choice, read_config
 from pilot_jax.cli.tables import print_plan
-from pilot_jax.errors import InputError
 
 
 def schema() -> None:
@@ -20,12 +19,12 @@ def schema() -> None:
     typer.echo(json.dumps(json_schema(), indent=1, ensure_ascii=False))
 
 
-def roles(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def roles(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName = None,
+          as_json: AsJson = False) -> None:
     """Who owns which parameter: trained, frozen, sent, aggregated; with sizes. Allocates nothing."""
-    from pilot_jax.config import load_config
     from pilot_jax.planning.ownership import ownership_table
 
-    rows = ownership_table(load_config(config, overrides))
+    rows = ownership_table(read_config(config, overrides, strategy))
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -40,24 +39,23 @@ def roles(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fal
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def plan(config: ConfigPath, overrides: Overrides = None,
+def plan(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName = None,
          samples: Annotated[int, typer.Option(min=1, help="Samples per client, if the data are not there.")] = 1000,
          tasks: Annotated[int, typer.Option(min=1, help="Tasks, if the data are not there.")] = 3,
          text_tokens: Annotated[int, typer.Option(min=8, help="Text tokens of the longest sample, likewise.")] = 128,
          lower: Annotated[bool, typer.Option(help="Also lower every program for the mesh.")] = False,
          platform: Annotated[str, typer.Option(
-             help="With --lower: cpu, cuda or tpu, which need not be there. Default: what is here.")] = "",
+             help="With --lower: cpu, cuda or tpu; this machine need not have one. Default: its own.")] = "",
          as_json: AsJson = False) -> None:
     """Memory per device, FLOPs and bytes per round, before anything is loaded or allocated."""
-    from pilot_jax.config import load_config
-    from pilot_jax.parallel.devices import split_cpu
     from pilot_jax.planning.estimate import make_plan
+    from pilot_jax.runs.prepare import split_cpu_for
 
-    if platform not in ("", "cpu", "cuda", "tpu"):
-        raise InputError(f"--platform: {platform!r}, expected cpu, cuda or tpu.")
-    settings = load_config(config, overrides)
+    if platform:
+        check_choice("--platform", platform, "cpu", "cuda", "tpu")
+    settings = read_config(config, overrides, strategy)
     if lower:
-        split_cpu(settings.system)  # a mesh of any size can be lowered on CPU devices that are not there
+        split_cpu_for(settings)  # programs are lowered for a mesh of any size, on CPU devices that JAX makes up
     assumed = {"samples": samples, "tasks": tasks, "text_tokens": text_tokens}
     result = make_plan(settings, **assumed)
     if lower:

@@ -1,4 +1,4 @@
-"""Commands that ask, export or train models: evaluate, generate, export, pretrain."""
+"""Commands that evaluate, export or train models: evaluate, generate, export, pretrain."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pilot_jax.cli.options import AsJson, ConfigPath, RunPath
+from pilot_jax.cli.options import AsJson, ConfigPath, RunPath, RunStrategy, check_choice
 from pilot_jax.cli.tables import print_matrix
 from pilot_jax.errors import InputError
 
@@ -17,23 +17,22 @@ def evaluate(run_dir: RunPath, split: Annotated[str, typer.Option(help="test or 
              matrix: Annotated[bool, typer.Option(help="Also on every other client's data, and on the base's own "
                                                   "captions (embedded base).")] = False,
              samples: Annotated[int | None, typer.Option(min=1, help="With --matrix: of each client.")] = None,
-             as_json: AsJson = False) -> None:
+             strategy: RunStrategy = None, as_json: AsJson = False) -> None:
     """Score every client's personalised model on its own data; with --matrix on everybody's."""
     from pilot_jax.evaluation.personalised import evaluate as score
     from pilot_jax.evaluation.personalised import evaluation_matrix
     from pilot_jax.runs.restore import restore
 
-    if split not in ("test", "validation"):
-        raise InputError(f"--split: {split!r}, expected test or validation.")
-    done = restore(run_dir)
+    check_choice("--split", split, "test", "validation")
+    done = restore(run_dir, strategy=strategy)
     if matrix:
-        result = evaluation_matrix(done.federation, done.tokenizer, done.population, split, samples)
+        result = evaluation_matrix(done.evaluation, done.population, split, samples)
         if as_json:
             typer.echo(json.dumps(result, indent=1))
         else:
             print_matrix(result)
         return
-    by_client = score(done.federation, done.tokenizer, done.population, split)
+    by_client = score(done.evaluation, done.population, split)
     if not by_client:
         raise InputError(f"data.path: no client has {split} samples.")
     mean = sum(by_client.values()) / len(by_client)
@@ -51,25 +50,26 @@ def generate(run_dir: RunPath, client: Annotated[str, typer.Option(help="Whose m
              max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
              temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
              top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 1.0,
-             seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0) -> None:
+             seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
+             strategy: RunStrategy = None) -> None:
     """Answer a question, about an image, with one client's model."""
     from pilot_jax.runs.restore import answer, restore
 
     if image is not None and not image.is_file():
         raise InputError(f"--image: {image} does not exist.")
-    done = restore(run_dir)
-    settings = done.config.eval.model_copy(
+    done = restore(run_dir, strategy=strategy)
+    settings = done.setup.eval.model_copy(
         update={"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p})
     typer.echo(answer(done, client, image, prompt, settings, seed))
 
 
 def export(run_dir: RunPath, client: Annotated[str, typer.Option(help="Whose adapters.")],
-           out: Annotated[Path, typer.Option(help="New folder.")]) -> None:
+           out: Annotated[Path, typer.Option(help="New folder.")], strategy: RunStrategy = None) -> None:
     """Write a client's LoRA as a PEFT adapter and its connector as safetensors, with a model card."""
     from pilot_jax.runs.export import export_client
     from pilot_jax.runs.restore import restore
 
-    export_client(restore(run_dir), client, out)
+    export_client(restore(run_dir, strategy=strategy), client, out)
     typer.echo(f"Adapters of {client}: {out}")
 
 

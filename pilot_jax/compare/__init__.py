@@ -1,1 +1,4 @@
-"""Strategies × seeds on the same data and steps: variants, the runner, statistics, the page."""
+"""Several strategies on the same base, data and steps: variants, their runs, statistics, pages of results.
+
+Imports `report`, `runs` and what lies below; it passes configs on and reads none.
+"""

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
 import numpy as np
+from scipy import stats
 
 from pilot_jax.evaluation.personalised import mean_score
 
+Record = dict[str, Any]  # a JSON object
 
-def summarise(name: str, rows: dict[str, dict], reference: str = "pilot") -> dict[str, Any]:
-    """Mean, standard error and paired difference to `reference` of one variant; see `paired`."""
+
+class Difference(TypedDict):
+    """A paired difference over seeds; with a single seed there is only its mean."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    significant: bool | None
+
+
+def summarise(name: str, rows: Mapping[str, Record], reference: str = "pilot") -> Record:
+    """Returns a variant's mean, standard error and paired difference to `reference`, as `results.json` holds them.
+
+    Args:
+        name: the variant.
+        rows: what `runner.run_variant` returned for each variant; all have the same seeds in the same order.
+        reference: a variant; if it is not in `rows`, there is no difference.
+    """
     seeds = rows[name]["seeds"]
-    values = np.asarray([s["score_mean"] if s["score_mean"] is not None else 0.0 for s in seeds])
+    values = _mean_scores(rows[name])
     tasks = sorted({t for s in seeds for t in s["score_by_task"]})
     out = {"name": name, "score": float(values.mean()), "standard_error": standard_error(values),
            "by_task": {t: float(np.mean([s["score_by_task"].get(t, 0.0) for s in seeds])) for t in tasks},
@@ -23,23 +42,31 @@ def summarise(name: str, rows: dict[str, dict], reference: str = "pilot") -> dic
            "diverged": sum(s["diverged"] for s in seeds), "wall_seconds": rows[name]["wall_seconds"],
            "bytes_up": seeds[0].get("bytes_up"), "bytes_down": seeds[0].get("bytes_down")}
     if reference in rows and name != reference:
-        theirs = np.asarray([s["score_mean"] or 0.0 for s in rows[reference]["seeds"]])
-        out["difference"] = paired(theirs, values)
+        out["difference"] = paired(_mean_scores(rows[reference]), values)
     return out
 
 
+def _mean_scores(row: Record) -> np.ndarray:
+    """Returns the mean score of each seed, float64 [seeds]; 0 for one that diverged."""
+    return np.asarray([s["score_mean"] if s["score_mean"] is not None else 0.0 for s in row["seeds"]])
+
+
 def standard_error(values: np.ndarray) -> float | None:
+    """Returns the standard error of the mean; None for a single value."""
     return None if len(values) < 2 else float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
-def paired(reference: np.ndarray, values: np.ndarray) -> dict[str, Any]:
-    """reference − values, seed by seed: mean, and its 95 % confidence interval by Student's t."""
-    from scipy import stats
+def paired(reference: np.ndarray, values: np.ndarray) -> Difference:
+    """Returns the mean of reference − values, seed by seed, with its 95 % confidence interval by Student's t.
 
+    Args:
+        reference: float [seeds].
+        values: float [seeds], of the same seeds.
+    """
     apart = reference - values
-    error = standard_error(apart)
+    mean, error = float(apart.mean()), standard_error(apart)
     if error is None:
-        return {"mean": float(apart.mean()), "low": None, "high": None, "significant": None}
-    half = float(stats.t.ppf(0.975, len(apart) - 1)) * error
-    low, high = float(apart.mean() - half), float(apart.mean() + half)
-    return {"mean": float(apart.mean()), "low": low, "high": high, "significant": low > 0 or high < 0}
+        return {"mean": mean, "low": None, "high": None, "significant": None}
+    # Where all differences are equal, SciPy's interval is [nan, nan]; it is the point itself.
+    low, high = map(float, stats.t.interval(0.95, len(apart) - 1, mean, error)) if error else (mean, mean)
+    return {"mean": mean, "low": low, "high": high, "significant": low > 0 or high < 0}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from pilot_jax.config import Config
 from pilot_jax.errors import InputError
-from pilot_jax.federation.strategies import STRATEGIES
+from pilot_jax.federation.strategies import STRATEGIES, use
 
 # Pilot without one of its parts, or with it otherwise.
 ABLATIONS: dict[str, tuple[str, ...]] = {
@@ -19,7 +18,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "text_per_task_mean": ("strategy.text_aggregation=per_task_mean",),
     "copy_init": ("strategy.init=copy",),
 }
-# ATA's own settings: neighbours, weighting, temperature, space, and the formula of the user's notes.
+# ATA's own settings: neighbours, weighting, temperature, space, and the preset `notes`.
 ATA_SWEEP: dict[str, tuple[str, ...]] = {
     "ata_notes": ("strategy.ata.preset=notes",),
     "ata_auto": ("strategy.ata.temperature=auto", "strategy.ata.auto_factor=1"),
@@ -52,6 +51,8 @@ class Variant:
 def read_variants(text: str) -> list[Variant]:
     """"a,b,…": strategies, "pilot-<ablation>", groups (all, ablations, ata), and "name+key=value+…" for anything else.
 
+    A name "module:Class" is a strategy of the user's own, whose module is imported.
+
     Raises:
         InputError: a name that is not known.
     """
@@ -60,6 +61,8 @@ def read_variants(text: str) -> list[Variant]:
         name, *changes = item.split("+")
         family, _, ablation = name.partition("-")
         known = ABLATIONS | ATA_SWEEP
+        if ":" in family:
+            use(family)
         if family not in STRATEGIES or (ablation and (family != "pilot" or ablation not in known)):
             raise InputError(f"--strategies: {name!r} is not known. Strategies: {', '.join(STRATEGIES)}; groups: "
                              f"{', '.join(GROUPS)}; ablations: {', '.join('pilot-' + n for n in known)}.")
@@ -67,7 +70,3 @@ def read_variants(text: str) -> list[Variant]:
         out[item] = Variant(item, family, overrides)
     return list(out.values())
 
-
-def rate_changes(config: Config, factor: float) -> list[str]:
-    return [f"train.{name}={getattr(config.train, name) * factor!r}"
-            for name in ("lr_connector", "lr_lora_stage1", "lr_lora_stage2")]

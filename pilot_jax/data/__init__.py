@@ -1,4 +1,4 @@
-"""Data: LLaVA JSON, conversations, images and their cached features, partitions, batches, and the digit scenes.
+"""Data: LLaVA-format files, conversations as token ids, images and their features, and every client's arrays.
 
-Knows nothing of strategies. May import `pilot_jax.errors`, `pilot_jax.models` (for features) and libraries.
+Nothing here knows of strategies. It may import `models` (for the vision tower) and what lies below.
 """

@@ -1,67 +1,70 @@
-"""Clients' samples as fixed-shape arrays, and the order in which a client's steps visit them."""
+"""Clients' samples as arrays of few shapes, and the order in which a client's steps visit them."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from pilot_jax.data.conversations import Encoded
-from pilot_jax.data.features import FeatureRows, joined
+from pilot_jax.data.features import FeatureRows, concatenate_features
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Right-padded prompts for generation: input_ids, attention_mask [n, L], features [n, N, D]; the references of
-    each."""
+    """n prompts for generation, padded at the right, and the references of each."""
 
-    input_ids: np.ndarray
-    attention_mask: np.ndarray
-    features: np.ndarray | FeatureRows
+    input_ids: np.ndarray  # int32 [n, L]
+    attention_mask: np.ndarray  # int32 [n, L]
+    features: np.ndarray | FeatureRows  # [n, N, D]
     references: tuple[tuple[str, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class ClientData:
-    """One client's private data, tokenised and featurised.
+    """One client's private data, as token ids and image features.
 
-    `train` holds input_ids, attention_mask int32 [n, L]; target_positions, target_ids int32 [n, A] and
-    target_weights float32 [n, A] (position p predicts target_ids, weight 0 pads); has_image float32 [n];
+    `train` holds input_ids, attention_mask int32 [n, L]; target_positions, target_ids int32 [n, A] and target_weights
+    float32 [n, A] (the logits at a target position predict the target id; weight 0 pads); has_image float32 [n];
     features [n, N, D].
     """
 
     name: str
     task: str
-    train: dict[str, Any]  # arrays; or `Rows` and `FeatureRows`, read when a chunk is made
-    evaluation: dict[str, Prompts]  # per split
+    train: dict[str, Any]  # arrays; or `Rows` and `FeatureRows`, which are read when a chunk is loaded
+    evaluation: dict[str, Prompts]  # by split
 
     @property
     def size(self) -> int:
-        """n_k."""
+        """n_k, the number of training samples."""
         return len(self.train["input_ids"])
 
     @property
     def features(self) -> np.ndarray | FeatureRows:
-        """Of the training samples."""
+        """H_v of the training samples, [n, N, D]."""
         return self.train["features"]
 
 
-def _round_up(n: int, multiple: int) -> int:
+def round_up(n: int, multiple: int) -> int:
+    """Returns the least multiple that is no less than n."""
     return -(-n // multiple) * multiple
 
 
-def training_length(encoded: list[Encoded]) -> tuple[int, int]:
-    """(L, A): tokens of the longest conversation and of its longest supervision, rounded up."""
-    return (_round_up(max((len(e.input_ids) for e in encoded), default=8), 8),
-            _round_up(max((int(e.supervised.sum()) for e in encoded), default=4), 4))
+def training_length(encoded: Sequence[Encoded]) -> tuple[int, int]:
+    """Returns (L, A): the most tokens, and the most supervised tokens, of a conversation, rounded up to 8 and to 4."""
+    return (round_up(max((len(e.input_ids) for e in encoded), default=8), 8),
+            round_up(max((int(e.supervised.sum()) for e in encoded), default=4), 4))
 
 
-def bucket_shapes(longest: dict[str, tuple[int, int]], spread: float) -> dict[str, tuple[int, int]]:
-    """(L, A) of each client's arrays from its own longest: those of its bucket.
+def bucket_shapes(longest: Mapping[str, tuple[int, int]], spread: float) -> dict[str, tuple[int, int]]:
+    """Returns (L, A) of each client's arrays: the largest in the client's bucket.
 
-    Going up from the shortest client, a bucket takes in lengths up to `spread` times its first: with 1.2, lengths from
-    64 to 2,048 make at most twenty buckets, two or three as tasks usually are.
+    Args:
+        longest: each client's own (L, A).
+        spread: a bucket holds lengths L up to `spread` times its shortest. With 1.2, lengths from 64 to 2,048 make at
+            most twenty buckets, and usual tasks make two or three.
     """
     out: dict[str, tuple[int, int]] = {}
     bucket: list[str] = []
@@ -74,8 +77,9 @@ def bucket_shapes(longest: dict[str, tuple[int, int]], spread: float) -> dict[st
     return out
 
 
-def _training_arrays(encoded: list[Encoded], has_image: np.ndarray, length: int,
-                     answers: int) -> dict[str, np.ndarray]:
+def training_arrays(encoded: Sequence[Encoded], has_image: np.ndarray, length: int,
+                    answers: int) -> dict[str, np.ndarray]:
+    """Returns what `ClientData.train` holds, except the features, with L = `length` and A = `answers`."""
     n = len(encoded)
     ids, mask = np.zeros((n, length), np.int32), np.zeros((n, length), np.int32)
     positions, targets = np.zeros((n, answers), np.int32), np.zeros((n, answers), np.int32)
@@ -92,7 +96,7 @@ def _training_arrays(encoded: list[Encoded], has_image: np.ndarray, length: int,
 
 
 def _padded(array: np.ndarray, length: int) -> np.ndarray:
-    """[n, m] → [n, length], zeros at the end."""
+    """Returns an array [n, m] as [n, length], with zeros at the end."""
     return np.pad(array, ((0, 0), (0, length - array.shape[1])))
 
 
@@ -100,46 +104,47 @@ _LENGTHS = ("input_ids", "attention_mask")
 _ANSWERS = ("target_positions", "target_ids", "target_weights")
 
 
-def _lengthened(train: dict[str, np.ndarray], length: int, answers: int) -> dict[str, np.ndarray]:
-    """A client's training arrays, padded to L = `length` and A = `answers`."""
+def _lengthened(train: Mapping[str, Any], length: int, answers: int) -> dict[str, Any]:
+    """Returns a client's training data, padded to L = `length` and A = `answers`."""
     to = dict.fromkeys(_LENGTHS, length) | dict.fromkeys(_ANSWERS, answers)
     return {name: _padded(array, to[name]) if name in to else array for name, array in train.items()}
 
 
-def pooled(clients: list[ClientData]) -> ClientData:
-    """One client with everybody's training data, and nothing to be asked."""
+def pooled(clients: Sequence[ClientData]) -> ClientData:
+    """Returns one client with the training data of all, and without evaluation data."""
     length, answers = (max(c.train[n].shape[1] for c in clients) for n in ("input_ids", "target_ids"))
     parts = [_lengthened(c.train, length, answers) for c in clients]
     joint = {n: np.concatenate([p[n] for p in parts]) for n in parts[0] if n != "features"}
-    return ClientData("pooled", "all", joint | {"features": joined([c.features for c in clients])}, {})
+    return ClientData("pooled", "all", joint | {"features": concatenate_features([c.features for c in clients])}, {})
 
 
-def aligned(groups: list[list[ClientData]]) -> list[list[ClientData]]:
-    """Several federations' clients, those of one name padded to one shape, so that one program trains them all."""
+def aligned(groups: Sequence[Sequence[ClientData]]) -> list[list[ClientData]]:
+    """Returns several federations' clients, padded so that one program trains those of one name in all federations."""
     lengths: dict[str, list[int]] = {}
-    asked = 8
+    prompt_length = 8
     for client in (c for group in groups for c in group):
         shape = client.train["input_ids"].shape[1], client.train["target_ids"].shape[1]
         lengths[client.name] = [max(a, b) for a, b in zip(shape, lengths.get(client.name, (0, 0)), strict=True)]
-        asked = max([asked, *(p.input_ids.shape[1] for p in client.evaluation.values())])
+        prompt_length = max([prompt_length, *(p.input_ids.shape[1] for p in client.evaluation.values())])
 
-    def one(client: ClientData) -> ClientData:
-        prompts = {split: Prompts(_padded(p.input_ids, asked), _padded(p.attention_mask, asked), p.features,
-                                  p.references) for split, p in client.evaluation.items()}
+    def padded(client: ClientData) -> ClientData:
+        prompts = {split: dataclasses.replace(p, input_ids=_padded(p.input_ids, prompt_length),
+                                              attention_mask=_padded(p.attention_mask, prompt_length))
+                   for split, p in client.evaluation.items()}
         return dataclasses.replace(client, train=_lengthened(client.train, *lengths[client.name]), evaluation=prompts)
 
-    return [[one(client) for client in group] for group in groups]
+    return [[padded(client) for client in group] for group in groups]
 
 
 def num_steps(size: int, batch_size: int, epochs: int, local_steps: int | None) -> int:
-    """S_k: a client's own number of steps in a phase."""
+    """Returns S_k, a client's own number of steps in a phase: `local_steps` if given, else that of whole epochs."""
     return local_steps if local_steps is not None else epochs * -(-size // batch_size)
 
 
 def visiting_order(rng: np.random.Generator, size: int, batch_size: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sample indices int32 [steps, B] and which of them are real, bool [steps, B].
+    """Returns the sample indices of each step, int32 [steps, B], and which of them are real, bool [steps, B].
 
-    Each epoch is a fresh shuffle; its last batch is short rather than filled from the next epoch.
+    Each epoch is a fresh shuffle; its last batch is short rather than filled from the next epoch, and padded.
     """
     per_epoch = -(-size // batch_size)
     order = np.zeros((-(-steps // per_epoch) * per_epoch, batch_size), np.int32)

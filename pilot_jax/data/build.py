@@ -1,33 +1,37 @@
-"""From samples to every client's data: encoded, sorted into clients, padded to few shapes."""
+"""Builds every client's data from samples: partitioned among clients, encoded, padded to few shapes."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pilot_jax.config import DataConfig
-from pilot_jax.data.arrays import ClientData, Prompts, _round_up, _training_arrays, bucket_shapes, training_length
+from pilot_jax.data.arrays import ClientData, Prompts, bucket_shapes, round_up, training_arrays, training_length
 from pilot_jax.data.conversations import Encoded, encode
 from pilot_jax.data.features import FeatureRows, Features
-from pilot_jax.data.llava.sample import Sample
+from pilot_jax.data.llava.sample import SPLITS, Sample
 from pilot_jax.errors import InputError
-from pilot_jax.storage import kept
+from pilot_jax.storage import append_rows
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from pilot_jax.models.pretrained import PretrainedModel
 
 logger = logging.getLogger("pilot_jax")
 
 
-def encode_prompts(model: PretrainedModel, tokenizer, samples: list[Sample], data: DataConfig) -> list[np.ndarray]:
-    """Token ids of each conversation up to its last answer.
+def encode_prompts(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample],
+                   data: DataConfig) -> list[np.ndarray]:
+    """Returns the token ids, int32 [length], of each conversation up to its last answer.
 
     Raises:
-        InputError: a prompt is longer than `data.max_length`: cut, it would ask something else.
+        InputError: a prompt is longer than `data.max_length`; it is not cut, for it would ask something else then.
     """
     n_image, prompts = model.config.num_image_tokens, []
     for sample in samples:
@@ -39,21 +43,22 @@ def encode_prompts(model: PretrainedModel, tokenizer, samples: list[Sample], dat
     return prompts
 
 
-def build_prompts(samples: list[Sample], encoded: list[np.ndarray], features: np.ndarray | FeatureRows,
+def build_prompts(samples: Sequence[Sample], encoded: Sequence[np.ndarray], features: np.ndarray | FeatureRows,
                   length: int | None = None) -> Prompts:
-    """Prompts padded to a multiple of 8, or to `length`."""
-    length = _round_up(max(len(e) for e in encoded), 8) if length is None else length
+    """Returns the prompts in arrays, padded to `length`, or to a multiple of 8."""
+    length = round_up(max(len(e) for e in encoded), 8) if length is None else length
     ids, mask = np.zeros((len(samples), length), np.int32), np.zeros((len(samples), length), np.int32)
     for row, item in enumerate(encoded):
         ids[row, :len(item)], mask[row, :len(item)] = item, 1
     return Prompts(ids, mask, features, tuple(s.references for s in samples))
 
 
-def encode_samples(model: PretrainedModel, tokenizer, samples: list[Sample], data: DataConfig) -> list[Encoded]:
-    """Each conversation with its answers marked, no longer than `data.max_length`; says how many answers were cut.
+def encode_samples(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample],
+                   data: DataConfig) -> list[Encoded]:
+    """Returns each conversation with its answers marked, cut to `data.max_length`; logs how many answers were cut.
 
     Raises:
-        InputError: the limit would cut an image, or leave a sample without an answer.
+        InputError: the limit would cut an image, or leave a sample without an answer token.
     """
     encoded = []
     for sample in samples:
@@ -72,62 +77,85 @@ def encode_samples(model: PretrainedModel, tokenizer, samples: list[Sample], dat
     return encoded
 
 
-def build_clients(model: PretrainedModel, tokenizer, samples: list[Sample], data: DataConfig,
-                  length_spread: float, folder: Path | None = None) -> list[ClientData]:
-    """Every client's data, ordered by client name; images are not read yet. Clients of like lengths share L and A, so
-    that few programs train them all and none is padded far. With `folder` the arrays lie there, not in memory.
+def build_clients(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample],
+                  data: DataConfig, length_spread: float, folder: Path | None = None) -> list[ClientData]:
+    """Returns every client's data, ordered by the clients' names. No image is read yet.
+
+    Clients of similar lengths share L and A, so that few programs train all of them and none is padded far.
+
+    Args:
+        length_spread: see `bucket_shapes`.
+        folder: where the training arrays and the features are stored; None: in memory.
 
     Raises:
-        InputError: a client without training samples or with several tasks; a sample that is too long or has
-            nothing to learn from.
+        InputError: a client has no training sample or several tasks; a sample is too long or has no answer token.
     """
     samples = sorted(samples, key=lambda s: (s.client, s.split))  # a client's split is then one slice of all features
-    train_rows = [i for i, s in enumerate(samples) if s.split == "train"]
-    asked_rows = [i for i, s in enumerate(samples) if s.split != "train"]
+    rows_by_client = _rows_by_client(samples)
+    is_train = [sample.split == "train" for sample in samples]
+    train_rows = [i for i, train in enumerate(is_train) if train]
+    prompt_rows = [i for i, train in enumerate(is_train) if not train]
     encoded = dict(zip(train_rows, encode_samples(model, tokenizer, [samples[i] for i in train_rows], data),
                        strict=True))
-    asked = dict(zip(asked_rows, encode_prompts(model, tokenizer, [samples[i] for i in asked_rows], data),
-                     strict=True))
+    prompts = dict(zip(prompt_rows, encode_prompts(model, tokenizer, [samples[i] for i in prompt_rows], data),
+                       strict=True))
     features = Features(model, samples, data, None if folder is None else folder / "features")
-    prompt_length = _round_up(max((len(ids) for ids in asked.values()), default=8), 8)
-
-    rows_of: dict[str, list[int]] = {}
-    for i, sample in enumerate(samples):
-        rows_of.setdefault(sample.client, []).append(i)
-    shapes = bucket_shapes({name: training_length([encoded[i] for i in rows if i in encoded])
-                            for name, rows in rows_of.items()}, length_spread)
+    prompt_length = round_up(max((len(ids) for ids in prompts.values()), default=8), 8)
+    shapes = bucket_shapes({name: training_length([encoded[i] for i in rows if is_train[i]])
+                            for name, rows in rows_by_client.items()}, length_spread)
     clients = []
-    for name in sorted(rows_of):
-        rows, (length, answers) = rows_of[name], shapes[name]
+    for name, rows in rows_by_client.items():
+        own = [i for i in rows if is_train[i]]
+        has_image = np.asarray([samples[i].image is not None for i in own])
+        train: dict[str, Any] = training_arrays([encoded.pop(i) for i in own], has_image, *shapes[name])
+        if folder is not None:
+            length, answers = shapes[name]
+            train = {key: append_rows(folder / f"{key}-{length}-{answers}", array) for key, array in train.items()}
+        train["features"] = features.rows(own)
+        clients.append(ClientData(name, samples[own[0]].task, train,
+                                  _evaluation_prompts(samples, rows, prompts, features, prompt_length)))
+    return clients
+
+
+def _rows_by_client(samples: Sequence[Sample]) -> dict[str, list[int]]:
+    """Returns the indices of each client's samples, in the order of `samples`.
+
+    Raises:
+        InputError: a client has several tasks, or no training sample.
+    """
+    rows_by_client: dict[str, list[int]] = {}
+    for i, sample in enumerate(samples):
+        rows_by_client.setdefault(sample.client, []).append(i)
+    for name, rows in rows_by_client.items():
         tasks = sorted({samples[i].task for i in rows})
         if len(tasks) != 1:
             raise InputError(f"client {name!r} has samples of several tasks ({', '.join(tasks)}). "
                              "Pilot gives each client one task: split it into one client per task.")
-        mine = [i for i in rows if samples[i].split == "train"]
-        if not mine:
+        if all(samples[i].split != "train" for i in rows):
             raise InputError(f"client {name!r} has no training sample. Give it some or remove it from data.path.")
-        has_image = np.asarray([samples[i].image is not None for i in mine])
-        train: dict[str, Any] = _training_arrays([encoded.pop(i) for i in mine], has_image, length, answers)
-        if folder is not None:
-            train = {key: kept(folder / f"{key}-{length}-{answers}", array) for key, array in train.items()}
-        evaluation = {}
-        for split in ("validation", "test"):
-            chosen = [i for i in rows if samples[i].split == split]
-            if chosen:
-                evaluation[split] = build_prompts([samples[i] for i in chosen], [asked[i] for i in chosen],
-                                                  features.rows(chosen), prompt_length)
-        clients.append(ClientData(name, tasks[0], train | {"features": features.rows(mine)}, evaluation))
-    return clients
+    return rows_by_client
+
+
+def _evaluation_prompts(samples: Sequence[Sample], rows: Sequence[int], prompts: Mapping[int, np.ndarray],
+                        features: Features, length: int) -> dict[str, Prompts]:
+    """Returns the prompts of a client, whose samples are `rows`, by split; a split without samples is left out."""
+    out = {}
+    for split in ("validation", "test"):
+        if own := [i for i in rows if samples[i].split == split]:
+            out[split] = build_prompts([samples[i] for i in own], [prompts[i] for i in own], features.rows(own), length)
+    return out
 
 
 def partition(samples: list[Sample], how: str, clients: int | None, alpha: float, seed: int) -> list[Sample]:
-    """The samples with `client` filled in, as `data.partition` asks.
+    """Returns the samples with `client` filled in, as `data.partition` asks.
 
-    given: as the data say (every sample needs `client`). equal, dirichlet: each task's samples of each split are
-    shuffled and dealt to clients/T clients, in equal or Dirichlet(alpha) shares of at least one sample.
+    Args:
+        how: "given": every sample names its client. "equal", "dirichlet": each task's samples of each split are
+            shuffled and divided among clients / T clients, in equal or Dirichlet(alpha) shares of at least one sample.
+        clients: the number of clients, a multiple of the number of tasks T; None if they are given.
 
     Raises:
-        InputError: a sample without client, or clients that do not divide among the tasks.
+        InputError: a sample names no client, `clients` is no multiple of T, or a task has too few samples.
     """
     if how == "given":
         for sample in samples:
@@ -142,18 +170,28 @@ def partition(samples: list[Sample], how: str, clients: int | None, alpha: float
     out = []
     for index, task in enumerate(tasks):
         rng = np.random.default_rng([seed, index])
-        shares = np.full(per_task, 1.0 / per_task) if how == "equal" else rng.dirichlet(np.full(per_task, alpha))
-        for split in ("train", "validation", "test"):
-            mine = [s for s in samples if s.task == task and s.split == split]
-            if not mine:
-                continue
-            if len(mine) < per_task:
-                raise InputError(f"data.path: task {task!r} has {len(mine)} {split} samples for {per_task} clients.")
-            # Evaluation splits are dealt evenly: a score from three samples says nothing.
-            split_shares = shares if split == "train" else np.full(per_task, 1.0 / per_task)
-            counts = 1 + np.floor(split_shares * (len(mine) - per_task)).astype(int)
-            counts[np.argmax(split_shares)] += len(mine) - counts.sum()
-            order = rng.permutation(len(mine))
-            owner = np.repeat(np.arange(per_task), counts)
-            out += [dataclasses.replace(mine[i], client=f"{task}_{k}") for i, k in zip(order, owner, strict=True)]
+        equal = np.full(per_task, 1.0 / per_task)
+        shares = equal if how == "equal" else rng.dirichlet(np.full(per_task, alpha))
+        for split in SPLITS:
+            of_split = [s for s in samples if s.task == task and s.split == split]
+            if of_split:
+                # Evaluation splits are divided evenly: a score from three samples says nothing.
+                out += _divided(of_split, shares if split == "train" else equal, rng)
     return out
+
+
+def _divided(samples: Sequence[Sample], shares: np.ndarray, rng: np.random.Generator) -> list[Sample]:
+    """Returns a task's samples, shuffled, with clients `<task>_<number>` in these shares.
+
+    Raises:
+        InputError: there are fewer samples than clients.
+    """
+    task, clients = samples[0].task, len(shares)
+    if len(samples) < clients:
+        raise InputError(f"data.path: task {task!r} has {len(samples)} {samples[0].split} samples for {clients} "
+                         "clients.")
+    counts = 1 + np.floor(shares * (len(samples) - clients)).astype(int)
+    counts[np.argmax(shares)] += len(samples) - counts.sum()
+    order = rng.permutation(len(samples))
+    numbers = np.repeat(np.arange(clients), counts)
+    return [dataclasses.replace(samples[i], client=f"{task}_{k}") for i, k in zip(order, numbers, strict=True)]

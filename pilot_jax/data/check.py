@@ -1,4 +1,4 @@
-"""What is in a LLaVA data set, and what is wrong with it: every problem at once, not the first alone."""
+"""Checks a LLaVA-format data set and reports all problems, not the first alone."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Findings on a data set. `errors` would stop a run; `warnings` would not."""
+    """The findings on a data set: `errors` would stop a run, `warnings` would not."""
 
     counts: dict[tuple[str, str, str], int]  # (task, client, split) → samples
-    length_unit: str
+    length_unit: str  # "tokens" or "characters"
     lengths: list[tuple[int, int, int]]  # (from, to, samples)
     errors: list[str]
     warnings: list[str]
 
 
 def _histogram(lengths: list[int], bins: int = 8) -> list[tuple[int, int, int]]:
+    """Returns (from, to, count) of each bin."""
     if not lengths:
         return []
     low, high = min(lengths), max(lengths)
@@ -42,7 +43,7 @@ def _histogram(lengths: list[int], bins: int = 8) -> list[tuple[int, int, int]]:
 
 
 def _fingerprint(sample: Sample, limits: LimitsConfig) -> str:
-    """Equal for samples with the same picture and the same words."""
+    """Returns a hash that is equal for samples with the same image and the same conversation."""
     digest = hashlib.sha256(repr(sample.turns).encode())
     if isinstance(sample.image, Path):
         digest.update(sample.image.read_bytes())
@@ -52,6 +53,7 @@ def _fingerprint(sample: Sample, limits: LimitsConfig) -> str:
 
 
 def _duplicates(samples: list[Sample], limits: LimitsConfig) -> list[str]:
+    """Returns warnings about samples that occur in several splits or at several clients."""
     same: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         same[_fingerprint(sample, limits)].append(sample)
@@ -66,7 +68,8 @@ def _duplicates(samples: list[Sample], limits: LimitsConfig) -> list[str]:
     return out
 
 
-def _one_task_each(samples: list[Sample]) -> list[str]:
+def _client_errors(samples: list[Sample]) -> list[str]:
+    """Returns errors about clients with several tasks or without a training sample."""
     tasks: dict[str, set[str]] = defaultdict(set)
     trained = {s.client for s in samples if s.split == "train"}
     for sample in samples:
@@ -77,17 +80,18 @@ def _one_task_each(samples: list[Sample]) -> list[str]:
 
 
 def check_data(path: str | Path, data: DataConfig, model: PretrainedModel | None = None) -> Report:
-    """Read a data set as `run` would, images included.
+    """Reads a data set as `run` would, images included, and returns what is wrong with it.
 
     Args:
-        model: whose tokenizer and image size measure lengths and find answers that `data.max_length` cuts; without
-            one, lengths are in characters.
+        model: its tokenizer measures lengths in tokens and finds answers that `data.max_length` cuts; without a model,
+            lengths are in characters.
 
     Raises:
-        InputError: nothing there to read, or a file that cannot be parsed at all.
+        InputError: `path` holds no data file, or a file cannot be parsed at all.
     """
     root = find_image_root(path, data.image_root)
-    samples, errors, warnings, lengths, cut = [], [], [], [], []
+    samples, lengths = list[Sample](), list[int]()
+    errors, warnings, cut = list[str](), list[str](), list[str]()
     tokenizer = None if model is None else model.tokenizer()
     for entry in read_entries(path, data.file_names, data.limits):
         try:
@@ -107,7 +111,7 @@ def check_data(path: str | Path, data: DataConfig, model: PretrainedModel | None
         warnings.append(f"{len(cut)} samples are longer than data.max_length ({data.max_length}) and lose the end of "
                         f"their answers (first: {cut[0]})")
     warnings += _duplicates(samples, data.limits)
-    errors += _one_task_each(samples)
+    errors += _client_errors(samples)
     if not samples and not errors:
         errors.append(f"{path}: holds no sample.")
     counts = Counter((s.task, s.client, s.split) for s in samples)

@@ -1,4 +1,4 @@
-"""From a LLaVA conversation to token ids with answer-only supervision."""
+"""Encodes LLaVA conversations as token ids, of which only the answers are supervised."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ Turns = tuple[tuple[str, str], ...]  # ("human" | "gpt", text)
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """`{}` in `human` and `answer` is the turn's text. An answer and the end token after it are supervised."""
+    """How a conversation is written as text. An answer and the end token after it are supervised."""
 
-    human: str
-    answer: str
+    human: str  # "{}" is the turn's text
+    answer: str  # "{}" is the turn's text
     system: str = ""  # opens the conversation
     end: str | None = None  # the end token; None: the tokenizer's eos_token
     between: str = ""  # after the end token, not supervised; "{bos}" is the tokenizer's bos_token
 
 
 TEMPLATES = {
-    # Vicuna v1.1, what LLaVA-1.5 and the paper train with.
+    # Vicuna v1.1, with which LLaVA-1.5 and the paper train.
     "vicuna_v1": Template(
         "USER: {} ASSISTANT:", " {}",
         system="A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
@@ -41,23 +41,23 @@ TEMPLATES = {
     "chatml": Template("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "{}",
                        system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", end="<|im_end|>",
                        between="\n"),
-    # No roles at all: image, text, end. What projectors are pretrained with.
+    # No roles at all: image, text, end. Projectors are pretrained with it.
     "plain": Template("{}", "{}"),
 }
-TOKENIZER = "tokenizer"  # the tokenizer's own chat template
+TOKENIZER = "tokenizer"  # stands for the tokenizer's own chat template
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """One conversation. `supervised[i]` says that token i belongs to an answer (its end token included)."""
+    """One conversation of L tokens, image tokens expanded."""
 
-    input_ids: np.ndarray  # int32 [L], image tokens expanded
-    supervised: np.ndarray  # bool [L]
+    input_ids: np.ndarray  # int32 [L]
+    supervised: np.ndarray  # bool [L]: whether a token belongs to an answer, its end token included
     cut: int = 0  # supervised tokens lost to the length limit
 
 
 def expand_image(turns: Turns, num_image_tokens: int) -> Turns:
-    """LLaVA's convention: the image opens its turn, whatever place the author gave it, as N image tokens."""
+    """Returns the turns with the image as N tokens at the start of its turn, wherever `<image>` stood in it (LLaVA)."""
 
     def one(value: str) -> str:
         if IMAGE not in value:
@@ -68,9 +68,9 @@ def expand_image(turns: Turns, num_image_tokens: int) -> Turns:
 
 
 def _render(turns: Turns, template: Template, eos: str, bos: str) -> tuple[str, list[tuple[int, int]]]:
-    """The whole conversation as text, and the character spans of its answers.
+    """Returns the whole conversation as text, and the character spans of its answers.
 
-    A last human turn without an answer ends in the assistant's cue: a prompt for generation.
+    A last human turn without an answer ends in the assistant's cue, as a prompt for generation does.
     """
     text, spans = template.system, []
     between = template.between.replace("{bos}", bos)
@@ -88,13 +88,13 @@ def _render(turns: Turns, template: Template, eos: str, bos: str) -> tuple[str, 
 
 
 def _render_by_tokenizer(turns: Turns, tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[tuple[int, int]]]:
-    """As `_render`, by the tokenizer's chat template: an answer is what its turn adds after the assistant's cue."""
+    """Does what `_render` does by the tokenizer's chat template; an answer is what its turn adds after the cue."""
     messages = [{"role": "user" if who == "human" else "assistant", "content": value} for who, value in turns]
 
     def text_of(count: int, cue: bool) -> str:
         try:
             return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=cue))
-        except Exception as error:  # a template is a program of the checkpoint's, which runs in jinja's sandbox
+        except Exception as error:  # a template is a program in the checkpoint; transformers runs it in Jinja's sandbox
             raise InputError(f"data.template: tokenizer: the checkpoint's chat template fails ({error}). Choose a "
                              "named template.") from None
 
@@ -113,17 +113,19 @@ def _render_by_tokenizer(turns: Turns, tokenizer: PreTrainedTokenizerFast) -> tu
 
 def encode(tokenizer: PreTrainedTokenizerFast, turns: Turns, template: str, num_image_tokens: int,
            max_length: int | None = None) -> Encoded:
-    """Token ids of a conversation, the answers marked.
+    """Returns the token ids of a conversation, with the answers marked.
 
-    The text is tokenised once and whole, exactly as `LlavaProcessor` would; offsets then say which tokens lie in an
-    answer. (Tokenising pieces and joining them gives other ids wherever a merge crosses a seam.)
+    The text is tokenised as a whole, exactly as `LlavaProcessor` does it; character offsets then tell which tokens lie
+    in an answer. (To tokenise pieces and join them gives other ids wherever a merge crosses a seam.)
 
     Args:
-        turns: ("human" | "gpt", text) in alternation. num_image_tokens: N.
-        max_length: tokens beyond it are dropped, and counted in `cut` where they were supervised.
+        turns: ("human" | "gpt", text), alternating.
+        template: a name in `TEMPLATES`, or `TOKENIZER`.
+        num_image_tokens: N.
+        max_length: tokens beyond it are dropped, and counted in `cut` if they were supervised.
 
     Raises:
-        InputError: image tokens lie beyond `max_length`.
+        InputError: image tokens lie beyond `max_length`, or the tokenizer's chat template cannot be used.
     """
     turns = expand_image(turns, num_image_tokens)
     if template == TOKENIZER:
@@ -146,10 +148,10 @@ def encode(tokenizer: PreTrainedTokenizerFast, turns: Turns, template: str, num_
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerFast, template: str) -> tuple[int, ...]:
-    """Ids that end an answer: the template's end token and the tokenizer's own.
+    """Returns the ids of the tokens that end an answer: the template's end token and the tokenizer's own.
 
     Raises:
-        InputError: no such template, or one whose tokens this tokenizer does not have.
+        InputError: there is no such template, or the tokenizer does not have its end token.
     """
     if template == TOKENIZER:
         if not tokenizer.chat_template:

@@ -1,4 +1,4 @@
-"""H_v, what the frozen tower sees in an image: computed when first needed, once, and kept in memory or in a file."""
+"""Image features H_v, the output of the frozen vision tower: computed once, when needed, in memory or in a file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
 from pilot_jax.config import DataConfig
 from pilot_jax.data.images import pixel_values, read_image
@@ -16,182 +17,232 @@ from pilot_jax.data.llava.sample import Sample
 from pilot_jax.errors import InputError
 from pilot_jax.parallel.mesh import mesh_of
 from pilot_jax.parallel.processes import largest, own_parts, own_rows, place_of, places
-from pilot_jax.storage import RowsWriter
+from pilot_jax.storage import Rows, RowsWriter
 
 if TYPE_CHECKING:
     from pilot_jax.models.pretrained import PretrainedModel
 
-AT_ONCE = 64  # images in a batch, on all devices together; but no less on each than
-LEAST_ON_DEVICE = 16
+BATCH = 64  # images in a full batch, on all devices together
+LEAST_ON_DEVICE = 16  # images in a full batch on each device, even where that makes the batch larger
 
 
 class Features:
-    """H_v of samples' images, [n, N, D] in the model's dtype; zeros where a sample has none.
+    """H_v of samples' images, [n, N, D] in the model's dtype; zeros for a sample without an image.
 
-    Of several processes, each computes and keeps what the models on its own devices read; see `bring`.
+    Of several processes, each computes and stores the features that the models on its own devices read; see `compute`.
     """
 
     def __init__(self, model: PretrainedModel, samples: Sequence[Sample], data: DataConfig | None = None,
                  file: Path | None = None) -> None:
-        """file: where they are kept; None: in memory."""
-        self._model, self._data = model, data or DataConfig()
-        self._images = [sample if sample.image is not None else None for sample in samples]
-        self.shape = len(samples), model.config.num_image_tokens, model.config.vision.feature_size
-        self.dtype = np.dtype(jnp.dtype(model.module.dtype))
-        self._out: Any = np.zeros(self.shape, self.dtype) if file is None else RowsWriter(file, self.shape, self.dtype)
-        self._values: Any = self._out if file is None else self._out.rows
-        # In every process alike: which has what.
-        self._there = np.zeros((jax.process_count(), len(samples)), bool)
-        self._there[:, [image is None for image in self._images]] = True
-        self._sizes: set[int] = set()  # of batches, on one device, for which a program has been compiled
-
-    def rows(self, which: Iterable[int]) -> FeatureRows:
-        return FeatureRows(self, np.asarray(list(which), np.int64))
-
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        """[len(rows), N, D]; what `bring` has not brought, it does now.
-
-        Raises:
-            RuntimeError: with several processes, which must bring it together.
-        """
-        if not self._there[jax.process_index(), rows].all():
-            if jax.process_count() > 1:
-                raise RuntimeError("features are read that were not asked for")
-            self.bring([rows])
-        first, last = (rows[0], rows[-1] + 1) if len(rows) else (0, 0)
-        if last - first == len(rows) and (np.diff(rows) == 1).all():  # consecutive: no copy
-            values = self._values
-            return values[first:last] if isinstance(values, np.ndarray) else np.asarray(values.part(first, last))
-        return self._values[rows]
-
-    def bring(self, wanted: Sequence[np.ndarray]) -> None:
-        """Compute what is not there yet. Every process asks the same.
+        """Computes nothing yet.
 
         Args:
-            wanted: rows, for each place along the mesh's `clients` axis. With one process it does not matter which.
+            file: where the features are stored; None: in memory.
+        """
+        self._model, self._data = model, data or DataConfig()
+        self._samples: list[Sample | None] = [sample if sample.image is not None else None for sample in samples]
+        self.shape = len(samples), model.config.num_image_tokens, model.config.vision.feature_size
+        self.dtype = np.dtype(jnp.dtype(model.module.dtype))
+        self._store: np.ndarray | RowsWriter
+        self._values: np.ndarray | Rows
+        if file is None:
+            self._store = self._values = np.zeros(self.shape, self.dtype)
+        else:
+            self._store = RowsWriter(file, self.shape, self.dtype)
+            self._values = self._store.rows
+        # [processes, n], the same in every process: which process has stored which features.
+        self._computed = np.zeros((jax.process_count(), len(samples)), bool)
+        self._computed[:, [sample is None for sample in self._samples]] = True
+        self._batch_sizes: set[int] = set()  # on one device: those for which a program has been compiled
+
+    @property
+    def places(self) -> int:
+        """The number of places along the `clients` axis of the mesh on which the model lies."""
+        return len(places(mesh_of(self._model.base)))
+
+    def rows(self, indices: Iterable[int]) -> FeatureRows:
+        """Returns the features of the samples with these indices, without computing them."""
+        return FeatureRows(self, np.asarray(list(indices), np.int64))
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the features of `indices`, [len(indices), N, D], and computes those that are missing.
+
+        Raises:
+            RuntimeError: features are missing and there are several processes, which must compute them together.
+        """
+        if not self._computed[jax.process_index(), indices].all():
+            if jax.process_count() > 1:
+                raise RuntimeError("Features are read that `compute_features` was not called for.")
+            self.compute([indices])
+        first, stop = (indices[0], indices[-1] + 1) if len(indices) else (0, 0)
+        if stop - first == len(indices) and (np.diff(indices) == 1).all():  # consecutive: no copy
+            values = self._values
+            return values[first:stop] if isinstance(values, np.ndarray) else np.asarray(values.part(first, stop))
+        return self._values[indices]
+
+    def compute(self, by_place: Sequence[np.ndarray]) -> None:
+        """Computes the features that are missing. With several processes, all call this with the same arguments.
+
+        Args:
+            by_place: the indices that are read at each place along the mesh's `clients` axis. With one process it does
+                not matter which index is given for which place.
 
         Raises:
             InputError: an image cannot be read; in every process.
         """
         mesh = mesh_of(self._model.base)
-        owners = [sorted(p) for p in places(mesh)]
-        if jax.process_count() == 1:  # whatever is missing, shared evenly
-            wanted = [np.concatenate([np.asarray(w, np.int64) for w in wanted])] * len(owners)
-            missing = np.unique(wanted[0])
-            missing = missing[~self._there[0, missing]]
-            queues = [missing[i::len(owners)] for i in range(len(owners))]
-        else:
-            lacking = self._there.copy()
-            queues = []
-            for own, asked in zip(owners, wanted, strict=True):
-                rows = np.unique(np.asarray(asked, np.int64))
-                rows = rows[~lacking[own][:, rows].all(0)]
-                lacking[np.ix_(np.asarray(own), rows)] = True
-                queues.append(rows)
+        owners = [sorted(processes) for processes in places(mesh)]
+        if jax.process_count() == 1:
+            by_place = [np.concatenate([np.asarray(p, np.int64) for p in by_place])] * len(owners)
+        queues = self._missing(owners, by_place)
         devices = 1 if mesh is None else mesh.size
-        across = devices // len(owners)  # devices that share a place
+        devices_at_place = devices // len(owners)
         running: tuple[list[np.ndarray], jax.Array] | None = None
-        while longest := max(len(q) for q in queues):
-            each = self._size(-(-longest // across), devices) * across
-            batch, queues = [q[:each] for q in queues], [q[each:] for q in queues]
-            computed = self._model.features(self._pixels(batch, each, across, mesh))
-            if running is not None:  # the device has worked on it while these images were read
-                self._keep(across, *running)
+        while longest := max(len(queue) for queue in queues):
+            size = self._batch_size(-(-longest // devices_at_place), devices) * devices_at_place
+            batch, queues = [queue[:size] for queue in queues], [queue[size:] for queue in queues]
+            computed = self._model.features(self._pixels(batch, size, devices_at_place, mesh))
+            if running is not None:  # the devices worked on it while the images above were read
+                self._store_batch(devices_at_place, *running)
             running = batch, computed
         if running is not None:
-            self._keep(across, *running)
-        for own, asked in zip(owners, wanted, strict=True):
-            self._there[np.ix_(np.asarray(own), np.asarray(asked, np.int64))] = True
+            self._store_batch(devices_at_place, *running)
+        for own, indices in zip(owners, by_place, strict=True):
+            self._computed[np.ix_(np.asarray(own), np.asarray(indices, np.int64))] = True
 
-    def _size(self, needed: int, devices: int) -> int:
-        """Images of a batch on each device: few sizes, so that few programs are compiled, but for a single image not
-        all of them."""
-        full = max(AT_ONCE // devices, LEAST_ON_DEVICE)
-        fitting = [s for s in self._sizes if s >= needed]
+    def _missing(self, owners: list[list[int]], by_place: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Returns, for each place, the indices to compute there.
+
+        With one process the missing indices are shared out evenly. With several, a place computes what its owners, the
+        processes that have a device there, lack.
+        """
+        if jax.process_count() == 1:
+            missing = np.unique(by_place[0])
+            missing = missing[~self._computed[0, missing]]
+            return [missing[i::len(owners)] for i in range(len(owners))]
+        computed, queues = self._computed.copy(), []
+        for own, wanted in zip(owners, by_place, strict=True):
+            indices = np.unique(np.asarray(wanted, np.int64))
+            indices = indices[~computed[own][:, indices].all(0)]
+            computed[np.ix_(np.asarray(own), indices)] = True
+            queues.append(indices)
+        return queues
+
+    def _batch_size(self, needed: int, devices: int) -> int:
+        """Returns how many images each device gets.
+
+        There are few sizes, so that few programs are compiled, and small ones, so that a single image is not padded to
+        a full batch.
+        """
+        full = max(BATCH // devices, LEAST_ON_DEVICE)
+        fitting = [size for size in self._batch_sizes if size >= needed]
         size = min(fitting) if fitting else min(full, 1 << (needed - 1).bit_length())
-        self._sizes.add(size)
+        self._batch_sizes.add(size)
         return size
 
-    def _pixels(self, rows: list[np.ndarray], each: int, across: int, mesh: jax.sharding.Mesh | None) -> np.ndarray:
-        """[places · each, 3, H, W]; zeros where other processes' devices see them."""
+    def _pixels(self, batch: list[np.ndarray], size: int, devices_at_place: int,
+                mesh: jax.sharding.Mesh | None) -> np.ndarray:
+        """Returns the images of a batch, float32 [places · size, 3, H, W].
+
+        Rows that lie on other processes' devices, and rows that pad, are zeros.
+        """
         side, fault = self._model.config.vision.image_size, None
-        out = np.zeros((len(rows) * each, 3, side, side), np.float32)
-        at = np.concatenate([_spread(len(own), each, across) + place * each for place, own in enumerate(rows)])
-        mine = own_rows(mesh, len(out))[at]
+        out = np.zeros((len(batch) * size, 3, side, side), np.float32)
+        row = np.concatenate([_positions(len(indices), size, devices_at_place) + place * size
+                              for place, indices in enumerate(batch)])
+        is_own = own_rows(mesh, len(out))[row]
         try:
-            images = [read_image(self._images[i], self._data.limits) for i in np.concatenate(rows)[mine]]
+            samples = [self._samples[i] for i in np.concatenate(batch)[is_own]]
+            images = [read_image(sample, self._data.limits) for sample in samples if sample is not None]
             if images:
-                out[at[mine]] = pixel_values(self._model, images, self._data.image_fit)
+                out[row[is_own]] = pixel_values(self._model, images, self._data.image_fit)
         except InputError as error:
             fault = error
         if largest(int(fault is not None)):
-            raise fault or InputError("data.path: another process cannot read an image; it says which.")
+            raise fault or InputError("data.path: another process cannot read an image; its message says which.")
         return out
 
-    def _keep(self, across: int, rows: list[np.ndarray], computed: jax.Array) -> None:
-        each = computed.shape[0] // len(rows)
+    def _store_batch(self, devices_at_place: int, batch: list[np.ndarray], computed: jax.Array) -> None:
+        """Stores the rows of `computed`, [places · size, N, D], that lie on this process's devices."""
+        size = computed.shape[0] // len(batch)
         for start, part in own_parts(computed):
-            for place in range(start // each, (start + len(part)) // each):
-                at = _spread(len(rows[place]), each, across) + place * each - start
-                self._out[rows[place]] = part[at]
+            for place in range(start // size, (start + len(part)) // size):
+                rows = _positions(len(batch[place]), size, devices_at_place) + place * size - start
+                self._store[batch[place]] = part[rows]
 
 
-def _spread(count: int, each: int, across: int) -> np.ndarray:
-    """Where `count` images lie among `each` rows that belong to `across` devices, so that all have about as many."""
+def _positions(count: int, size: int, devices: int) -> np.ndarray:
+    """Returns where `count` images lie among `size` rows that `devices` share: each device gets about as many."""
     images = np.arange(count)
-    return images % across * (each // across) + images // across
+    return images % devices * (size // devices) + images // devices
 
 
 class FeatureRows:
-    """Some of the rows of `Features`, as an array of them."""
+    """Rows `indices` of a `Features`, as an array [n, N, D] that is read on access."""
 
-    def __init__(self, of: Features, which: np.ndarray) -> None:
-        self.of, self.which = of, which
-        self.shape, self.dtype, self.ndim = (len(which), *of.shape[1:]), of.dtype, 3
+    def __init__(self, source: Features, indices: np.ndarray) -> None:
+        self.source, self.indices = source, indices
+        self.shape, self.dtype, self.ndim = (len(indices), *source.shape[1:]), source.dtype, 3
 
     def __len__(self) -> int:
-        return len(self.which)
+        return len(self.indices)
 
     @property
     def nbytes(self) -> int:
+        """The size of these rows as an array."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        values = self.of.read(self.which)
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        values = self.source.read(self.indices)
         return values if dtype is None else values.astype(dtype)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """As an array's; of an array of rows, only those are read."""
+        """Indexes as an array does; a one-dimensional integer array reads the rows it names and no others."""
         if isinstance(index, np.ndarray) and index.ndim == 1 and index.dtype.kind == "i":
-            return self.of.read(self.which[index])
+            return self.source.read(self.indices[index])
         return np.asarray(self)[index]
 
     def first(self, count: int) -> FeatureRows:
-        return FeatureRows(self.of, self.which[:count])
+        """Returns the first `count` rows, without reading them."""
+        return FeatureRows(self.source, self.indices[:count])
 
 
-def joined(parts: Sequence[Any]) -> Any:
-    """Features of several clients as those of one."""
-    if all(isinstance(p, FeatureRows) and p.of is parts[0].of for p in parts):
-        return FeatureRows(parts[0].of, np.concatenate([p.which for p in parts]))
-    return np.concatenate([np.asarray(p) for p in parts])
+def concatenate_features(parts: Sequence[np.ndarray | FeatureRows]) -> np.ndarray | FeatureRows:
+    """Returns the features of several clients as those of one; nothing is read where all have one source."""
+    rows = [part for part in parts if isinstance(part, FeatureRows)]
+    if len(rows) == len(parts) and all(part.source is rows[0].source for part in rows):
+        return FeatureRows(rows[0].source, np.concatenate([part.indices for part in rows]))
+    return np.concatenate([np.asarray(part) for part in parts])
 
 
-def bring(features: Sequence[Any], width: int) -> None:
-    """Compute what `width` clients, side by side on the mesh, and the next `width`, are going to read. Arrays that are
-    there anyhow are passed over."""
+def compute_features(features: Sequence[np.ndarray | FeatureRows], width: int) -> None:
+    """Computes, if they are missing, the features that models are about to read, `width` of them side by side.
+
+    With several processes, all call this with the same arguments, before any of the features is read.
+
+    Args:
+        features: of each model, in the order in which they are stacked, `width` at a time, along the mesh's `clients`
+            axis. Plain arrays need no computing and are passed over.
+        width: how many models lie side by side.
+
+    Raises:
+        InputError: an image cannot be read.
+    """
     by_source: dict[int, tuple[Features, list[list[np.ndarray]]]] = {}
     for number, rows in enumerate(features):
         if isinstance(rows, FeatureRows):
-            count = len(places(mesh_of(rows.of._model.base)))
-            source, wanted = by_source.setdefault(id(rows.of), (rows.of, [[] for _ in range(count)]))
-            wanted[place_of(number % width, width, count)].append(rows.which)
-    for source, wanted in by_source.values():
-        source.bring([np.concatenate(w) if w else np.zeros(0, np.int64) for w in wanted])
+            source, by_place = by_source.setdefault(
+                id(rows.source), (rows.source, [[] for _ in range(rows.source.places)]))
+            by_place[place_of(number % width, width, len(by_place))].append(rows.indices)
+    for source, by_place in by_source.values():
+        source.compute([np.concatenate(p) if p else np.zeros(0, np.int64) for p in by_place])
 
 
-def image_features(model: PretrainedModel, samples: list[Sample], data: DataConfig | None = None) -> FeatureRows:
-    """H_v of each sample's image, [len(samples), N, D] in the model's dtype; zeros where a sample has none."""
-    every = Features(model, samples, data).rows(range(len(samples)))
-    every.of.bring([every.which] * len(places(mesh_of(model.base))))  # of several processes, in each
-    return every
+def image_features(model: PretrainedModel, samples: Sequence[Sample], data: DataConfig | None = None) -> FeatureRows:
+    """Returns H_v of each sample's image, [len(samples), N, D] in the model's dtype; zeros for one without an image.
+
+    With several processes, every one of them has all features.
+    """
+    rows = Features(model, samples, data).rows(range(len(samples)))
+    rows.source.compute([rows.indices] * rows.source.places)
+    return rows

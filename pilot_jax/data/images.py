@@ -1,4 +1,4 @@
-"""Images to what the tower reads."""
+"""Reads images and turns them into the pixel values that the vision tower takes."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ import numpy as np
 from PIL import Image
 
 from pilot_jax.config import LimitsConfig
-from pilot_jax.data.llava.reading import LIMITS
-from pilot_jax.data.llava.sample import Sample, StoredImage
+from pilot_jax.data.llava.sample import LIMITS, Sample, StoredImage
 from pilot_jax.errors import InputError
 from pilot_jax.models.checkpoints.processors import load_image_processor
 
 if TYPE_CHECKING:
     from pilot_jax.models.pretrained import PretrainedModel
 
-
-# Others are not decoded: some are handed to other programs, or are decoded by code that few have looked at.
+# Other formats are not decoded: Pillow hands some to other programs, and the decoders of some are little reviewed.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "MPO")
 
 
 def read_image(sample: Sample, limits: LimitsConfig = LIMITS) -> Image.Image:
-    """The sample's image in RGB; of an animated one, the first frame.
+    """Returns the sample's image in RGB; of an animated one, the first frame.
+
+    Args:
+        sample: it must have an image.
 
     Raises:
-        InputError: it cannot be decoded, or is larger than `limits` say.
+        InputError: the image cannot be decoded, or is larger than `limits` allow.
     """
     if isinstance(sample.image, Image.Image):
         return sample.image
-    assert sample.image is not None  # nobody asks for what is text alone
+    assert sample.image is not None
     name = sample.image if isinstance(sample.image, Path) else "the stored image"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own limit, and what it finds odd in a file
+            warnings.simplefilter("ignore")  # of Pillow: its own limit, and oddities of a file
             with Image.open(sample.image.open() if isinstance(sample.image, StoredImage) else sample.image,
                             formats=FORMATS) as image:
                 if image.width * image.height > limits.image_pixels:
@@ -51,7 +52,7 @@ def read_image(sample: Sample, limits: LimitsConfig = LIMITS) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Images of 16-bit greys as 8-bit ones, which `convert` would cut off at white instead."""
+    """Returns an image of 16-bit greys as one of 8-bit greys; `convert` would clip it at 255 instead."""
     if image.mode == "F":
         raise ValueError("floating-point pixels")
     if image.mode != "I" and not image.mode.startswith("I;16"):
@@ -60,7 +61,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
-    """The image in the middle of the smallest square that holds it, as LLaVA-1.5 trains."""
+    """Returns the image in the middle of the smallest square that holds it, as LLaVA-1.5 is trained."""
     width, height = image.size
     if width == height:
         return image
@@ -71,10 +72,13 @@ def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Imag
 
 
 def pixel_values(model: PretrainedModel, images: list[Image.Image], fit: str = "processor") -> np.ndarray:
-    """What the tower reads, float32 [len(images), 3, H, W]; `fit` is `data.image_fit`.
+    """Returns what the vision tower takes, float32 [len(images), 3, H, W].
+
+    Args:
+        fit: `data.image_fit`: "processor", or "pad" to pad images to squares first.
 
     Raises:
-        InputError: the checkpoint's processor and its tower disagree about the size.
+        InputError: the checkpoint's image processor fails, or gives another size than its tower takes.
     """
     processor = load_image_processor(model.image_directory, model.config.vision.family)
     if fit == "pad":
@@ -82,7 +86,7 @@ def pixel_values(model: PretrainedModel, images: list[Image.Image], fit: str = "
         images = [pad_to_square(image, (red, green, blue)) for image in images]
     try:
         pixels = processor(images=images, return_tensors="np")["pixel_values"]
-    except Exception as error:  # its checks of its own settings raise many kinds
+    except Exception as error:  # the processor's checks of its own settings raise many kinds
         raise InputError(f"{model.image_directory}: the image processor fails ({error}). Mend "
                          "preprocessor_config.json.") from None
     side = model.config.vision.image_size

@@ -1,1 +1,4 @@
-"""The toy world that ships: digit scenes, their tasks, federations of them, and the base that was trained on them."""
+"""The embedded toy world: digit scenes, tasks on them, federations of clients, and the base model trained on them.
+
+It is part of the package, so that everything runs without a download. It may import `federation` and what lies below.
+"""

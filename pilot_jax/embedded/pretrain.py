@@ -1,16 +1,18 @@
-"""Train the embedded base: a small CLIP + Llama on captions of digit scenes, from the *pretrain* pool alone.
+"""Trains the embedded base: a small CLIP and a small Llama, on digit scenes from the *pretrain* pool alone.
 
-Two steps, as real LLaVA bases come about. First the tower, to name digit and ink of each grid cell (what a caption
-says, cell by cell); then projector and language model on captions, with the tower frozen. Training everything at once
-on captions stays on a plateau that ignores the image.
+There are two steps, as for real LLaVA bases. First the vision tower learns to name digit and ink of each grid cell,
+which is what a caption says. Then projector and language model learn to caption, with the tower frozen. If everything
+is trained on captions at once, training stays on a plateau on which the image is ignored.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +21,28 @@ import optax
 import yaml
 
 from pilot_jax.data.conversations import encode
-from pilot_jax.embedded import scenes, tasks
+from pilot_jax.embedded.scenes import CANVAS, GRID, INKS, Scene, draw_scene
+from pilot_jax.embedded.tasks import TASKS, pretraining_caption
 from pilot_jax.errors import InputError
 from pilot_jax.models.checkpoints.hf_config import read_vlm_config
 from pilot_jax.models.checkpoints.writing import save_base
 from pilot_jax.models.spec import VlmSpec
 from pilot_jax.models.vlm import Vlm, variables
+from pilot_jax.storage import new_folder
+
+if TYPE_CHECKING:
+    from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 TEMPLATE = "vicuna_short"
-NO_DIGIT, NO_INK = 10, len(scenes.INKS)
+NO_DIGIT, NO_INK = 10, len(INKS)  # the classes of an empty cell
+Params = dict[str, Any]  # nested dicts of arrays
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
+    """Sizes and steps; a YAML file of these keys is what `load_pretrain_config` reads."""
+
     width: int = 128  # D and C
     layers: int = 4  # of the tower, and of the language model
     heads: int = 4
@@ -45,10 +55,10 @@ class PretrainConfig:
 
 
 def load_pretrain_config(path: str | Path) -> PretrainConfig:
-    """Read a YAML mapping of `PretrainConfig`'s fields.
+    """Reads a YAML mapping of `PretrainConfig`'s fields.
 
     Raises:
-        InputError: unreadable, unknown keys, or values that are not positive numbers.
+        InputError: the file cannot be read, has an unknown key, or a value that is not a positive number.
     """
     path = Path(path)
     try:
@@ -66,10 +76,11 @@ def load_pretrain_config(path: str | Path) -> PretrainConfig:
     return PretrainConfig(**raw)
 
 
-def build_tokenizer(vocab: int):
-    """Byte-level BPE over the words of all tasks, digits one by one; any text can be encoded.
+def build_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
+    """Returns a byte-level BPE tokenizer of `vocab` tokens for the words of all tasks; it can encode any text.
 
-    A tokenizer knows more words than its model was trained on: the base never sees a task's questions or answers.
+    Digits are tokens of their own. The tokenizer has seen words that the base has not: the base is never trained on a
+    task's questions or answers.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -77,10 +88,10 @@ def build_tokenizer(vocab: int):
     rng = np.random.default_rng(0)
     texts = []
     for _ in range(3000):
-        scene = scenes.draw_scene(rng, "pretrain", None)
-        texts += ["USER: \n", *tasks.pretraining_caption(rng, scene)]
+        scene = draw_scene(rng, "pretrain", None)
+        texts += ["USER: \n", *pretraining_caption(rng, scene)]
         wording = int(rng.integers(5))
-        texts += [f" {text} ASSISTANT:" for task in tasks.TASKS.values() for text in task(rng, scene, wording)]
+        texts += [f" {text} ASSISTANT:" for task in TASKS.values() for text in task(rng, scene, wording)]
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -95,9 +106,9 @@ def build_tokenizer(vocab: int):
         model_max_length=512)
 
 
-def hf_config(config: PretrainConfig, vocab: int) -> dict:
-    """`config.json` of the base."""
-    patches = (scenes.CANVAS // 8) ** 2
+def hf_config(config: PretrainConfig, vocab: int) -> dict[str, Any]:
+    """Returns the content of the base's `config.json`."""
+    patches = (CANVAS // 8) ** 2
     return {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
         "image_token_index": SPECIAL.index("<image>"), "image_seq_length": patches,
@@ -105,7 +116,7 @@ def hf_config(config: PretrainConfig, vocab: int) -> dict:
         "vision_feature_layer": -1, "vision_feature_select_strategy": "default",
         "vision_config": {
             "model_type": "clip_vision_model", "hidden_size": config.width, "intermediate_size": 4 * config.width,
-            "num_hidden_layers": config.layers, "num_attention_heads": config.heads, "image_size": scenes.CANVAS,
+            "num_hidden_layers": config.layers, "num_attention_heads": config.heads, "image_size": CANVAS,
             "patch_size": 8, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": config.width},
         "text_config": {
             "model_type": "llama", "hidden_size": config.width, "intermediate_size": 11 * config.width // 4,
@@ -117,40 +128,43 @@ def hf_config(config: PretrainConfig, vocab: int) -> dict:
     }
 
 
-def image_processor():
-    """The base's image processor: CLIP's, at the canvas size."""
+def image_processor() -> CLIPImageProcessorPil:
+    """Returns the base's image processor: CLIP's, at the canvas size."""
     from transformers import CLIPImageProcessorPil
 
-    side = {"height": scenes.CANVAS, "width": scenes.CANVAS}
+    side = {"height": CANVAS, "width": CANVAS}
     return CLIPImageProcessorPil(size=side, crop_size=side)
 
 
-def _pixels(scenes: list[scenes.Scene]) -> np.ndarray:
+def _pixels(scenes: list[Scene]) -> np.ndarray:
+    """Returns the scenes as the image processor does, float32 [B, H, W, 3], only faster."""
     processor = image_processor()
     raw = np.stack([np.asarray(scene.image) for scene in scenes]).astype(np.float32) / 255.0
     return (raw - np.asarray(processor.image_mean, np.float32)) / np.asarray(processor.image_std, np.float32)
 
 
 def _vision_batch(rng: np.random.Generator, pool: str, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """pixels [B, H, W, 3], digit and ink of each cell [B, 9]; crowded scenes teach more per picture."""
-    scenes = [scenes.draw_scene(rng, pool, None, most=9, distinct=False) for _ in range(size)]
-    value = np.full((size, scenes.GRID**2), NO_DIGIT)
-    ink = np.full((size, scenes.GRID**2), NO_INK)
-    names = list(scenes.INKS)
+    """Returns pixels [B, H, W, 3], and digit and ink of each cell [B, 9]; crowded scenes teach more per image."""
+    scenes = [draw_scene(rng, pool, None, most=9, distinct=False) for _ in range(size)]
+    value = np.full((size, GRID**2), NO_DIGIT)
+    ink = np.full((size, GRID**2), NO_INK)
+    names = list(INKS)
     for row, scene in enumerate(scenes):
         for digit in scene.digits:
             value[row, digit.cell], ink[row, digit.cell] = digit.value, names.index(digit.ink)
     return _pixels(scenes), value, ink
 
 
-def _caption_batch(rng: np.random.Generator, pool: str, size: int, tokenizer, num_image_tokens: int,
-                   length: int) -> dict[str, np.ndarray]:
-    scenes = [scenes.draw_scene(rng, pool, None) for _ in range(size)]
+def _caption_batch(rng: np.random.Generator, pool: str, size: int, tokenizer: PreTrainedTokenizerFast,
+                   num_image_tokens: int, length: int) -> dict[str, np.ndarray]:
+    """Returns pixels [B, H, W, 3], input_ids and attention_mask int32 [B, L], and weight float32 [B, L] (1: learnt)."""
+    scenes = [draw_scene(rng, pool, None) for _ in range(size)]
     ids, weight = np.zeros((size, length), np.int32), np.zeros((size, length), np.float32)
     mask = np.zeros((size, length), np.int32)
     for row, scene in enumerate(scenes):
-        asked, said = tasks.pretraining_caption(rng, scene)
-        encoded = encode(tokenizer, (("human", f"<image>\n{asked}"), ("gpt", said)), TEMPLATE, num_image_tokens)
+        question, answer = pretraining_caption(rng, scene)
+        turns = (("human", f"<image>\n{question}"), ("gpt", answer))
+        encoded = encode(tokenizer, turns, TEMPLATE, num_image_tokens)
         n = len(encoded.input_ids)
         ids[row, :n], mask[row, :n], weight[row, :n] = encoded.input_ids, 1, encoded.supervised
     return {"pixels": _pixels(scenes), "input_ids": ids, "attention_mask": mask, "weight": weight}
@@ -164,15 +178,17 @@ def _optimizer(peak: float, steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(_schedule(peak, steps), weight_decay=0.01))
 
 
-def _train(loss: Callable, params, batches: Iterator, steps: int, peak: float,
-           report: Callable[[str], None], name: str):
+def _train(loss: Callable[[Params, Any], tuple[jax.Array, jax.Array]], params: Params, batches: Iterator[Any],
+           steps: int, peak: float, report: Callable[[str], None], name: str) -> Params:
+    """Returns the trained parameters; `loss` gives the loss and the accuracy that is reported."""
     optimizer = _optimizer(peak, steps)
 
     @jax.jit
-    def step(params, state, batch):
+    def step(params: Params, state: optax.OptState, batch: Any
+             ) -> tuple[Params, optax.OptState, jax.Array, jax.Array]:
         (value, metric), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
         updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value, metric
+        return cast(Params, optax.apply_updates(params, updates)), state, value, metric
 
     state = optimizer.init(params)
     for index in range(steps):
@@ -182,23 +198,24 @@ def _train(loss: Callable, params, batches: Iterator, steps: int, peak: float,
     return params
 
 
-def _pretrain_vision(module: Vlm, config: PretrainConfig, report: Callable[[str], None]) -> dict:
-    """The tower's weights, after learning to name digit and ink per cell."""
+def _pretrain_vision(module: Vlm, config: PretrainConfig, report: Callable[[str], None]) -> Params:
+    """Returns the tower's weights, trained to name digit and ink of each cell."""
     rng = np.random.default_rng([config.seed, 1])
     key = jax.random.key(config.seed)
-    width, cells = config.width, scenes.GRID**2
-    pixels = jnp.zeros((1, scenes.CANVAS, scenes.CANVAS, 3))
+    width, cells = config.width, GRID**2
+    pixels = jnp.zeros((1, CANVAS, CANVAS, 3))
     tower = module.init(key, pixels, method="features")["params"]["vision_tower"]
     heads = {"digit": jax.random.normal(key, (4 * width, NO_DIGIT + 1)) * 0.02,
              "ink": jax.random.normal(key, (4 * width, NO_INK + 1)) * 0.02}
 
-    def scores(params, pixels):
-        x = module.apply({"params": {"vision_tower": params["tower"]}}, pixels, method="features")
-        side = scenes.GRID
-        x = x.reshape(-1, side, 2, side, 2, width).transpose(0, 1, 3, 2, 4, 5).reshape(-1, cells, 4 * width)
+    def scores(params: Params, pixels: jax.Array) -> dict[str, jax.Array]:
+        base = {"params": {"vision_tower": params["tower"]}}
+        x = cast(jax.Array, module.apply(base, pixels, method="features"))
+        # A cell of 16 × 16 pixels is 2 × 2 patches.
+        x = x.reshape(-1, GRID, 2, GRID, 2, width).transpose(0, 1, 3, 2, 4, 5).reshape(-1, cells, 4 * width)
         return {name: x @ head for name, head in params["heads"].items()}
 
-    def loss(params, batch):
+    def loss(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
         pixels, value, ink = batch
         out = scores(params, pixels)
         ce = optax.softmax_cross_entropy_with_integer_labels
@@ -214,45 +231,54 @@ def _pretrain_vision(module: Vlm, config: PretrainConfig, report: Callable[[str]
     return params["tower"]
 
 
-def _pretrain_language(module: Vlm, tower: dict, tokenizer, config: PretrainConfig,
-                       report: Callable[[str], None]) -> dict:
-    """Projector and decoder weights, after learning to caption."""
-    rng = np.random.default_rng([config.seed, 2])
+def _initial_language(module: Vlm, config: PretrainConfig) -> Params:
+    """Returns projector and decoder weights before training."""
     keys = jax.random.split(jax.random.key(config.seed + 1), 3)
-    c, n = module.config, module.config.num_image_tokens
-    width = c.vision.hidden_size
-    projector = {
-        "linear_1": {"kernel": jax.random.normal(keys[0], (width, c.text.hidden_size)) * 0.6 * width**-0.5,
-                     "bias": jnp.zeros(c.text.hidden_size)},
-        "linear_2": {"kernel": jax.random.normal(keys[1], (c.text.hidden_size,) * 2) * 0.6 * c.text.hidden_size**-0.5,
-                     "bias": jnp.zeros(c.text.hidden_size)}}
-    ids = jnp.zeros((1, n + 2), jnp.int32)
+    spec = module.config
+    vision, text = spec.vision.hidden_size, spec.text.hidden_size
+    projector = {"linear_1": {"kernel": jax.random.normal(keys[0], (vision, text)) * 0.6 * vision**-0.5,
+                              "bias": jnp.zeros(text)},
+                 "linear_2": {"kernel": jax.random.normal(keys[1], (text, text)) * 0.6 * text**-0.5,
+                              "bias": jnp.zeros(text)}}
+    ids = jnp.zeros((1, spec.num_image_tokens + 2), jnp.int32)
     decoder = module.init(keys[2], ids, jnp.ones_like(ids), None, method="logits")["params"]["decoder"]
-    # Words that no caption holds keep the rows they start with, and the head stays frozen in the federation: rows
-    # of unit norm can be told apart there, rows of norm 0.2 cannot (their logits could never leave each other).
-    decoder = decoder | {name: decoder[name] * (0.1 / 0.02) for name in ("embedding", "head")}
-    params = {"projector": projector, "decoder": decoder}
+    # Words that no caption has keep the rows they start with, and the head stays frozen in the federation: rows of unit
+    # norm can be told apart there, rows of norm 0.2 cannot (their logits could never leave each other).
+    return {"projector": projector,
+            "decoder": decoder | {name: decoder[name] * (0.1 / 0.02) for name in ("embedding", "head")}}
+
+
+def _pretrain_language(module: Vlm, tower: Params, tokenizer: PreTrainedTokenizerFast, config: PretrainConfig,
+                       report: Callable[[str], None]) -> Params:
+    """Returns projector and decoder weights, trained to caption."""
+    rng = np.random.default_rng([config.seed, 2])
+    n = module.config.num_image_tokens
     length = n + 48
 
-    def loss(params, batch):
+    def loss(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
         base = {"vision_tower": tower, "decoder": params["decoder"]}
         features = module.apply(variables(base, {}), batch["pixels"], method="features")
-        logits = module.apply(variables(base, {"projector": params["projector"]}), batch["input_ids"],
-                              batch["attention_mask"], features, method="logits")[:, n:-1]
+        logits = cast(jax.Array, module.apply(
+            variables(base, {"projector": params["projector"]}), batch["input_ids"], batch["attention_mask"], features,
+            method="logits"))[:, n:-1]
         target, weight = batch["input_ids"][:, n + 1:], batch["weight"][:, n + 1:]
         ce = optax.softmax_cross_entropy_with_integer_labels(logits, target)
         exact = jnp.all((jnp.argmax(logits, -1) == target) | (weight == 0), axis=-1)
         return jnp.sum(ce * weight) / jnp.sum(weight), jnp.mean(exact)
 
     batches = iter(lambda: _caption_batch(rng, "pretrain", config.batch, tokenizer, n, length), None)
-    params = _train(loss, params, batches, config.language_steps, config.lr, report, "language")
+    params = _train(loss, _initial_language(module, config), batches, config.language_steps, config.lr, report,
+                    "language")
     held_out = _caption_batch(np.random.default_rng(2), "validation", 256, tokenizer, n, length)
     report(f"language: captions right on held-out handwriting {float(jax.jit(loss)(params, held_out)[1]):.3f}")
     return params
 
 
 def pretrain(out: str | Path, config: PretrainConfig | None = None, report: Callable[[str], None] = print) -> Path:
-    """Train the embedded base and write it to `out`, a new Hugging Face LLaVA directory.
+    """Trains the embedded base and writes it to `out`, a new Hugging Face LLaVA directory.
+
+    Args:
+        report: is called with a line of progress now and then.
 
     Raises:
         InputError: `out` exists.
@@ -262,21 +288,19 @@ def pretrain(out: str | Path, config: PretrainConfig | None = None, report: Call
         raise InputError(f"{out}: exists already. Choose a new folder; nothing was written.")
     tokenizer = build_tokenizer(config.vocab)
     raw = hf_config(config, len(tokenizer))
-    shapes = _shapes(raw)
-    module = Vlm(shapes)
+    spec = _spec(raw)
+    module = Vlm(spec)
     tower = _pretrain_vision(module, config, report)
     params = _pretrain_language(module, tower, tokenizer, config, report)
-    partial = out.with_name(out.name + ".partial")
-    save_base(partial, shapes, {"vision_tower": tower} | params, raw)
-    tokenizer.save_pretrained(partial)
-    image_processor().save_pretrained(partial)
-    partial.rename(out)
+    with new_folder(out) as folder:
+        save_base(folder, spec, {"vision_tower": tower} | params, raw)
+        tokenizer.save_pretrained(folder)
+        image_processor().save_pretrained(folder)
     return out
 
 
-def _shapes(raw: dict) -> VlmSpec:
-    import json
-
+def _spec(raw: dict[str, Any]) -> VlmSpec:
+    """Returns the spec of a `config.json` with this content, read as that of any checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
         return read_vlm_config(folder)

@@ -1,4 +1,4 @@
-"""Federations of digit scenes: who has which task, in which look and wording, and how much of it."""
+"""Federations of digit scenes: each client's task, look, wording and number of samples."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from pilot_jax.data.llava.sample import Sample
-from pilot_jax.embedded import tasks
 from pilot_jax.embedded.scenes import Style, draw_scene
+from pilot_jax.embedded.tasks import TASKS, pretraining_caption
 
 PAPERS = ((250, 250, 248), (250, 238, 205), (214, 228, 246), (226, 244, 222), (240, 220, 232))
 SHIFTS = ((0, 0, 0), (18, 10, -12), (-12, 8, 20), (10, -14, 12), (-16, 16, 0))
@@ -18,12 +18,14 @@ SLANTS = (0.0, 14.0, -14.0, 7.0, -7.0)
 
 
 def client_style(number: int, heterogeneity: float = 1.0) -> Style:
-    """The look and wording of a task's client `number` (they repeat after five).
+    """Returns the look and wording of a task's client `number`; they repeat after five clients.
 
-    heterogeneity: 0 gives all the first one's, 1 each its own; between, looks lie between and that share of the samples
-    has the own wording.
+    Args:
+        heterogeneity: 0 gives all clients the first one's look and wording, 1 each its own. In between, looks are
+            interpolated, and this share of a client's samples has its own wording.
     """
     k, h = number % 5, heterogeneity
+
     def between(table: Any) -> Any:
         return tuple(round(first + h * (own - first)) for first, own in zip(table[0], table[k], strict=True))
 
@@ -32,13 +34,15 @@ def client_style(number: int, heterogeneity: float = 1.0) -> Style:
 
 @dataclasses.dataclass(frozen=True)
 class ClientSpec:
+    """A client whose samples are to be drawn."""
+
     name: str
     task: str
     style: Style
-    sizes: dict[str, int]  # samples per split
+    sizes: dict[str, int]  # samples by split
 
 
-SCENARIOS = {
+SCENARIOS = {  # tasks, and clients of each
     "a": (("vqa", "ocr", "caption"), 3),
     "b": (("vqa", "ocr", "caption", "grounding"), 5),
 }
@@ -46,9 +50,15 @@ SCENARIOS = {
 
 def scenario_clients(scenario: str, train: int, validation: int, test: int,
                      heterogeneity: float = 1.0, clients_per_task: int | None = None) -> list[ClientSpec]:
-    """Clients of scenario "a" (3 tasks × 3, equal sizes) or "b" (4 tasks × 5, sizes falling to a quarter)."""
-    tasks, per_task = SCENARIOS[scenario]
-    per_task = clients_per_task or per_task
+    """Returns the clients of scenario "a" (3 tasks × 3, equal sizes) or "b" (4 tasks × 5, sizes fall to a quarter).
+
+    Args:
+        train, validation, test: samples of each client; in "b" `train` are the first client's.
+        heterogeneity: see `client_style`.
+        clients_per_task: instead of the scenario's own.
+    """
+    tasks, default = SCENARIOS[scenario]
+    per_task = clients_per_task or default
     digits = len(str(per_task - 1))
     out = []
     for task in tasks:
@@ -60,7 +70,7 @@ def scenario_clients(scenario: str, train: int, validation: int, test: int,
 
 
 def scene_samples(specs: list[ClientSpec], seed: int) -> Iterator[Sample]:
-    """Every client's samples. A client's draws depend on the seed, its own name and the split alone."""
+    """Yields every client's samples. They depend on the seed, the client's own name and the split alone."""
     for spec in specs:
         for split, size in spec.sizes.items():
             rng = np.random.default_rng([seed, *f"{spec.name}/{split}".encode()])
@@ -69,7 +79,7 @@ def scene_samples(specs: list[ClientSpec], seed: int) -> Iterator[Sample]:
                 style = spec.style
                 # Drawn only where it can matter, so that scenes of full heterogeneity do not depend on it.
                 own = style.own_wording == 1 or rng.random() < style.own_wording
-                question, answer = tasks.TASKS[spec.task](rng, scene, style.wording if own else 0)
+                question, answer = TASKS[spec.task](rng, scene, style.wording if own else 0)
                 yield Sample(
                     id=f"{spec.name}-{split}-{number:05d}", image=scene.image,
                     turns=(("human", f"<image>\n{question}"), ("gpt", answer)),
@@ -77,12 +87,14 @@ def scene_samples(specs: list[ClientSpec], seed: int) -> Iterator[Sample]:
 
 
 def pretraining_samples(count: int, seed: int) -> list[Sample]:
-    """Brief captions in the base's own wording, of scenes from the test pool in random styles: what the base can do
-    before any federation."""
+    """Returns what the base can do before any federation: brief captions in its own wording.
+
+    The scenes are from the test pool, in random styles.
+    """
     rng, samples = np.random.default_rng([seed, *b"base"]), list[Sample]()
     while len(samples) < count:
         scene = draw_scene(rng, "test", None)
-        question, answer = tasks.pretraining_caption(rng, scene)
+        question, answer = pretraining_caption(rng, scene)
         if "briefly" in question:
             number = len(samples)
             samples.append(Sample(

@@ -1,4 +1,4 @@
-"""Digit scenes: real handwriting in coloured ink on a small canvas, from pools of images that never mix."""
+"""Digit scenes: real handwriting in coloured ink on a small canvas, from disjoint pools of handwriting."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ _POOL_SEED = 20250113  # fixed: the shipped base was trained on this pretrain po
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How one client's pictures look and how it words things."""
+    """The look of one client's scenes, and the wording of its questions and answers."""
 
     paper: tuple[int, int, int] = (250, 250, 248)
     ink_shift: tuple[int, int, int] = (0, 0, 0)  # added to every ink
-    rotation: float = 0.0  # degrees, the middle of the client's slant
-    wording: int = 0  # index into digit_tasks' wordings
-    own_wording: float = 1.0  # share of samples in that wording; the others have wording 0
+    rotation: float = 0.0  # degrees; the mean slant of the client's digits
+    wording: int = 0  # index into the wordings of `tasks`
+    own_wording: float = 1.0  # share of samples in this wording; the others have wording 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Digit:
+    """One digit of a scene."""
+
     value: int
     ink: str
     cell: int  # 0..8, row-major
@@ -36,13 +38,18 @@ class Digit:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
+    """An image, and the digits in it."""
+
     image: Image.Image
     digits: tuple[Digit, ...]  # in reading order
 
 
 @functools.cache
 def handwriting() -> tuple[np.ndarray, np.ndarray]:
-    """All digits: images [1797, 8, 8] float32 in [0, 1], labels [1797]."""
+    """Returns all handwriting: images, float32 [1797, 8, 8] in [0, 1], and labels, int64 [1797].
+
+    They are scikit-learn's `load_digits`: the test set of the UCI optical digits data set.
+    """
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -51,7 +58,7 @@ def handwriting() -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def pool_indices(pool: str) -> np.ndarray:
-    """Indices of the handwriting images in `pool`; the pools partition all 1,797."""
+    """Returns the indices of the handwriting images in `pool`; the pools partition all 1,797."""
     order = np.random.default_rng(_POOL_SEED).permutation(len(handwriting()[1]))
     edges = np.round(np.cumsum([0.0, *POOLS.values()]) * len(order)).astype(int)
     k = list(POOLS).index(pool)
@@ -60,7 +67,7 @@ def pool_indices(pool: str) -> np.ndarray:
 
 @functools.cache
 def _glyph(index: int, size: int) -> Image.Image:
-    """Handwriting image `index` scaled to `size` pixels, in the middle of a cell."""
+    """Returns handwriting image `index`, scaled to `size` pixels, in the middle of a cell."""
     glyph = Image.fromarray((handwriting()[0][index] * 255).astype(np.uint8))
     cell = Image.new("L", (CELL, CELL))
     cell.paste(glyph.resize((size, size), Image.Resampling.BICUBIC), ((CELL - size) // 2, (CELL - size) // 2))
@@ -68,21 +75,19 @@ def _glyph(index: int, size: int) -> Image.Image:
 
 
 def _stamp(index: int, degrees: float, size: int) -> np.ndarray:
-    """Ink coverage [CELL, CELL] of handwriting image `index`, scaled and rotated."""
+    """Returns the ink coverage, float32 [CELL, CELL] in [0, 1], of handwriting image `index`, scaled and rotated."""
     return np.asarray(_glyph(index, size).rotate(degrees, Image.Resampling.BILINEAR), np.float32) / 255.0
 
 
 def draw_scene(rng: np.random.Generator, pool: str, style: Style | None, *, most: int = 4,
                distinct: bool = True) -> Scene:
-    """One random scene from `pool`.
+    """Returns one random scene with handwriting from `pool`.
 
     Args:
-        style: None draws a random one (what the base is pretrained on).
-        most: at most so many digits; their number is uniform in 1..most.
-        distinct: no digit value and no ink twice, so that questions have one answer.
+        style: None draws a random one; so are the scenes on which the base is pretrained.
+        most: the number of digits is uniform in 1..most.
+        distinct: no two digits have the same value or the same ink, so that questions have one answer.
     """
-    _, labels = handwriting()
-    members = pool_indices(pool)
     if style is None:
         paper = rng.integers(215, 256, 3)
         shift, slant, spread = rng.integers(-22, 23, 3), 0.0, 20.0
@@ -91,23 +96,37 @@ def draw_scene(rng: np.random.Generator, pool: str, style: Style | None, *, most
     count = int(rng.integers(1, most + 1))
     cells = np.sort(rng.choice(GRID * GRID, count, replace=False))
     inks = rng.choice(list(INKS), count, replace=not distinct)
+    chosen = _handwriting_of_scene(rng, pool, count, distinct)
+    canvas = np.empty((CANVAS, CANVAS, 3), np.float32)
+    canvas[:] = paper
+    digits = []
+    for cell, ink, index in zip(cells, inks, chosen, strict=True):
+        coverage = _stamp(index, slant + rng.uniform(-spread, spread), int(rng.integers(13, 16)))
+        colour = np.clip(np.asarray(INKS[ink]) + shift, 0, 255)
+        box = _draw(canvas, int(cell), coverage, colour)
+        digits.append(Digit(int(handwriting()[1][index]), str(ink), int(cell), box))
+    noisy = canvas + rng.normal(0, 3, canvas.shape)
+    return Scene(Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)), tuple(digits))
+
+
+def _handwriting_of_scene(rng: np.random.Generator, pool: str, count: int, distinct: bool) -> list[int]:
+    """Returns the indices of `count` handwriting images from `pool`; with `distinct`, no two have one label."""
+    _, labels = handwriting()
+    members = pool_indices(pool)
     chosen: list[int] = []
     while len(chosen) < count:
         index = int(members[rng.integers(len(members))])
         if not distinct or labels[index] not in [labels[i] for i in chosen]:
             chosen.append(index)
-    canvas = np.empty((CANVAS, CANVAS, 3), np.float32)
-    canvas[:] = paper
-    digits = []
-    for cell, ink, index in zip(cells, inks, chosen, strict=True):
-        cover = _stamp(index, slant + rng.uniform(-spread, spread), int(rng.integers(13, 16)))
-        row, column = divmod(int(cell), GRID)
-        window = canvas[row * CELL:(row + 1) * CELL, column * CELL:(column + 1) * CELL]
-        colour = np.clip(np.asarray(INKS[ink]) + shift, 0, 255)
-        window[:] = window * (1 - cover[..., None]) + colour * cover[..., None]
-        ys, xs = np.nonzero(cover > 0.25)
-        x0, y0, x1, y1 = (float(v) / CANVAS for v in (
-            column * CELL + xs.min(), row * CELL + ys.min(), column * CELL + xs.max() + 1, row * CELL + ys.max() + 1))
-        digits.append(Digit(int(labels[index]), str(ink), int(cell), (x0, y0, x1, y1)))
-    noisy = canvas + rng.normal(0, 3, canvas.shape)
-    return Scene(Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)), tuple(digits))
+    return chosen
+
+
+def _draw(canvas: np.ndarray, cell: int, coverage: np.ndarray, colour: np.ndarray) -> tuple[float, float, float, float]:
+    """Draws a digit into a cell of the canvas, float32 [CANVAS, CANVAS, 3], and returns its box."""
+    row, column = divmod(cell, GRID)
+    window = canvas[row * CELL:(row + 1) * CELL, column * CELL:(column + 1) * CELL]
+    window[:] = window * (1 - coverage[..., None]) + colour * coverage[..., None]
+    ys, xs = np.nonzero(coverage > 0.25)
+    x0, y0, x1, y1 = (float(v) / CANVAS for v in (
+        column * CELL + xs.min(), row * CELL + ys.min(), column * CELL + xs.max() + 1, row * CELL + ys.max() + 1))
+    return x0, y0, x1, y1

@@ -1,7 +1,7 @@
-"""What is asked of a digit scene: four tasks with really different answers, each in five wordings.
+"""Questions about digit scenes with their answers: four tasks of different kinds, each in five wordings.
 
 A task is a function (rng, scene, wording) → (question, answer). Captions for pretraining the base have wordings of
-their own, so that no client's answers are what the base already says.
+their own, so that the base gives no client's answers already.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _a(digit: Digit) -> str:
 
 
 def pretraining_caption(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
-    """(instruction, caption) as the base sees them; the instruction says which of three captions is wanted."""
+    """Returns (instruction, caption) as the base sees them; the instruction says which of three captions is meant."""
     digits = scene.digits
     kind = int(rng.integers(3))
     if kind == 0:
@@ -40,71 +40,73 @@ def pretraining_caption(rng: np.random.Generator, scene: Scene) -> tuple[str, st
 
 
 def vqa(rng: np.random.Generator, scene: Scene, wording: int) -> tuple[str, str]:
-    """Count, colour, parity, or yes/no."""
+    """Asks for a count, a colour, a parity, or whether a digit is there."""
     w = wording % 5
     target = scene.digits[int(rng.integers(len(scene.digits)))]
     kind = int(rng.integers(4))
     if kind == 0:
         n = len(scene.digits)
-        asked = ("how many digits are there?", "count the digits.", "what is the number of digits?",
-                 "tell me how many digits you see.", "number of digits?")[w]
-        return asked, (f"{n}", f"{NUMBERS[n]}", f"there are {n}", f"{NUMBERS[n]} of them", f"count = {n}")[w]
+        question = ("how many digits are there?", "count the digits.", "what is the number of digits?",
+                    "tell me how many digits you see.", "number of digits?")[w]
+        return question, (f"{n}", f"{NUMBERS[n]}", f"there are {n}", f"{NUMBERS[n]} of them", f"count = {n}")[w]
     if kind == 1:
-        asked = ("what colour is the {}?", "which colour has the {}?", "name the colour of the {}.",
-                 "tell me the colour of the {}.", "colour of {}?")[w]
+        question = ("what colour is the {}?", "which colour has the {}?", "name the colour of the {}.",
+                    "tell me the colour of the {}.", "colour of {}?")[w]
         answer = ("{}", "it is {}", "the colour is {}", "{} ink", "colour = {}")[w]
-        return asked.format(target.value), answer.format(target.ink)
+        return question.format(target.value), answer.format(target.ink)
     if kind == 2:
         parity = "odd" if target.value % 2 else "even"
-        asked = ("is the {} digit even or odd?", "the {} digit: even or odd?", "say whether the {} digit is even.",
-                 "tell me if the {} digit is odd or even.", "parity of {}?")[w]
+        question = ("is the {} digit even or odd?", "the {} digit: even or odd?", "say whether the {} digit is even.",
+                    "tell me if the {} digit is odd or even.", "parity of {}?")[w]
         answer = ("{}", "it is {}", "the digit is {}", "{} number", "parity = {}")[w]
-        return asked.format(target.ink), answer.format(parity)
+        return question.format(target.ink), answer.format(parity)
     present = bool(rng.integers(2))
     shown = {d.value for d in scene.digits}
     value = target.value if present else int(rng.choice([v for v in range(10) if v not in shown]))
-    asked = ("is there a {}?", "can you see a {}?", "does the picture show a {}?", "tell me if there is a {}.",
-             "any {}?")[w]
+    question = ("is there a {}?", "can you see a {}?", "does the picture show a {}?", "tell me if there is a {}.",
+                "any {}?")[w]
     yes, no = (("yes", "no"), ("yes it is", "no it is not"), ("there is", "there is not"), ("yes please", "not here"),
                ("present = yes", "present = no"))[w]
-    return asked.format(value), yes if present else no
+    return question.format(value), yes if present else no
 
 
 def ocr(rng: np.random.Generator, scene: Scene, wording: int) -> tuple[str, str]:
-    """Read the digits in order."""
+    """Asks for the digits in reading order."""
     w = wording % 5
     values = [str(d.value) for d in scene.digits]
-    asked = ("read the digits.", "what is written here?", "transcribe the picture.", "spell out the digits.",
-             "text?")[w]
+    question = ("read the digits.", "what is written here?", "transcribe the picture.", "spell out the digits.",
+                "text?")[w]
     if w == 4:
-        return asked, "it reads " + " ".join(values)
-    return asked, (" ", ", ", " - ", "")[w].join(values)
+        return question, "it reads " + " ".join(values)
+    return question, (" ", ", ", " - ", "")[w].join(values)
 
 
 def caption(rng: np.random.Generator, scene: Scene, wording: int) -> tuple[str, str]:
-    """One sentence that names every digit with its ink."""
+    """Asks for one sentence that names every digit with its ink."""
     w, digits = wording % 5, scene.digits
-    asked = ("write a caption.", "give a short caption.", "what does this show?", "caption the scene.", "caption?")[w]
+    question = ("write a caption.", "give a short caption.", "what does this show?", "caption the scene.",
+                "caption?")[w]
     if w == 0:
-        return asked, "the picture shows " + _and([_a(d) for d in digits])
+        return question, "the picture shows " + _and([_a(d) for d in digits])
     if w == 1:
-        return asked, ", ".join(f"{d.value} in {d.ink}" for d in digits)
+        return question, ", ".join(f"{d.value} in {d.ink}" for d in digits)
     if w == 2:
-        return asked, "i see " + " next to ".join(_a(d) for d in digits)
+        return question, "i see " + " next to ".join(_a(d) for d in digits)
     if w == 3:
-        return asked, f"{len(digits)} here: " + ", ".join(f"{d.value} ({d.ink})" for d in digits)
-    return asked, "; ".join(f"{d.ink} ink, {d.value}" for d in digits)
+        return question, f"{len(digits)} here: " + ", ".join(f"{d.value} ({d.ink})" for d in digits)
+    return question, "; ".join(f"{d.ink} ink, {d.value}" for d in digits)
 
 
 def grounding(rng: np.random.Generator, scene: Scene, wording: int) -> tuple[str, str]:
-    """The normalised box of one digit, named by value or by ink."""
+    """Asks for the normalised box of one digit, which is named by its value or by its ink."""
     w = wording % 5
     target = scene.digits[int(rng.integers(len(scene.digits)))]
     named = f"the {target.value}" if rng.integers(2) else f"the {target.ink} digit"
-    asked = ("where is {}?", "locate {}.", "give the box of {}.", "find {}.", "box of {}?")[w].format(named)
+    question = ("where is {}?", "locate {}.", "give the box of {}.", "find {}.", "box of {}?")[w].format(named)
     numbers = [f"{v:.2f}" for v in target.box]
     answer = ("[{}, {}, {}, {}]", "({}, {}, {}, {})", "box [{}, {}, {}, {}]", "{} {} {} {}", "x y x y: {} {} {} {}")[w]
-    return asked, answer.format(*numbers)
+    return question, answer.format(*numbers)
 
 
-TASKS: dict[str, Callable] = {"vqa": vqa, "ocr": ocr, "caption": caption, "grounding": grounding}
+Task = Callable[[np.random.Generator, "Scene", int], tuple[str, str]]
+TASKS: dict[str, Task] = {"vqa": vqa, "ocr": ocr, "caption": caption, "grounding": grounding}

@@ -14,7 +14,7 @@ import numpy as np
 from pilot_jax.config import EvalConfig
 from pilot_jax.data.arrays import Prompts
 from pilot_jax.data.conversations import stop_tokens
-from pilot_jax.data.features import bring
+from pilot_jax.data.features import compute_features
 from pilot_jax.evaluation.metrics import METRICS
 from pilot_jax.models.generate import Decoding, generate
 from pilot_jax.models.pretrained import PretrainedModel
@@ -34,8 +34,8 @@ class Examinee:
 
 
 @dataclasses.dataclass(frozen=True)
-class Speaker:
-    """What turns a model's tokens into text, and how they are chosen."""
+class Decoder:
+    """How a model's tokens are chosen, and what turns them into text."""
 
     tokenizer: Any
     how: Decoding
@@ -49,18 +49,18 @@ class Speaker:
         return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True).strip()
 
 
-def speaker(tokenizer: Any, template: str, config: EvalConfig, seed: int = 0) -> Speaker:
+def make_decoder(tokenizer: Any, template: str, config: EvalConfig, seed: int = 0) -> Decoder:
     """As `eval` asks: answers end where `template` ends them."""
     how = Decoding(config.max_new_tokens, stop_tokens(tokenizer, template), config.temperature, config.top_p)
-    return Speaker(tokenizer, how, config.batch_size, seed)
+    return Decoder(tokenizer, how, config.batch_size, seed)
 
 
-def _answers_of_group(model: PretrainedModel, voice: Speaker, group: list[Examinee], width: int) -> list[list[str]]:
+def _answers_of_group(model: PretrainedModel, decoder: Decoder, group: list[Examinee], width: int) -> list[list[str]]:
     """Answers of examinees that share a stage, `width` models at a time; short groups are padded by repetition."""
     out: list[list[str]] = []
     mesh = mesh_of(model.base)
     mine = here(mesh, width)  # only these prompts are read
-    bring([e.prompts.features for e in group], width)
+    compute_features([e.prompts.features for e in group], width)
     for start in range(0, len(group), width):
         members = group[start:start + width]
         padded = members + members[:1] * (width - len(members))
@@ -69,18 +69,18 @@ def _answers_of_group(model: PretrainedModel, voice: Speaker, group: list[Examin
         tasks = over_clients(np.asarray([e.task_index for e in padded], np.int32), mesh)
         longest = max(len(e.prompts.references) for e in members)
         rows: list[list[str]] = [[] for _ in members]
-        rows_at_once = min(voice.batch_size, longest)
+        rows_at_once = min(decoder.batch_size, longest)
         for first in range(0, longest, rows_at_once):
             take = np.arange(first, first + rows_at_once)
             batch = over_clients({name: _prompts(name, members, mine, take)
                                   for name in ("input_ids", "attention_mask", "features")}, mesh)
             # A prompt's randomness depends on its place among its client's prompts, not on who is decoded beside it.
-            keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(voice.seed)))(take)
-            tokens = to_host(generate(model.module, model.base, adapters, batch, tasks,
-                                         jnp.broadcast_to(keys, (width, len(take))), stage=members[0].stage,
-                                         how=voice.how))
+            keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(decoder.seed)))(take)
+            prompts = batch | {"keys": jnp.broadcast_to(keys, (width, len(take)))}
+            tokens = to_host(generate(model.module, model.base, adapters, prompts, tasks, stage=members[0].stage,
+                                      how=decoder.how))
             for k, examinee in enumerate(members):
-                rows[k] += [voice.text(t)
+                rows[k] += [decoder.text(t)
                             for t, i in zip(tokens[k], take, strict=True) if i < len(examinee.prompts.references)]
         out += rows
     return out
@@ -99,7 +99,7 @@ def _prompts(name: str, examinees: list[Examinee], mine: list[bool], take: np.nd
     return out
 
 
-def answers(model: PretrainedModel, voice: Speaker, examinees: list[Examinee], width: int) -> list[list[str]]:
+def answers(model: PretrainedModel, decoder: Decoder, examinees: list[Examinee], width: int) -> list[list[str]]:
     """Every examinee's answers to its prompts, in order.
 
     Args:
@@ -110,15 +110,15 @@ def answers(model: PretrainedModel, voice: Speaker, examinees: list[Examinee], w
     for kind in sorted(set(kinds)):
         indices = [i for i, own in enumerate(kinds) if own == kind]
         group = [examinees[i] for i in indices]
-        for i, texts in zip(indices, _answers_of_group(model, voice, group, width), strict=True):
+        for i, texts in zip(indices, _answers_of_group(model, decoder, group, width), strict=True):
             out[i] = texts
     return out
 
 
-def scores(model: PretrainedModel, voice: Speaker, examinees: list[Examinee], metrics: Mapping[str, str],
+def scores(model: PretrainedModel, decoder: Decoder, examinees: list[Examinee], metrics: Mapping[str, str],
            width: int) -> list[float]:
     """Score of each examinee, by its task's metric (exact match where `metrics` names none)."""
-    texts = answers(model, voice, examinees, width)
+    texts = answers(model, decoder, examinees, width)
     return [METRICS[metrics.get(e.task, "exact")](got, e.prompts.references)
             for e, got in zip(examinees, texts, strict=True)]
 

@@ -1,8 +1,8 @@
-"""Scores of a client's answers against their references, by name. Higher is better.
+"""Metrics: scores of n answers against their references, by name; higher is better.
 
-A metric takes n answers and, for each, its references (one or several), and returns one number: the mean over the
-samples, or the corpus score where the metric is defined on a corpus (BLEU, CIDEr). All lie in [0, 1] but CIDEr, which
-goes to 10.
+A metric takes n answers and, for each of them, one or several references. It returns the mean over the samples, or the
+corpus score where it is defined on a corpus (BLEU, CIDEr). All metrics lie in [0, 1], except CIDEr, which lies in
+[0, 10].
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from typing import Any
 import numpy as np
 
 from pilot_jax.errors import InputError
-from pilot_jax.evaluation.cider import cider
 from pilot_jax.evaluation.vqa import vqa_accuracy
 
 References = Sequence[Sequence[str]]
+Metric = Callable[[Sequence[str], References], float]
 
 
 def _best(score: Callable[[str, str], float], answers: Sequence[str], references: References) -> float:
-    """Mean over samples of the best score against any reference."""
+    """Returns the mean over samples of the best score against any of the sample's references."""
     return float(np.mean([max(score(a, r) for r in refs) for a, refs in zip(answers, references, strict=True)]))
 
 
 def exact(answer: str, reference: str) -> float:
-    """1 if equal after lower-casing and folding white space."""
+    """Returns 1 if both are equal after lower-casing and folding white space, else 0."""
     return float(" ".join(answer.lower().split()) == " ".join(reference.lower().split()))
 
 
 def parse_box(text: str) -> tuple[float, float, float, float] | None:
-    """The first four numbers of a text as (x0, y0, x1, y1), or None."""
+    """Returns the first four numbers of a text as (x0, y0, x1, y1), or None if it has fewer."""
     numbers = re.findall(r"\d+(?:\.\d+)?", text)
     if len(numbers) < 4:
         return None
@@ -41,7 +41,7 @@ def parse_box(text: str) -> tuple[float, float, float, float] | None:
 
 
 def box_iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    """Intersection over union of (x0, y0, x1, y1) boxes; 0 for an empty one."""
+    """Returns the intersection over union of two boxes (x0, y0, x1, y1); 0 if one is empty."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     overlap = max(width, 0.0) * max(height, 0.0)
@@ -50,13 +50,13 @@ def box_iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 
 
 def iou(answer: str, reference: str) -> float:
-    """1 if the boxes overlap by IoU ≥ 0.5 (the usual accuracy of referring-expression grounding)."""
+    """Returns 1 if the boxes have IoU ≥ 0.5, the usual accuracy of referring-expression grounding, else 0."""
     a, b = parse_box(answer), parse_box(reference)
     return float(a is not None and b is not None and box_iou(a, b) >= 0.5)
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein's: insertions, deletions and substitutions that turn a into b."""
+    """Returns Levenshtein's distance: the insertions, deletions and substitutions that turn a into b."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         previous, row[0] = row[0], i
@@ -66,41 +66,72 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def anls(answer: str, reference: str) -> float:
-    """Normalised Levenshtein similarity, 0 below one half (Biten et al., 2019, arXiv 1905.13648, eq. 1)."""
+    """Returns the normalised Levenshtein similarity, or 0 where it is at most one half.
+
+    Biten et al. (2019), arXiv 1905.13648, eq. 1.
+    """
     a, b = " ".join(answer.lower().split()), " ".join(reference.lower().split())
     distance = edit_distance(a, b) / max(len(a), len(b), 1)
     return 1.0 - distance if distance < 0.5 else 0.0
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """F-measure of the longest common subsequence (Lin, 2004), by `rouge-score`, without stemming."""
+    """Returns the F-measure of the longest common subsequence (Lin, 2004), by `rouge-score`, without stemming."""
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], use_stemmer=False).score(reference, answer)["rougeL"].fmeasure
 
 
 def bleu(answers: Sequence[str], references: References) -> float:
-    """Corpus BLEU-4 (Papineni et al., 2002) by `sacrebleu`, its defaults, divided by 100."""
+    """Returns corpus BLEU-4 (Papineni et al., 2002), by `sacrebleu` with its defaults, divided by 100."""
     from sacrebleu.metrics import BLEU
 
     most = max(len(refs) for refs in references)
-    streams: Any = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
+    streams: list[list[Any]] = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
     return BLEU().corpus_score(list(answers), streams).score / 100
 
 
-def _mean_best(score: Callable[[str, str], float]) -> Callable[[Sequence[str], References], float]:
+def _words(text: str) -> str:
+    """Returns the lower-cased words of a text, joined by blanks."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def cider(answers: Sequence[str], references: References) -> float:
+    """Returns corpus CIDEr-D (Vedantam et al., 2015, arXiv 1411.5726), by `pycocoevalcap`, on lower-cased words.
+
+    The n-grams are weighted by how rare they are among the references of this very corpus. So scores of different
+    corpora do not compare, and a corpus of one sample scores 0. COCO's Java tokenizer is not used.
+    """
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+    scorer = CiderScorer(n=4, sigma=6.0)  # the paper's n-grams, and its penalty for another length
+    for answer, refs in zip(answers, references, strict=True):
+        scorer += (_words(answer), [_words(ref) for ref in refs])
+    if not any(ref for refs in scorer.crefs for ref in refs):  # there the library fails: no reference has a word
+        return 0.0
+    return float(scorer.compute_score()[0])
+
+
+def _mean_best(score: Callable[[str, str], float]) -> Metric:
     return lambda answers, references: _best(score, answers, references)
 
 
-METRICS: dict[str, Callable[[Sequence[str], References], float]] = {
+METRICS: dict[str, Metric] = {
     "exact": _mean_best(exact), "iou": _mean_best(iou), "anls": _mean_best(anls), "rouge_l": _mean_best(rouge_l),
     "vqa": vqa_accuracy, "bleu": bleu, "cider": cider,
 }
-_NEEDS = {"bleu": "sacrebleu", "rouge_l": "rouge_score"}
+# (module, distribution) that a metric needs; all are in the extra `scores`.
+_NEEDS = {"bleu": ("sacrebleu", "sacrebleu"), "rouge_l": ("rouge_score", "rouge-score"),
+          "cider": ("pycocoevalcap", "pycocoevalcap")}
 
 
 def check_metrics(names: Sequence[str]) -> None:
-    """Refuse a metric whose library is not installed, before anything is trained."""
+    """Refuses a metric whose library is not installed, before anything is trained.
+
+    Raises:
+        InputError: it says what to install.
+    """
     for name in names:
-        if name in _NEEDS and find_spec(_NEEDS[name]) is None:
-            raise InputError(f"eval.metrics: {name} needs the extra 'scores'. Run: pip install 'pilot-jax[scores]'")
+        if name in _NEEDS and find_spec(_NEEDS[name][0]) is None:
+            raise InputError(f"eval.metrics: {name} needs a library that is not installed (of the extra 'scores'). "
+                             f"Run: pip install {_NEEDS[name][1]}")

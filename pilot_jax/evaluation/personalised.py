@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from pilot_jax.data.arrays import Prompts
+from pilot_jax.config import DataConfig
+from pilot_jax.data.arrays import ClientData, Prompts
 from pilot_jax.data.build import build_prompts, encode_prompts
 from pilot_jax.data.features import FeatureRows, image_features
+from pilot_jax.embedded.scenarios import pretraining_samples
 from pilot_jax.errors import InputError
-from pilot_jax.evaluation.answers import Examinee, base_examinee, scores, speaker
-from pilot_jax.federation.roles import Roles
+from pilot_jax.evaluation.answers import Decoder, Examinee, base_examinee, scores
+from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.state import AnyState, ClientState, Federation, Population
 
 AT_ONCE = 128  # models in memory
 
 
-def used_adapters(fed: Federation, state: AnyState) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Who is asked what, which model answers, and how answers are scored."""
+
+    fed: Federation
+    clients: tuple[ClientData, ...]  # on whose data models are scored; those of the federation, but where it pools data
+    model_of_client: tuple[int, ...]  # [K], index of the federation's client whose model answers
+    decoder: Decoder
+    metrics: Mapping[str, str]  # by task; exact match where it names none
+    width: int  # models decoded at once
+    data: DataConfig  # template and limits of prompts
+    embedded_base: bool = False  # whether the base is the one that was taught to caption digit scenes
+
+
+def used_adapters(fed: Federation, state: AnyState) -> dict[str, Tree]:
     """The subtrees that a client's model reads: those of the last stage it was trained in."""
-    roles: Roles = fed.strategy.roles()
+    roles = fed.strategy.roles()
     used = roles.names(stage=state.stage, mode="trained") + roles.names(stage=state.stage, mode="frozen")
     adapters = state.adapters
     return {n: adapters[n] for n in used}
@@ -34,43 +51,43 @@ def examinee(fed: Federation, index: int, state: AnyState, prompts: Prompts, tas
     return Examinee(used_adapters(fed, state), state.stage, fed.task_index(index), task, prompts)
 
 
-def evaluate(fed: Federation, tokenizer: Any, population: Population | None, split: str = "test") -> dict[str, float]:
+def evaluate(evaluation: Evaluation, population: Population | None, split: str = "test") -> dict[str, float]:
     """Score of each client that has `split` samples; `population` None: of the untouched base model."""
-    return evaluate_together([fed], tokenizer, [population], split)[0]
+    return evaluate_together([evaluation], [population], split)[0]
 
 
-def evaluate_together(feds: Sequence[Federation], tokenizer: Any, populations: Sequence[Population | None],
+def evaluate_together(evaluations: Sequence[Evaluation], populations: Sequence[Population | None],
                       split: str = "test") -> list[dict[str, float]]:
     """`evaluate` of several federations with one base, their models decoded side by side."""
-    who = [(number, i) for number, fed in enumerate(feds) for i, c in enumerate(fed.examined) if split in c.evaluation]
-    out: list[dict[str, float]] = [{} for _ in feds]
-    for start in range(0, len(who), AT_ONCE):  # adapters and prompts may come from disk
-        block = who[start:start + AT_ONCE]
-        asked = []
+    pairs = [(number, i) for number, one in enumerate(evaluations) for i, c in enumerate(one.clients)
+             if split in c.evaluation]
+    out: list[dict[str, float]] = [{} for _ in evaluations]
+    for first in range(0, len(pairs), AT_ONCE):  # adapters and prompts may come from disk
+        block = pairs[first:first + AT_ONCE]
+        examinees = []
         for number, i in block:
-            fed, population = feds[number], populations[number]
-            model, client = fed.model_of(i), fed.examined[i]
+            one, population = evaluations[number], populations[number]
+            model, client = one.model_of_client[i], one.clients[i]
             state = population[model] if population is not None else ClientState({})
-            asked.append(examinee(fed, model, state, client.evaluation[split], client.task))
-        for (number, i), value in zip(block, _scores(feds[0], tokenizer, asked), strict=True):
-            out[number][feds[number].examined[i].name] = value
+            examinees.append(examinee(one.fed, model, state, client.evaluation[split], client.task))
+        for (number, i), value in zip(block, _scores(evaluations[0], examinees), strict=True):
+            out[number][evaluations[number].clients[i].name] = value
     return out
 
 
-def _scores(fed: Federation, tokenizer: Any, asked: list[Examinee]) -> list[float]:
-    rows = 1 if fed.mesh is None else fed.mesh.shape["clients"]
-    width = rows * min(fed.config.system.client_chunk, -(-len(fed.examined) // rows))
-    voice = speaker(tokenizer, fed.config.data.template, fed.config.eval, fed.config.system.seed)
-    return scores(fed.model, voice, asked, fed.config.eval.metrics, width)
+def _scores(evaluation: Evaluation, examinees: list[Examinee]) -> list[float]:
+    return scores(evaluation.fed.model, evaluation.decoder, examinees, evaluation.metrics, evaluation.width)
 
 
-def mean_score(values: list[float]) -> float | None:
-    return float(np.mean(values)) if values else None
+def mean_score(values: Sequence[float]) -> float | None:
+    """The mean; None of nothing."""
+    return float(np.mean(values)) if len(values) else None
 
 
-def score_by_task(fed: Federation, by_client: dict[str, float]) -> dict[str, float | None]:
-    return {t: mean_score([by_client[c.name] for c in fed.examined if c.task == t and c.name in by_client])
-            for t in fed.tasks}
+def score_by_task(evaluation: Evaluation, by_client: Mapping[str, float]) -> dict[str, float | None]:
+    """Mean over each task's clients that have a score."""
+    return {t: mean_score([by_client[c.name] for c in evaluation.clients if c.task == t and c.name in by_client])
+            for t in evaluation.fed.tasks}
 
 
 def first_prompts(prompts: Prompts, count: int | None) -> Prompts:
@@ -82,55 +99,54 @@ def first_prompts(prompts: Prompts, count: int | None) -> Prompts:
                    prompts.references[:count])
 
 
-def score_matrix(fed: Federation, tokenizer: Any, population: Population, split: str = "test",
+def score_matrix(evaluation: Evaluation, population: Population, split: str = "test",
                  count: int | None = None) -> np.ndarray:
     """Scores [K, K]: row k's model on column j's `split` (its first `count` samples), by j's task's metric.
 
     Raises:
         InputError: a client has no such samples.
     """
-    missing = [c.name for c in fed.examined if split not in c.evaluation]
+    fed, clients = evaluation.fed, evaluation.clients
+    missing = [c.name for c in clients if split not in c.evaluation]
     if missing:
         raise InputError(f"data.path: client {missing[0]!r} has no {split} samples.")
-    asked = []
-    for i in range(len(fed.examined)):
-        model = fed.model_of(i)
-        asked += [examinee(fed, model, population[model], first_prompts(c.evaluation[split], count), c.task)
-                  for c in fed.examined]
-    return np.asarray(_scores(fed, tokenizer, asked)).reshape(len(fed.examined), -1)
+    examinees = []
+    for model in evaluation.model_of_client:
+        examinees += [examinee(fed, model, population[model], first_prompts(c.evaluation[split], count), c.task)
+                      for c in clients]
+    return np.asarray(_scores(evaluation, examinees)).reshape(len(clients), -1)
 
 
-def base_prompts(fed: Federation, tokenizer: Any, count: int) -> Prompts:
+def base_prompts(evaluation: Evaluation, count: int) -> Prompts:
     """What the embedded base was taught, brief captions, on handwriting of the test pool."""
-    from pilot_jax.embedded.scenarios import pretraining_samples
+    model, data = evaluation.fed.model, evaluation.data
+    samples = pretraining_samples(count, data.digits.seed)
+    encoded = encode_prompts(model, evaluation.decoder.tokenizer, samples, data)
+    return build_prompts(samples, encoded, image_features(model, samples, data))
 
-    samples = pretraining_samples(count, fed.config.data.digits.seed)
-    encoded = encode_prompts(fed.model, tokenizer, samples, fed.config.data)
-    return build_prompts(samples, encoded, image_features(fed.model, samples, fed.config.data))
 
-
-def forgetting(feds: Sequence[Federation], tokenizer: Any, populations: Sequence[Population | None],
+def forgetting(evaluations: Sequence[Evaluation], populations: Sequence[Population | None],
                prompts: Sequence[Prompts]) -> list[list[float]]:
     """Exact match of every client's model on `base_prompts`, by federation; `population` None: of the base, once."""
-    asked, counts = [], []
-    for fed, population, own in zip(feds, populations, prompts, strict=True):
+    examinees, counts = [], []
+    for one, population, own in zip(evaluations, populations, prompts, strict=True):
         states = [ClientState({})] if population is None else list(population)
-        asked += [examinee(fed, i, state, own, "base") for i, state in enumerate(states)]
+        examinees += [examinee(one.fed, i, state, own, "base") for i, state in enumerate(states)]
         counts.append(len(states))
-    values = _scores(feds[0], tokenizer, asked)
+    values = _scores(evaluations[0], examinees)
     return [values[sum(counts[:i]):sum(counts[:i + 1])] for i in range(len(counts))]
 
 
-def evaluation_matrix(fed: Federation, tokenizer: Any, population: Population, split: str = "test",
+def evaluation_matrix(evaluation: Evaluation, population: Population, split: str = "test",
                       count: int | None = None) -> dict[str, Any]:
     """`score_matrix`, its means by task, and, with the embedded base, what of the base's captioning is left."""
-    scores_ = score_matrix(fed, tokenizer, population, split, count)
-    columns = {t: [i for i, c in enumerate(fed.examined) if c.task == t] for t in fed.tasks}
-    names, captions = [c.name for c in fed.examined], None
-    if fed.config.model.path == "embedded" and fed.config.model.parts is None:
-        asked = base_prompts(fed, tokenizer, count or 48)
-        own, base = forgetting([fed, fed], tokenizer, [population, None], [asked, asked])
-        captions = {"base": base[0], "clients": [own[fed.model_of(i)] for i in range(len(names))]}
-    return {"split": split, "clients": names, "tasks": list(fed.tasks), "scores": scores_.tolist(),
+    matrix, clients = score_matrix(evaluation, population, split, count), evaluation.clients
+    columns = {t: [i for i, c in enumerate(clients) if c.task == t] for t in evaluation.fed.tasks}
+    names, captions = [c.name for c in clients], None
+    if evaluation.embedded_base:
+        prompts = base_prompts(evaluation, count or 48)
+        own, base = forgetting([evaluation, evaluation], [population, None], [prompts, prompts])
+        captions = {"base": base[0], "clients": [own[model] for model in evaluation.model_of_client]}
+    return {"split": split, "clients": names, "tasks": list(evaluation.fed.tasks), "scores": matrix.tolist(),
             "by_task": {name: {t: float(row[of].mean()) for t, of in columns.items()}
-                        for name, row in zip(names, scores_, strict=True)}, "base_captions": captions}
+                        for name, row in zip(names, matrix, strict=True)}, "base_captions": captions}

@@ -10,7 +10,7 @@ import numpy as np
 _NUMBERS = {word: str(i) for i, word in enumerate(
     ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"))} | {"none": "0"}
 _ARTICLES = {"a", "an", "the"}
-# Annotators drop apostrophes. Contractions whose bare form is a word of its own (its, were, well) are not in it.
+# Annotators drop apostrophes. Contractions whose bare form is a word of its own (its, were, well) are not listed.
 _CONTRACTED = """
     ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't needn't
     shouldn't wasn't weren't wouldn't could've might've should've would've he'd he's i'm i've it'd it'll let's
@@ -20,8 +20,11 @@ _CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED.split()}
 
 
 def normalize(answer: str) -> str:
-    """Lower case; no articles, no full stops but decimal points, other punctuation as spaces (apostrophes and colons
-    stay, commas between digits go); number words as digits; apostrophes restored in contractions."""
+    """Returns an answer as the VQA challenge compares it (the evaluation rules of visualqa.org).
+
+    Lower case, without articles; number words as digits; apostrophes restored in contractions. Of the punctuation,
+    decimal points, apostrophes and colons stay; other full stops and commas between digits go; the rest becomes blanks.
+    """
     text = answer.lower().replace("\n", " ").replace("\t", " ").strip()
     text = re.sub(r"(?<=\d),(?=\d)", "", text)
     text = re.sub(r"(?<!\d)\.|\.(?!\d)", "", text)
@@ -31,7 +34,7 @@ def normalize(answer: str) -> str:
 
 
 def vqa_accuracy(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Mean over samples, and over all ways to leave one annotator out, of min(matches among the others / 3, 1).
+    """Returns the mean over samples, and over the annotators left out, of min(matches among the others / 3, 1).
 
     A sample with a single reference counts as ten annotators who agree.
     """

@@ -1,21 +1,29 @@
-"""The local update: one compiled program per phase for a chunk of clients, all its steps in one loop."""
+"""The local update: one compiled program per phase for a chunk of clients, all its steps in one loop.
+
+`start`, `advance` and `finish` are its three parts, for data that go to the device a few steps at a time;
+`local_update` is the three of them in one program.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, Real, Shaped
 
 from pilot_jax.config import TrainConfig
-from pilot_jax.federation.losses import stage_loss
-from pilot_jax.federation.roles import Roles
-from pilot_jax.models.vlm import Vlm, variables
+from pilot_jax.federation.losses import LossWeights, loss_weights, stage_loss
+from pilot_jax.federation.roles import Roles, Tree, optimizer_labels
+from pilot_jax.models.vlm import variables
+
+AnyArray = Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,35 +47,93 @@ class LocalRule:
 PLAIN_RULE = LocalRule()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Phase:
-    """What is static about a phase. Phases that train alike are equal, so that they share one compiled program:
-    learning rates are arguments, and of the roles only who trains counts."""
+@runtime_checkable
+class Module(Protocol):
+    """What a phase asks of a model: `models.vlm.Vlm` answers, and so does a smaller one, for tests."""
 
-    module: Vlm
-    roles: Roles
+    def apply(self, variables: Any, *args: Any, method: str) -> Any:
+        """(logits [B, A, V], what the connector returns beside) of `method` "target_logits"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSpec:
+    """A client's optimizer; its state lasts a phase. Peak learning rates are no part of it: they are arguments."""
+
+    kind: str  # adamw | sgd
+    weight_decay: float
+    epsilon: float
+    warmup: float  # share of a client's own steps
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseSpec:
+    """What is static about a phase: phases with equal specs share one compiled program."""
+
+    module: Module
     stage: str
-    train: TrainConfig
+    trained: tuple[str, ...]  # subtrees of the adapters, by what the phase does with them
+    frozen: tuple[str, ...]
+    carried: tuple[str, ...]
+    received: tuple[str, ...]  # of these, what the server sends to all alike
+    weights: LossWeights
+    optimizer: OptimizerSpec
     rule: LocalRule = PLAIN_RULE
 
+    def split(self, adapters: Mapping[str, Tree]) -> tuple[dict[str, Tree], dict[str, Tree]]:
+        """(trained, frozen) subtrees. Gradients are taken of the first part alone."""
+        return {n: adapters[n] for n in self.trained}, {n: adapters[n] for n in self.frozen}
+
     @property
-    def _key(self) -> tuple:
-        # What is no part of the program at its default: rates, and the keys of other stages' losses.
-        foreign = [key for stage, keys in LOSS_KEYS.items() if stage != self.stage for key in keys]
-        train = self.train.model_copy(update={n: TrainConfig.model_fields[n].default for n in (*RATES, *foreign)})
-        modes = tuple((row.subtree, row.modes.get(self.stage), row.scope == "received")
-                      for row in self.roles.adapter_rows)
-        return self.module, modes, self.stage, train.model_dump_json(), self.rule
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Phase) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
+    def terms(self) -> tuple[str, ...]:
+        """The named terms of the loss."""
+        if self.stage == "stage2":
+            return "ce", "balance", "z", "loss"
+        return ("ce", "difference", "loss") if self.stage == "stage1" and "client" in self.trained else ("ce", "loss")
 
 
-RATES = ("lr_connector", "lr_lora_stage1", "lr_lora_stage2")
-LOSS_KEYS = {"stage1": ("lambda_d", "ld_mode", "ld_center"), "stage2": ("lambda_b", "lambda_z")}
+def phase_spec(module: Module, roles: Roles, stage: str, train: TrainConfig, rule: LocalRule = PLAIN_RULE) -> PhaseSpec:
+    """The spec of a phase, from the ownership table and what of `train` is compiled in."""
+    return PhaseSpec(
+        module, stage, roles.names(stage=stage, mode="trained"), roles.names(stage=stage, mode="frozen"),
+        roles.names(stage=stage, mode="carried"), roles.names(scope="received"), loss_weights(train, stage),
+        OptimizerSpec(train.optimizer, train.weight_decay, train.adam_epsilon, train.warmup), rule)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["own", "common"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """The adapters of k clients: `own` leaves [k, …]; `common` ones, which all have alike, without a client axis."""
+
+    own: Any  # subtrees by name; or, as everywhere in a pytree, what stands for them: a sharding
+    common: Any
+
+
+@partial(jax.tree_util.register_dataclass,
+         data_fields=["data", "order", "real", "steps", "task_index", "rates"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class ClientBatch:
+    """What k clients train on in a phase, or in some of its steps; every leaf [k, …]."""
+
+    data: dict[str, Any]  # arrays [k, n_max, …], see `data.arrays.ClientData`
+    order: Any  # int32 [k, S_max, B]: rows of `data` at each step
+    real: Any  # float32 [k, S_max, B]: 1, or 0 for padding
+    steps: Any  # int32 [k], S_k of the whole phase
+    task_index: Any  # int32 [k]
+    rates: dict[str, Any]  # peak learning rate of each optimizer label, float32 [k]
+
+
+@partial(jax.tree_util.register_dataclass,
+         data_fields=["adapters", "trained", "optimizer", "sums", "gradients", "steps"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Carry:
+    """A local update between two of its parts."""
+
+    adapters: Any  # `Adapters` at the start of the phase
+    trained: Any  # subtrees [k, …] as they are now
+    optimizer: Any
+    sums: Any  # of each loss term over the steps so far, [k]
+    gradients: Any  # their sum, where the rule asks for it
+    steps: Any  # int32 [k], S_k
 
 
 def peak_rates(train: TrainConfig, stage: str) -> dict[str, float]:
@@ -76,24 +142,28 @@ def peak_rates(train: TrainConfig, stage: str) -> dict[str, float]:
             "lora": train.lr_lora_stage2 if stage == "stage2" else train.lr_lora_stage1}
 
 
-def learning_rate(peak: float | jax.Array, warmup: float, step: jax.Array, total: jax.Array) -> jax.Array:
-    """peak · min(1, (i+1)/w) · ½(1+cos(π·i/S_k)), w = max(1, ⌈warmup·S_k⌉); `total` is the client's own S_k."""
+def learning_rate(peak: float | Float[AnyArray, ""], warmup: float, step: Real[AnyArray, ""],
+                  total: Real[AnyArray, ""]) -> Float[Array, ""]:
+    """peak · min(1, (i+1)/w) · ½(1+cos(π·i/S_k)), w = max(1, ⌈warmup·S_k⌉); `total` is the client's own S_k.
+
+    Written here because the schedules of optax do not take a traced number of steps.
+    """
     total = jnp.maximum(total, 1).astype(jnp.float32)
     ramp = jnp.maximum(1.0, jnp.ceil(warmup * total))
     step = step.astype(jnp.float32)
     return peak * jnp.minimum(1.0, (step + 1) / ramp) * 0.5 * (1 + jnp.cos(jnp.pi * step / total))
 
 
-def make_optimizer(train: TrainConfig, labels: Mapping[str, Any], total_steps: jax.Array,
+def make_optimizer(spec: OptimizerSpec, labels: Mapping[str, Tree], total_steps: jax.Array,
                    rates: Mapping[str, jax.Array]) -> optax.GradientTransformation:
     """One transformation per label. `total_steps` and the peak rates may be traced: each vmapped client has its own
     schedule."""
 
     def one(peak: jax.Array) -> optax.GradientTransformation:
-        schedule = partial(_schedule, peak, train.warmup, total_steps)
-        if train.optimizer == "sgd":
+        schedule = partial(_schedule, peak, spec.warmup, total_steps)
+        if spec.kind == "sgd":
             return optax.sgd(schedule)
-        return optax.adamw(schedule, eps=train.adam_epsilon, weight_decay=train.weight_decay)
+        return optax.adamw(schedule, eps=spec.epsilon, weight_decay=spec.weight_decay)
 
     return optax.partition({name: one(peak) for name, peak in rates.items()}, labels)
 
@@ -102,181 +172,160 @@ def _schedule(peak: jax.Array, warmup: float, total: jax.Array, count: jax.Array
     return learning_rate(peak, warmup, count, total)
 
 
-def gather_batch(data: Mapping[str, jax.Array], rows: jax.Array, real: jax.Array) -> dict[str, jax.Array]:
-    """Rows [B] of one client's arrays; padding rows get weight 0 everywhere."""
+def gather_batch(data: Mapping[str, Shaped[AnyArray, "n ..."]], rows: Int[AnyArray, " B"],
+                 real: Float[AnyArray, " B"]) -> dict[str, Shaped[Array, "B ..."]]:
+    """Rows of one client's arrays; padding rows get weight 0 everywhere."""
     batch = {name: array[rows] for name, array in data.items()}
     batch["target_weights"] = batch["target_weights"] * real[:, None]
     batch["has_image"] = batch["has_image"] * real
     return batch
 
 
-def client_loss(phase: Phase, base: Mapping, trained: Mapping, frozen: Mapping, batch: Mapping,
-                task_index: jax.Array) -> tuple[jax.Array, dict]:
+def client_loss(spec: PhaseSpec, base: Mapping[str, Tree], trained: Mapping[str, Tree], frozen: Mapping[str, Tree],
+                batch: Mapping[str, jax.Array], task_index: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss and its terms for one client's batch."""
-    logits, aux = cast(Any, phase.module).apply(variables(base, {**trained, **frozen}), batch, phase.stage, task_index,
-                                     method="target_logits")
-    return stage_loss(logits, aux, batch, phase.stage, phase.train)
+    logits, aux = spec.module.apply(variables(base, {**trained, **frozen}), batch, spec.stage, task_index,
+                                    method="target_logits")
+    return stage_loss(logits, aux, batch, spec.weights)
 
 
-@partial(jax.jit, static_argnames=("phase", "mesh", "own_received"))
-def local_update(phase: Phase, base: Mapping, adapters: Mapping, received: Mapping, data: Mapping, order: jax.Array,
-                 real: jax.Array, steps: jax.Array, task_index: jax.Array, rates: Mapping[str, jax.Array],
-                 mesh: jax.sharding.Mesh | None = None, own_received: bool = False) -> tuple[dict, dict]:
-    """`_local_update`, the chunk's clients dealt to the rows of `mesh` (axis "clients"), if there is one.
-
-    Clients need nothing of each other. Where a row is one device, the devices run on their own, each as long as its own
-    longest client; where "fsdp" or "tensor" has several, XLA spreads the work over them as the base's and the batch's
-    (over "fsdp") shardings suggest.
-    """
-    return _dealt(partial(_local_update, phase, own_received), mesh, own_received, base, adapters, received, data,
-                  order, real, steps, task_index, rates)
+def _start(spec: PhaseSpec, adapters: Adapters, batch: ClientBatch) -> Carry:
+    trained = {n: adapters.own[n] for n in spec.trained}
+    labels = optimizer_labels(trained)
+    state = jax.vmap(lambda tree, total, rate: make_optimizer(spec.optimizer, labels, total, rate).init(tree))(
+        trained, batch.steps, batch.rates)
+    sums = {name: jnp.zeros(len(batch.steps)) for name in (*spec.terms, "last_loss")}
+    gradients = jax.tree.map(jnp.zeros_like, trained) if spec.rule.averages_gradients else {}
+    return Carry(adapters, trained, state, sums, gradients, batch.steps)
 
 
-@partial(jax.jit, static_argnames=("phase", "mesh", "own_received"))
-def begin_update(phase: Phase, *arrays: Any, mesh: jax.sharding.Mesh | None = None, own_received: bool = False) -> Any:
-    """What a local update carries from part to part, at its start. `arrays`: those of `local_update`."""
-    def begin(row: jax.sharding.Mesh | None, base: Mapping, adapters: Mapping, received: Mapping, data: Mapping,
-              order: jax.Array, real: jax.Array, *rest: Any) -> Any:
-        return _chunk(phase, own_received, row, base, adapters, received, *rest).begin(data, order, real)
-
-    return _dealt(begin, mesh, own_received, *arrays)
-
-
-@partial(jax.jit, static_argnames=("phase", "mesh", "own_received"), donate_argnums=1)
-def continue_update(phase: Phase, carry: Any, offset: jax.Array, *arrays: Any, mesh: jax.sharding.Mesh | None = None,
-                    own_received: bool = False) -> Any:
-    """The carry after some more steps: `data`, `order` and `real` among the arrays are those of steps `offset` and
-    on alone, so that no more than these need be on the device."""
-    def go_on(row: jax.sharding.Mesh | None, base: Mapping, adapters: Mapping, received: Mapping, data: Mapping,
-              order: jax.Array, real: jax.Array, steps: jax.Array, task_index: jax.Array, rates: Mapping, carry: Any,
-              offset: jax.Array) -> Any:
-        chunk = _chunk(phase, own_received, row, base, adapters, received, steps, task_index, rates)
-        return chunk.advance(carry, data, order, real, offset)
-
-    return _dealt(go_on, mesh, own_received, *arrays, carry, offset)
-
-
-@partial(jax.jit, static_argnames=("phase", "mesh", "own_received"))
-def finish_update(phase: Phase, carry: Any, *arrays: Any, mesh: jax.sharding.Mesh | None = None,
-                  own_received: bool = False) -> tuple[dict, dict]:
-    """What `local_update` returns, when all steps are done."""
-    def finish(row: jax.sharding.Mesh | None, base: Mapping, adapters: Mapping, received: Mapping, data: Mapping,
-               order: jax.Array, real: jax.Array, steps: jax.Array, task_index: jax.Array, rates: Mapping,
-               carry: Any) -> tuple[dict, dict]:
-        return _chunk(phase, own_received, row, base, adapters, received, steps, task_index, rates).finish(carry)
-
-    return _dealt(finish, mesh, own_received, *arrays, carry)
-
-
-def _dealt(function: Callable, mesh: jax.sharding.Mesh | None, own_received: bool, *arrays: Any) -> Any:
-    """function(mesh or None, *arrays), the arrays but base, received and offset dealt to the mesh's rows."""
-    own, all_ = PartitionSpec("clients"), PartitionSpec()
-    specs = (all_, own, own if own_received else all_, own, own, own, own, own, own, own, all_)[:len(arrays)]
-    if mesh is None:
-        return function(None, *arrays)
-    if mesh.size == mesh.shape["clients"]:
-        return jax.shard_map(partial(function, None), mesh=mesh, in_specs=specs, out_specs=own,
-                             check_vma=False)(*arrays)
-    placed = [jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)) if spec == own else x
-              for x, spec in zip(arrays, specs, strict=True)]
-    return jax.lax.with_sharding_constraint(function(mesh, *placed), NamedSharding(mesh, own))
-
-
-def _local_update(phase: Phase, own_received: bool, mesh: jax.sharding.Mesh | None, base: Mapping, adapters: Mapping,
-                  received: Mapping, data: Mapping, order: jax.Array, real: jax.Array, steps: jax.Array,
-                  task_index: jax.Array, rates: Mapping[str, jax.Array]) -> tuple[dict, dict]:
-    """Train a chunk of k clients for one phase.
-
-    Args:
-        mesh: over whose axis "fsdp" batches are spread, if given.
-        base: frozen weights, shared by all (an argument: never vmapped, never closed over).
-        adapters: leaves [k, …], without the received subtrees. received: leaves without a client axis, or, with
-            `own_received` (clients of several federations), [k, …].
-        data: arrays [k, n_max, …], see `data.batches.ClientData`. order, real: [k, S_max, B]. steps: int32 [k], S_k.
-        task_index: int32 [k]. rates: peak learning rate of each optimizer label, [k].
-
-    Returns: adapters [k, …], and the terms of the loss averaged over each client's own steps, plus the last step's
-        loss (`last_loss`), [k]. A step beyond S_k changes nothing: parameters, moments and schedule count included.
-    """
-    chunk = _chunk(phase, own_received, mesh, base, adapters, received, steps, task_index, rates)
-    return chunk.finish(chunk.advance(chunk.begin(data, order, real), data, order, real, 0))
-
-
-class _Chunk(NamedTuple):
-    """A chunk's local update in three parts; the carry is (trained, optimizer state, sums of terms, of gradients)."""
-
-    begin: Callable[..., Any]
-    advance: Callable[..., Any]
-    finish: Callable[..., Any]
-
-
-def _chunk(phase: Phase, own_received: bool, mesh: jax.sharding.Mesh | None, base: Mapping, adapters: Mapping,
-           received: Mapping, steps: jax.Array, task_index: jax.Array, rates: Mapping[str, jax.Array]) -> _Chunk:
-    roles, stage, rule = phase.roles, phase.stage, phase.rule
-    trained, frozen = roles.split({**adapters, **received}, stage)
-    shared = {} if own_received else {n: t for n, t in frozen.items() if n in received}
-    own_frozen = {n: t for n, t in frozen.items() if n not in shared}
-    labels = roles.labels(trained)
-    init = jax.vmap(lambda tree, total, rate: make_optimizer(phase.train, labels, total, rate).init(tree))
+def _advance(spec: PhaseSpec, mesh: jax.sharding.Mesh | None, base: Mapping[str, Tree], carry: Carry,
+             batch: ClientBatch, offset: jax.Array | int) -> Carry:
+    """The carry after the steps of `batch`, of which the first is the phase's step `offset`."""
+    own, common = carry.adapters.own, carry.adapters.common
+    start = {n: own[n] for n in spec.trained}
+    own_frozen = {n: own[n] for n in spec.frozen if n in own}
+    common_frozen = {n: common[n] for n in spec.frozen if n in common}
+    carried = {n: own[n] if n in own else common[n] for n in spec.carried}
+    axes = {n: 0 if n in own else None for n in carried}
+    labels = optimizer_labels(start)
     update = jax.vmap(lambda grads, state, tree, total, rate:
-                      make_optimizer(phase.train, labels, total, rate).update(grads, state, tree))
+                      make_optimizer(spec.optimizer, labels, total, rate).update(grads, state, tree))
 
-    carried = {n: {**adapters, **received}[n] for n in roles.names(stage=stage, mode="carried")}
-    batched = {n: 0 if n in adapters or own_received else None for n in carried}
-    start = trained
-
-    def total_loss(trained, batch):
+    def total_loss(trained: Tree, batch: Tree, task_index: jax.Array) -> Any:
         # The gradient of the clients' summed loss is every client's own gradient: they share no trained leaf.
-        def one(trained, own_frozen, batch, task):
-            return client_loss(phase, base, trained, {**own_frozen, **shared}, batch, task)
+        def one(trained: Tree, own_frozen: Tree, batch: Tree, task: jax.Array) -> Any:
+            return client_loss(spec, base, trained, {**own_frozen, **common_frozen}, batch, task)
 
         losses, terms = jax.vmap(one, spmd_axis_name=None if mesh is None else "clients")(
             trained, own_frozen, batch, task_index)
         return jnp.sum(losses), terms
 
-    grad = jax.grad(total_loss, has_aux=True)
+    def step(index: jax.Array, state: tuple) -> tuple:
+        trained, optimizer, sums, gradients = state
+        rows = jax.vmap(gather_batch)(batch.data, batch.order[:, index], batch.real[:, index])
+        if mesh is not None:
+            rows = jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, PartitionSpec("clients", "fsdp")))
+        grads, terms = jax.grad(total_loss, has_aux=True)(trained, rows, batch.task_index)
+        active = index + offset < carry.steps  # [k]; a step beyond S_k changes nothing
+        if spec.rule.averages_gradients:
+            gradients = jax.tree.map(lambda total, g: _where(active, total + g, total), gradients, grads)
+        if type(spec.rule) is not LocalRule:
+            grads = jax.vmap(spec.rule.gradient, in_axes=(0, 0, 0, axes))(grads, trained, start, carried)
+        updates, new_optimizer = update(grads, optimizer, trained, carry.steps, batch.rates)
+        new_trained = jax.tree.map(partial(_where, active), optax.apply_updates(trained, updates), trained)
+        new_optimizer = jax.tree.map(partial(_where, active), new_optimizer, optimizer)
+        sums = {n: sums[n] + jnp.where(active, terms[n], 0.0) for n in terms} | {
+            "last_loss": _where(active, terms["loss"], sums["last_loss"])}
+        return new_trained, new_optimizer, sums, gradients
 
-    def begin(data, order, real):
-        shapes = jax.eval_shape(lambda: grad(start, jax.vmap(gather_batch)(data, order[:, 0], real[:, 0]))[1])
-        sums = {name: jnp.zeros(len(steps)) for name in [*shapes, "last_loss"]}
-        gradient_sum = jax.tree.map(jnp.zeros_like, start) if rule.averages_gradients else {}
-        return start, init(start, steps, rates), sums, gradient_sum
+    # As many steps as the chunk's longest client has, not as the arrays have room for.
+    count = jnp.clip(jnp.max(carry.steps) - offset, 0, batch.order.shape[1])
+    trained, optimizer, sums, gradients = jax.lax.fori_loop(
+        0, count, step, (carry.trained, carry.optimizer, carry.sums, carry.gradients))
+    return Carry(carry.adapters, trained, optimizer, sums, gradients, carry.steps)
 
-    def advance(carry, data, order, real, offset):
-        def step(index, carry):
-            trained, state, sums, gradient_sum = carry
-            batch = jax.vmap(gather_batch)(data, order[:, index], real[:, index])
-            if mesh is not None:
-                batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec("clients", "fsdp")))
-            grads, terms = grad(trained, batch)
-            active = index + offset < steps  # [k]
 
-            def keep(new, old):
-                return jnp.where(active.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+def _where(active: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """`new` of the clients that are active [k], `old` of the others; leaves [k, …]."""
+    return jnp.where(active.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
-            if rule.averages_gradients:
-                gradient_sum = jax.tree.map(lambda total, g: keep(total + g, total), gradient_sum, grads)
-            if type(rule) is not LocalRule:
-                grads = jax.vmap(rule.gradient, in_axes=(0, 0, 0, batched))(grads, trained, start, carried)
-            updates, new_state = update(grads, state, trained, steps, rates)
-            new_trained = jax.tree.map(keep, optax.apply_updates(trained, updates), trained)
-            new_state = jax.tree.map(keep, new_state, state)
-            sums = {n: sums[n] + jnp.where(active, terms[n], 0.0) for n in terms} | {
-                "last_loss": keep(terms["loss"], sums["last_loss"])}
-            return new_trained, new_state, sums, gradient_sum
 
-        # As many steps as the chunk's longest client has, not as the arrays have room for.
-        return jax.lax.fori_loop(0, jnp.clip(jnp.max(steps) - offset, 0, order.shape[1]), step, carry)
+def _finish(spec: PhaseSpec, carry: Carry) -> tuple[dict[str, Tree], dict[str, jax.Array]]:
+    own, common = carry.adapters.own, carry.adapters.common
+    count = jnp.maximum(carry.steps, 1)
+    metrics = {name: value if name == "last_loss" else value / count for name, value in carry.sums.items()}
+    after: dict[str, Tree] = {}
+    if spec.rule.averages_gradients:
+        means = jax.tree.map(lambda total: total / count.reshape(-1, *(1,) * (total.ndim - 1)), carry.gradients)
+        carried = {n: own[n] if n in own else common[n] for n in spec.carried}
+        after = jax.vmap(spec.rule.carry, in_axes=(0, {n: 0 if n in own else None for n in carried}))(means, carried)
+    adapters = {**own, **{n: t for n, t in after.items() if n in own}, **carry.trained}
+    return {n: t for n, t in adapters.items() if n not in spec.received}, metrics
 
-    def finish(carry):
-        trained, _, sums, gradient_sum = carry
-        count = jnp.maximum(steps, 1)
-        metrics = {name: value if name == "last_loss" else value / count for name, value in sums.items()}
-        kept = {}
-        if rule.averages_gradients:
-            means = jax.tree.map(lambda total: total / count.reshape(-1, *(1,) * (total.ndim - 1)), gradient_sum)
-            after = jax.vmap(rule.carry, in_axes=(0, batched))(means, carried)
-            kept = {n: tree for n, tree in after.items() if n in adapters}
-        return {**adapters, **kept, **trained}, metrics
 
-    return _Chunk(begin, advance, finish)
+OWN, COMMON = PartitionSpec("clients"), PartitionSpec()
+ADAPTERS = Adapters(OWN, COMMON)
+CARRY = Carry(ADAPTERS, OWN, OWN, OWN, OWN, OWN)
+
+
+def _dealt(function: Callable, mesh: jax.sharding.Mesh | None, arguments: tuple, specs: tuple, out: Any) -> Any:
+    """function(mesh or None, *arguments), whose clients are dealt to the rows of `mesh` (axis "clients").
+
+    Clients need nothing of each other. Where a row is one device, the devices run on their own, each as long as its own
+    longest client; where "fsdp" or "tensor" has several, XLA spreads the work over them as the base's and the batch's
+    (over "fsdp") shardings suggest.
+    """
+    if mesh is None:
+        return function(None, *arguments)
+    if mesh.size == mesh.shape["clients"]:
+        return jax.shard_map(partial(function, None), mesh=mesh, in_specs=specs, out_specs=out,
+                             check_vma=False)(*arguments)
+    return _constrained(function(mesh, *_constrained(arguments, specs, mesh)), out, mesh)
+
+
+def _constrained(tree: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
+    """`tree` with what `specs` calls the clients' own on the axis "clients"; the rest as it lies."""
+    def one(spec: PartitionSpec, part: Any) -> Any:
+        return jax.lax.with_sharding_constraint(part, NamedSharding(mesh, spec)) if spec == OWN else part
+
+    return jax.tree.map(one, specs, tree, is_leaf=lambda node: isinstance(node, PartitionSpec))
+
+
+@partial(jax.jit, static_argnames=("spec", "mesh"))
+def local_update(spec: PhaseSpec, base: Mapping[str, Tree], adapters: Adapters, batch: ClientBatch,
+                 mesh: jax.sharding.Mesh | None = None) -> tuple[dict[str, Tree], dict[str, jax.Array]]:
+    """Trains a chunk of k clients for one phase.
+
+    Args:
+        base: frozen weights, shared by all (an argument: never vmapped, never closed over).
+        mesh: over whose axis "clients" the clients are dealt, and over whose axis "fsdp" batches are spread.
+
+    Returns: adapters [k, …] without the received subtrees, and the terms of the loss averaged over each client's own
+        steps, plus the last step's loss (`last_loss`), float32 [k]. A step beyond S_k changes nothing: parameters,
+        moments and schedule count included.
+    """
+    def whole(row: jax.sharding.Mesh | None, base: Any, adapters: Adapters, batch: ClientBatch) -> Any:
+        return _finish(spec, _advance(spec, row, base, _start(spec, adapters, batch), batch, 0))
+
+    return _dealt(whole, mesh, (base, adapters, batch), (COMMON, ADAPTERS, OWN), OWN)
+
+
+@partial(jax.jit, static_argnames=("spec", "mesh"))
+def start(spec: PhaseSpec, adapters: Adapters, batch: ClientBatch, mesh: jax.sharding.Mesh | None = None) -> Carry:
+    """The carry before a phase's first step."""
+    return _dealt(lambda row, *arguments: _start(spec, *arguments), mesh, (adapters, batch), (ADAPTERS, OWN), CARRY)
+
+
+@partial(jax.jit, static_argnames=("spec", "mesh"), donate_argnames=("carry",))
+def advance(spec: PhaseSpec, base: Mapping[str, Tree], carry: Carry, batch: ClientBatch, offset: jax.Array,
+            mesh: jax.sharding.Mesh | None = None) -> Carry:
+    """The carry after some more steps: `batch` has the data of steps `offset` and on alone, so that no more than these
+    need be on the device."""
+    return _dealt(partial(_advance, spec), mesh, (base, carry, batch, offset), (COMMON, CARRY, OWN, COMMON), CARRY)
+
+
+@partial(jax.jit, static_argnames=("spec", "mesh"))
+def finish(spec: PhaseSpec, carry: Carry, mesh: jax.sharding.Mesh | None = None) -> tuple[dict, dict]:
+    """What `local_update` returns, when all steps are done."""
+    return _dealt(lambda row, carry: _finish(spec, carry), mesh, (carry,), (CARRY,), OWN)

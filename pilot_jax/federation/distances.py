@@ -6,32 +6,32 @@ what enters a weight is always the norm of a difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int
 
-from pilot_jax.kernels.pairwise import _factor_gram, _factor_pairs, _product_gram, _product_pairs
-from pilot_jax.parallel.mesh import columns, mesh_of, on_parts
+from pilot_jax.kernels.pairwise import factor_gram, factor_pairs, product_gram, product_pairs, sum_over_leaves
+from pilot_jax.parallel.mesh import columns, mesh_of
 
 # Of |a|² + |b|²: forty times the float32 error of the Gram matrices seen (2e-7 with a million numbers a client).
 MARGIN = 1e-5
 EVERY_PAIR = 16  # cohorts up to this size: every pair is subtracted
 
 
-def targets(uploads: Mapping) -> list[tuple[jax.Array, jax.Array]]:
-    """(A [S, layers, R, d_in], B [S, layers, d_out, R]) of each LoRA target."""
+def targets(uploads: Mapping) -> list[tuple[Float[Array, "S layers R _"], Float[Array, "S layers _ R"]]]:
+    """(A [S, layers, R, d_in], B [S, layers, d_out, R]) of each LoRA target, float32."""
     return [(jnp.asarray(pair["a"], jnp.float32), jnp.asarray(pair["b"], jnp.float32))
             for pair in uploads["layers"].values()]
 
 
-def near_pairs(gram: np.ndarray, neighbors: int) -> np.ndarray:
-    """Pairs k < j, int [n, 2], of which one may be among the other's `neighbors` nearest, whatever the error of
-    `gram` [S, S] within MARGIN."""
+def near_pairs(gram: Float[np.ndarray, "S S"], neighbors: int) -> Int[np.ndarray, "pairs 2"]:
+    """Pairs k < j of which one may be among the other's `neighbors` nearest, whatever the error of `gram` within
+    MARGIN."""
     norms = np.diag(gram)
     size = norms[:, None] + norms[None]
     squares = np.where(np.eye(len(gram), dtype=bool), np.inf, size - 2 * gram)
@@ -40,47 +40,39 @@ def near_pairs(gram: np.ndarray, neighbors: int) -> np.ndarray:
     return np.argwhere(np.triu(near | near.T, 1))
 
 
-def distances(uploads: Mapping, neighbors: int | None = None, space: str = "factors") -> jax.Array:
+def distances(uploads: Mapping, neighbors: int | None = None, space: str = "factors") -> Float[Array, "S S"]:
     """d_kj = ‖Θ_k − Θ_j‖₂ over all leaves ("factors"), or √Σ ‖B_kA_k − B_jA_j‖_F² over targets and layers, without α/r
-    ("product"); [S, S] float32.
+    ("product"); float32.
 
     In cohorts above EVERY_PAIR with `neighbors` given, only pairs of which one may be among the other's `neighbors`
     nearest are subtracted. The rest, which no weight depends on, come from a Gram matrix.
 
-    Leaves [S, …] are visited one after another and may be NumPy arrays or `store.Rows`: two of them are in memory and
-    on the device at once. Leaves whose parameters are spread over a mesh (`sharding.spread`) stay so: matrices [S, S]
-    alone are sent.
+    Leaves [S, …] are visited one after another and may be NumPy arrays or `storage.Rows`: two of them are in memory
+    and on the device at once. Leaves whose parameters are spread over a mesh stay so: matrices [S, S] alone are sent.
     """
     mesh = mesh_of(uploads)
     if space == "factors":
         parts: list[tuple[Any, ...]] = [(leaf,) for leaf in jax.tree.leaves(uploads)]
-        gram_of, pairs_of = _factor_gram, _factor_pairs
+        gram_of, pairs_of = factor_gram, factor_pairs
     else:
         parts = [(pair["a"], pair["b"]) for pair in uploads["layers"].values()]
-        gram_of, pairs_of = _product_gram, _product_pairs
+        gram_of, pairs_of = product_gram, product_pairs
         if mesh is not None:  # products need a layer's A and B whole
             parts = [tuple(jax.device_put(x, NamedSharding(mesh, columns(x.shape, mesh, axis=1))) for x in pair)
                      for pair in parts]
     cohort = len(parts[0][0])
 
-    def summed(function: Callable[..., jax.Array], part: tuple, *others: Any) -> np.ndarray:
-        loaded = tuple(x if isinstance(x, jax.Array) else np.asarray(x) for x in part)
-        return np.asarray(on_parts(function, loaded, len(others))(*loaded, *others), np.float64)
-
-    # Sums over leaves in float64, on the host. A device that is a CPU has two leaves worked on side by side.
-    # On a mesh one after another: two programs that communicate could wait for each other.
-    with ThreadPoolExecutor(2 if mesh is None else 1) as pool:
-        squares, everyone = np.zeros((cohort, cohort)), np.argwhere(np.triu(np.ones((cohort, cohort)), 1))
-        pairs = everyone
-        if neighbors is not None and cohort > EVERY_PAIR:
-            gram: Any = sum(pool.map(lambda part: summed(gram_of, part), parts))
-            norms, gram = np.diag(gram), (gram + gram.T) / 2
-            squares = np.maximum(norms[:, None] + norms[None] - 2 * gram, 0)
-            pairs = near_pairs(gram, min(neighbors, cohort - 1))
-        # Padded to all pairs, so that how many are near compiles nothing anew.
-        padded = np.zeros((max(len(everyone), 1), 2), np.int32)
-        padded[:len(pairs)] = pairs
-        exact: Any = sum(pool.map(lambda part: summed(pairs_of, part, padded[:, 0], padded[:, 1], len(pairs)), parts))
+    squares, everyone = np.zeros((cohort, cohort)), np.argwhere(np.triu(np.ones((cohort, cohort)), 1))
+    pairs = everyone
+    if neighbors is not None and cohort > EVERY_PAIR:
+        gram = sum_over_leaves(gram_of, parts)
+        norms, gram = np.diag(gram), (gram + gram.T) / 2
+        squares = np.maximum(norms[:, None] + norms[None] - 2 * gram, 0)
+        pairs = near_pairs(gram, min(neighbors, cohort - 1))
+    # Padded to all pairs, so that how many are near compiles nothing anew.
+    padded = np.zeros((max(len(everyone), 1), 2), np.int32)
+    padded[:len(pairs)] = pairs
+    exact = sum_over_leaves(pairs_of, parts, padded[:, 0], padded[:, 1], len(pairs))
     squares[pairs[:, 0], pairs[:, 1]] = squares[pairs[:, 1], pairs[:, 0]] = exact[:len(pairs)]
     np.fill_diagonal(squares, 0)
     return jnp.asarray(np.sqrt(squares), jnp.float32)

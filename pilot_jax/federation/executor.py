@@ -1,13 +1,14 @@
 """Local updates of a cohort, chunk by chunk; also of several federations' cohorts at once.
 
-Federations that train alike (seeds, learning rates) share a program: their clients are trained side by side.
+Federations that train alike (seeds, learning rates) share a program: their clients are trained side by side. While the
+device works on a chunk, a thread makes the arrays of the next.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -15,11 +16,14 @@ import jax
 import numpy as np
 
 from pilot_jax.data.arrays import ClientData, visiting_order
-from pilot_jax.data.features import bring
+from pilot_jax.data.features import compute_features
 from pilot_jax.errors import Interrupted
-from pilot_jax.federation.client import begin_update, continue_update, finish_update, local_update, peak_rates
-from pilot_jax.federation.state import Federation, client_generator, row, stack
-from pilot_jax.federation.uploads import sent
+from pilot_jax.federation.client import Adapters, Carry, ClientBatch, advance, finish, local_update, peak_rates, start
+from pilot_jax.federation.observer import RunObserver
+from pilot_jax.federation.randomness import client_generator
+from pilot_jax.federation.roles import Tree
+from pilot_jax.federation.state import Federation, Timings, Trained, row, stack
+from pilot_jax.federation.uploads import after_upload
 from pilot_jax.parallel.processes import here, to_host
 
 
@@ -28,37 +32,25 @@ class Work:
     """What a federation wants trained: its clients' adapters, in one phase of one round."""
 
     fed: Federation
-    adapters: Mapping[int, dict]
-    round_: int
+    adapters: Mapping[int, dict[str, Tree]]
+    round: int
     stage: str
     label: str
     partial: Trained | None = None  # what an interrupted attempt at this has done
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    adapters: dict[int, dict]
-    records: list[dict]  # one per client
-    seconds: float
-    prepare_seconds: float = 0.0  # spent on making the chunks' inputs, beside the device's work
-    waited_seconds: float = 0.0  # of these, how long the device waited
-    feature_seconds: float = 0.0  # not in `seconds`: images through the tower
-
-
-@dataclasses.dataclass(frozen=True)
 class _Job:
     """One client of one federation."""
 
-    work: Work
+    work: int  # which of the works
+    fed: Federation
     client: int
+    steps: int
 
     @property
     def data(self) -> ClientData:
-        return self.work.fed.clients[self.client]
-
-    @property
-    def steps(self) -> int:
-        return self.work.fed.steps(self.client, self.work.round_)
+        return self.fed.clients[self.client]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,50 +70,23 @@ class _Piece:
         return self.stop >= max(job.steps for job in self.members)
 
 
-def _pieces(groups: list[list[_Job]], steps_max: int, at_once: int | None) -> list[_Piece]:
-    size = steps_max if at_once is None else min(at_once, steps_max)
-    return [_Piece(members, start, start + size) for members in groups
-            for start in range(0, max(job.steps for job in members), size)]
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+    """A piece's inputs: the members' adapters one by one (with a chunk's first piece) and as the device gets them."""
+
+    before: list[dict[str, Tree]]
+    adapters: Adapters | None
+    batch: ClientBatch
+    seconds: float
 
 
-def _chunk_inputs(piece: _Piece, shapes: tuple[int, int], mine: list[bool]) -> dict[str, Any]:
-    """Arrays of one piece, padded to len(mine) clients with clients that take no step. Data are read of those that are
-    `mine`; the others' are zeros."""
-    (n_max, steps_max), jobs, width = shapes, piece.members, len(mine)
-    whole = piece.is_first and piece.stop >= steps_max
-    rows = n_max if whole else (piece.stop - piece.start) * jobs[0].work.fed.config.train.batch_size
-    data = {k: np.zeros((width, rows, *v.shape[1:]), v.dtype) for k, v in jobs[0].data.train.items()}
-    orders, reals, steps, rates = [], [], [], []
-    for number, job in enumerate(jobs):
-        config, own, count = job.work.fed.config, job.data, job.steps
-        rng = client_generator(config.system.seed, own.name, job.work.round_, job.work.label)
-        order, real = visiting_order(rng, own.size, config.train.batch_size, count)
-        spare = ((0, max(piece.stop, steps_max) - count), (0, 0))
-        order, real = (np.pad(x, spare)[piece.start:piece.stop] for x in (order, real))
-        for name, array in own.train.items() if mine[number] else ():
-            if whole:
-                data[name][number, :own.size] = array
-            else:  # these steps' samples, one after another
-                data[name][number] = array[order.ravel()]
-        if not whole:
-            order = np.arange(order.size).reshape(order.shape)
-        orders.append(order)
-        reals.append(real)
-        steps.append(count)
-        rates.append(peak_rates(config.train, job.work.stage))
-    idle = width - len(jobs)
-    data["attention_mask"][len(jobs):, :, 0] = 1  # idle clients' numbers are finite, if nobody's
-    return {
-        "data": data,
-        "order": np.stack(orders + orders[:1] * idle),
-        "real": np.stack(reals + reals[:1] * idle).astype(np.float32),
-        "steps": np.asarray(steps + [0] * idle, np.int32),
-        "task_index": np.asarray([j.work.fed.task_index(j.client) for j in jobs + jobs[:1] * idle], np.int32),
-        "rates": jax.tree.map(np.float32, stack(rates + rates[:1] * idle)),
-    }
+def chunk_width(client_chunk: int, clients: int, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None) -> int:
+    """How many clients are side by side: `client_chunk` on each row of the mesh, but not more than there are."""
+    rows = 1 if mesh is None else mesh.shape["clients"]
+    return rows * min(client_chunk, -(-clients // rows))
 
 
-def chunks(jobs: list[_Job], width: int) -> list[list[_Job]]:
+def chunks(jobs: Sequence[_Job], width: int) -> list[list[_Job]]:
     """`jobs` in groups of at most `width` whose arrays have one shape: one program trains a group."""
     by_shape: dict[tuple[int, ...], list[_Job]] = {}
     for job in jobs:
@@ -130,116 +95,199 @@ def chunks(jobs: list[_Job], width: int) -> list[list[_Job]]:
     return [group[i:i + width] for _, group in sorted(by_shape.items()) for i in range(0, len(group), width)]
 
 
-def train_together(works: Sequence[Work], progress: Callable[[dict], None],
-                   stop: Callable[[], int] = lambda: 0) -> list[Trained]:
-    """Local updates of the clients of all `works`, chunk by chunk. The works' phases must be equal.
+class _Phase:
+    """One phase of one or several federations while it trains."""
 
-    Raises:
-        Interrupted: after a chunk, `stop` gave a signal's number; with what is done.
-    """
-    first = works[0]
-    phase = first.fed.phase(first.stage)
-    if any(w.fed.phase(w.stage) != phase for w in works[1:]):
-        raise ValueError("federations that train together must train alike")
-    jobs = [_Job(w, client) for w in works for client in sorted(w.adapters)
-            if w.partial is None or client not in w.partial.adapters]
-    feds = [w.fed for w in works]
-    shapes = (max(c.size for f in feds for c in f.clients),
-              max(f.full_steps(c) for f in feds for c in range(len(f.clients))))
-    mesh, base = first.fed.mesh, first.fed.model.base
-    devices = 1 if mesh is None else mesh.shape["clients"]
-    everyone = sum(len(f.clients) for f in feds)
-    width = devices * min(first.fed.config.system.client_chunk, -(-everyone // devices))
-    received = phase.roles.names(scope="received")
-    mine = here(mesh, width)
-    apart = len(works) > 1 and bool(received)  # what was received differs from federation to federation
-    trained: dict[int, dict[int, dict]] = {id(w): {} for w in works}
-    records: dict[int, dict[int, dict]] = {id(w): {} for w in works}
-    seconds, done, prepared, waited = dict.fromkeys(trained, 0.0), 0, 0.0, 0.0
-    seeing, began = 0.0, time.perf_counter()
-    for w in works:
-        if w.partial is not None:
-            trained[id(w)], seconds[id(w)] = dict(w.partial.adapters), w.partial.seconds
-            records[id(w)] = {c: r for c, r in zip(sorted(w.partial.adapters), w.partial.records, strict=True)}
-            for client in w.partial.adapters:
-                w.adapters[client]  # what it was sent counts as sent
+    def __init__(self, works: Sequence[Work], client_chunk: int, steps_at_once: int | None) -> None:
+        first, self.works = works[0], works
+        self.spec = first.fed.phase(first.stage)
+        if any(work.fed.phase(work.stage) != self.spec for work in works[1:]):
+            raise ValueError("federations that train together must train alike")
+        feds = [work.fed for work in works]
+        self.base, self.mesh = first.fed.model.base, first.fed.mesh
+        self.width = chunk_width(client_chunk, sum(len(f.clients) for f in feds), self.mesh)
+        # Arrays have room for the largest client of all, so that each chunk has the same shape.
+        self.samples = max(c.size for f in feds for c in f.clients)
+        self.steps = max(f.full_steps(c) for f in feds for c in range(len(f.clients)))
+        self.steps_at_once = self.steps if steps_at_once is None else min(steps_at_once, self.steps)
+        self.on_this_process = here(self.mesh, self.width)
+        partial = [work.partial or Trained({}, {}) for work in works]
+        self.adapters = [dict(done.adapters) for done in partial]
+        self.records = [dict(done.records) for done in partial]
+        self.seconds = [done.timings.seconds for done in partial]
 
-    def prepare(piece: _Piece) -> tuple[list[dict], tuple[dict, dict], dict, float]:
-        """The members' adapters (with a chunk's first piece), the arrays, and the seconds it took; may read files."""
-        start, adapters = time.perf_counter(), list[dict]()
-        own: dict[str, Any] = {}
-        given: dict[str, Any] = {}
+    @property
+    def jobs(self) -> list[_Job]:
+        """Who is left to train."""
+        return [_Job(number, work.fed, client, work.fed.steps(client, work.round))
+                for number, work in enumerate(self.works) for client in sorted(work.adapters)
+                if client not in self.adapters[number]]
+
+    def pieces(self) -> list[_Piece]:
+        """What is trained one after another."""
+        size = self.steps_at_once
+        return [_Piece(members, first, first + size) for members in chunks(self.jobs, self.width)
+                for first in range(0, max(job.steps for job in members), size)]
+
+    def load(self, piece: _Piece) -> _Loaded:
+        """The inputs of a piece; may read files."""
+        began, before, adapters = time.perf_counter(), list[dict[str, Tree]](), None
         if piece.is_first:
-            adapters = [j.work.adapters[j.client] for j in piece.members]
-            padded = adapters + adapters[:1] * (width - len(adapters))
-            own = stack([{n: t for n, t in a.items() if n not in received} for a in padded])
-            given = (stack([{n: a[n] for n in received} for a in padded]) if apart
-                     else {n: padded[0][n] for n in received})
-        inputs = _chunk_inputs(piece, shapes, mine)
-        return adapters, (own, given), inputs, time.perf_counter() - start
+            before = [self.works[job.work].adapters[job.client] for job in piece.members]
+            adapters = self._stacked(before)
+        return _Loaded(before, adapters, self._batch(piece), time.perf_counter() - began)
 
-    def submit(piece: _Piece) -> Future:
-        """`prepare` on its way, once the images that it needs have been seen: the devices do that, here."""
-        nonlocal seeing
+    def _stacked(self, members: list[dict[str, Tree]]) -> Adapters:
+        """The members' adapters side by side, the first again in place of those that are missing to the width."""
+        padded = members + members[:1] * (self.width - len(members))
+        # What one federation's clients received is the same for all of them.
+        common = self.spec.received if len(self.works) == 1 else ()
+        return Adapters(stack([{n: t for n, t in one.items() if n not in common} for one in padded]),
+                        {n: padded[0][n] for n in common})
+
+    def _batch(self, piece: _Piece) -> ClientBatch:
+        """Arrays of one piece, padded to the width with clients that take no step. Data are read of those clients that
+        lie on this process's devices; the others' are zeros."""
+        whole = piece.is_first and piece.stop >= self.steps
+        jobs, idle = piece.members, self.width - len(piece.members)
+        train = jobs[0].fed.train
+        rows = self.samples if whole else (piece.stop - piece.start) * train.batch_size
+        data = {k: np.zeros((self.width, rows, *v.shape[1:]), v.dtype) for k, v in jobs[0].data.train.items()}
+        data["attention_mask"][len(jobs):, :, 0] = 1  # so that clients that fill up a chunk give finite numbers
+        orders, reals = [], []
+        for number, job in enumerate(jobs):
+            order, real = self._visits(job, piece)
+            for name, array in job.data.train.items() if self.on_this_process[number] else ():
+                if whole:
+                    data[name][number, :job.data.size] = array
+                else:  # the samples of these steps, one after another
+                    data[name][number] = array[order.ravel()]
+            orders.append(order if whole else np.arange(order.size).reshape(order.shape))
+            reals.append(real)
+        rates = [peak_rates(job.fed.train, self.spec.stage) for job in jobs]
+        return ClientBatch(
+            data, np.stack(orders + orders[:1] * idle), np.stack(reals + reals[:1] * idle).astype(np.float32),
+            np.asarray([job.steps for job in jobs] + [0] * idle, np.int32),
+            np.asarray([job.fed.task_index(job.client) for job in jobs + jobs[:1] * idle], np.int32),
+            jax.tree.map(np.float32, stack(rates + rates[:1] * idle)))
+
+    def _visits(self, job: _Job, piece: _Piece) -> tuple[np.ndarray, np.ndarray]:
+        """Which samples a client's steps of a piece visit: rows and whether they are real, [steps, B]."""
+        work = self.works[job.work]
+        rng = client_generator(job.fed.seed, job.data.name, work.round, work.label)
+        visits = visiting_order(rng, job.data.size, job.fed.train.batch_size, job.steps)
+        spare = ((0, max(piece.stop, self.steps) - job.steps), (0, 0))
+        order, real = (np.pad(x, spare)[piece.start:piece.stop] for x in visits)
+        return order, real
+
+    def run(self, piece: _Piece, loaded: _Loaded, carry: Carry | None) -> tuple[Carry | None, tuple[Any, Any] | None]:
+        """(carry, None) of a piece that others follow, or (None, (adapters, metrics)) of a chunk's last."""
+        if piece.is_first and piece.is_last:
+            assert loaded.adapters is not None
+            return None, to_host(local_update(self.spec, self.base, loaded.adapters, loaded.batch, mesh=self.mesh))
+        if piece.is_first:
+            assert loaded.adapters is not None
+            carry = start(self.spec, loaded.adapters, loaded.batch, mesh=self.mesh)
+        assert carry is not None
+        carry = advance(self.spec, self.base, carry, loaded.batch, np.int32(piece.start), mesh=self.mesh)
+        return (None, to_host(finish(self.spec, carry, mesh=self.mesh))) if piece.is_last else (carry, None)
+
+    def collect(self, members: list[_Job], before: list[dict[str, Tree]], after: Tree, metrics: Mapping[str, Any],
+                seconds: float) -> None:
+        """Takes the results of a chunk, [k, …], apart by client."""
+        for k, job in enumerate(members):
+            work = self.works[job.work]
+            self.adapters[job.work][job.client], upload = after_upload(
+                job.fed, job.client, work.round, work.label, before[k], {**before[k], **row(after, k)})
+            self.records[job.work][job.client] = {
+                "round": work.round, "phase": work.label, "client": job.data.name, "task": job.data.task,
+                "step": job.steps} | {name: float(value[k]) for name, value in metrics.items()} | upload
+            self.seconds[job.work] += seconds / len(members)
+
+    def progress(self, members: list[_Job], steps: int) -> dict[str, Any]:
+        """What observers are told after a chunk; `steps` of the phase so far."""
+        losses = [self.records[job.work][job.client]["last_loss"] for job in members]
+        return {"round": self.works[0].round, "phase": self.works[0].label, "steps": steps,
+                "of": sum(len(work.adapters) for work in self.works),
+                "clients": sum(len(done) for done in self.adapters), "loss": float(np.mean(losses))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Executor:
+    """Trains phases on this process's devices, or on those of all processes."""
+
+    client_chunk: int = 3  # clients trained at once on each row of the mesh
+    steps_at_once: int | None = None  # steps whose samples are on the devices at once; None: a whole phase's
+
+    def train(self, works: Sequence[Work], observer: RunObserver | None = None) -> list[Trained]:
+        """Local updates of the clients of all `works`, whose phases must be equal.
+
+        Raises:
+            Interrupted: after a chunk, because the observer asked for it; with what is done of each work.
+        """
+        observer = observer or RunObserver()
+        phase = _Phase(works, self.client_chunk, self.steps_at_once)
+        pieces, clock = phase.pieces(), _Clock()
+        carry: Carry | None = None
+        before, steps = list[dict[str, Tree]](), 0
+        with ThreadPoolExecutor(1, thread_name_prefix="prepare") as reader:
+            upcoming = clock.submit(reader, phase, pieces[0]) if pieces else None
+            for number, piece in enumerate(pieces):
+                assert upcoming is not None
+                loaded = clock.result(upcoming)
+                if number + 1 < len(pieces):
+                    upcoming = clock.submit(reader, phase, pieces[number + 1])
+                before = loaded.before if piece.is_first else before
+                carry, done = phase.run(piece, loaded, carry)
+                if done is None:
+                    continue
+                phase.collect(piece.members, before, *done, clock.lap())
+                steps += sum(job.steps for job in piece.members)
+                observer.chunk_trained(phase.progress(piece.members, steps))
+                if number + 1 < len(pieces) and (signum := observer.stop_requested()):
+                    raise Interrupted(signum, _results(phase, clock))
+        return _results(phase, clock)
+
+
+def _results(phase: _Phase, clock: _Clock) -> list[Trained]:
+    return [Trained(adapters, {c: records[c] for c in sorted(records)},
+                    Timings(seconds, clock.prepared, clock.waited, clock.features))
+            for adapters, records, seconds in zip(phase.adapters, phase.records, phase.seconds, strict=True)]
+
+
+class _Clock:
+    """Where a phase's seconds go: training, waiting for inputs, images through the tower."""
+
+    def __init__(self) -> None:
+        self.prepared = self.waited = self.features = 0.0
+        self._began = time.perf_counter()
+
+    def submit(self, reader: ThreadPoolExecutor, phase: _Phase, piece: _Piece) -> Future[_Loaded]:
+        """`phase.load(piece)` on its way, once the images that it needs have passed the tower: the devices do that."""
         start = time.perf_counter()
         if piece.is_first:
-            bring([job.data.train["features"] for job in piece.members], width)
-        seeing += time.perf_counter() - start
-        return reader.submit(prepare, piece)
+            compute_features([job.data.train["features"] for job in piece.members], phase.width)
+        taken = time.perf_counter() - start
+        self.features += taken
+        self._began += taken
+        return reader.submit(phase.load, piece)
 
-    def result() -> list[Trained]:
-        return [Trained(trained[id(w)], [records[id(w)][c] for c in sorted(trained[id(w)])], seconds[id(w)], prepared,
-                        waited, seeing) for w in works]
+    def result(self, upcoming: Future[_Loaded]) -> _Loaded:
+        start = time.perf_counter()
+        loaded = upcoming.result()
+        self.prepared += loaded.seconds
+        self.waited += time.perf_counter() - start
+        return loaded
 
-    pieces = _pieces(chunks(jobs, width), shapes[1], first.fed.config.system.steps_at_once)
-    if not pieces:
-        return result()
-    how = {"mesh": mesh, "own_received": apart}
-    with ThreadPoolExecutor(1, thread_name_prefix="prepare") as reader:  # the next piece's, while the device works
-        upcoming = submit(pieces[0])
-        began += seeing
-        for number, piece in enumerate(pieces):
-            start = time.perf_counter()
-            its_adapters, its_trees, inputs, took = upcoming.result()
-            prepared, waited = prepared + took, waited + time.perf_counter() - start
-            if number + 1 < len(pieces):
-                before = seeing
-                upcoming = submit(pieces[number + 1])
-                began += seeing - before
-            if piece.is_first:
-                members, adapters, (own, given) = piece.members, its_adapters, its_trees
-            if piece.is_first and piece.is_last:
-                new, metrics = local_update(phase, base, own, given, **inputs, **how)
-            else:
-                arrays = base, own, given, *inputs.values()
-                if piece.is_first:
-                    carry = begin_update(phase, *arrays, **how)
-                carry = continue_update(phase, carry, np.int32(piece.start), *arrays, **how)
-                if not piece.is_last:
-                    continue
-                new, metrics = finish_update(phase, carry, *arrays, **how)
-            new, metrics = to_host(new), to_host(metrics)
-            taken = time.perf_counter() - began
-            began += taken
-            for k, job in enumerate(members):
-                key = id(job.work)
-                trained[key][job.client], told = sent(job.work.fed, job.client, job.work.round_, job.work.label,
-                                                      adapters[k], {**adapters[k], **row(new, k)})
-                records[key][job.client] = {
-                    "round": job.work.round_, "phase": job.work.label, "client": job.data.name, "task": job.data.task,
-                    "step": int(inputs["steps"][k])} | {name: float(value[k]) for name, value in metrics.items()} | told
-                seconds[key] += taken / len(members)
-            done += int(inputs["steps"].sum())
-            progress({"kind": "chunk", "round": first.round_, "phase": first.label, "steps": done,
-                      "of": sum(len(w.adapters) for w in works), "clients": sum(len(t) for t in trained.values()),
-                      "loss": float(np.mean([records[id(j.work)][j.client]["last_loss"] for j in members]))})
-            if number + 1 < len(pieces) and (signum := stop()):
-                raise Interrupted(signum, result())
-    return result()
+    def lap(self) -> float:
+        """Seconds since the last lap, without those of images."""
+        now = time.perf_counter()
+        taken, self._began = now - self._began, now
+        return taken
 
 
-def train_phase(fed: Federation, adapters: Mapping[int, dict], round_: int, stage: str, label: str,
-                progress: Callable[[dict], None]) -> tuple[dict[int, dict], list[dict]]:
-    """Local updates of the clients in `adapters`, chunk by chunk. Returns their new adapters and metric records."""
-    done = train_together([Work(fed, adapters, round_, stage, label)], progress)[0]
-    return done.adapters, done.records
+def train_phase(fed: Federation, adapters: Mapping[int, dict[str, Tree]], round_: int, stage: str, label: str,
+                executor: Executor | None = None) -> tuple[dict[int, dict[str, Tree]], list[dict[str, Any]]]:
+    """Local updates of the clients in `adapters`: their new adapters, and a record for each."""
+    done, = (executor or Executor()).train([Work(fed, adapters, round_, stage, label)])
+    return done.adapters, list(done.records.values())

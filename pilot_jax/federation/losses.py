@@ -5,40 +5,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Shaped
 
 from pilot_jax.config import TrainConfig
 from pilot_jax.kernels.pointwise import normalized, row_sum
 
+AnyArray = Array | np.ndarray
 
-def _mean(values: jax.Array, weight: jax.Array) -> jax.Array:
+
+def _mean(values: Float[Array, "*rows"], weight: Float[AnyArray, "*rows"]) -> Float[Array, ""]:
     """Weighted mean, 0 where all weights are 0."""
     return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1.0)
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array, weight: jax.Array) -> jax.Array:
-    """L_ce: mean next-token cross-entropy over supervised tokens. logits [B, A, V]; targets, weight [B, A]."""
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return _mean(log_z - picked, weight)
+def cross_entropy(logits: Float[AnyArray, "B A V"], targets: Int[AnyArray, "B A"],
+                  weight: Float[AnyArray, "B A"]) -> Float[Array, ""]:
+    """L_ce: mean next-token cross-entropy over supervised tokens."""
+    return _mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets), weight)
 
 
-def _grams(x_t: jax.Array, x_s: jax.Array) -> jax.Array:
-    """‖x_tᵀ x_s‖_F² per image = Σ (x_t x_tᵀ ∘ x_s x_sᵀ): N×N arrays, never C×C. [B, N, C] → [B]."""
+def _grams(x_t: Float[Array, "B N C"], x_s: Float[Array, "B N C"]) -> Float[Array, " B"]:
+    """‖x_tᵀ x_s‖_F² per image = Σ (x_t x_tᵀ ∘ x_s x_sᵀ): N×N arrays, never C×C."""
     gram_t = jnp.einsum("bnc,bmc->bnm", x_t, x_t)
     gram_s = jnp.einsum("bnc,bmc->bnm", x_s, x_s)
     return jnp.sum(gram_t * gram_s, axis=(1, 2))
 
 
-def difference_loss(x_t: jax.Array, x_s: jax.Array, weight: jax.Array, mode: str = "token_cosine",
-                    center: bool = False) -> jax.Array:
-    """L_d (paper §3.2): how far the task's and the client's features share directions; scalar float32.
+def difference_loss(x_t: Float[AnyArray, "B N C"], x_s: Float[AnyArray, "B N C"], weight: Float[AnyArray, " B"],
+                    mode: str = "token_cosine", center: bool = False) -> Float[Array, ""]:
+    """L_d (paper §3.2): how far the task's and the client's features share directions; float32.
 
     Args:
-        x_t, x_s: [B, N, C]. weight: [B].
         mode: raw: ‖x_tᵀ x_s‖_F² per image, as the formula is written. token_cosine: that of tokens over √(‖x‖²+ε²),
             ε = 0.1·stop_gradient(mean ‖x_t‖), divided by N² (plain cosines of near-zero tokens are ill-conditioned,
             and x_s starts at zero). flat: the authors' code, each image one vector,
@@ -64,32 +68,57 @@ def difference_loss(x_t: jax.Array, x_s: jax.Array, weight: jax.Array, mode: str
     raise ValueError(f"difference loss mode {mode!r} is not known")
 
 
-def balance_loss(router_logits: jax.Array, weight: jax.Array) -> jax.Array:
-    """L_b = T·Σ_i f_i·P̄_i per image, averaged (Fedus et al., 2022, eq. 4). router_logits [B, N, T]; 1 = balanced."""
+def balance_loss(router_logits: Float[AnyArray, "B N T"], weight: Float[AnyArray, " B"]) -> Float[Array, ""]:
+    """L_b = T·Σ_i f_i·P̄_i per image, averaged (Fedus et al., 2022, eq. 4); 1 = balanced."""
     experts = router_logits.shape[-1]
     probs = jax.nn.softmax(router_logits, axis=-1)
     share = jnp.mean(jax.nn.one_hot(jnp.argmax(probs, axis=-1), experts), axis=1)  # f, no gradient
     return _mean(experts * jnp.sum(share * jnp.mean(probs, axis=1), axis=-1), weight)
 
 
-def z_loss(router_logits: jax.Array, weight: jax.Array) -> jax.Array:
-    """L_z: mean over tokens of logsumexp(logits)² (Zoph et al., 2022, eq. 5). router_logits [B, N, T]."""
+def z_loss(router_logits: Float[AnyArray, "B N T"], weight: Float[AnyArray, " B"]) -> Float[Array, ""]:
+    """L_z: mean over tokens of logsumexp(logits)² (Zoph et al., 2022, eq. 5)."""
     return _mean(jnp.mean(jax.nn.logsumexp(router_logits, axis=-1) ** 2, axis=-1), weight)
 
 
-def stage_loss(logits: jax.Array, aux: Mapping[str, jax.Array], batch: Mapping[str, jax.Array], stage: str,
-               train: TrainConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of one client's batch, and its named terms.
+@dataclasses.dataclass(frozen=True)
+class LossWeights:
+    """Weights of a stage's terms beside L_ce; the weights of another stage's terms are 0."""
 
-    batch: target_ids, target_weights [B, A] and has_image [B], both already 0 for padding samples.
+    difference: float = 0.0  # λ0
+    difference_mode: str = "token_cosine"
+    center: bool = False
+    balance: float = 0.0  # λ1
+    z: float = 0.0  # λ2
+
+
+def loss_weights(train: TrainConfig, stage: str) -> LossWeights:
+    """What of the config enters the loss of a stage: what does not, must not tell compiled programs apart."""
+    if stage == "stage1":
+        return LossWeights(difference=train.lambda_d, difference_mode=train.ld_mode, center=train.ld_center)
+    if stage == "stage2":
+        return LossWeights(balance=train.lambda_b, z=train.lambda_z)
+    return LossWeights()
+
+
+def stage_loss(logits: Float[AnyArray, "B A V"], aux: Mapping[str, Float[AnyArray, "B N _"]],
+               batch: Mapping[str, Shaped[AnyArray, "B ..."]], weights: LossWeights,
+               ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The loss of one client's batch, and its named terms (float32 scalars).
+
+    Args:
+        aux: what the stage's connector returns beside its features: x_t, x_s [B, N, C] (stage 1),
+            router_logits [B, N, T] (stage 2), or nothing.
+        batch: target_ids, target_weights [B, A] and has_image [B], both already 0 for padding samples.
     """
     terms = {"ce": cross_entropy(logits, batch["target_ids"], batch["target_weights"])}
-    loss, shown = terms["ce"], batch["has_image"]
-    if stage == "stage1" and "x_s" in aux:
-        terms["difference"] = difference_loss(aux["x_t"], aux["x_s"], shown, train.ld_mode, train.ld_center)
-        loss = loss + train.lambda_d * terms["difference"]
-    elif stage == "stage2":
-        terms["balance"] = balance_loss(aux["router_logits"], shown)
-        terms["z"] = z_loss(aux["router_logits"], shown)
-        loss = loss + train.lambda_b * terms["balance"] + train.lambda_z * terms["z"]
+    loss, has_image = terms["ce"], batch["has_image"]
+    if "x_s" in aux:
+        terms["difference"] = difference_loss(aux["x_t"], aux["x_s"], has_image, weights.difference_mode,
+                                              weights.center)
+        loss = loss + weights.difference * terms["difference"]
+    if "router_logits" in aux:
+        terms["balance"] = balance_loss(aux["router_logits"], has_image)
+        terms["z"] = z_loss(aux["router_logits"], has_image)
+        loss = loss + weights.balance * terms["balance"] + weights.z * terms["z"]
     return loss, terms | {"loss": loss}

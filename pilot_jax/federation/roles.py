@@ -11,6 +11,7 @@ import numpy as np
 
 from pilot_jax.models.lora import LORA_SUBTREES
 
+Tree = Any  # a pytree of arrays: nested dicts with arrays as leaves
 Mode = Literal["trained", "frozen", "carried", "-"]
 Scope = Literal["base", "shared", "local", "received"]
 
@@ -40,25 +41,26 @@ class Roles:
             row.subtree for row in self.adapter_rows
             if scope in (None, row.scope) and (mode is None or (stage is not None and row.modes[stage] == mode)))
 
-    def check(self, adapters: Mapping[str, Any]) -> None:
+    def check(self, adapters: Mapping[str, Tree]) -> None:
         """Every subtree has exactly one row, and every row a subtree."""
         known = [row.subtree for row in self.adapter_rows]
         if len(set(known)) != len(known) or set(known) != set(adapters):
             raise AssertionError(f"adapters {sorted(adapters)} are not covered exactly once by roles {sorted(known)}")
 
-    def select(self, adapters: Mapping[str, Any], scope: Scope) -> dict[str, Any]:
+    def select(self, adapters: Mapping[str, Tree], scope: Scope) -> dict[str, Tree]:
         """The subtrees of one scope. `select(adapters, "shared")` is an upload, and nothing else can be one."""
         return {name: adapters[name] for name in self.names(scope=scope)}
 
-    def split(self, adapters: Mapping[str, Any], stage: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    def split(self, adapters: Mapping[str, Tree], stage: str) -> tuple[dict[str, Tree], dict[str, Tree]]:
         """(trained, frozen) subtrees of `stage`. Gradients are taken of the first part alone."""
         trained, frozen = self.names(stage=stage, mode="trained"), self.names(stage=stage, mode="frozen")
         return {n: adapters[n] for n in trained}, {n: adapters[n] for n in frozen}
 
-    def labels(self, trained: Mapping[str, Any]) -> dict[str, Any]:
-        """Optimizer labels for `optax.partition`: "lora" or "connector" at every trained leaf."""
-        return {name: jax.tree.map(lambda _, n=name: "lora" if n in LORA_SUBTREES else "connector", tree)
-                for name, tree in trained.items()}
+
+def optimizer_labels(trained: Mapping[str, Tree]) -> dict[str, Tree]:
+    """Labels for `optax.partition`: "lora" or "connector" at every trained leaf."""
+    return {name: jax.tree.map(lambda _, n=name: "lora" if n in LORA_SUBTREES else "connector", tree)
+            for name, tree in trained.items()}
 
 
 BASE_ROWS = (
@@ -67,10 +69,10 @@ BASE_ROWS = (
 )
 
 
-def num_parameters(tree: Any) -> int:
+def num_parameters(tree: Tree) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
-def num_bytes(tree: Any) -> int:
+def num_bytes(tree: Tree) -> int:
     """Bytes of the tree when sent: float32, whatever it is held in."""
     return 4 * num_parameters(tree)

@@ -1,193 +1,237 @@
-"""One round: who takes part, local updates, uploads, aggregation, downloads."""
+"""One round: who takes part, local updates, uploads, aggregation, downloads.
+
+`run_round` asks each federation for its next phase (`begin_phase`), has the phases trained, and hands the results back
+(`finish_phase`) until no phase is left (`end_round`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
+from pilot_jax.errors import Interrupted
 from pilot_jax.federation import mixing
-from pilot_jax.federation.cohort import members_of
-from pilot_jax.federation.executor import Trained, Work, train_together
+from pilot_jax.federation.cohort import Cohort
+from pilot_jax.federation.executor import Executor, Work
+from pilot_jax.federation.observer import Observers, RunObserver
 from pilot_jax.federation.privacy import epsilon
-from pilot_jax.federation.state import AnyState, ClientState, Federation, State, row, stack, stored
+from pilot_jax.federation.roles import Tree
+from pilot_jax.federation.state import ClientState, Federation, Population, State, Trained, row, stack, stored
 from pilot_jax.federation.uploads import REMEMBERED, refusals
 from pilot_jax.parallel.mesh import spread
 from pilot_jax.parallel.processes import to_host
 
 
-class _Fetched(Mapping):
-    """The adapters of `taking`, brought up to date with the server when they are asked for: one chunk of clients after
-    another may come from disk. `bytes`: of what they did not have yet."""
+class CurrentAdapters(Mapping[int, dict[str, Tree]]):
+    """The clients' adapters, up to date with the server, each read when it is asked for: they may be on disk."""
 
-    def __init__(self, fed: Federation, population: list[AnyState], taking: list[int],
+    def __init__(self, fed: Federation, population: Population, clients: Sequence[int],
                  server: Mapping[str, Any]) -> None:
-        self._fed, self._population, self._taking, self._server = fed, population, taking, server
-        self._bytes: dict[int, int] = {}
+        self._fed, self._population, self._clients, self._server = fed, population, clients, server
 
-    def __getitem__(self, client: int) -> dict[str, Any]:
+    def __getitem__(self, client: int) -> dict[str, Tree]:
         old = self._population[client].adapters
-        new = to_host(self._fed.strategy.fetch(old, self._server, self._fed.task_index(client)))
-        if client not in self._bytes:
-            self._bytes[client] = sum(size for name, size in self._fed.strategy.sent_bytes(new)[1].items()
-                                      if not _equal(old[name], new[name]))
-        return new
+        return to_host(self._fed.strategy.fetch(old, self._server, self._fed.task_index(client)))
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._taking)
+        return iter(self._clients)
 
     def __len__(self) -> int:
-        return len(self._taking)
-
-    @property
-    def bytes(self) -> int:
-        return sum(self._bytes.values())
+        return len(self._clients)
 
 
-def _equal(a: Any, b: Any) -> bool:
-    return all(x is y or np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+@dataclasses.dataclass(frozen=True)
+class PhasePlan:
+    """A phase before it is trained."""
+
+    round: int
+    number: int  # of the phase in its round, from 0
+    stage: str
+    label: str  # the stage, with a number where a round has it twice
+    clients: tuple[int, ...]  # who trains
+    adapters: Mapping[int, dict[str, Tree]]
+    bytes_fetched: int  # of what the clients did not have yet
 
 
-def run_round(fed: Federation, state: State, round_: int, progress: Callable[[dict], None],
-              record: Callable[[dict], None], save_mixing: Callable[[int, str, dict], None],
-              after_phase: Callable[[State, list[int]], None] = lambda state, trained: None,
-              stop: Callable[[], int] = lambda: 0) -> State:
-    """All phases of one round that `state` has not behind it. Pure in `state`.
+def begin_phase(fed: Federation, state: State) -> PhasePlan | None:
+    """The next phase of round `state.round`; None when it has no phase left."""
+    members = fed.members(state.round)
+    phases = {c: fed.strategy.stages(state.population[c].is_new, state.round) for c in members}
+    longest = max(phases.values(), key=len)
+    for number in range(state.phase, len(longest)):
+        # Shorter schedules are the end of the longest: everyone's last phase is the round's last.
+        clients = tuple(c for c in members
+                        if number >= len(longest) - len(phases[c]) and c not in state.benched)
+        if clients:
+            stage = longest[number]
+            label = stage if longest.count(stage) == 1 else f"{stage}{number + 1}"
+            return PhasePlan(state.round, number, stage, label, clients,
+                             CurrentAdapters(fed, state.population, clients, state.server),
+                             _bytes_fetched(fed, state, clients))
+    return None
 
-    Args:
-        after_phase: called with the state after each phase, complete with its aggregation, and who trained.
-        stop: asked after every chunk; a signal's number ends the round.
+
+def _bytes_fetched(fed: Federation, state: State, clients: Sequence[int]) -> int:
+    """Bytes of what the server has sent to others since these clients last had something from it."""
+    behind = [c for c in clients if _versions(fed, state)[c] != state.version]
+    if not behind:
+        return 0
+    old = state.population[behind[0]].adapters
+    new = fed.strategy.fetch(old, state.server, fed.task_index(behind[0]))
+    changed = sum(size for name, size in fed.strategy.sent_bytes(new)[1].items() if new[name] is not old[name])
+    return changed * len(behind)
+
+
+def _versions(fed: Federation, state: State) -> tuple[int, ...]:
+    return state.fetched or (0,) * len(fed.clients)
+
+
+def finish_phase(fed: Federation, state: State, plan: PhasePlan, trained: Trained, observer: RunObserver) -> State:
+    """The state after a phase's uploads and aggregation.
 
     Raises:
-        Interrupted: `stop` said so.
         FloatingPointError: an upload was refused, and `federation.on_bad_client` is stop; or all were.
     """
-    return run_together([round_of(fed, state, round_, progress, record, save_mixing, after_phase)], progress, stop)[0]
+    for record in trained.records.values():
+        observer.client_trained(record)
+    refused = refusals(fed.settings, trained.records, state.norms.get(plan.stage, []))
+    _report_refused(fed, state, plan, refused, observer)
+    used = [c for c in plan.clients if c not in refused]
+    record = _phase_record(fed, state, plan, trained, refused)
+    state = _counted(fed, state, plan, trained, refused, record)
+    if not used:  # newcomers alone were in this phase, and none can be used
+        observer.phase_ended(state, record, None, ())
+        return state
+    after, server, log = _aggregated(fed, plan, trained, used, state.server)
+    population, fetched = list(state.population), list(_versions(fed, state))
+    for client, adapters in after.items():
+        population[client] = ClientState(adapters, plan.stage, population[client].rounds)
+        fetched[client] = state.version + 1
+    state = dataclasses.replace(state, population=tuple(population), server=server, version=state.version + 1,
+                                fetched=tuple(fetched))
+    record |= _mixing_record(trained, used, log)
+    observer.phase_ended(state, record, log | {"client_ids": np.asarray([fed.clients[c].name for c in used])}, used)
+    return state
 
 
-def run_together(rounds: Sequence[Generator[Work, Trained | None, State]], progress: Callable[[dict], None],
-                 stop: Callable[[], int] = lambda: 0) -> list[State]:
-    """Rounds of several federations, phase by phase; what they want trained in the same stage is trained together."""
-    states: list[Any] = [None] * len(rounds)
-    wanted: dict[int, Work] = {}
-
-    def advance(index: int, answer: Trained | None) -> None:
-        try:
-            wanted[index] = rounds[index].send(answer)
-        except StopIteration as stop:
-            states[index] = stop.value
-
-    for index in range(len(rounds)):
-        advance(index, None)
-    while wanted:
-        stage = next(iter(wanted.values())).stage
-        these = [i for i, work in wanted.items() if work.stage == stage]
-        for i, answer in zip(these, train_together([wanted.pop(i) for i in these], progress, stop), strict=True):
-            advance(i, answer)
-    return states
-
-
-def _tell_of(refused: Mapping[int, str], fed: Federation, all_of_them: bool, when: str,
-             progress: Callable[[dict], None]) -> None:
-    """Say whose uploads are refused and why; stop where the config says so, or nobody is left."""
+def _report_refused(fed: Federation, state: State, plan: PhasePlan, refused: Mapping[int, str],
+                    observer: RunObserver) -> None:
+    """Says whose uploads are refused and why; raises where the config says so, or no client is left."""
+    nobody = {*refused, *state.benched} >= set(fed.members(plan.round))
     for client, why in refused.items():
-        text = f"{when}: the upload of {fed.clients[client].name} {why}"
-        if fed.config.federation.on_bad_client == "stop" or all_of_them:
+        text = f"round {plan.round} {plan.label}: the upload of {fed.clients[client].name} {why}"
+        if fed.settings.on_bad_client == "stop" or nobody:
             raise FloatingPointError(f"{text}. Lower train.lr_*, or look at its data.")
-        progress({"kind": "note", "text": f"warning: {text}; it is left out of this round, and goes on from what it "
-                  "had before."})
+        observer.note(f"warning: {text}; it is left out of this round, and goes on from what it had before.")
 
 
-def _aggregated(fed: Federation, trained: Mapping[int, Any], who: Sequence[int], server: dict[str, Any],
-                ) -> tuple[dict[int, dict[str, Any]], dict[str, Any], dict[str, Any]]:
-    """The server's work on the uploads of clients `who`: (each one's adapters after it, the server's state, what is
+def _phase_record(fed: Federation, state: State, plan: PhasePlan, trained: Trained,
+                  refused: Mapping[int, str]) -> dict[str, Any]:
+    """A phase's line of metrics.jsonl, without what its aggregation adds."""
+    up, down = fed.strategy.sent_bytes(trained.adapters[min(plan.clients)])
+    asked, used, timings = len(plan.clients), len(plan.clients) - len(refused), trained.timings
+    record = {
+        "round": plan.round, "phase": plan.label, "clients": used,
+        "client_steps": sum(r["step"] for r in trained.records.values()), "seconds": round(timings.seconds, 3),
+        "prepare_seconds": round(timings.prepare_seconds, 3), "waited_seconds": round(timings.waited_seconds, 3),
+        "feature_seconds": round(timings.feature_seconds, 3), "bytes_up": asked * sum(up.values()),
+        "bytes_down": used * sum(down.values()) + plan.bytes_fetched,
+        "bytes_up_by_subtree": {n: v * asked for n, v in up.items()},
+        "bytes_down_by_subtree": {n: v * used for n, v in down.items()},
+        "quarantined": [fed.clients[c].name for c in refused]}
+    if fed.noise_multiplier:
+        uploads = max(n + (c in plan.clients) for c, n in enumerate(state.uploads or (0,) * len(fed.clients)))
+        record["epsilon"] = epsilon(fed.noise_multiplier, uploads, fed.settings.privacy.delta)
+    return record
+
+
+def _counted(fed: Federation, state: State, plan: PhasePlan, trained: Trained, refused: Mapping[int, str],
+             record: Mapping[str, Any]) -> State:
+    """The state with a phase's steps, bytes, uploads and refusals counted."""
+    uploads = tuple(n + (c in plan.clients) for c, n in enumerate(state.uploads or (0,) * len(fed.clients)))
+    accepted = [r["update_norm"] for c, r in trained.records.items() if c not in refused]
+    return dataclasses.replace(
+        state, phase=plan.number + 1, partial=None, uploads=uploads,
+        norms={**state.norms, plan.stage: [*state.norms.get(plan.stage, []), *accepted][-REMEMBERED:]},
+        benched=(*state.benched, *refused), quarantined=state.quarantined + len(refused),
+        client_steps=state.client_steps + record["client_steps"], bytes_up=state.bytes_up + record["bytes_up"],
+        bytes_down=state.bytes_down + record["bytes_down"],
+        train_seconds=state.train_seconds + trained.timings.seconds)
+
+
+def _aggregated(fed: Federation, plan: PhasePlan, trained: Trained, used: Sequence[int], server: dict[str, Any],
+                ) -> tuple[dict[int, dict[str, Tree]], dict[str, Any], dict[str, np.ndarray]]:
+    """The server's work on the uploads of clients `used`: (each one's adapters after it, the server's state, what is
     logged of the mixing)."""
-    strategy, roles = fed.strategy, fed.strategy.roles()
-    uploads = stack([roles.select(trained[c], "shared") for c in who])
-    sizes, tasks = np.asarray([fed.clients[c].size for c in who]), np.asarray([fed.task_index(c) for c in who])
-    downloads, server, log = strategy.aggregate(spread(uploads, fed.server_mesh), sizes, tasks, np.asarray(who), server)
+    roles = fed.strategy.roles()
+    uploads = stack([roles.select(trained.adapters[c], "shared") for c in used])
+    cohort = Cohort(spread(uploads, fed.server_mesh), np.asarray([fed.clients[c].size for c in used]),
+                    np.asarray([fed.task_index(c) for c in used]), np.asarray(used), plan.round)
+    downloads, server, log = fed.strategy.aggregate(cohort, server)
     mixing.check_rows(log["weights"])
     downloads, received, after = to_host(downloads), roles.names(scope="received"), {}
-    for k, client in enumerate(who):
+    for k, client in enumerate(used):
         its = {n: t if n in received else row(t, k) for n, t in downloads.items()}
         # Fetching again puts the server's own arrays in place of equal copies.
-        after[client] = strategy.fetch({**trained[client], **its}, server, fed.task_index(client))
+        after[client] = fed.strategy.fetch({**trained.adapters[client], **its}, server, fed.task_index(client))
     return after, server, {"effective_neighbors": np.asarray(mixing.effective_neighbors(log["weights"]))} | log
 
 
-def round_of(fed: Federation, state: State, round_: int, progress: Callable[[dict], None] = lambda event: None,
-             record: Callable[[dict], None] = lambda entry: None,
-             save_mixing: Callable[[int, str, dict], None] = lambda *args: None,
-             after_phase: Callable[[State, list[int]], None] = lambda *args: None,
-             ) -> Generator[Work, Trained | None, State]:
-    """One round as a generator, for `run_together`: yields what it wants trained, and returns the state after it."""
-    strategy, population = fed.strategy, list(state.population)
-    members = members_of(fed, round_)
-    newcomers = {c for c in members if population[c].is_new}
-    server = {**state.server, "round": round_}
-    phases = {c: strategy.stages(c in newcomers, round_) for c in members}
-    longest = max(phases.values(), key=len)
-    for number, stage in enumerate(longest):
-        if number < state.phase:
-            continue
-        label = stage if longest.count(stage) == 1 else f"{stage}{number + 1}"
-        # Shorter schedules are the end of the longest: everyone's last phase is the round's last.
-        taking = [c for c in members if number >= len(longest) - len(phases[c]) and c not in state.benched]
-        if not taking:
-            continue
-        fetched = _Fetched(fed, population, taking, server)
-        done = yield Work(fed, fetched, round_, stage, label, state.partial)
-        assert done is not None  # None only starts the generator
-        trained, records, asked = done.adapters, done.records, set(taking)
-        for entry in records:
-            record(entry)
-        earlier = state.norms.get(stage, [])
-        refused = refusals(fed.config.federation, dict(zip(taking, records, strict=True)), earlier)
-        _tell_of(refused, fed, {*refused, *state.benched} >= set(members), f"round {round_} {label}", progress)
-        taking = [c for c in taking if c not in refused]
-        up, down = strategy.sent_bytes(trained[min(asked)])
-        steps = sum(r["step"] for r in records)
-        summary = {"round": round_, "phase": label, "clients": len(taking), "client_steps": steps,
-                   "seconds": round(done.seconds, 3), "prepare_seconds": round(done.prepare_seconds, 3),
-                   "waited_seconds": round(done.waited_seconds, 3),
-                   "feature_seconds": round(done.feature_seconds, 3), "bytes_up": len(asked) * sum(up.values()),
-                   "bytes_down": len(taking) * sum(down.values()) + fetched.bytes,
-                   "quarantined": [fed.clients[c].name for c in refused]}
-        uploads_sent = tuple(n + (c in asked) for c, n in enumerate(state.uploads or (0,) * len(population)))
-        if fed.noise_multiplier:
-            summary["epsilon"] = epsilon(fed.noise_multiplier, max(uploads_sent), fed.config.federation.privacy.delta)
-        accepted = [r["update_norm"] for c, r in zip(sorted(asked), records, strict=True) if c not in refused]
-        state = dataclasses.replace(
-            state, round=round_, phase=number + 1, partial=None, uploads=uploads_sent,
-            norms={**state.norms, stage: [*earlier, *accepted][-REMEMBERED:]},
-            benched=(*state.benched, *refused), quarantined=state.quarantined + len(refused),
-            client_steps=state.client_steps + steps, bytes_up=state.bytes_up + summary["bytes_up"],
-            bytes_down=state.bytes_down + summary["bytes_down"], train_seconds=state.train_seconds + done.seconds)
-        if not taking:  # newcomers alone were in this phase, and none can be used
-            record(summary)
-            after_phase(state, [])
-            continue
-        used = [entry for entry in records if entry["client"] not in {fed.clients[c].name for c in refused}]
-        after, server, log = _aggregated(fed, trained, taking, server)
-        for client, adapters in after.items():
-            population[client] = ClientState(adapters, stage, population[client].rounds)
-        save_mixing(round_, label, log | {"client_ids": np.asarray([fed.clients[c].name for c in taking])})
-        summary |= {"loss": float(np.average([r["loss"] for r in used], weights=[r["step"] for r in used])),
-                    "effective_neighbors": float(np.mean(log["effective_neighbors"]))}
-        if "product_gap" in log:
-            summary["product_gap"] = float(np.mean(log["product_gap"]))
-        record(summary | {"bytes_up_by_subtree": {n: v * len(asked) for n, v in up.items()},
-                          "bytes_down_by_subtree": {n: v * len(taking) for n, v in down.items()}})
-        progress({"kind": "phase"} | summary)
-        state = dataclasses.replace(state, population=tuple(population), server=server)
-        after_phase(state, taking)
-    for client in members:
-        if client in state.benched:
-            continue
-        now = dataclasses.replace(population[client], rounds=population[client].rounds + 1)
-        population[client] = stored(fed.store, client, now)
-    return dataclasses.replace(state, population=tuple(population), server=server, round=round_ + 1, phase=0,
-                               benched=())
+def _mixing_record(trained: Trained, used: Sequence[int], log: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """What an aggregation adds to a phase's line of metrics.jsonl."""
+    records = [trained.records[c] for c in used]
+    out = {"loss": float(np.average([r["loss"] for r in records], weights=[r["step"] for r in records])),
+           "effective_neighbors": float(np.mean(log["effective_neighbors"]))}
+    return out | ({"product_gap": float(np.mean(log["product_gap"]))} if "product_gap" in log else {})
+
+
+def end_round(fed: Federation, state: State) -> State:
+    """The state at the start of the next round."""
+    population = list(state.population)
+    for client in fed.members(state.round):
+        if client not in state.benched:
+            now = dataclasses.replace(population[client], rounds=population[client].rounds + 1)
+            population[client] = stored(fed.store, client, now)
+    return dataclasses.replace(state, population=tuple(population), round=state.round + 1, phase=0, benched=())
+
+
+def run_round(feds: Sequence[Federation], states: Sequence[State], executor: Executor,
+              observers: Sequence[RunObserver] | None = None, survive: bool = False) -> list[State | None]:
+    """What is left of round `state.round` of each federation; phases of one stage are trained together.
+
+    Args:
+        observers: one for each federation. All of them are told of chunks, and any of them can ask for an end.
+        survive: whether a federation whose uploads cannot be used becomes None, instead of ending the others.
+
+    Raises:
+        Interrupted: an observer asked for it; `partial` has what was trained of each federation in the phase.
+        FloatingPointError: see `finish_phase`.
+    """
+    observers = observers or [RunObserver() for _ in feds]
+    everyone, out = Observers(*observers), list[State | None](states)
+    partials = {i: state.partial for i, state in enumerate(states)}  # of the first phase alone
+    plans = {i: plan for i, (fed, state) in enumerate(zip(feds, states, strict=True))
+             if (plan := begin_phase(fed, state)) is not None}
+    while plans:
+        stage = next(iter(plans.values())).stage
+        together = {i: plan for i, plan in plans.items() if plan.stage == stage}
+        works = [Work(feds[i], p.adapters, p.round, p.stage, p.label, partials.pop(i, None))
+                 for i, p in together.items()]
+        for i, trained in zip(together, executor.train(works, everyone), strict=True):
+            plan, state = plans.pop(i), out[i]
+            assert state is not None
+            try:
+                out[i] = state = finish_phase(feds[i], state, plan, trained, observers[i])
+            except FloatingPointError:
+                if not survive:
+                    raise
+                out[i] = None
+                continue
+            if signum := observers[i].stop_requested():
+                raise Interrupted(signum)
+            if (upcoming := begin_phase(feds[i], state)) is not None:
+                plans[i] = upcoming
+    return [None if state is None else end_round(fed, state) for fed, state in zip(feds, out, strict=True)]

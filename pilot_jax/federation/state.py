@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,20 +11,28 @@ from typing import Any
 import jax
 import numpy as np
 
-from pilot_jax.config import Config
+from pilot_jax.config import FederationConfig, TrainConfig
 from pilot_jax.data.arrays import ClientData, num_steps
-from pilot_jax.federation.client import Phase
+from pilot_jax.federation.client import PhaseSpec, phase_spec
+from pilot_jax.federation.cohort import participants
 from pilot_jax.federation.privacy import multiplier
+from pilot_jax.federation.randomness import client_generator
+from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.strategies.base import Strategy
 from pilot_jax.models.pretrained import PretrainedModel
 from pilot_jax.parallel.host_memory import empty
 from pilot_jax.parallel.mesh import mesh_of
 from pilot_jax.storage import Key, Store
 
+Tamper = Callable[[str, int, dict, dict], dict]  # (client, round, upload, what it began with) -> upload
+
 
 @dataclasses.dataclass(frozen=True)
 class ClientState:
-    adapters: dict[str, Any]  # NumPy leaves, without client axis
+    """What a client has, in memory. Trees that clients share (initial adapters, the bank) are there once, by
+    reference."""
+
+    adapters: dict[str, Tree]  # NumPy leaves, without client axis
     stage: str = "none"  # the last stage completed; "none" before a client first takes part
     rounds: int = 0  # rounds taken part in
 
@@ -36,7 +43,7 @@ class ClientState:
 
 @dataclasses.dataclass(frozen=True)
 class StoredState:
-    """A `ClientState` whose adapters are read when they are asked for."""
+    """A `ClientState` whose adapters are on disk, and read when they are asked for."""
 
     store: Store
     key: Key
@@ -48,28 +55,34 @@ class StoredState:
         return self.rounds == 0
 
     @property
-    def adapters(self) -> dict[str, Any]:
+    def adapters(self) -> dict[str, Tree]:
         return self.store.read(self.key)
 
 
 AnyState = ClientState | StoredState
 Population = tuple[AnyState, ...]
-Tamper = Callable[[str, int, dict, dict], dict]  # (client, round, upload, what it began with) -> upload
 
 
 @dataclasses.dataclass(frozen=True)
 class Federation:
     """What does not change during a run."""
 
-    config: Config
     strategy: Strategy
     model: PretrainedModel
     clients: tuple[ClientData, ...]  # ordered by name; a client's index is its id in mixing
     tasks: tuple[str, ...]  # global task order
-    pool_of: tuple[ClientData, ...] = ()  # the clients whose data the one client has, where a strategy pools them
+    settings: FederationConfig
+    train: TrainConfig
+    seed: int
+    rank: int = 8  # of LoRA
     store: Store | None = None  # where clients' adapters and data are, if not in memory
-    most_uploads: int = 0  # of one client in the whole run, if none is refused; where `federation.privacy` asks
+    spread_uploads: bool = False  # whether a cohort's uploads are divided among the devices of the mesh
+    most_uploads: int = 0  # of one client in the whole run, if none is refused; where `settings.privacy` asks
     tamper: Tamper | None = None  # what simulated attackers do
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(client.name for client in self.clients)
 
     @property
     def mesh(self) -> jax.sharding.Mesh | None:
@@ -78,46 +91,82 @@ class Federation:
 
     @property
     def server_mesh(self) -> jax.sharding.Mesh | None:
-        """Over what the uploads of a cohort are spread; None where devices share one memory."""
-        return self.mesh if self.config.system.mesh.devices > 1 else None
+        """The mesh over which the uploads of a cohort are spread; None where devices share one memory."""
+        return self.mesh if self.spread_uploads else None
 
-    @property
-    def examined(self) -> tuple[ClientData, ...]:
-        """The clients on whose data models are scored."""
-        return self.pool_of or self.clients
-
-    def model_of(self, examined: int) -> int:
-        """Whose model answers for an examined client."""
-        return 0 if self.pool_of else examined
+    def members(self, round_: int) -> list[int]:
+        """Indices of the clients that take part in `round_` (from 1), in order."""
+        return participants(self.settings, self.names, round_, self.seed)
 
     def task_index(self, client: int) -> int:
-        return 0 if self.pool_of else self.tasks.index(self.clients[client].task)
+        """Index of a client's task; 0 where a client has the data of all tasks."""
+        task = self.clients[client].task
+        return self.tasks.index(task) if task in self.tasks else 0
 
     def full_steps(self, client: int) -> int:
         """The steps of a client's phase, if it does not straggle."""
-        f = self.config.federation
-        each = None if f.local_steps is None else f.local_steps * max(len(self.pool_of), 1)
-        return num_steps(self.clients[client].size, self.config.train.batch_size, f.local_epochs, each)
+        return num_steps(self.clients[client].size, self.train.batch_size, self.settings.local_epochs,
+                         self.settings.local_steps)
 
     def steps(self, client: int, round_: int) -> int:
         """S_k: the steps of a client's phases in `round_`."""
-        slow, count = self.config.federation.stragglers, self.full_steps(client)
+        slow, count = self.settings.stragglers, self.full_steps(client)
         if slow.share > 0:
-            rng = client_generator(self.config.system.seed, self.clients[client].name, round_, "straggling")
+            rng = client_generator(self.seed, self.clients[client].name, round_, "straggling")
             if rng.random() < slow.share:
                 return max(1, math.ceil(slow.steps * count))
         return count
 
     @functools.cached_property
     def noise_multiplier(self) -> float:
-        """z of `federation.privacy`: 0 without it, and where a strategy uploads nothing."""
-        privacy = self.config.federation.privacy
+        """z of `settings.privacy`: 0 without it, and where a strategy uploads nothing."""
+        privacy = self.settings.privacy
         if privacy.clip is None or not self.strategy.roles().names(scope="shared"):
             return 0.0
         return multiplier(privacy, self.most_uploads)
 
-    def phase(self, stage: str) -> Phase:
-        return Phase(self.model.module, self.strategy.roles(), stage, self.config.train, self.strategy.local_rule())
+    def phase(self, stage: str) -> PhaseSpec:
+        return phase_spec(self.model.module, self.strategy.roles(), stage, self.train, self.strategy.local_rule())
+
+
+def most_uploads(fed: Federation) -> int:
+    """How often one client uploads in the whole run, at most, if no upload is refused."""
+    count = [0] * len(fed.clients)
+    for round_ in range(1, fed.settings.rounds + 1):
+        for c in fed.members(round_):
+            count[c] += len(fed.strategy.stages(count[c] == 0, round_))
+    return max(count)
+
+
+def steps_by_stage(fed: Federation) -> dict[str, int]:
+    """Client steps of the whole run in each stage, known before it starts."""
+    seen: set[int] = set()
+    out: dict[str, int] = {}
+    for round_ in range(1, fed.settings.rounds + 1):
+        for c in fed.members(round_):
+            for stage in fed.strategy.stages(c not in seen, round_):
+                out[stage] = out.get(stage, 0) + fed.steps(c, round_)
+            seen.add(c)
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """Seconds of a phase."""
+
+    seconds: float = 0.0  # of training
+    prepare_seconds: float = 0.0  # spent on making the chunks' inputs, beside the device's work
+    waited_seconds: float = 0.0  # of these, how long the device waited
+    feature_seconds: float = 0.0  # not in `seconds`: images through the tower
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Local updates of a phase: by client, its adapters and its record for the log."""
+
+    adapters: dict[int, dict[str, Tree]]
+    records: dict[int, dict[str, Any]]
+    timings: Timings = Timings()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,37 +181,28 @@ class State:
     train_seconds: float = 0.0
     round: int = 1  # the round that is running or comes next
     phase: int = 0  # its phases that are done
-    uploads: tuple[int, ...] = ()  # how often each client has sent something
+    version: int = 0  # aggregations so far
+    fetched: tuple[int, ...] = ()  # by client: the version of the server that its adapters are up to date with
+    uploads: tuple[int, ...] = ()  # by client: how often it has uploaded
     norms: Mapping[str, list[float]] = dataclasses.field(default_factory=dict)  # of updates last accepted, by stage
     benched: tuple[int, ...] = ()  # clients whose upload was refused in this round
     quarantined: int = 0  # refused uploads, of the whole run
-    partial: Any = None  # `Trained` of a phase that was interrupted
-
-
-def client_generator(seed: int, client: str, round_: int, phase: str) -> np.random.Generator:
-    """A client's stream of randomness: fold_in(root, client, round, phase), whoever else takes part.
-
-    Names, not positions, go in, so that a client's draws do not depend on the others.
-    """
-    key = jax.random.key(seed)
-    for part in (client, str(round_), phase):
-        key = jax.random.fold_in(key, int.from_bytes(hashlib.sha256(part.encode()).digest()[:4], "big"))
-    return np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    partial: Trained | None = None  # of a phase that was interrupted
 
 
 def stored(store: Store | None, client: int, state: AnyState) -> AnyState:
-    """The state, handed to the store if there is one."""
+    """The state, its adapters written to the store if there is one."""
     return state if store is None else StoredState(store, store.write(client, state.adapters), state.stage,
                                                    state.rounds)
 
 
 def prune(store: Store, population: Population) -> None:
-    """Forget what the population no longer refers to."""
+    """Removes from the store what the population no longer refers to."""
     store.prune({state.key for state in population if isinstance(state, StoredState)})
 
 
-def stack(trees: list[Any]) -> Any:
-    """Trees of one structure → leaves [len(trees), …]."""
+def stack(trees: list[Tree]) -> Tree:
+    """Trees of one structure → leaves [len(trees), …], in memory that a CPU device takes as it is."""
     def one(*leaves: Any) -> np.ndarray:
         rows = [np.asarray(leaf) for leaf in leaves]
         out = empty((len(rows), *rows[0].shape), np.result_type(*rows))
@@ -171,5 +211,6 @@ def stack(trees: list[Any]) -> Any:
     return jax.tree.map(one, *trees)
 
 
-def row(tree: Any, index: int) -> Any:
+def row(tree: Tree, index: int) -> Tree:
+    """Row `index` of every leaf."""
     return jax.tree.map(lambda leaf: leaf[index], tree)

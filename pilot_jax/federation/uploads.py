@@ -11,22 +11,27 @@ import numpy as np
 
 from pilot_jax.config import FederationConfig
 from pilot_jax.federation.privacy import noised
-from pilot_jax.federation.state import Federation, client_generator
+from pilot_jax.federation.randomness import client_generator
+from pilot_jax.federation.roles import Tree
+from pilot_jax.federation.state import Federation
 
 
-def sent(fed: Federation, client: int, round_: int, label: str, before: Mapping[str, Any], after: dict[str, Any],
-         ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A client's adapters when it has trained, the shared subtrees as they are sent; and what to record of them:
-    `update_norm`, the L2 norm of the shared subtrees' change, or `fault`, why the server cannot use it.
+def after_upload(fed: Federation, client: int, round_: int, label: str, before: Mapping[str, Tree],
+                 after: dict[str, Tree]) -> tuple[dict[str, Tree], dict[str, Any]]:
+    """A client's adapters after its upload, and what to record of the upload.
 
-    before, after: its adapters at the start and at the end of the phase.
+    Args:
+        before, after: its adapters at the start and at the end of its training.
+
+    Returns: `after` with the shared subtrees as they were uploaded (clipped and noised where `settings.privacy` asks),
+        and {"update_norm": L2 norm of the shared subtrees' change} or {"fault": why the server cannot use it}.
     """
     roles = fed.strategy.roles()
     start, upload = roles.select(before, "shared"), roles.select(after, "shared")
     kept = roles.select(after, "local")
-    fault, name, privacy = not_finite(kept), fed.clients[client].name, fed.config.federation.privacy
+    fault, name, privacy = not_finite(kept), fed.clients[client].name, fed.settings.privacy
     if privacy.clip is not None and upload:
-        rng = client_generator(fed.config.system.seed, name, round_, f"{label} noise")
+        rng = client_generator(fed.seed, name, round_, f"{label} noise")
         upload = noised(upload, start, privacy.clip, 2 * fed.noise_multiplier * privacy.clip, rng)
     if fed.tamper is not None:
         upload = fed.tamper(name, round_, upload, start)
@@ -72,7 +77,7 @@ REMEMBERED = 64  # norms of each stage
 
 def refusals(federation: FederationConfig, records: Mapping[int, Mapping[str, Any]],
              earlier: Sequence[float] = ()) -> dict[int, str]:
-    """Whose upload the server does not use, and why; records: of each client of the phase, from `sent`.
+    """Whose upload the server does not use, and why; records: of each client of the phase, from `after_upload`.
 
     An update counts as exploded that is `max_update_ratio` times longer than the median of this phase's and of
     `earlier`, the norms last accepted in this stage: a phase may be that of bad newcomers alone. Of an even number, the

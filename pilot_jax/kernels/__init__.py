@@ -1,4 +1,5 @@
-"""Fast twins of short formulas, one file each, opened by the formula; backend checks stand here and nowhere else.
+"""Fast twins of short formulas. Each file opens with the plain formula that its code equals; `backend` alone chooses
+by the kind of device.
 
 Imports parallel, config, errors.
 """

@@ -1,39 +1,51 @@
-"""Softmax attention that keeps one [L, S] array for its gradient, and transposes none; or cuDNN's, that keeps none.
+"""Softmax attention with a gradient rule of its own, and JAX's or cuDNN's where all that is masked is the future.
 
-`attention` equals autodiff through `softmax(q·kᵀ/√d + bias)·v` (tests/test_attention.py). On CPU autodiff's version
+The plain formula, for one head of width hd (tests/test_attention.py holds value and gradient against it):
+
+    scores  = q @ k.T / sqrt(hd) + bias          # q [L, hd], k and v [M, hd], bias [L, M]: 0 or MASKED
+    weights = softmax(scores, axis=-1)           # float32
+    out     = weights @ v                        # [L, hd]
+
+`attention` stores one [L, M] array for its gradient and transposes none. XLA's CPU backend, given the plain formula,
 passes over the scores more often and copies them into other layouts for some of its products.
+
+Dimension letters beside the package's: L queries, M keys (the text itself, or the slots of a cache), KV heads of keys
+and values, G query heads per KV head, hd the width of a head.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Float32
 
 from pilot_jax.errors import InputError
+from pilot_jax.kernels.backend import has_cudnn
 from pilot_jax.kernels.pointwise import row_sum
-from pilot_jax.models.spec import TextSpec
+from pilot_jax.parallel.devices import platform
 
 MASKED = -1e30  # finite, so that a row with no visible key gives uniform weights instead of NaN
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """Batched over the leading axis, accumulated in float32."""
+    """A product batched over the leading axis, accumulated in float32; `contract` is one axis of each factor."""
     return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
-    """q [B, KV, G, L, hd], k and v [B, KV, S, hd], bias float32 [B, L, S] (0 or MASKED) → [B, KV, G, L, hd].
+def attention(q: Float[Array, "B KV G L hd"], k: Float[Array, "B KV M hd"], v: Float[Array, "B KV M hd"],
+              bias: Float32[Array, "B L M"]) -> Float[Array, "B KV G L hd"]:
+    """Returns softmax(q·kᵀ/√hd + bias)·v in q's dtype, for any mask.
 
-    Softmax in float32, normalised after the product with v. No gradient for `bias`.
+    The softmax is computed in float32 and normalised after the product with v. `bias` (0 or MASKED) has no gradient.
     """
     return _forward(q, k, v, bias)[0]
 
 
-def _forward(q, k, v, bias):
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> tuple[jax.Array, tuple[Any, ...]]:
     batch, kv, groups, length, width = q.shape
     flat = [x.reshape(batch * kv, -1, width) for x in (q, k, v)]
     scores = _dot(flat[0], flat[1], (2, 2)).reshape(batch, kv, groups, length, -1) * width**-0.5
@@ -45,13 +57,13 @@ def _forward(q, k, v, bias):
     return out.astype(q.dtype).reshape(q.shape), (*flat, weights, share, out, q.shape)
 
 
-def _backward(saved, g):
+def _backward(saved: tuple[Any, ...], g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, weights, share, out, shape = saved
     batch, kv, _, _, width = shape
     g = g.reshape(q.shape) * share  # [B·KV, G·L, hd], float32
     inner = row_sum(g * out)
     g = g.astype(q.dtype)
-    # The small operand comes first where rows are summed over: [hd, S] is turned round afterwards instead of [L, S].
+    # The small factor comes first where queries are summed over, so that [hd, M] is transposed afterwards, not [L, M].
     dv = _dot(g, weights, (1, 1)).swapaxes(1, 2)
     ds = weights.astype(jnp.float32) * (_dot(g, v, (2, 2)) - inner) * width**-0.5
     ds = ds.astype(q.dtype)
@@ -63,12 +75,12 @@ def _backward(saved, g):
 attention.defvjp(_forward, _backward)
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None,
-                     implementation: Literal["cudnn", "xla"]) -> jax.Array:
-    """`attention` where a query sees the keys at and before itself, of these the last `window` if given, in JAX's own
-    `implementation`. Shapes as there, L = S.
+def causal_attention(q: Float[Array, "B KV G L hd"], k: Float[Array, "B KV L hd"], v: Float[Array, "B KV L hd"],
+                     window: int | None, implementation: Literal["cudnn", "xla"]) -> Float[Array, "B KV G L hd"]:
+    """Returns causal attention by JAX's `implementation`: a query sees the keys at and before itself.
 
-    Without a bias: cuDNN's cannot be vmapped over clients with one (jax 0.10).
+    With a `window`, it sees the last `window` of these, its own included. There is no bias, because cuDNN's attention
+    cannot be vmapped over clients with one (jax 0.10).
     """
     batch, kv, groups, length, width = q.shape
     out = jax.nn.dot_product_attention(
@@ -77,20 +89,25 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | Non
     return out.swapaxes(1, 2).reshape(q.shape)
 
 
-def check_cudnn(config: TextSpec, dtype: str) -> None:
-    """dtype: as in `model.dtype`.
+def check_cudnn(head_dim: int, layers_see_alike: bool, dtype: str) -> None:
+    """Checks that cuDNN's attention can train a model.
+
+    Args:
+        head_dim: the width of the model's heads.
+        layers_see_alike: whether all layers have the same sliding window, or none has one.
+        dtype: as in `model.dtype`: auto, float32 or bfloat16.
 
     Raises:
-        InputError: cuDNN's attention cannot be used here, or not for this model.
+        InputError: it cannot, on this machine or for this model.
     """
     reason = None
-    if jax.default_backend() != "gpu":
-        reason = f"needs an NVIDIA GPU, and JAX sees a {jax.default_backend()} here"
+    if not has_cudnn():
+        reason = f"needs an NVIDIA GPU, and JAX sees a {platform()} here"
     elif dtype == "float32":
         reason = "computes in bfloat16 alone. Set model.dtype=bfloat16"
-    elif config.head_dim % 8:
-        reason = f"wants heads whose width 8 divides, and the model's have {config.head_dim}"
-    elif not config.layers_see_alike:
+    elif head_dim % 8:
+        reason = f"wants heads whose width 8 divides, and the model's have {head_dim}"
+    elif not layers_see_alike:
         reason = "cannot have a sliding window in some layers and none in others, as this model does"
     if reason is not None:
         raise InputError(f"system.attention: cudnn {reason}. Or set system.attention=own.")

@@ -1,41 +1,68 @@
-"""LoRA's products with gradient rules of their own: x·Aᵀ·Bᵀ, alone or added to x·W in one product."""
+"""LoRA's products with gradient rules of their own, for several targets that read the same x.
+
+The plain formula of target i, which tests/test_attention.py and tests/test_pointwise.py hold these against:
+
+    low_rank(x, A, B)[i]  = x @ A[i].T @ B[i]                 # A[i] [R, d_in], B[i] = (α/r)·Bᵀ [R, d_out]
+    merged(x, W, A, B)[i] = x @ (W[i] + A[i].T @ B[i])        # W[i] [d_in, d_out]; the same as the line below
+    linears_with_low_rank(x, W, A, B)[i] = x @ W[i] + low_rank(x, A, B)[i]
+
+The A of all targets are passed as one array [ΣR, d_in], so that x is read once.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
+
+from pilot_jax.kernels.backend import merges_low_rank
+
+Arrays = tuple[jax.Array, ...]
+
+
+def linears_with_low_rank(x: Float[Array, "tokens d_in"], kernels: tuple[Float[Array, "d_in _d_out"], ...],
+                          a: Float[Array, "_sum_of_R d_in"], bs: tuple[Float[Array, "_R _d_out"], ...]
+                          ) -> tuple[Float[Array, "tokens _d_out"], ...]:
+    """Returns x·W_i + x·A_iᵀ·B_i of every target, by the way that `backend.merges_low_rank` chooses."""
+    if merges_low_rank(x.dtype):
+        return merged(x, kernels, a, bs)
+    return tuple(x @ w + delta for w, delta in zip(kernels, low_rank(x, a, bs), strict=True))
 
 
 @jax.custom_vjp
-def low_rank(x: jax.Array, a: jax.Array, bs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """x [T, d_in], A of all targets [ΣR, d_in], Bᵀ of each [R_i, d_out_i] → x·Aᵀ·Bᵀ of each, [T, d_out_i].
+def low_rank(x: Float[Array, "tokens d_in"], a: Float[Array, "_sum_of_R d_in"],
+             bs: tuple[Float[Array, "_R _d_out"], ...]) -> tuple[Float[Array, "tokens _d_out"], ...]:
+    """Returns x·A_iᵀ·B_i of every target.
 
-    Its gradient rule puts the small operand first in every product over tokens. Autodiff puts the wide one first, and
-    XLA's CPU backend then turns all of it round in memory.
+    Its gradient rule puts the small factor first in every product over tokens. Autodiff puts the wide one first, and
+    XLA's CPU backend then transposes all of it in memory.
     """
     return _forward(x, a, bs)[0]
 
 
-def _forward(x, a, bs):
+def _forward(x: jax.Array, a: jax.Array, bs: Arrays) -> tuple[Arrays, tuple[jax.Array, jax.Array, jax.Array, Arrays]]:
     u = x @ a.T
     return tuple(part @ b for part, b in zip(_split(u, bs), bs, strict=True)), (x, u, a, bs)
 
 
-def _split(u: jax.Array, bs: tuple[jax.Array, ...]) -> list[jax.Array]:
-    """Columns (or rows, for A) of each target."""
+def _split(u: jax.Array, bs: Arrays) -> list[jax.Array]:
+    """Returns the columns [..., R_i] of each target out of [..., ΣR]."""
     return jnp.split(u, np.cumsum([len(b) for b in bs])[:-1], axis=-1)
 
 
-def _factor_gradients(x, u, bs, gs):
-    """Gradients of A and of each B, and x·A's own, [T, ΣR]."""
+def _factor_gradients(x: jax.Array, u: jax.Array, bs: Arrays, gs: Arrays) -> tuple[jax.Array, Arrays, jax.Array]:
+    """Returns the gradients of A, of each B and of u = x·Aᵀ [tokens, ΣR]."""
     over_tokens = (((0,), (0,)), ((), ()))
     gu = jnp.concatenate([g @ b.T for g, b in zip(gs, bs, strict=True)], axis=-1)
     dbs = tuple(jax.lax.dot_general(part, g, over_tokens) for part, g in zip(_split(u, bs), gs, strict=True))
     return jax.lax.dot_general(gu, x, over_tokens), dbs, gu
 
 
-def _backward(saved, gs):
+def _backward(saved: tuple[jax.Array, jax.Array, jax.Array, Arrays], gs: Arrays
+              ) -> tuple[jax.Array, jax.Array, Arrays]:
     x, u, a, bs = saved
     da, dbs, gu = _factor_gradients(x, u, bs, gs)
     return gu @ a, da, dbs
@@ -45,29 +72,32 @@ low_rank.defvjp(_forward, _backward)
 
 
 @jax.custom_vjp
-def merged(x: jax.Array, kernels: tuple[jax.Array, ...], a: jax.Array, bs: tuple[jax.Array, ...]
-           ) -> tuple[jax.Array, ...]:
-    """x·(W_i + A_iᵀ·B_iᵀ) of each target: `low_rank` added to x·W_i, in one product.
+def merged(x: Float[Array, "tokens d_in"], kernels: tuple[Float[Array, "d_in _d_out"], ...],
+           a: Float[Array, "_sum_of_R d_in"], bs: tuple[Float[Array, "_R _d_out"], ...]
+           ) -> tuple[Float[Array, "tokens _d_out"], ...]:
+    """Returns x·(W_i + A_iᵀ·B_i) of every target, one product each.
 
-    The sums are formed for one layer at a time and again for the gradient; none is kept. No gradient for the kernels:
-    what has LoRA beside it is frozen.
+    The sums are formed for one layer at a time, and again for the gradient; none is stored. The kernels W get no
+    gradient: a weight that has LoRA beside it is frozen.
     """
     return _merged_forward(x, kernels, a, bs)[0]
 
 
-def _sums(kernels, a, bs):
+def _sums(kernels: Arrays, a: jax.Array, bs: Arrays) -> list[jax.Array]:
     return [w + part.T @ b for w, part, b in zip(kernels, [p.T for p in _split(a.T, bs)], bs, strict=True)]
 
 
-def _merged_forward(x, kernels, a, bs):
+def _merged_forward(x: jax.Array, kernels: Arrays, a: jax.Array, bs: Arrays
+                    ) -> tuple[Arrays, tuple[jax.Array, Arrays, jax.Array, Arrays]]:
     return tuple(x @ w for w in _sums(kernels, a, bs)), (x, kernels, a, bs)
 
 
-def _merged_backward(saved, gs):
+def _merged_backward(saved: tuple[jax.Array, Arrays, jax.Array, Arrays], gs: Arrays
+                     ) -> tuple[jax.Array, Arrays, jax.Array, Arrays]:
     x, kernels, a, bs = saved
     da, dbs, _ = _factor_gradients(x, x @ a.T, bs, gs)
     over_outputs = (((1,), (1,)), ((), ()))
-    dx = sum(jax.lax.dot_general(g, w, over_outputs) for g, w in zip(gs, _sums(kernels, a, bs), strict=True))
+    dx: Any = sum(jax.lax.dot_general(g, w, over_outputs) for g, w in zip(gs, _sums(kernels, a, bs), strict=True))
     return dx, tuple(jnp.zeros_like(w) for w in kernels), da, dbs
 
 

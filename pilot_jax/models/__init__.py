@@ -1,5 +1,5 @@
-"""CLIP, Llama, LoRA and Pilot's connector as Flax Linen modules, and Hugging Face checkpoints as pytrees.
+"""CLIP, Llama, LoRA and Pilot's connector as Flax Linen modules, decoding, and pretrained models ready to use.
 
-The only place that imports flax. Knows nothing of clients, rounds or strategies; imports nothing from the rest of
-the package but `pilot_jax.errors`.
+The only folder that imports flax. It knows nothing of clients, rounds or strategies. Imports kernels, storage,
+parallel, config, errors.
 """

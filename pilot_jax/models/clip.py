@@ -1,7 +1,7 @@
 """Vision towers, CLIP (Radford et al., 2021, arXiv 2103.00020) and SigLIP (Zhai et al., 2023, arXiv 2303.15343).
 
-Pixels to patch features of the chosen layers. SigLIP has no CLS token and no norm before the encoder, and its patch
-embedding has a bias; the encoder layers are the same.
+They map pixels to patch features of the chosen layers. SigLIP has no CLS token and no norm before the encoder, and its
+patch embedding has a bias; the encoder layers are the same.
 """
 
 from __future__ import annotations
@@ -20,17 +20,24 @@ def _activation(name: str, x: jax.Array) -> jax.Array:
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm encoder layer. x [B, P, D] → [B, P, D], P = patches + CLS."""
+    """A pre-norm encoder layer: x [B, P, D] → [B, P, D], P = patches + CLS.
+
+    Its second output, which the scan over layers stacks, is the first again if `emit`, else None.
+    """
 
     config: VisionSpec
-    keep: bool = False  # hand every layer's output back, for features of several layers
+    emit: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        c, (batch, length, width) = self.config, x.shape
+        c, (batch, length, width), dtype = self.config, x.shape, x.dtype
         heads, head_dim = c.num_heads, width // c.num_heads
-        dense = lambda features, name: nn.Dense(features, dtype=x.dtype, name=name)  # noqa: E731
-        norm = lambda name: nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=jnp.float32, name=name)  # noqa: E731
+
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(features, dtype=dtype, name=name)
+
+        def norm(name: str) -> nn.LayerNorm:
+            return nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=jnp.float32, name=name)
 
         h = norm("norm1")(x).astype(x.dtype)
         # q, k and v read the same input: one matmul.
@@ -41,14 +48,15 @@ class VisionBlock(nn.Module):
         x = x + dense(width, "out")(attended)
         h = norm("norm2")(x).astype(x.dtype)
         x = x + dense(width, "fc2")(_activation(c.hidden_act, dense(c.intermediate_size, "fc1")(h)))
-        return x, x if self.keep else None
+        return x, x if self.emit else None
 
 
 class VisionTower(nn.Module):
-    """Frozen feature extractor f of the paper: H_v = f(X_v).
+    """The paper's frozen feature extractor f: H_v = f(X_v).
 
-    pixels [B, H, W, 3] (normalised by the checkpoint's image processor) → features [B, N, D]: the outputs of
-    `config.feature_layers` side by side, without post-norm, the first token dropped or kept.
+    It maps pixels [B, height, width, 3] (normalised by the checkpoint's image processor) to features [B, N, D]: the
+    outputs of the layers `config.feature_layers`, concatenated, without post-norm, and without the first token if
+    `drop_first`.
     """
 
     config: VisionSpec
@@ -60,8 +68,8 @@ class VisionTower(nn.Module):
         c, p = self.config, self.config.patch_size
         side = c.image_size // p
         batch = pixels.shape[0]
-        # A convolution whose stride is its kernel is a matmul over flattened patches; a rest that fills no patch
-        # (384 pixels in patches of 14) is not seen.
+        # A convolution whose stride is its kernel size is a matmul over flattened patches. Pixels at the right and
+        # bottom that fill no patch are left out, as in transformers: 384 = 27·14 + 6.
         pixels = pixels[:, :side * p, :side * p].astype(self.dtype)
         patches = pixels.reshape(batch, side, p, side, p, 3).transpose(0, 1, 3, 2, 4, 5)
         x = nn.Dense(c.hidden_size, use_bias=c.family == "siglip", dtype=self.dtype, name="patch_embed")(

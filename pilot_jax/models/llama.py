@@ -1,24 +1,51 @@
-"""Llama decoder (Touvron et al., 2023, arXiv 2302.13971) and its kin (Mistral, Qwen2) with LoRA and a KV cache.
+"""The decoder of Llama (Touvron et al., 2023, arXiv 2302.13971), Mistral and Qwen2, with LoRA and a KV cache.
 
-Layers are stacked and scanned. Every linear is a kernel [d_in, d_out] of its own: fusing those of one input was slower
-on CPU, where taking the parts out again costs more than the larger product saves (docs/performance.md).
+Layers are stacked and scanned. Every linear has a kernel [d_in, d_out] of its own: fusing those of one input was slower
+on CPU, where slicing the product costs more than the larger product saves (docs/performance.md).
+
+Dimension letters beside the package's: M keys (the text itself, or the slots of a cache), H heads, KV of them for keys
+and values.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jaxtyping import PyTree
 
 from pilot_jax.kernels.attention import MASKED, attention, causal_attention
 from pilot_jax.kernels.pointwise import rms_norm, swiglu
 from pilot_jax.models.lora import lora_linears
 from pilot_jax.models.spec import RopeSpec, TextSpec
 
+Attention = Literal["own", "cudnn", "xla"]  # our `attention`, or an implementation of `causal_attention`
+Cache = dict[str, jax.Array]  # {"k", "v"}, each [layers, B, KV, M, head_dim]; in a block, of its layer alone
+
+
+class CachedKeys(NamedTuple):
+    """A KV cache and how the new tokens enter it."""
+
+    cache: Cache
+    slot: jax.Array | int  # of the first new key
+    positions: jax.Array  # of all keys, int [B, M], for the sliding window
+
+
+class LayerInputs(NamedTuple):
+    """What all layers read, besides their own input."""
+
+    cos: jax.Array  # RoPE, float32 [B, 1, L, head_dim]
+    sin: jax.Array
+    biases: tuple[jax.Array, ...]  # float32 [B, L, M], 0 or MASKED: none, one, or (without, with sliding window)
+    slot: jax.Array | int  # of the cache, where the new keys go
+
 
 def rope_frequencies(rope: RopeSpec, head_dim: int) -> np.ndarray:
-    """Radians per position of each pair, float32 [head_dim/2].
+    """Returns the rotation of each pair of dimensions in radians per position, float32 [head_dim/2].
 
     llama3 (Llama 3.1's long-context rule): wavelengths below original/high keep their frequency, those above
     original/low have it divided by `factor`, and those between are interpolated.
@@ -34,14 +61,14 @@ def rope_frequencies(rope: RopeSpec, head_dim: int) -> np.ndarray:
 
 
 def rope_tables(config: TextSpec, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [B, 1, L, head_dim], of positions [B, L]; angles at large positions need float32."""
+    """Returns cos and sin of positions [B, L], float32 [B, 1, L, head_dim]: large angles need float32."""
     angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config.rope, config.head_dim)
     cos, sin = (jnp.concatenate([f(angles)] * 2, axis=-1)[:, None] for f in (jnp.cos, jnp.sin))
     return cos, sin
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate x [B, H, L, head_dim] by half-split pairs (Hugging Face's layout).
+    """Returns x [B, H, L, head_dim] rotated (Su et al., 2021, arXiv 2104.09864), in Hugging Face's half-split layout.
 
     The swap of halves is a product with a signed permutation: exact, and on CPU much cheaper than a concatenation.
     """
@@ -55,29 +82,30 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def take_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
-    """x [B, L, C], rows [B, A] → x at those rows, [B, A, C], exactly.
+    """Returns x [B, L, C] at the positions `rows` [B, A], exactly: [B, A, C].
 
-    A product with one-hot rows: its gradient is a product as well, where that of a gather is a scatter, which XLA's
-    CPU backend works through number by number.
+    It is a product with one-hot rows, so that its gradient is a product too. The gradient of a gather would be a
+    scatter, which XLA's CPU backend computes entry by entry.
     """
     picks = jax.nn.one_hot(rows, x.shape[1], dtype=x.dtype)
     return jnp.einsum("bal,blc->bac", picks, x, precision=jax.lax.Precision.HIGHEST)
 
 
 class DecoderBlock(nn.Module):
-    """x [B, L, C]; cache {"k","v": [B, KV, S, head_dim]} or None; biases float32 [B, L, S], 0 or MASKED.
+    """A layer: x [B, L, C] → [B, L, C], and the cache with the new keys and values.
 
-    `biases` are (everything before, what the sliding window leaves); `windowed` picks one where layers differ. Without
-    any, a query sees the keys at and before itself, and `kernel` says whose attention it is.
-    `rows` [B, A]: positions whose output alone is wanted → [B, A, C]; keys and values are still those of all L.
+    `windowed`, a bool, picks one of two `shared.biases` where layers differ. Without biases, attention is causal and
+    computed by `kernel`. With `rows` [B, A], the output is that of these positions alone, [B, A, C], while keys and
+    values are still those of all L.
     """
 
     config: TextSpec
     lora_scale: float
-    kernel: str = "own"
+    kernel: Attention = "own"
 
-    def _linears(self, x: jax.Array, names: tuple[str, ...], lora: dict | None) -> list[jax.Array]:
-        """x·W (+ bias) (+ scale·x·Aᵀ·Bᵀ) of every linear in `names`; x [B·L, d_in]."""
+    def _linears(self, x: jax.Array, names: tuple[str, ...], lora: Mapping[str, Mapping[str, jax.Array]] | None
+                 ) -> list[jax.Array]:
+        """Returns x·W (+ bias) (+ scale·x·Aᵀ·Bᵀ) of every linear in `names`; x [B·L, d_in]."""
         shapes = self.config.linear_shapes
         kernels = tuple(self.param(n, nn.initializers.normal(0.02), shapes[n]).astype(x.dtype) for n in names)
         outs = [x @ w for w in kernels] if lora is None else lora_linears(x, kernels, lora, names, self.lora_scale)
@@ -85,16 +113,19 @@ class DecoderBlock(nn.Module):
                 if n in self.config.biases else y for n, y in zip(names, outs, strict=True)]
 
     @nn.compact
-    def __call__(self, x, cache, windowed, cos, sin, biases, slot, rows=None):
+    def __call__(self, x: jax.Array, cache: Cache | None, windowed: jax.Array, shared: LayerInputs,
+                 rows: jax.Array | None = None) -> tuple[jax.Array, Cache | None]:
         c, (batch, length, width) = self.config, x.shape
+        cos, sin, biases, slot = shared
         kv, groups, hd = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
+        lora: dict[str, Mapping[str, jax.Array]] | None
         lora = {n: self.get_variable("lora", n) for n in c.linear_shapes} if self.has_variable("lora", "q") else None
 
         def heads(y: jax.Array, count: int) -> jax.Array:
             return y.reshape(batch, -1, count, hd).transpose(0, 2, 1, 3)
 
         norm1 = self.param("norm1", nn.initializers.ones, (width,))
-        h = rms_norm(x, norm1, c.rms_norm_eps).reshape(-1, width)  # every linear sees one matrix of tokens
+        h = rms_norm(x, norm1, c.rms_norm_eps).reshape(-1, width)  # linears read one matrix of tokens
         if rows is None:
             q, k, v = self._linears(h, ("q", "k", "v"), lora)
             q_cos, q_sin = cos, sin
@@ -103,7 +134,7 @@ class DecoderBlock(nn.Module):
             x, length = take_rows(x, rows), rows.shape[1]
             (q,) = self._linears(rms_norm(x, norm1, c.rms_norm_eps).reshape(-1, width), ("q",), lora)
             q_cos, q_sin = (jnp.take_along_axis(t, rows[:, None, :, None], axis=2) for t in (cos, sin))
-            biases = [jnp.take_along_axis(b, rows[..., None], axis=1) for b in biases]
+            biases = tuple(jnp.take_along_axis(b, rows[..., None], axis=1) for b in biases)
         q, k = apply_rope(heads(q, kv * groups), q_cos, q_sin), apply_rope(heads(k, kv), cos, sin)
         q, v = q.reshape(batch, kv, groups, length, hd), heads(v, kv)
         x = x.reshape(-1, width)
@@ -111,11 +142,11 @@ class DecoderBlock(nn.Module):
             k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k, slot, axis=2)
             v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v, slot, axis=2)
             cache = {"k": k, "v": v}
-        if not biases:
-            attended = causal_attention(q, k, v, c.sliding_window, self.kernel)
-        else:
+        if self.kernel == "own" or biases:
             bias = biases[0] if len(biases) == 1 else jnp.where(windowed, biases[1], biases[0])
             attended = attention(q, k, v, bias)
+        else:
+            attended = causal_attention(q, k, v, c.sliding_window, self.kernel)
         attended = attended.transpose(0, 3, 1, 2, 4).reshape(batch * length, kv * groups * hd)
         x = x + self._linears(attended, ("o",), lora)[0]
 
@@ -126,9 +157,9 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token embedding, scanned blocks, final norm and output head.
+    """Token embedding, scanned layers, final norm and output head.
 
-    `kernel`: "own", or an implementation of `causal_attention`, for what is causal and has all its layers alike.
+    `kernel` computes the attention of right-padded rows in models whose layers see alike; the rest is always "own".
     """
 
     config: TextSpec
@@ -136,7 +167,7 @@ class Decoder(nn.Module):
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
     unroll: int = 1
-    kernel: str = "own"
+    kernel: Attention = "own"
 
     def setup(self) -> None:
         c = self.config
@@ -145,68 +176,73 @@ class Decoder(nn.Module):
         block = nn.remat(DecoderBlock, prevent_cse=False) if self.remat else DecoderBlock
         scanned = nn.scan(
             block, variable_axes={"params": 0, "lora": 0}, split_rngs={"params": True},
-            in_axes=(0, 0, *(nn.broadcast,) * 4), length=c.num_layers,
-            unroll=self.unroll)
+            in_axes=(0, 0, nn.broadcast), length=c.num_layers, unroll=self.unroll)
         self.layers = scanned(c, self.lora_scale, self.kernel)
         self.norm = self.param("norm", nn.initializers.ones, (c.hidden_size,))
         if not c.tie_word_embeddings:
             self.head = self.param("head", nn.initializers.normal(0.02), (c.hidden_size, c.vocab_size))
 
     def embed(self, ids: jax.Array) -> jax.Array:
-        """ids [B, L] → [B, L, C]."""
+        """Returns the embeddings [B, L, C] of token ids [B, L]."""
         return self.embedding.astype(self.dtype)[ids]
 
-    def hidden(self, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: dict | None = None,
-               slot: jax.Array | int = 0, key_positions: jax.Array | None = None,
-               rows: jax.Array | None = None, right_padded: bool = False) -> tuple[jax.Array, dict | None]:
-        """Final normed states [B, L, C] and the updated cache; with `rows` [B, A] those positions alone, [B, A, C].
+    def hidden(self, x: jax.Array, positions: jax.Array, mask: jax.Array, cached: CachedKeys | None = None,
+               rows: jax.Array | None = None, right_padded: bool = False) -> tuple[jax.Array, Cache | None]:
+        """Returns the final normed states, and the cache with the new keys and values.
 
-        positions [B, L] are RoPE positions; mask [B, L, S] says which of the S keys a query sees. With a cache
-        ({"k","v": [layers, B, KV, S, head_dim]}) the L new keys are written at `slot`, and key_positions [B, S] say
-        where its keys stand, for the sliding window; without one they are `positions`. `right_padded`: `mask` is the
-        causal one of rows whose padding comes last, so that nothing visible sees it.
+        Args:
+            x: embeddings [B, L, C].
+            positions: RoPE positions, int [B, L].
+            mask: bool [B, L, M], which of the M keys a query sees; without a cache, M = L.
+            cached: the cache, whose keys the L new ones join.
+            rows: int [B, A]; states of these positions alone are returned, [B, A, C] instead of [B, L, C].
+            right_padded: whether `mask` is the causal one of rows whose padding comes last, so that no visible token
+                sees it. Only then may `kernel` compute attention without the mask.
         """
         c = self.config
         cos, sin = rope_tables(c, positions)
         masks = [mask]
         if c.sliding_window is not None:
-            keys = positions if key_positions is None else key_positions
+            keys = positions if cached is None else cached.positions
             near = mask & (positions[:, :, None] - keys[:, None, :] < c.sliding_window)
             masks = [near] if c.layers_see_alike else [mask, near]
         windowed = jnp.asarray(c.sliding_layers or (False,) * c.num_layers)
         biases = tuple(jnp.where(m, 0.0, MASKED) for m in masks)
         if self.kernel != "own" and right_padded and c.layers_see_alike:
             biases = ()
+        cache, slot = (None, 0) if cached is None else (cached.cache, cached.slot)
+        shared = LayerInputs(cos, sin, biases, slot)
         if rows is not None and cache is None and biases and self.unroll >= c.num_layers:
-            x = self._unrolled(x, windowed, cos, sin, biases, rows)
+            x = self._unrolled(x, windowed, shared, rows)
         else:
-            x, cache = self.layers(x, cache, windowed, cos, sin, biases, slot)
+            x, cache = self.layers(x, cache, windowed, shared)
             x = x if rows is None else take_rows(x, rows)
         return rms_norm(x, self.norm, c.rms_norm_eps), cache
 
-    def _unrolled(self, x, windowed, cos, sin, biases, rows) -> jax.Array:
-        """All blocks, one after another; the last one's queries and MLP at `rows` alone.
+    def _unrolled(self, x: jax.Array, windowed: jax.Array, shared: LayerInputs, rows: jax.Array) -> jax.Array:
+        """Returns the output of all layers at `rows`; the last layer computes queries and MLP at those alone.
 
-        Only without a scan: peeling the last layer off one would copy the stacked weights of all the others.
+        Layers run one after another: peeling the last one off a scan would copy the stacked weights of all others.
         """
         block = DecoderBlock(self.config, self.lora_scale, parent=None)
         stacked = {name: self.variables[name]["layers"] for name in ("params", "lora") if name in self.variables}
         last = self.config.num_layers - 1
         for i in range(last + 1):
-            def run(weights, x, i=i):
-                return block.apply(weights, x, None, windowed[i], cos, sin, biases, 0, rows if i == last else None)[0]
+            def run(weights: dict[str, PyTree], x: jax.Array, i: int = i) -> jax.Array:
+                output, _ = block.apply(weights, x, None, windowed[i], shared, rows if i == last else None)
+                return output
 
             weights = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
             x = (jax.checkpoint(run) if self.remat else run)(weights, x)
         return x
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., C] → float32 logits [..., V]."""
+        """Returns float32 logits [..., V] of final states [..., C]."""
         head = self.embedding.T if self.config.tie_word_embeddings else self.head
         return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def empty_cache(config: TextSpec, batch: int, slots: int, dtype: jnp.dtype) -> dict:
-    """Zeros {"k","v": [layers, B, KV, slots, head_dim]}."""
+def empty_cache(config: TextSpec, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+    """Returns a cache of zeros with room for `slots` keys per row."""
     shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}

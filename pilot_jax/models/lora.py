@@ -1,7 +1,7 @@
 """LoRA (Hu et al., 2022, arXiv 2106.09685), the paper's *text-adapter*, as a collection of its own.
 
-Tree: {"layers": {target: {"a": [layers, R, d_in], "b": [layers, d_out, R]}}}: PEFT's orientation, one stacked
-leaf per target, so that A and B read as in W' = W + (α/r)·B·A.
+A LoRA is a tree {"layers": {target: {"a": [layers, R, d_in], "b": [layers, d_out, R]}}}: PEFT's orientation, one
+stacked leaf per target, so that A and B read as in W' = W + (α/r)·B·A.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PyTree
 
-from pilot_jax.kernels.low_rank import low_rank, merged
+from pilot_jax.kernels.low_rank import linears_with_low_rank
 from pilot_jax.models.spec import TextSpec
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -19,9 +20,11 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 # second one beside it.
 LORA_SUBTREES = ("text_adapter", "text_adapter_a", "text_adapter_b", "private_adapter")
 
+LoraTree = dict[str, dict[str, dict[str, jax.Array]]]
 
-def init_lora(key: jax.Array, config: TextSpec, rank: int) -> dict:
-    """A ~ U(±1/√d_in) (PEFT's Kaiming-uniform with a = √5), B = 0, float32. See the module docstring for shapes."""
+
+def init_lora(key: Key[Array, ""], config: TextSpec, rank: int) -> LoraTree:
+    """Returns a new LoRA, float32: A ~ U(±1/√d_in) (PEFT's Kaiming-uniform with a = √5), B = 0."""
     layers = {}
     for index, name in enumerate(TARGETS):
         d_in, d_out = config.linear_shapes[name]
@@ -32,19 +35,19 @@ def init_lora(key: jax.Array, config: TextSpec, rank: int) -> dict:
     return {"layers": layers}
 
 
-def factors(adapter: Mapping) -> dict[str, dict]:
-    """A LoRA as the subtrees `text_adapter_a` and `text_adapter_b`, one leaf per target."""
+def factors(adapter: Mapping[str, PyTree]) -> dict[str, dict[str, PyTree]]:
+    """Returns a LoRA as the subtrees `text_adapter_a` and `text_adapter_b`, one leaf per target."""
     return {f"text_adapter_{x}": {name: pair[x] for name, pair in adapter["layers"].items()} for x in ("a", "b")}
 
 
-def assembled(adapters: Mapping) -> dict | None:
-    """The one LoRA that a client's subtrees make, None if they hold none.
+def assembled(adapters: Mapping[str, PyTree]) -> PyTree | None:
+    """Returns the one LoRA that the LORA_SUBTREES among a client's adapters make, None if there are none.
 
-    Two side by side are one of twice the rank: B_1·A_1 + B_2·A_2 = [B_1 B_2]·[A_1; A_2].
+    Two LoRAs side by side are one of twice the rank: B_1·A_1 + B_2·A_2 = [B_1 B_2]·[A_1; A_2].
     """
     if "text_adapter_a" in adapters:
         a, b = adapters["text_adapter_a"], adapters["text_adapter_b"]
-        shared: dict | None = {"layers": {name: {"a": a[name], "b": b[name]} for name in a}}
+        shared: PyTree | None = {"layers": {name: {"a": a[name], "b": b[name]} for name in a}}
     else:
         shared = adapters.get("text_adapter")
     private = adapters.get("private_adapter")
@@ -55,16 +58,16 @@ def assembled(adapters: Mapping) -> dict | None:
                        for name, pair in shared["layers"].items()}}
 
 
-def lora_linears(x: jax.Array, kernels: tuple[jax.Array, ...], adapters: Mapping[str, Mapping[str, jax.Array]],
-                 names: tuple[str, ...], scale: float) -> tuple[jax.Array, ...]:
-    """x·W + scale·x·Aᵀ·Bᵀ for every target in `names`, which all read the same x [T, d_in]; one [T, d_out] each.
+def lora_linears(x: Float[Array, "tokens d_in"], kernels: tuple[Float[Array, "d_in _d_out"], ...],
+                 adapters: Mapping[str, Mapping[str, Float[Array, "_ _"]]], names: tuple[str, ...], scale: float
+                 ) -> tuple[Float[Array, "tokens _d_out"], ...]:
+    """Returns x·W + scale·x·Aᵀ·Bᵀ for every target in `names`, which all read the same x.
 
-    The A of same-input targets are concatenated so that x is read once. BA is added to W on CPU alone, in float32 and
-    one layer at a time: there thin products take longer than the sum. Elsewhere it is never formed: it would be a
-    kernel for each client, and in bfloat16 the sum would lose most of it.
+    Args:
+        kernels: W of each target, in the order of `names`.
+        adapters: {target: {"a": [R, d_in], "b": [d_out, R]}}, one layer of a LoRA.
+        scale: α/r.
     """
-    a = jnp.concatenate([adapters[n]["a"] for n in names]).astype(x.dtype)  # [len(names)·R, d_in]
+    a = jnp.concatenate([adapters[n]["a"] for n in names]).astype(x.dtype)  # [len(names)·R, d_in]: x is read once
     bs = tuple((adapters[n]["b"].T * scale).astype(x.dtype) for n in names)
-    if jax.default_backend() == "cpu" and x.dtype == jnp.float32:
-        return merged(x, kernels, a, bs)
-    return tuple(x @ w + delta for w, delta in zip(kernels, low_rank(x, a, bs), strict=True))
+    return linears_with_low_rank(x, kernels, a, bs)

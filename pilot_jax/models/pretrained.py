@@ -1,18 +1,20 @@
-"""A checkpoint ready to use: `pilot_jax.load(path)`, with Hugging Face's call semantics."""
+"""Pretrained models ready to use, `pilot_jax.load(path)`, with Hugging Face's call semantics."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, TypedDict, Unpack, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from pilot_jax.config import ModelConfig
 from pilot_jax.errors import InputError
+from pilot_jax.kernels.backend import default_dtype
 from pilot_jax.models.checkpoints.hf_config import read_vlm_config
 from pilot_jax.models.checkpoints.parts import load_parts, read_parts_config
 from pilot_jax.models.checkpoints.processors import IMAGE_TOKEN, load_tokenizer
@@ -31,40 +33,62 @@ ASSETS = Path(__file__).parent.parent / "embedded" / "assets"
 
 
 def model_directory(path: str | Path) -> Path:
-    """The directory `path` names; "embedded" is the base that ships with the package."""
+    """Returns the directory that `path` names; "embedded" is the base that is part of the package."""
     return ASSETS / "base" if str(path) == EMBEDDED else Path(path).expanduser()
 
 
 def shapes_directory(path: str | Path) -> Path:
-    """`model_directory`, or, where it is not there, the shapes of a well-known model of that name, without weights."""
+    """Returns `model_directory(path)`; if it does not exist, the config of a well-known model of that name, if any."""
     directory = model_directory(path)
     known = ASSETS / "shapes" / Path(str(path)).name
     return known if not directory.exists() and known.is_dir() else directory
 
 
 def read_shapes(config: ModelConfig) -> tuple[VlmSpec, Path]:
-    """The shapes of the configured model and the directory of its tokenizer; no weights are read."""
+    """Returns the shapes of the configured model and the directory of its tokenizer; no weights are read."""
     if config.parts is None:
         directory = shapes_directory(config.path)
         return read_vlm_config(directory), directory
     parts = config.parts
     vision, language, projector = (Path(p).expanduser() for p in (parts.vision, parts.language, parts.projector))
+    return _parts_spec(vision, language, projector, parts.feature_layer, parts.feature_select), language
+
+
+def _parts_spec(vision: Path, language: Path, projector: Path, feature_layer: int | list[int], feature_select: str
+                ) -> VlmSpec:
     token = cast(int, load_tokenizer(language).convert_tokens_to_ids(IMAGE_TOKEN))
-    return read_parts_config(vision, language, projector, parts.feature_layer, parts.feature_select, token), language
+    return read_parts_config(vision, language, projector, feature_layer, feature_select, token)
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Keywords of `PretrainedModel.generate`."""
+
+    max_new_tokens: int
+    eos_id: int | tuple[int, ...]
+    temperature: float
+    top_p: float
+    seed: int
+
+
+def _decoding(max_new_tokens: int = 32, eos_id: int | tuple[int, ...] = 2, temperature: float = 0.0, top_p: float = 1.0,
+              seed: int = 0) -> tuple[Decoding, int]:
+    """Returns what `GenerateOptions` say, with their defaults, and the seed."""
+    stop = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
+    return Decoding(max_new_tokens, stop, temperature, top_p), seed
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainedModel:
-    """A frozen LLaVA base. NumPy or JAX arrays in, JAX arrays out."""
+    """A frozen LLaVA base with its directories. Its methods take NumPy or JAX arrays."""
 
     text_directory: Path  # of the tokenizer
     image_directory: Path  # of the image processor
     config: VlmSpec
-    base: dict  # {"vision_tower", "projector", "decoder"}
+    base: dict[str, PyTree]  # {"vision_tower", "projector", "decoder"}
     module: Vlm
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The checkpoint's tokenizer.
+        """Returns the checkpoint's tokenizer.
 
         Raises:
             InputError: there is none, or its `<image>` is not the config's.
@@ -77,8 +101,11 @@ class PretrainedModel:
         return tokenizer
 
     def features(self, pixel_values: np.ndarray) -> jax.Array:
-        """pixel_values [B, 3, H, W] as the image processor gives them → H_v [B, N, D]. On a mesh whose size divides B
-        each device takes its share of the images; H_v then lies over the `clients` axis."""
+        """Returns H_v [B, N, D] of pixel_values [B, 3, height, width] from the image processor.
+
+        On a mesh whose size divides B, each device computes its share of the images, and H_v lies over the `clients`
+        axis.
+        """
         mesh, out = mesh_of(self.base), None
         if mesh is not None and len(pixel_values) % mesh.size == 0:
             pixel_values = from_host(pixel_values, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
@@ -87,28 +114,30 @@ class PretrainedModel:
 
     def logits(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None,
                pixel_values: np.ndarray | None = None) -> jax.Array:
-        """Float32 logits [B, L, V]. `input_ids` [B, L] already hold the N image tokens of each image."""
+        """Returns float32 logits [B, L, V]. `input_ids` [B, L] contain all N image tokens of each image."""
         ids, mask = self._inputs(input_ids, attention_mask)
         features = None if pixel_values is None else self.features(pixel_values)
         return _logits(self.module, self.base, ids, mask, features)
 
     def generate(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None,
-                 pixel_values: np.ndarray | None = None, *, max_new_tokens: int = 32,
-                 eos_id: int | tuple[int, ...] = 2, temperature: float = 0.0, top_p: float = 1.0,
-                 seed: int = 0) -> np.ndarray:
-        """Continuations [B, max_new_tokens]; any id of `eos_id` ends a row, which is then filled with the first.
+                 pixel_values: np.ndarray | None = None, **options: Unpack[GenerateOptions]) -> np.ndarray:
+        """Returns continuations, int32 [B, max_new_tokens], of right-padded prompts; the arrays are those of `logits`.
 
-        temperature: 0 is greedy; else tokens are drawn, among the fewest that have probability `top_p` together.
+        Args:
+            max_new_tokens: default 32.
+            eos_id: an id, or several, any of which ends a row, which is then filled with the first; default 2.
+            temperature: 0, the default, is greedy; otherwise tokens are drawn.
+            top_p: tokens are drawn from the fewest that together have this probability; default 1.0, from all.
+            seed: of the draws; default 0.
         """
+        how, seed = _decoding(**options)
         ids, mask = self._inputs(input_ids, attention_mask)
-        prompts = {"input_ids": ids[None], "attention_mask": mask[None]}
+        keys = jax.random.split(jax.random.key(seed), (1, len(ids)))
+        prompts = {"input_ids": ids[None], "attention_mask": mask[None], "keys": keys}
         if pixel_values is not None:
             prompts["features"] = self.features(pixel_values)[None]
         adapters = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], {"projector": self.base["projector"]})
-        stop = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
-        keys = jax.random.split(jax.random.key(seed), (1, len(ids)))
-        out = generate(self.module, self.base, adapters, prompts, jnp.zeros(1, jnp.int32), keys, stage="plain",
-                       how=Decoding(max_new_tokens, stop, temperature, top_p))
+        out = generate(self.module, self.base, adapters, prompts, jnp.zeros(1, jnp.int32), stage="plain", how=how)
         return np.asarray(out[0])
 
     @staticmethod
@@ -119,58 +148,86 @@ class PretrainedModel:
 
 
 @jax.jit(static_argnums=(0, 1))
-def _features(module: Vlm, out: NamedSharding | None, tower: dict, pixel_values: jax.Array) -> Any:
+def _features(module: Vlm, out: NamedSharding | None, tower: PyTree, pixel_values: jax.Array) -> jax.Array:
     pixels = pixel_values.transpose(0, 2, 3, 1)
-    features = module.apply({"params": {"vision_tower": tower}}, pixels, method="features")
+    features = cast(jax.Array, module.apply({"params": {"vision_tower": tower}}, pixels, method="features"))
     return features if out is None else jax.lax.with_sharding_constraint(features, out)
 
 
 @jax.jit(static_argnums=0)
-def _logits(module: Vlm, base: dict, ids: jax.Array, mask: jax.Array, features: jax.Array | None) -> Any:
-    return module.apply(variables(base, {"projector": base["projector"]}), ids, mask, features, method="logits")
+def _logits(module: Vlm, base: dict[str, PyTree], ids: jax.Array, mask: jax.Array, features: jax.Array | None
+            ) -> jax.Array:
+    adapters = {"projector": base["projector"]}
+    return cast(jax.Array, module.apply(variables(base, adapters), ids, mask, features, method="logits"))
 
 
-def _checked_dtype(dtype: str | None) -> str:
-    if dtype is None:
-        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if dtype not in ("float32", "bfloat16"):
-        raise InputError(f"model.dtype: {dtype!r} is not known. Use float32 or bfloat16.")
-    return dtype
+class LoadOptions(TypedDict, total=False):
+    """Keywords of `load` and `load_from_parts`."""
+
+    dtype: str | None
+    lora_scale: float
+    remat: bool
+    unroll: int
+    place: Place | None
 
 
-def load(path: str | Path = EMBEDDED, *, dtype: str | None = None, lora_scale: float = 1.0, remat: bool = False,
-         unroll: int = 1, place: Place | None = None) -> PretrainedModel:
-    """Load a Hugging Face LLaVA directory, or the embedded base.
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """`LoadOptions` with their defaults, checked before anything is read."""
+
+    dtype: str | None = None
+    lora_scale: float = 1.0
+    remat: bool = False
+    unroll: int = 1
+    place: Place | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, "float32", "bfloat16"):
+            raise InputError(f"model.dtype: {self.dtype!r} is not known. Use float32 or bfloat16.")
+
+    @property
+    def actual_dtype(self) -> str:
+        return default_dtype() if self.dtype is None else self.dtype
+
+    def module(self, config: VlmSpec) -> Vlm:
+        return Vlm(config, self.lora_scale, jnp.dtype(self.actual_dtype), self.remat, self.unroll)
+
+
+def load(path: str | Path = EMBEDDED, **options: Unpack[LoadOptions]) -> PretrainedModel:
+    """Loads a Hugging Face LLaVA directory, or the embedded base.
 
     Args:
-        dtype: of the frozen weights and the computation; default float32 on CPU, bfloat16 on accelerators.
-        lora_scale: α/r, applied where text adapters are given.
-        place: sharding of each leaf by path and shape, see `federation.sharding`; default: one device.
+        dtype: of the frozen weights and of the computation; default float32 on CPU, bfloat16 on accelerators.
+        lora_scale: α/r, applied where text adapters are given; default 1.0.
+        remat: whether layers are computed again for the gradient instead of stored; default False.
+        unroll: how many layers a step of the scan over layers has; default 1.
+        place: the sharding of a leaf as a function of its path and shape (`parallel.mesh.base_placement` makes one);
+            default: all on one device.
 
     Raises:
-        InputError: the directory is not a LLaVA checkpoint this package can run.
+        InputError: the directory is not a LLaVA checkpoint that this package can run.
     """
-    dtype, directory = _checked_dtype(dtype), model_directory(path)
-    config, base = load_base(directory, dtype, place)
-    return PretrainedModel(directory, directory, config, base, Vlm(config, lora_scale, jnp.dtype(dtype), remat, unroll))
+    settings, directory = _Settings(**options), model_directory(path)
+    config, base = load_base(directory, settings.actual_dtype, settings.place)
+    return PretrainedModel(directory, directory, config, base, settings.module(config))
 
 
 def load_from_parts(vision: str | Path, language: str | Path, projector: str | Path, *,
-                    feature_layer: int | list[int] = -2, feature_select: str = "auto", dtype: str | None = None,
-                    lora_scale: float = 1.0, remat: bool = False, unroll: int = 1,
-                    place: Place | None = None) -> PretrainedModel:
-    """A VLM from a CLIP or SigLIP directory, a language model's directory and a file of `mm_projector` weights.
+                    feature_layer: int | list[int] = -2, feature_select: str = "auto",
+                    **options: Unpack[LoadOptions]) -> PretrainedModel:
+    """Loads a VLM from a CLIP or SigLIP directory, a language model's directory and a file of `mm_projector` weights.
 
     Args:
-        feature_layer, feature_select: LLaVA's vision_feature_layer and vision_feature_select_strategy; "auto" drops
-            CLIP's CLS and keeps all of SigLIP's tokens. The rest as in `load`.
+        feature_layer: LLaVA's vision_feature_layer.
+        feature_select: LLaVA's vision_feature_select_strategy; "auto" drops CLIP's CLS token and leaves SigLIP's tokens
+            as they are.
+        options: as those of `load`.
 
     Raises:
-        InputError: a part is missing, or is not what this package can run.
+        InputError: a part is missing, or is not one that this package can run.
     """
-    dtype = _checked_dtype(dtype)
+    settings = _Settings(**options)
     vision, language, projector = (Path(p).expanduser() for p in (vision, language, projector))
-    token = cast(int, load_tokenizer(language).convert_tokens_to_ids(IMAGE_TOKEN))
-    config = read_parts_config(vision, language, projector, feature_layer, feature_select, token)
-    base = load_parts(config, vision, language, projector, dtype, place)
-    return PretrainedModel(language, vision, config, base, Vlm(config, lora_scale, jnp.dtype(dtype), remat, unroll))
+    config = _parts_spec(vision, language, projector, feature_layer, feature_select)
+    base = load_parts(config, vision, language, projector, settings.actual_dtype, settings.place)
+    return PretrainedModel(language, vision, config, base, settings.module(config))

@@ -1,4 +1,4 @@
-"""Shapes of a vision–language model: what its modules are built from."""
+"""Shapes of a vision–language model, from which its modules are built."""
 
 from __future__ import annotations
 
@@ -8,40 +8,42 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class VisionSpec:
-    """A CLIP or SigLIP tower. `feature_layers` index hidden states: 0 the embeddings, i the output of layer i."""
+    """A CLIP or SigLIP tower."""
 
     family: Literal["clip", "siglip"]
     image_size: int  # pixels, square
     patch_size: int  # pixels, square
     hidden_size: int
     intermediate_size: int
-    feature_layers: tuple[int, ...]  # their outputs, side by side, are H_v
+    feature_layers: tuple[int, ...]  # whose outputs, concatenated, are H_v: 0 the embeddings, i the output of layer i
     num_heads: int
     hidden_act: str  # quick_gelu | gelu | gelu_pytorch_tanh
     layer_norm_eps: float
 
     @property
     def num_layers(self) -> int:
-        """Encoder layers that are run: those above the last selected one are never loaded."""
+        """The number of encoder layers that run: those above the last selected one are never loaded."""
         return max(self.feature_layers)
 
     @property
     def num_patches(self) -> int:
+        """The number of whole patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def has_cls(self) -> bool:
+        """Whether a CLS token precedes the patches."""
         return self.family == "clip"
 
     @property
     def feature_size(self) -> int:
-        """D."""
+        """D, the width of the features."""
         return self.hidden_size * len(self.feature_layers)
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeSpec:
-    """Rotary embedding: kind default, linear (positions divided by `factor`) or llama3 (by wavelength)."""
+    """Rotary embedding: default, linear (positions divided by `factor`) or llama3 (scaled by wavelength)."""
 
     theta: float = 10000.0
     kind: Literal["default", "linear", "llama3"] = "default"
@@ -53,7 +55,7 @@ class RopeSpec:
 
 @dataclasses.dataclass(frozen=True)
 class TextSpec:
-    """A decoder of the Llama kind: Llama, Vicuna, Mistral, Qwen2."""
+    """A decoder with Llama's architecture: Llama, Vicuna, Mistral, Qwen2."""
 
     family: str  # Hugging Face's model_type
     vocab_size: int  # V
@@ -67,18 +69,18 @@ class TextSpec:
     rope: RopeSpec
     tie_word_embeddings: bool
     max_positions: int
-    biases: tuple[str, ...] = ()  # the linears that have one
+    biases: tuple[str, ...] = ()  # names of the linears that have one
     sliding_window: int | None = None  # tokens, the query's own included
     sliding_layers: tuple[bool, ...] = ()  # which layers have the window
 
     @property
     def layers_see_alike(self) -> bool:
-        """Whether all layers have the window, or none has."""
+        """Whether all layers have the sliding window, or none has: then one mask serves all."""
         return self.sliding_window is None or all(self.sliding_layers)
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(d_in, d_out) of each linear that carries LoRA: every one but `lm_head`."""
+        """(d_in, d_out) of each linear that has LoRA: every one but `lm_head`."""
         c, f, hd = self.hidden_size, self.intermediate_size, self.head_dim
         return {
             "q": (c, self.num_heads * hd),
@@ -93,6 +95,8 @@ class TextSpec:
 
 @dataclasses.dataclass(frozen=True)
 class VlmSpec:
+    """A vision tower, a decoder, and the projector between them."""
+
     vision: VisionSpec
     text: TextSpec
     image_token_id: int
@@ -101,5 +105,5 @@ class VlmSpec:
 
     @property
     def num_image_tokens(self) -> int:
-        """N."""
+        """N, the number of tokens that an image takes."""
         return self.vision.num_patches + int(self.vision.has_cls) - int(self.drop_first)

@@ -1,4 +1,4 @@
-"""Devices and processes: what JAX is told, the mesh and its one rule table, several processes.
+"""Devices and processes: JAX's settings, the mesh and its one rule table, several processes, host memory.
 
 Imports config and errors.
 """

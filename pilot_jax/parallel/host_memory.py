@@ -1,19 +1,22 @@
-"""What the process holds of the host's memory: arrays that a CPU device takes as they are, and what is handed back."""
+"""Memory of the host: arrays that a CPU device uses without a copy, and memory returned to the system."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import math
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-ALIGNMENT = 64  # bytes; XLA's
+ALIGNMENT = 64  # bytes, as XLA requires it of memory that it does not copy
 
 
-def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """`np.empty`, but where in memory a CPU device takes it as it is instead of copying it: it must not change then."""
+def empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """Returns `np.empty` at an address that a CPU device uses as it is, without a copy.
+
+    Once the array is on such a device, nobody may write to it.
+    """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
@@ -21,7 +24,9 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def give_back() -> None:
-    """Hand freed memory back to the system, where the C library keeps it: on Linux, XLA's compiler leaves some 0.3 GB
-    a program. Elsewhere nothing."""
+    """Returns freed memory to the operating system, which glibc does not do by itself; elsewhere nothing happens.
+
+    On Linux, XLA's compiler leaves about 0.3 GB of it per program.
+    """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

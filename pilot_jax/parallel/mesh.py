@@ -1,4 +1,4 @@
-"""Which axis of which array lies on which axis of the device mesh: one table.
+"""The device mesh, and how arrays are sharded over it: one table of rules for the frozen base.
 
 Mesh axes: `clients` (stacked adapters, their optimizer state and data), `fsdp` and `tensor` (the frozen base).
 """
@@ -9,11 +9,12 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import PyTree
 
 from pilot_jax.config import MeshConfig, SystemConfig
 from pilot_jax.errors import InputError
@@ -21,7 +22,7 @@ from pilot_jax.parallel.devices import client_devices
 from pilot_jax.parallel.processes import from_host
 
 AXES = ("clients", "fsdp", "tensor")
-# (path of a base leaf, its axes). The first match counts; what matches nothing is replicated.
+# (path of a base leaf, the mesh axis of each of its axes). The first match counts; a leaf without one is replicated.
 BASE_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"decoder/embedding", ("tensor", "fsdp")),
     (r"decoder/head", ("fsdp", "tensor")),
@@ -33,7 +34,7 @@ BASE_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def base_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: MeshConfig) -> PartitionSpec:
-    """Spec of a base leaf. An axis whose length the mesh axis does not divide stays whole."""
+    """Returns the spec of a base leaf. An axis whose length the mesh axis does not divide stays whole."""
     sizes = mesh.model_dump()
     for pattern, axes in BASE_RULES:
         if re.fullmatch(pattern, "/".join(path)):
@@ -43,7 +44,7 @@ def base_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: MeshConfig) -
 
 
 def shard_elements(shape: tuple[int, ...], spec: PartitionSpec, mesh: MeshConfig) -> int:
-    """Elements of the part of an array that one device holds."""
+    """Returns how many elements of an array one device holds; of unequal parts, the largest."""
     sizes, total = mesh.model_dump(), 1
     for i, length in enumerate(shape):
         axis = spec[i] if i < len(spec) else None
@@ -51,11 +52,13 @@ def shard_elements(shape: tuple[int, ...], spec: PartitionSpec, mesh: MeshConfig
     return total
 
 
-def make_mesh(mesh: MeshConfig) -> jax.sharding.Mesh:
-    """The device mesh, of the first devices there are; Auto axes: XLA propagates shardings from the arguments.
+def make_mesh(mesh: MeshConfig) -> Mesh:
+    """Returns the device mesh, made of the first devices that JAX has.
+
+    Its axes are of JAX's type Auto: XLA propagates shardings from the arguments.
 
     Raises:
-        InputError: it needs more devices than there are.
+        InputError: it needs more devices than there are, or leaves some unused in a run on several processes.
     """
     if mesh.devices > jax.device_count():
         raise InputError(f"system.mesh: {mesh.devices} devices asked for, {jax.device_count()} there. On CPU, "
@@ -68,16 +71,16 @@ def make_mesh(mesh: MeshConfig) -> jax.sharding.Mesh:
                          devices=jax.devices()[:mesh.devices])
 
 
-def base_placement(mesh: MeshConfig) -> Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding] | None:
-    """Where `models.loading` puts each leaf of the base; None for one device."""
+def base_placement(mesh: MeshConfig) -> Callable[[tuple[str, ...], tuple[int, ...]], Sharding] | None:
+    """Returns the sharding of each leaf of the base as a function of its path and shape; None for one device."""
     if mesh.devices == 1:
         return None
     devices = make_mesh(mesh)
     return lambda path, shape: NamedSharding(devices, base_spec(path, shape, mesh))
 
 
-def on_training_devices(base: dict[str, Any], system: SystemConfig) -> dict[str, Any]:
-    """The base where clients are trained: on the mesh it was loaded onto, or a copy on each of `client_devices`."""
+def on_training_devices(base: dict[str, PyTree], system: SystemConfig) -> dict[str, PyTree]:
+    """Returns the base on the devices that train: on the mesh it was loaded onto, or copied to all `client_devices`."""
     if system.mesh.devices > 1:
         return base
     count = client_devices(system.client_devices, base)
@@ -86,48 +89,51 @@ def on_training_devices(base: dict[str, Any], system: SystemConfig) -> dict[str,
     return jax.device_put(base, NamedSharding(make_mesh(MeshConfig(clients=count)), PartitionSpec()))
 
 
-def mesh_of(tree: Any) -> jax.sharding.Mesh | None:
-    """The mesh on which arrays lie; None if there is none."""
+def mesh_of(tree: PyTree) -> Mesh | None:
+    """Returns the mesh over which the first sharded array of a tree is spread; None if there is no such array."""
     for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, jax.sharding.NamedSharding):
-            return leaf.sharding.mesh  # type: ignore[return-value]
+        if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+            return cast(Mesh, leaf.sharding.mesh)
     return None
 
 
-def sharded_shapes(tree: Mapping[str, Any], mesh: jax.sharding.Mesh, config: MeshConfig) -> Any:
-    """The base's shapes with their shardings, for lowering without weights."""
-    def one(path, leaf):
+def sharded_shapes(tree: Mapping[str, PyTree], mesh: Mesh, config: MeshConfig) -> PyTree:
+    """Returns the base's shapes with their shardings, for lowering without weights."""
+    def with_sharding(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = base_spec(tuple(key.key for key in path), leaf.shape, config)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(with_sharding, tree)
 
 
-def on_clients(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Shapes [k, …] with the clients over the mesh's `clients` axis."""
+def on_clients(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Returns the shapes [k, …] of k stacked clients, which lie over the mesh's `clients` axis."""
     sharding = NamedSharding(mesh, PartitionSpec("clients"))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
-def replicated(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+def replicated(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Returns the shapes of arrays of which every device has all."""
     sharding = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
-def spread(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
-    """Leaves [S, …] on the devices, each device with all clients and a part of the parameters.
+def spread(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Returns leaves [S, …] on the devices, each device with all clients and a part of the parameters.
 
-    What the server computes is a sum over clients, entry by entry, or over entries, so that nothing but [S, S] matrices
-    goes from device to device. A leaf lies over as many mesh axes as divide its longest axis.
+    The server computes sums over clients, entry by entry, and sums over entries, so that nothing but [S, S] matrices
+    goes from device to device. `columns` says over which mesh axes a leaf lies. Without a mesh: the default device.
     """
     if mesh is None:
-        return jax.device_put(tree)  # a CPU takes aligned arrays as they are
+        return jax.device_put(tree)  # a CPU device does not copy aligned arrays (`host_memory.empty`)
     return jax.tree.map(lambda leaf: from_host(leaf, NamedSharding(mesh, columns(np.shape(leaf), mesh))), tree)
 
 
-def columns(shape: tuple[int, ...], mesh: jax.sharding.Mesh, axis: int | None = None) -> PartitionSpec:
-    """Spec of an array [S, …] whose parameters lie over the mesh, along `axis` (default: the one that most devices
-    divide, of these the longest)."""
+def columns(shape: tuple[int, ...], mesh: Mesh, axis: int | None = None) -> PartitionSpec:
+    """Returns the spec of an array [S, …] of which each device has all clients and a part of one axis of parameters.
+
+    That axis is `axis`, or by default the one that can be divided among most devices, the longest of several.
+    """
     def dividing(length: int) -> tuple[str, ...]:
         taken, size = tuple[str, ...](), 1
         for name in mesh.axis_names:
@@ -144,8 +150,14 @@ def columns(shape: tuple[int, ...], mesh: jax.sharding.Mesh, axis: int | None = 
     return PartitionSpec(*(None,) * best, names) if names else PartitionSpec()
 
 
-def on_parts(function: Callable[..., Any], parts: Sequence[Any], others: int = 0) -> Callable[..., Any]:
-    """`function(*parts, *others)`, a sum over parameters: of each device's part of `parts`, then over the devices."""
+def on_parts(function: Callable[..., jax.Array], parts: Sequence[PyTree], others: int = 0
+             ) -> Callable[..., jax.Array]:
+    """Returns `function`, a sum over parameters, so that each device sums its own part and the sums are then added.
+
+    Args:
+        function: takes arrays like `parts`, then `others` more, of which each device has all.
+        parts: arrays, or their shapes; where they are not sharded, `function` itself is returned.
+    """
     sharding = getattr(parts[0], "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
         return function
@@ -154,8 +166,8 @@ def on_parts(function: Callable[..., Any], parts: Sequence[Any], others: int = 0
 
 
 @functools.lru_cache(maxsize=256)
-def _on_parts(function: Callable[..., Any], mesh: jax.sharding.Mesh, specs: tuple[PartitionSpec, ...],
-              others: int) -> Callable[..., Any]:
+def _on_parts(function: Callable[..., jax.Array], mesh: Mesh, specs: tuple[PartitionSpec, ...],
+              others: int) -> Callable[..., jax.Array]:
     over = tuple(name for axis in specs[0] if axis for name in axis)
 
     def summed(*arguments: jax.Array) -> jax.Array:

@@ -1,31 +1,33 @@
-"""Several processes that run one program on the devices of all, under `jax.distributed`.
+"""One program on the devices of several processes, by `jax.distributed`.
 
-Every process goes the same way with the same host arrays; what the devices compute is divided by the mesh. One process,
-the writer, leaves the files.
+Every process takes the same steps with the same host arrays; the mesh divides what the devices compute. One process,
+the writer, writes the files and the messages. With one process, every function works as well.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import PyTree
 
 from pilot_jax.errors import InputError
 
-AT_ONCE = 2**28  # bytes of an array that are gathered on a device
+AT_ONCE = 2**28  # bytes: larger arrays are gathered a row at a time
 
 
 def start(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Join the other processes; before JAX is used for anything else.
+    """Joins the other processes. It must be called before JAX is used for anything else.
 
     Args:
-        coordinator: "host:port" of process 0. All None: the cluster's own variables say it (Slurm, TPU pods, MPI).
+        coordinator: "host:port" of process 0.
+        processes: how many there are.
+        process: the number of this one. If all three are None, JAX reads them from the cluster's environment (Slurm,
+            TPU pods, MPI).
 
     Raises:
-        InputError: some are given but not all, or the others do not answer.
+        InputError: one or two of the three are None, or the other processes do not answer.
     """
     given = [x is not None for x in (coordinator, processes, process)]
     if any(given) and not all(given):
@@ -42,37 +44,41 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
 
 
 def is_writer() -> bool:
-    """Whether this process leaves the files and speaks."""
+    """Whether this process writes the files and the messages."""
     return jax.process_index() == 0
 
 
-def to_host(tree: Any) -> Any:
-    """Arrays as NumPy arrays, in every process, wherever their parts lie. On their way there from other processes'
-    devices they are whole on each device, large ones a row at a time."""
-    def one(leaf: Any) -> np.ndarray:
+def to_host(tree: PyTree) -> PyTree:
+    """Returns arrays as NumPy arrays, in every process, wherever their parts lie.
+
+    An array of which other processes' devices have a part is gathered on every device first, a large one row by row.
+    """
+    def to_numpy(leaf: jax.typing.ArrayLike) -> np.ndarray:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
             return np.asarray(leaf)
         if leaf.nbytes > AT_ONCE and leaf.ndim > 1:
-            return np.stack([one(leaf[i]) for i in range(len(leaf))])
+            return np.stack([to_numpy(leaf[i]) for i in range(len(leaf))])
         from jax.experimental.multihost_utils import process_allgather
 
         return np.asarray(process_allgather(leaf, tiled=True))
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(to_numpy, tree)
 
 
-def from_host(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """NumPy arrays, which every process has alike, on the devices of all."""
-    def one(leaf: Any) -> jax.Array:
-        leaf = np.asarray(leaf)
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+def from_host(tree: PyTree, sharding: Sharding) -> PyTree:
+    """Returns NumPy arrays, which are the same in every process, as arrays on the devices of all processes."""
+    def to_devices(leaf: jax.typing.ArrayLike) -> jax.Array:
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    return jax.device_put(tree, sharding) if jax.process_count() == 1 else jax.tree.map(one, tree)
+    return jax.device_put(tree, sharding) if jax.process_count() == 1 else jax.tree.map(to_devices, tree)
 
 
-def over_clients(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
-    """Leaves [k, …] on the devices, the clients over the mesh's `clients` axis if that divides k. Of what lies on other
-    processes' devices, nothing is read."""
+def over_clients(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Returns leaves [k, …] on the devices, with the clients over the mesh's `clients` axis if its size divides k.
+
+    Only the rows that lie on this process's devices are read. Without a mesh: the default device.
+    """
     if mesh is None:
         return jax.tree.map(jnp.asarray, tree)
     divided = all(len(leaf) % mesh.shape["clients"] == 0 for leaf in jax.tree.leaves(tree))
@@ -80,26 +86,26 @@ def over_clients(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
     return from_host(tree, NamedSharding(mesh, spec))
 
 
-def places(mesh: jax.sharding.Mesh | None) -> list[set[int]]:
-    """For each place along the mesh's `clients` axis, the processes that have a device there."""
+def places(mesh: Mesh | None) -> list[set[int]]:
+    """Returns, for each place along the mesh's `clients` axis, the numbers of the processes with a device there."""
     if mesh is None:
         return [{jax.process_index()}]
     return [{device.process_index for device in row.ravel()} for row in mesh.devices]
 
 
 def place_of(client: int, width: int, count: int) -> int:
-    """On which of `count` places the client'th of `width` stacked clients lies."""
+    """Returns the place, of `count` along the `clients` axis, of number `client` of `width` stacked clients."""
     return client * count // width
 
 
-def here(mesh: jax.sharding.Mesh | None, width: int) -> list[bool]:
-    """Which of `width` stacked clients lie, in part at least, on this process's devices."""
+def here(mesh: Mesh | None, width: int) -> list[bool]:
+    """Returns, for each of `width` stacked clients, whether this process's devices have any part of it."""
     processes = places(mesh)
     return [jax.process_index() in processes[place_of(k, width, len(processes))] for k in range(width)]
 
 
-def own_rows(mesh: jax.sharding.Mesh | None, length: int) -> np.ndarray:
-    """Which rows of an array [length, …], spread over all devices, lie on this process's; bool [length]."""
+def own_rows(mesh: Mesh | None, length: int) -> np.ndarray:
+    """Returns which rows of an array [length, …], spread over all devices, this process's have; bool [length]."""
     own = np.ones(length, bool)
     if mesh is not None:
         own[:] = False
@@ -110,13 +116,13 @@ def own_rows(mesh: jax.sharding.Mesh | None, length: int) -> np.ndarray:
 
 
 def own_parts(array: jax.Array) -> list[tuple[int, np.ndarray]]:
-    """(first row, rows) of the distinct parts of an array that this process has."""
+    """Returns (number of its first row, rows) for each distinct part of an array that this process has."""
     parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return [(start, np.asarray(parts[start])) for start in sorted(parts)]
 
 
 def largest(value: int) -> int:
-    """The largest of the processes' values, in every process."""
+    """Returns the largest of the processes' values, in every process."""
     if jax.process_count() == 1:
         return value
     from jax.experimental.multihost_utils import process_allgather
@@ -125,7 +131,7 @@ def largest(value: int) -> int:
 
 
 def wait(what: str) -> None:
-    """Until every process is here."""
+    """Waits until every process has called this with the same `what`, which names the point in JAX's errors."""
     if jax.process_count() > 1:
         from jax.experimental.multihost_utils import sync_global_devices
 

@@ -1,22 +1,21 @@
-"""What a run will ask of this machine, said while it begins: floating-point operations, the time that they cannot be
-done in less than, memory."""
+"""What a run will need on this machine: floating-point operations, the least time that they take, and memory."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from pilot_jax.federation.state import Federation
-from pilot_jax.planning.estimate import Workload, memory, phase_shapes, stage_loss_of
-from pilot_jax.planning.flops import matmul_flops
-from pilot_jax.runs.simulate import steps_by_stage
+from pilot_jax.federation.state import Federation, steps_by_stage
+from pilot_jax.planning.estimate import Workload, memory, phase_shapes, step_flops
+from pilot_jax.runs.prepare import Outline
 
 
-def product_speed(devices: Sequence[jax.Device], dtype: Any) -> float:
+def product_speed(devices: Sequence[jax.Device], dtype: DTypeLike) -> float:
     """Floating-point operations a second of square matrix products, on all `devices` at once."""
     side = 1024 if devices[0].platform == "cpu" else 8192
     product = jax.jit(lambda x: x @ x)
@@ -30,26 +29,23 @@ def product_speed(devices: Sequence[jax.Device], dtype: Any) -> float:
     return 2 * side**3 * len(devices) / best
 
 
-def forecast(fed: Federation) -> dict[str, float]:
-    """`flops` of all training, `seconds`: these at the speed of matrix products here; `bytes` on each device.
+def forecast(fed: Federation, run: Outline) -> dict[str, float]:
+    """`flops` of all training; `seconds`: these at the speed of matrix products here; `bytes` on each device.
 
     Training takes longer than `seconds`, by what is no matrix product; compiling and answers come on top.
     """
     trained = [c.train for c in fed.clients]
     length, answers = (max(t[name].shape[1] for t in trained) for name in ("input_ids", "target_ids"))
     work = Workload(tuple(c.size for c in fed.clients), len(fed.tasks), length, answers)
-    shapes = phase_shapes(fed.config, fed.model.config, work)
-    flops = 0
-    for stage, steps in steps_by_stage(fed).items():
-        loss, own, frozen = stage_loss_of(shapes, fed.config, stage)
-        flops += steps * matmul_flops(jax.value_and_grad(loss), own, frozen, shapes.base, shapes.batch)
+    shapes = phase_shapes(dataclasses.replace(run, strategy=fed.strategy), work)
+    flops = sum(steps * step_flops(shapes, stage) for stage, steps in steps_by_stage(fed).items())
     devices = list(fed.mesh.devices.ravel()) if fed.mesh is not None else jax.devices()[:1]
     return {"flops": float(flops), "seconds": flops / product_speed(devices, shapes.module.dtype),
-            "bytes": float(max(kinds["total"] for kinds in memory(fed.config, shapes, work).values()))}
+            "bytes": float(max(kinds["total"] for kinds in memory(shapes).values()))}
 
 
-def told(expected: dict[str, float]) -> str:
-    """As a line."""
+def forecast_line(expected: Mapping[str, float]) -> str:
+    """A forecast in one line of text."""
     seconds = expected["seconds"]
     least = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else \
         f"{seconds / 3600:.1f} h"

@@ -4,36 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-
 from pilot_jax.config import Config
-from pilot_jax.data.llava.reading import read_samples
-from pilot_jax.embedded.scenarios import SCENARIOS
 from pilot_jax.federation.roles import num_bytes, num_parameters
-from pilot_jax.federation.strategies import make_strategy
 from pilot_jax.models.checkpoints.tensor_names import base_shapes
-from pilot_jax.models.pretrained import read_shapes
+from pilot_jax.planning.estimate import adapter_shapes
+from pilot_jax.runs.prepare import count_tasks, outline
 
-# The paper's names of the frozen parts, and ours.
+# The paper's names of the frozen parts, and this package's.
 BASE_SUBTREES = {"vision_tower": "vision_tower", "language_model": "decoder"}
-
-
-def count_tasks(config: Config) -> int:
-    if config.data.path == "digits":
-        return len(SCENARIOS[config.data.digits.scenario][0])
-    return len({s.task for s in read_samples(config.data.path, config.data.image_root, config.data.file_names,
-                                           config.data.limits)})
 
 
 def ownership_table(config: Config) -> list[dict[str, Any]]:
     """One dict per subtree: subtree, a column per stage, scope, aggregated by, parameters, bytes."""
-    model = read_shapes(config.model)[0]
-    strategy = make_strategy(config.strategy, config.federation.schedule)
-    base, tasks = base_shapes(model), count_tasks(config)
-    adapters = jax.eval_shape(
-        lambda key, projector: strategy.initial_adapters(key, projector, model, config.model.lora.rank, tasks),
-        jax.eval_shape(lambda: jax.random.key(0)), base["projector"])
-    roles, stages = strategy.roles(), tuple(dict.fromkeys(strategy.first_stages))
+    run = outline(config)
+    base = base_shapes(run.spec)
+    adapters = adapter_shapes(run, base["projector"], count_tasks(config))
+    roles, stages = run.strategy.roles(), tuple(dict.fromkeys(run.strategy.first_stages))
     roles.check(adapters)
     rows = []
     for role in roles.rows:

@@ -1,35 +1,44 @@
-"""The report's figures. One ink, which the page exchanges for its own, and fills that let the page's ground through, so
-that they read on light and dark alike."""
+"""Draws the figures of the reports.
+
+All lines and texts have one colour, `INK`, which the page replaces by its own, and fills are translucent, so that a
+figure is legible on a light page and on a dark one.
+"""
 
 from __future__ import annotations
 
+import html
 import io
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pilot_jax.errors import InputError
-from pilot_jax.report.record import Mixing, RunRecord
+from pilot_jax.report.record import Mixing, Record, RunRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK = "#1b1f24"
 COLOURS = ("#2a78d6", "#d9622b", "#159a6c", "#a45bd0", "#b8860b", "#d6457f", "#4c8a8f", "#7d7d7d")
-WIDTH = 4.4  # inches: at 72 points an inch a phone shows it whole
-MOST_NAMES = 24  # clients whose names and numbers fit
-MOST_ROWS = 60  # of a table
+WIDTH = 4.4  # inches; at 72 points an inch a phone shows all of it
+MOST_NAMES = 24  # clients whose names and numbers fit into a figure
+MOST_ROWS = 60  # of a figure of cells with text
 
 
 def pyplot() -> Any:
-    """matplotlib's, without a display.
+    """Returns `matplotlib.pyplot`, set up for the report's figures, without a display.
 
     Raises:
-        InputError: it is not installed.
+        InputError: matplotlib is not installed.
     """
     try:
         import matplotlib
     except ImportError:
-        raise InputError("report: figures need the extra 'plots'. Run: pip install 'pilot-jax[plots]'") from None
+        raise InputError("report: figures need matplotlib, which is not installed (of the extra 'plots'). Run: "
+                         "pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -41,12 +50,18 @@ def pyplot() -> Any:
     return plt
 
 
-def new_axes(height: float) -> tuple[Any, Any]:
+def new_axes(height: float) -> tuple[Figure, Axes]:
+    """Returns a figure of this height in inches, and its axes."""
     return pyplot().subplots(figsize=(WIDTH, height), layout="constrained")
 
 
-def svg(figure: Any, name: str, text: str) -> str:
-    """The figure for an HTML page; `text` says what it shows to who cannot see it."""
+def svg(figure: Figure, name: str, text: str) -> str:
+    """Returns the figure as an `<svg>` element for an HTML page.
+
+    Args:
+        name: tells the ids of this figure from those of the page's other figures.
+        text: says what the figure shows to those who cannot see it.
+    """
     import matplotlib
 
     out = io.StringIO()
@@ -58,18 +73,18 @@ def svg(figure: Any, name: str, text: str) -> str:
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", body, count=1)
     body = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", body, count=1)
-    label = text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return body.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    return body.replace("<svg", f'<svg role="img" aria-label="{html.escape(text)}"', 1)
 
 
-def png(figure: Any) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Returns the figure as a PNG file on white."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=160, facecolor="white")
     return out.getvalue()
 
 
-def scores(runs: Sequence[RunRecord]) -> Any:
-    """Every client's score, before and after."""
+def scores(runs: Sequence[RunRecord]) -> Figure:
+    """Draws every client's score in each run, and the base's."""
     task_of = {c: t for r in runs for c, t in r.task_of.items()}
     clients = sorted({c for r in runs for c in r.summary["score_by_client"]}, key=lambda c: (task_of[c], c))
     figure, axes = new_axes(min(0.9 + 0.2 * len(clients), 9))
@@ -90,12 +105,12 @@ def scores(runs: Sequence[RunRecord]) -> Any:
     return figure
 
 
-def _phase_name(line: Mapping[str, Any]) -> str:
+def _phase_name(line: Record) -> str:
     return f"{line['round']}·{line['phase'].removeprefix('stage')}"
 
 
-def losses(run: RunRecord) -> Any:
-    """A line per client over the phases, in its task's colour: the mean loss of its steps."""
+def losses(run: RunRecord) -> Figure:
+    """Draws the mean loss of each client's steps over the phases, a line for each client in its task's colour."""
     figure, axes = new_axes(2.6)
     names, tasks = list(dict.fromkeys(map(_phase_name, run.updates))), run.tasks
     for client, task in sorted(run.task_of.items(), key=lambda pair: (pair[1], pair[0])):
@@ -115,14 +130,14 @@ def losses(run: RunRecord) -> Any:
     return figure
 
 
-def over_rounds(runs: Sequence[RunRecord]) -> Any:
-    """Mean validation score after each round that has one; of a single run, for each task too."""
+def over_rounds(runs: Sequence[RunRecord]) -> Figure:
+    """Draws the mean validation score after each round that has one; of a single run, that of each task too."""
     figure, axes = new_axes(2.4)
 
-    def line(values: list[dict[str, Any]], **how: Any) -> None:
+    def line(values: Sequence[Record], **style: Any) -> None:
         rounds = sorted({v["round"] for v in values})
         axes.plot(rounds, [np.mean([v["score"] for v in values if v["round"] == r]) for r in rounds], marker="o", ms=3,
-                  **how)
+                  **style)
 
     for number, run in enumerate(runs):
         line(run.validation, label=run.name if len(runs) > 1 else "mean",
@@ -137,7 +152,8 @@ def over_rounds(runs: Sequence[RunRecord]) -> Any:
     return figure
 
 
-def _show_cells(axes: Any, opacity: np.ndarray) -> None:
+def _show_cells(axes: Axes, opacity: np.ndarray) -> None:
+    """Draws an array [rows, columns] of opacities in [0, 1] as cells of one colour."""
     from matplotlib.colors import to_rgba
 
     ground = np.tile(np.asarray(to_rgba(COLOURS[0])), (*opacity.shape, 1))
@@ -146,8 +162,8 @@ def _show_cells(axes: Any, opacity: np.ndarray) -> None:
     axes.spines[["top", "right"]].set_visible(True)
 
 
-def heat_map(mixing: Mixing) -> Any:
-    """The mixing matrix; how opaque a cell is says how large the weight (its square root: most are small)."""
+def heat_map(mixing: Mixing) -> Figure:
+    """Draws the mixing matrix; a cell's opacity is the square root of the weight, since most weights are small."""
     count = len(mixing.clients)
     figure, axes = new_axes(WIDTH * 0.86)
     _show_cells(axes, np.sqrt(np.clip(mixing.weights, 0, 1)))
@@ -162,8 +178,14 @@ def heat_map(mixing: Mixing) -> Any:
     return figure
 
 
-def cells(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], across: str, down: str) -> Any:
-    """Numbers in [0, 1] as a table of more or less opaque cells; nan: empty. Above MOST_ROWS rows without text."""
+def cells(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], across: str, down: str) -> Figure:
+    """Draws numbers in [0, 1] as a table of more or less opaque cells.
+
+    Args:
+        values: float [rows, columns]; nan is an empty cell.
+        rows, columns: their names. With more than MOST_ROWS rows there is no text.
+        across, down: what the columns are, and the rows.
+    """
     named = len(rows) <= MOST_ROWS
     figure, axes = new_axes(0.9 + 0.22 * len(rows) if named else 9)
     _show_cells(axes, np.nan_to_num(np.clip(values, 0, 1)) * 0.8)
@@ -178,7 +200,7 @@ def cells(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], acros
 
 
 def positions(distances: np.ndarray) -> np.ndarray:
-    """[S, 2]: points whose distances come near `distances` (classical multidimensional scaling)."""
+    """Returns points [S, 2] whose distances come near `distances` [S, S], by classical multidimensional scaling."""
     squared = np.where(np.isfinite(distances), distances, 0.0) ** 2
     centre = np.eye(len(squared)) - 1 / len(squared)
     values, vectors = np.linalg.eigh(-0.5 * centre @ squared @ centre)
@@ -186,7 +208,8 @@ def positions(distances: np.ndarray) -> np.ndarray:
     return vectors[:, best] * np.sqrt(np.maximum(values[best], 0))
 
 
-def client_map(run: RunRecord, mixing: Mixing) -> Any:
+def client_map(run: RunRecord, mixing: Mixing) -> Figure:
+    """Draws the clients as points whose distances are like those of their adapters, in their tasks' colours."""
     figure, axes = new_axes(WIDTH * 0.8)
     assert mixing.distances is not None
     points = positions(mixing.distances)
@@ -203,8 +226,8 @@ def client_map(run: RunRecord, mixing: Mixing) -> Any:
     return figure
 
 
-def traffic(run: RunRecord) -> Any:
-    """Megabytes sent in the whole run, by subtree."""
+def traffic(run: RunRecord) -> Figure:
+    """Draws the megabytes sent up and down in the whole run, by subtree."""
     totals: dict[str, dict[str, int]] = {}
     for way in ("up", "down"):
         for phase in run.phases:
@@ -221,8 +244,8 @@ def traffic(run: RunRecord) -> Any:
     return figure
 
 
-def times(run: RunRecord) -> Any:
-    """Seconds of each phase."""
+def times(run: RunRecord) -> Figure:
+    """Draws the seconds of each phase: local updates, and image features."""
     figure, axes = new_axes(2.2)
     names = [_phase_name(p) for p in run.phases]
     bottom = np.zeros(len(names))

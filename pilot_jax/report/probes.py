@@ -1,4 +1,4 @@
-"""What a run's personalised models do: answers with their images, scores on everybody's tasks, whom the routers ask."""
+"""Shows what a run's personalised models do: answers, scores on every task's data, whom their routers consult."""
 
 from __future__ import annotations
 
@@ -10,64 +10,68 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from PIL import Image
 
 from pilot_jax.data.images import read_image
-from pilot_jax.evaluation.answers import answers, speaker
+from pilot_jax.data.llava.sample import Sample
+from pilot_jax.evaluation.answers import answers
 from pilot_jax.evaluation.personalised import evaluation_matrix, examinee, first_prompts
 from pilot_jax.federation.state import Federation, Population
 from pilot_jax.report.charts import MOST_NAMES
 from pilot_jax.runs.prepare import load_samples
-from pilot_jax.runs.restore import restore
-from pilot_jax.runs.simulate import Run
+from pilot_jax.runs.restore import Run, restore
 
-SIDE = 192  # pixels of a thumbnail
-ROUTED = 8  # images of a client that its router is asked about
+THUMBNAIL = 192  # pixels a side, at most
+ROUTER_IMAGES = 8  # of each client, whose router weights are averaged
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
+    """A test prompt and what the client's own model answers."""
+
     client: str
     question: str
     answer: str
     references: tuple[str, ...]
-    image: str  # a data URI; "" for text alone
+    image: str  # a data URI; "" without an image
 
 
 @dataclasses.dataclass(frozen=True)
 class Abilities:
-    """Scores [models + 1, columns], the untouched base last; columns are tasks, and the base's own captions."""
+    """Scores of models on every task's test data, and on the captions that the embedded base was taught."""
 
     models: tuple[str, ...]
     columns: tuple[str, ...]
-    scores: np.ndarray
-    count: int  # prompts of each client; the base has answered all
+    scores: np.ndarray  # float64 [models + 1, columns]; the last row is that of the untouched base
+    prompts: int  # of each client, that every model answers; the base has answered all
 
 
 @dataclasses.dataclass(frozen=True)
 class Inside:
+    """What a run's models do; everything is empty if no model was loaded."""
+
     examples: tuple[Example, ...] = ()
     abilities: Abilities | None = None
-    routing: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # client: weights [T]
+    routing: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # router weights [T] by client
 
 
-def look_inside(folder: str | Path, count: int, asked: int) -> Inside:
-    """Loads a run that has ended, and its data.
+def look_inside(folder: str | Path, examples: int, prompts: int) -> Inside:
+    """Loads a run that has ended, with its data, and returns what its models do.
 
     Args:
-        count: answers of each task that are shown.
-        asked: how many of each client's prompts every model answers, where there are few enough clients and all have
-            test data.
+        examples: how many answers of each task are shown.
+        prompts: how many of each client's prompts every model answers; that is left out if there are many clients, or
+            some have no test data.
     """
     run = restore(folder)
-    few = len(run.federation.examined) <= MOST_NAMES
-    whole = asked and few and all("test" in client.evaluation for client in run.federation.examined)
-    return Inside(tuple(_examples(run, count)), _abilities(run, asked) if whole else None,
+    clients = run.evaluation.clients
+    feasible = prompts and len(clients) <= MOST_NAMES and all("test" in client.evaluation for client in clients)
+    return Inside(tuple(_examples(run, examples)), _abilities(run, prompts) if feasible else None,
                   router_weights(run.federation, run.population))
 
 
-def _abilities(run: Run, count: int) -> Abilities:
-    fed = run.federation
-    found = evaluation_matrix(fed, run.tokenizer, run.population, "test", count)
+def _abilities(run: Run, prompts: int) -> Abilities:
+    found = evaluation_matrix(run.evaluation, run.population, "test", prompts)
     scores = [list(found["by_task"][name].values()) for name in found["clients"]]
     scores.append([run.summary["score_base_by_task"][task] for task in found["tasks"]])
     columns, captions = list(found["tasks"]), found["base_captions"]
@@ -75,17 +79,18 @@ def _abilities(run: Run, count: int) -> Abilities:
         columns.append("base's captions")
         for row, value in zip(scores, [*captions["clients"], captions["base"]], strict=True):
             row.append(value)
-    return Abilities(tuple(found["clients"]), tuple(columns), np.asarray(scores, np.float64), count)
+    return Abilities(tuple(found["clients"]), tuple(columns), np.asarray(scores, np.float64), prompts)
 
 
 def router_weights(fed: Federation, population: Population) -> dict[str, np.ndarray]:
-    """Mean over image tokens of P = softmax(H_v·W_φ), [T] for each client that has a router and test images."""
+    """Returns the mean over image tokens of P = softmax(H_v·W_φ), [T], of each client with a router and test images."""
     out = {}
     for client, state in zip(fed.clients, population, strict=True):
         if state.stage != "stage2" or "router" not in state.adapters or "test" not in client.evaluation:
             continue
-        features = np.asarray(first_prompts(client.evaluation["test"], ROUTED).features, np.float32)  # [n, N, D]
-        features = features[np.any(features != 0, axis=(1, 2))]  # of questions without an image they are zeros
+        prompts = first_prompts(client.evaluation["test"], ROUTER_IMAGES)
+        features = np.asarray(prompts.features, np.float32)  # [n, N, D]
+        features = features[np.any(features != 0, axis=(1, 2))]  # those of prompts without an image are zeros
         if len(features):
             logits = features @ np.asarray(state.adapters["router"]["kernel"], np.float32)
             out[client.name] = np.asarray(jax.nn.softmax(logits, axis=-1)).mean((0, 1))
@@ -93,32 +98,32 @@ def router_weights(fed: Federation, population: Population) -> dict[str, np.ndar
 
 
 def _examples(run: Run, count: int) -> list[Example]:
-    """What the first client of each task answers to its first `count` test prompts."""
-    fed, config = run.federation, run.config
-    first = {client.task: i for i, client in reversed(list(enumerate(fed.examined))) if "test" in client.evaluation}
+    """Returns what the model of each task's first client answers to that client's first `count` test prompts."""
+    fed, clients = run.federation, run.evaluation.clients
+    first = {client.task: i for i, client in reversed(list(enumerate(clients))) if "test" in client.evaluation}
     chosen = sorted(first.values())
-    asked = [examinee(fed, fed.model_of(i), run.population[fed.model_of(i)],
-                      first_prompts(fed.examined[i].evaluation["test"], count), fed.examined[i].task) for i in chosen]
-    rows = 1 if fed.mesh is None else fed.mesh.shape["clients"]
-    voice = speaker(run.tokenizer, config.data.template, config.eval, config.system.seed)
-    said = answers(fed.model, voice, asked, rows)
-    samples: dict[str, list] = {}
-    for sample in load_samples(config):
+    models = [run.evaluation.model_of_client[i] for i in chosen]
+    examinees = [examinee(fed, model, run.population[model], first_prompts(clients[i].evaluation["test"], count),
+                          clients[i].task) for i, model in zip(chosen, models, strict=True)]
+    width = 1 if fed.mesh is None else fed.mesh.shape["clients"]
+    samples: dict[str, list[Sample]] = {}
+    for sample in load_samples(run.config):
         if sample.split == "test":
             samples.setdefault(sample.client, []).append(sample)
     out = []
-    for i, texts in zip(chosen, said, strict=True):
-        name = fed.examined[i].name
+    for i, texts in zip(chosen, answers(fed.model, run.evaluation.decoder, examinees, width), strict=True):
+        name = clients[i].name
         for sample, text in zip(samples[name], texts, strict=False):
-            image = "" if sample.image is None else _thumbnail(read_image(sample, config.data.limits))
-            question = "\n".join(said for who, said in sample.turns[:-1] if who == "human").replace("<image>", "")
+            image = "" if sample.image is None else _thumbnail(read_image(sample, run.evaluation.data.limits))
+            question = "\n".join(value for who, value in sample.turns[:-1] if who == "human").replace("<image>", "")
             out.append(Example(name, question.strip(), text, sample.references, image))
     return out
 
 
-def _thumbnail(image) -> str:
+def _thumbnail(image: Image.Image) -> str:
+    """Returns the image, scaled down, as a data URI."""
     image = image.copy()
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
     image.save(file, format="PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""A run directory as the report reads it. No model is loaded, and an unfinished run has what it has."""
+"""Reads a run directory. No model is loaded, and an unfinished run is read as far as it has been written."""
 
 from __future__ import annotations
 
@@ -9,48 +9,61 @@ from typing import Any
 
 import numpy as np
 
-from pilot_jax.config import Config, load_config
+from pilot_jax.config import load_config
 from pilot_jax.errors import InputError
 from pilot_jax.storage import read_json
+
+Record = dict[str, Any]  # a JSON object
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-    """One phase's aggregation: row k of `weights` is what client k received."""
+    """One phase's aggregation among S clients: row k of `weights` says how much of each upload client k received."""
 
     name: str  # "round 1, stage1"
     clients: list[str]
-    weights: np.ndarray  # [S, S]
-    distances: np.ndarray | None  # [S, S]
+    weights: np.ndarray  # float64 [S, S]
+    distances: np.ndarray | None  # float64 [S, S]
     effective_neighbors: np.ndarray  # [S]
 
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
+    """What a run has written: its config, its summary if it has ended, and the lines of metrics.jsonl by kind."""
+
     name: str
     folder: Path
-    config: Config
-    summary: dict[str, Any]  # empty where the run has not ended
-    updates: list[dict[str, Any]]  # a client in a phase
-    phases: list[dict[str, Any]]
-    validation: list[dict[str, Any]]  # a client in a round
+    config: Record  # config.yaml, with every default filled in
+    config_text: str  # the same as YAML
+    summary: Record  # empty if the run has not ended
+    updates: list[Record]  # one for each client in each phase
+    phases: list[Record]  # one for each phase
+    validation: list[Record]  # one for each client in each round that is scored
     mixing: list[Mixing]
 
     @property
+    def strategy(self) -> str:
+        """The name of the strategy."""
+        return self.config["strategy"]["name"]
+
+    @property
     def tasks(self) -> list[str]:
+        """The tasks in the order of the run's task indices; of an unfinished run, those seen so far."""
         return self.summary.get("tasks") or sorted({u["task"] for u in self.updates})
 
     @property
     def task_of(self) -> dict[str, str]:
+        """Each client's task; of an unfinished run, of the clients seen so far."""
         return self.summary.get("task_by_client") or {u["client"]: u["task"] for u in self.updates}
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
+def _lines(file: Path) -> list[Record]:
+    """Returns the objects of metrics.jsonl, without a last line that a killed run has not finished."""
     out = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             value = json.loads(line)
-        except ValueError:  # the last one, of a run that was killed
+        except ValueError:
             continue
         if not isinstance(value, dict) or "round" not in value:
             raise InputError(f"{file}:{number}: not a line that `run` writes. Give what `run` wrote.")
@@ -71,17 +84,19 @@ def _mixing(file: Path) -> Mixing:
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """What a run has written so far.
+    """Returns what a run has written so far.
 
     Raises:
-        InputError: not a run directory, or a file of it is damaged.
+        InputError: the folder is not a run directory, or one of its files is damaged.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file() or not (folder / "metrics.jsonl").is_file():
         raise InputError(f"{folder}: not a run directory (no config.yaml or metrics.jsonl). Give what `run` wrote.")
-    lines = _lines(folder / "metrics.jsonl")
+    lines, config = _lines(folder / "metrics.jsonl"), load_config(folder / "config.yaml")
     summary = read_json(folder / "summary.json", "") if (folder / "summary.json").is_file() else {}
     return RunRecord(
-        folder.resolve().name, folder, load_config(folder / "config.yaml"), summary,
-        [x for x in lines if "client" in x and "phase" in x], [x for x in lines if "seconds" in x],
-        [x for x in lines if "score" in x], [_mixing(f) for f in sorted((folder / "mixing").glob("round_*.npz"))])
+        folder.resolve().name, folder, config.model_dump(mode="json"), config.to_yaml(), summary,
+        updates=[x for x in lines if "client" in x and "phase" in x],
+        phases=[x for x in lines if "seconds" in x],
+        validation=[x for x in lines if "score" in x],
+        mixing=[_mixing(f) for f in sorted((folder / "mixing").glob("round_*.npz"))])

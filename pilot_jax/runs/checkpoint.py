@@ -19,6 +19,7 @@ from pilot_jax.errors import InputError
 from pilot_jax.federation.roles import Roles
 from pilot_jax.federation.state import AnyState, ClientState, Population
 from pilot_jax.federation.uploads import misfit, not_finite
+from pilot_jax.storage import atomic_write
 
 
 def over_processes(tree: Any) -> bool:
@@ -108,7 +109,7 @@ def save_population(folder: Path, names: Iterable[str], population: Iterable[Any
         rest = roles.select(client.adapters, "local") | roles.select(client.adapters, "received")
         write_arrays(folder / "clients" / file_name(name), rest)
     index = {name: {"stage": c.stage, "rounds": c.rounds} for name, c in zip(names, population, strict=True)}
-    (folder / "population.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    atomic_write(folder / "population.json", json.dumps(index, indent=1))
 
 
 def load_population(folder: Path, names: Iterable[str], initial: dict[str, Any]) -> Population:

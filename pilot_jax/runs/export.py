@@ -13,22 +13,21 @@ from pilot_jax.runs.restore import Run
 
 
 def _model_card(run: Run, client: str, base: str, stage: str) -> str:
-    config, summary = run.config, run.summary
-    index = run.client(client)
-    own, state = run.federation.examined[index], run.state(client)
+    setup, summary = run.setup, run.summary
+    own, state, lora = run.evaluation.clients[run.client(client)], run.state(client), setup.model.lora
     rows = [
-        ("base model", base), ("method", summary.get("strategy", config.strategy.name)), ("client", client),
+        ("base model", base), ("method", summary.get("strategy", run.federation.strategy.name)), ("client", client),
         ("task", own.task), ("training samples", own.size), ("rounds taken part in", state.rounds),
-        ("rounds of the run", config.federation.rounds), ("stage of the connector", stage),
-        ("LoRA rank, alpha", f"{config.model.lora.rank}, {config.model.lora.alpha:g}"),
-        ("conversation template", config.data.template), ("seed", config.system.seed),
+        ("rounds of the run", run.federation.settings.rounds), ("stage of the connector", stage),
+        ("LoRA rank, alpha", f"{lora.rank}, {lora.alpha:g}"),
+        ("conversation template", run.evaluation.data.template), ("seed", setup.system.seed),
         ("adapters_sha256 of the run", summary.get("adapters_sha256", "unknown: the run was not finished")),
         ("written by", f"pilot_jax {__version__}")]
     for label, key in (("score on the client's test data", "score_by_client"),
                        ("score of the base model there", "score_base_by_client")):
         score = summary.get(key, {}).get(client)
         rows.append((label, "not evaluated" if score is None else f"{score:.3f} "
-                     f"({config.eval.metrics.get(own.task, 'exact')})"))
+                     f"({run.evaluation.metrics.get(own.task, 'exact')})"))
     table = "\n".join(f"| {name} | {str(value).replace('|', ' ')} |" for name, value in rows)
     front = f"---\nlibrary_name: peft\nbase_model: {json.dumps(base)}\ntags: [lora, llava, federated]\n---\n"
     return (f"{front}\n# {client}\n\nThe personalised adapters of one client of a federated run.\n\n| | |\n|---|---|\n"
@@ -43,15 +42,12 @@ def export_client(run: Run, client: str, out: Path) -> None:
     Raises:
         InputError: no such client, one that never took part, or a folder that exists.
     """
-    index = run.client(client)
-    state, config = run.state(client), run.config
+    index, state, fed, model = run.client(client), run.state(client), run.federation, run.setup.model
     if out.exists():
         raise InputError(f"--out: {out} exists already. Choose a new folder; nothing was written.")
     if state.stage == "none":
         raise InputError(f"--client: {client} took part in no round, so it has no adapters of its own.")
-    parts = config.model.parts
-    kind, base = ("llava", config.model.path) if parts is None else ("language_model", parts.language)
-    save_adapters(out, used_adapters(run.federation, state), stage=state.stage, tasks=run.federation.tasks,
-                  task_index=run.federation.task_index(run.federation.model_of(index)), rank=config.model.lora.rank,
-                  alpha=config.model.lora.alpha, kind=kind, base=base,
-                  card=_model_card(run, client, base, state.stage))
+    kind, base = ("llava", model.path) if model.parts is None else ("language_model", model.parts.language)
+    save_adapters(out, used_adapters(fed, state), stage=state.stage, tasks=fed.tasks,
+                  task_index=fed.task_index(run.evaluation.model_of_client[index]), rank=model.lora.rank,
+                  alpha=model.lora.alpha, kind=kind, base=base, card=_model_card(run, client, base, state.stage))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import filelock
-import numpy as np
 
 from pilot_jax.config import Config, differences, load_config
 from pilot_jax.errors import InputError
+from pilot_jax.storage import atomic_write
 
 LOCK = ".lock"
 # What a run may be given otherwise when it goes on: where and how it is computed, not what.
@@ -82,21 +81,12 @@ class RunFolder:
                 raise InputError(f"--out: {self.path} cannot be made ({error.strerror}). Choose another "
                                  "folder.") from None
             self._acquire()
-        self._put("config.yaml", self._config.to_yaml())
+        atomic_write(self.path / "config.yaml", self._config.to_yaml())
         (self.path / "mixing").mkdir(exist_ok=True)
-
-    def _put(self, name: str, text: str) -> None:
-        partial = self.path / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, self.path / name)
-
-    def save_mixing(self, round_: int, label: str, arrays: dict[str, Any]) -> None:
-        if self._writes:
-            np.savez(self.path / "mixing" / f"round_{round_:04d}_{label}.npz", **arrays)
 
     def end(self, summary: dict[str, Any]) -> None:
         if self._writes:
-            self._put("summary.json", json.dumps(summary, indent=1))
+            atomic_write(self.path / "summary.json", json.dumps(summary, indent=1))
 
     def close(self) -> None:
         self._lock.release()

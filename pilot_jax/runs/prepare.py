@@ -1,122 +1,290 @@
-"""From a config to what a run starts with: data, model, and every client's first state."""
+"""From a config to what a run starts with: data, model, and every client's first state.
+
+The only file that reads a whole config: everything else gets the sections, or the values, that it needs.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from pilot_jax.config import Config
+from pilot_jax.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    FederationConfig,
+    ModelConfig,
+    SystemConfig,
+    TrainConfig,
+    apply_overrides,
+)
 from pilot_jax.data.arrays import pooled
 from pilot_jax.data.build import build_clients, partition
 from pilot_jax.data.conversations import stop_tokens
-from pilot_jax.data.features import bring
+from pilot_jax.data.features import compute_features
 from pilot_jax.data.llava.reading import read_samples
 from pilot_jax.data.llava.sample import Sample
+from pilot_jax.embedded.scenarios import SCENARIOS, scenario_clients, scene_samples
 from pilot_jax.errors import InputError
+from pilot_jax.evaluation.answers import make_decoder
 from pilot_jax.evaluation.metrics import check_metrics
-from pilot_jax.federation.cohort import cohort, most_uploads
-from pilot_jax.federation.state import ClientState, Federation, State
-from pilot_jax.federation.strategies import make_strategy
-from pilot_jax.federation.strategies.base import Strategy
+from pilot_jax.evaluation.personalised import Evaluation
+from pilot_jax.federation.cohort import participants
+from pilot_jax.federation.executor import Executor, chunk_width
+from pilot_jax.federation.roles import Tree
+from pilot_jax.federation.state import ClientState, Federation, State, most_uploads
+from pilot_jax.federation.strategies import Strategy, make_strategy, use
 from pilot_jax.kernels.attention import check_cudnn
-from pilot_jax.models.pretrained import load, load_from_parts, read_shapes
-from pilot_jax.parallel.mesh import base_placement, on_training_devices
+from pilot_jax.models.pretrained import PretrainedModel, load, load_from_parts, read_shapes
+from pilot_jax.models.spec import VlmSpec
+from pilot_jax.parallel.devices import ask_for_determinism, split_cpu, use_compilation_cache
+from pilot_jax.parallel.mesh import AXES, base_placement, mesh_of, on_training_devices
 from pilot_jax.parallel.processes import to_host
+from pilot_jax.runs.tensorboard import check_installed
 from pilot_jax.storage import Store
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run starts with."""
+
+    config: Config  # passed on, and read here alone
+    federation: Federation
+    evaluation: Evaluation
+    executor: Executor
+    model: ModelConfig
+    eval: EvalConfig
+    system: SystemConfig
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.evaluation.decoder.tokenizer
+
+
+def with_own_strategy(config: Config, strategy: Strategy) -> tuple[Config, Strategy]:
+    """The config that names a strategy object, as `config.yaml` will, and the object on the config's schedule."""
+    use(strategy)
+    strategy = dataclasses.replace(strategy, schedule=config.federation.schedule)
+    return config.model_copy(update={"strategy": strategy.params}), strategy
+
+
+def strategy_name(config: Config) -> str:
+    """The name of the strategy that a config chooses."""
+    return config.strategy.name
+
+
+def configure(config: Config) -> None:
+    """What a run asks of JAX, before JAX has started; refuses what is not installed.
+
+    Raises:
+        InputError: see `parallel.devices.ask_for_determinism` and `runs.tensorboard.check_installed`.
+    """
+    use_compilation_cache(config.system.compilation_cache)
+    ask_for_determinism(config.system)
+    if config.system.tensorboard:
+        check_installed()
+
+
+def split_cpu_for(config: Config, processes: int = 1) -> None:
+    """Has JAX see the CPU as the devices that a config asks for, before JAX has started."""
+    split_cpu(config.system, processes)
+
+
+def prepare_restored(config: Config) -> Setup:
+    """`prepare` of a run that is to answer: without what only training needs, and on one device where its mesh is not
+    there."""
+    overrides = ["system.attention=own"]
+    if config.system.mesh.devices > jax.device_count():
+        overrides += [f"system.mesh.{axis}=1" for axis in AXES]
+    return prepare(apply_overrides(config, overrides))
 
 
 def load_samples(config: Config) -> list[Sample]:
     """The samples of `data.path`, each with its client."""
-    if config.data.path == "digits":
-        from pilot_jax.embedded.scenarios import scenario_clients, scene_samples
-
-        d = config.data.digits
+    data = config.data
+    if data.path == "digits":
+        d = data.digits
         samples = list(scene_samples(scenario_clients(d.scenario, d.train, d.validation, d.test, d.heterogeneity,
                                                       d.clients_per_task), d.seed))
     else:
-        samples = read_samples(config.data.path, config.data.image_root, config.data.file_names,
-                               config.data.limits)
-    return partition(samples, config.data.partition, config.federation.clients, config.data.dirichlet_alpha,
-                     config.system.seed)
+        samples = read_samples(data.path, data.image_root, data.file_names, data.limits)
+    return partition(samples, data.partition, config.federation.clients, data.dirichlet_alpha, config.system.seed)
 
 
 def _check_names(config: Config, names: list[str], tasks: list[str]) -> None:
-    wanted = config.federation.clients
+    """Refuses, before anything is trained, what does not fit the data's clients and tasks."""
+    wanted, metrics = config.federation.clients, config.eval.metrics
     if config.data.partition == "given" and wanted is not None and wanted != len(names):
         raise InputError(f"federation.clients: {wanted}, but data.path {config.data.path} has {len(names)} clients. "
                          "Drop the key or set data.partition.")
-    check_metrics([config.eval.metrics.get(task, "exact") for task in tasks])
-    unknown = sorted(set(config.eval.metrics) - set(tasks) - {"grounding"})
+    check_metrics([metrics.get(task, "exact") for task in tasks])
+    unknown = sorted(set(metrics) - set(tasks) - {"grounding"})
     if unknown:
         raise InputError(f"eval.metrics: unknown task {unknown[0]!r}. The data have {', '.join(tasks)}.")
     for round_ in range(1, config.federation.rounds + 1):
-        cohort(config, tuple(names), round_)  # refuses unknown names before anything is trained
+        participants(config.federation, names, round_, config.system.seed)
 
 
-def prepare(config: Config, strategy: Strategy | None = None) -> tuple[Federation, Any]:
-    """Load model and data, check them against the config. Nothing is written."""
+def load_model(config: Config) -> PretrainedModel:
+    """The base on the devices that train."""
+    system, lora = config.system, config.model.lora
+    if system.attention == "cudnn":  # before gigabytes are loaded
+        text = read_shapes(config.model)[0].text
+        check_cudnn(text.head_dim, text.layers_see_alike, config.model.dtype)
+    options: dict[str, Any] = {
+        "dtype": None if config.model.dtype == "auto" else config.model.dtype, "lora_scale": lora.alpha / lora.rank,
+        "remat": config.model.remat, "unroll": system.unroll, "place": base_placement(system.mesh)}
+    parts = config.model.parts
+    model = load(config.model.path, **options) if parts is None else load_from_parts(**parts.model_dump(), **options)
+    return dataclasses.replace(model, module=model.module.clone(kernel=system.attention),
+                               base=on_training_devices(model.base, system))
+
+
+def prepare(config: Config, strategy: Strategy | None = None) -> Setup:
+    """Loads model and data, and checks them against the config. Nothing is written.
+
+    Args:
+        strategy: an object instead of the one that the config names.
+
+    Raises:
+        InputError: bad config, data or checkpoint.
+    """
+    if strategy is None:
+        strategy = make_strategy(config.strategy, schedule=config.federation.schedule)
+    else:
+        config, strategy = with_own_strategy(config, strategy)
     samples = load_samples(config)
     names, tasks = sorted({s.client for s in samples}), sorted({s.task for s in samples})
     _check_names(config, names, tasks)
-    if config.system.attention == "cudnn":  # before gigabytes are loaded
-        check_cudnn(read_shapes(config.model)[0].text, config.model.dtype)
-    lora = config.model.lora
-    options: dict[str, Any] = {"dtype": None if config.model.dtype == "auto" else config.model.dtype,
-               "lora_scale": lora.alpha / lora.rank, "remat": config.model.remat, "unroll": config.system.unroll,
-               "place": base_placement(config.system.mesh)}
-    if config.model.parts is None:
-        model = load(config.model.path, **options)
-    else:
-        model = load_from_parts(**config.model.parts.model_dump(), **options)
+    model, system = load_model(config), config.system
     tokenizer = model.tokenizer()
     stop_tokens(tokenizer, config.data.template)  # refuses a template the tokenizer cannot end
-    model = dataclasses.replace(model, module=model.module.clone(kernel=config.system.attention),
-                                base=on_training_devices(model.base, config.system))
-    store = None if config.system.store is None else Store(config.system.store)
-    clients = build_clients(model, tokenizer, samples, config.data, config.system.length_spread,
-                            None if store is None else store.folder)
-    strategy = strategy or make_strategy(config.strategy, config.federation.schedule)
-    fed = Federation(config, strategy, model, tuple(clients), tuple(tasks), store=store)
-    return with_strategy(fed, strategy), tokenizer
+    store = None if system.store is None else Store(system.store)
+    clients = tuple(build_clients(model, tokenizer, samples, config.data, system.length_spread,
+                                  None if store is None else store.folder))
+    fed = Federation(strategy, model, clients, tuple(tasks), config.federation, config.train, system.seed,
+                     config.model.lora.rank, store, spread_uploads=system.mesh.devices > 1)
+    evaluation = Evaluation(
+        fed, clients, tuple(range(len(clients))),
+        make_decoder(tokenizer, config.data.template, config.eval, system.seed), config.eval.metrics,
+        chunk_width(system.client_chunk, len(clients), mesh_of(model.base)), config.data,
+        config.model.path == "embedded" and config.model.parts is None)
+    executor = Executor(system.client_chunk, system.steps_at_once)
+    return with_strategy(Setup(config, fed, evaluation, executor, config.model, config.eval, system), strategy)
 
 
-def see_everything(fed: Federation) -> None:
-    """Every image through the tower, so that one that cannot be read stops nothing that has begun. Of populations on
-    disk, and with several processes, they are seen when a client is drawn, and where it is trained."""
-    if fed.store is None and jax.process_count() == 1:
-        bring([f for c in fed.examined for f in (*(p.features for p in c.evaluation.values()), c.features)], 1)
-
-
-def with_strategy(fed: Federation, strategy: Strategy, config: Config | None = None) -> Federation:
+def with_strategy(setup: Setup, strategy: Strategy, config: Config | None = None) -> Setup:
     """The same data and model under another strategy (and, if given, a config that differs in `strategy`, `train`,
     `federation` or `eval` alone)."""
-    clients = fed.examined
-    pool = (pooled(list(clients)),) if strategy.pools_data else ()
-    fed = dataclasses.replace(fed, strategy=strategy, config=config or fed.config, clients=pool or clients,
-                              pool_of=clients if pool else ())
-    if fed.config.federation.privacy.clip is None:
-        return fed
-    fed = dataclasses.replace(fed, most_uploads=most_uploads(fed))
-    _ = fed.noise_multiplier  # refuses, before anything is trained, where the accountant is not installed
-    return fed
+    config = config or setup.config
+    clients, settings = setup.evaluation.clients, config.federation
+    models = tuple(range(len(clients)))
+    if strategy.pools_data:
+        settings, models = _pooled_settings(settings, len(clients)), (0,) * len(clients)
+    fed = dataclasses.replace(
+        setup.federation, strategy=strategy, settings=settings, train=config.train, seed=config.system.seed,
+        clients=(pooled(list(clients)),) if strategy.pools_data else clients)
+    if settings.privacy.clip is not None:
+        fed = dataclasses.replace(fed, most_uploads=most_uploads(fed))
+        _ = fed.noise_multiplier  # refuses, before anything is trained, where the accountant is not installed
+    decoder = make_decoder(setup.tokenizer, config.data.template, config.eval, config.system.seed)
+    evaluation = dataclasses.replace(setup.evaluation, fed=fed, model_of_client=models, decoder=decoder,
+                                     metrics=config.eval.metrics)
+    return dataclasses.replace(setup, config=config, federation=fed, evaluation=evaluation, eval=config.eval)
 
 
-def initial_adapters(fed: Federation) -> dict[str, Any]:
+def _pooled_settings(settings: FederationConfig, clients: int) -> FederationConfig:
+    """Settings of the one client that has the data of `clients`: it is always there, and takes all their steps."""
+    steps = None if settings.local_steps is None else settings.local_steps * clients
+    return settings.model_copy(update={"participation": "uniform", "clients_per_round": None, "joins": {},
+                                       "dropout": 0.0, "local_steps": steps})
+
+
+def compute_all_features(setup: Setup) -> None:
+    """Every image through the tower, so that one that cannot be read stops nothing that has begun. Of populations on
+    disk, and with several processes, they are seen when a client is drawn, and where it is trained."""
+    if setup.federation.store is None and jax.process_count() == 1:
+        compute_features([f for c in setup.evaluation.clients
+                          for f in (*(p.features for p in c.evaluation.values()), c.features)], 1)
+
+
+def initial_adapters(fed: Federation) -> dict[str, Tree]:
     """What every client starts from; LoRA's A from fold_in(root, "init"), one for all."""
-    key = jax.random.fold_in(jax.random.key(fed.config.system.seed), 0x696E6974)  # "init"
-    adapters = fed.strategy.initial_adapters(key, to_host(fed.model.base["projector"]), fed.model.config,
-                                             fed.config.model.lora.rank, len(fed.tasks))
+    key = jax.random.fold_in(jax.random.key(fed.seed), 0x696E6974)  # "init"
+    adapters = fed.strategy.initial_adapters(key, to_host(fed.model.base["projector"]), fed.model.config, fed.rank,
+                                             len(fed.tasks))
     fed.strategy.roles().check(adapters)
     return to_host(adapters)
 
 
 def initial_state(fed: Federation) -> State:
+    """The state before the first round."""
     adapters = initial_adapters(fed)
     roles = fed.strategy.roles()
     server = to_host(fed.strategy.initial_server_state(
         roles.select(adapters, "shared") | roles.select(adapters, "received"),
         np.asarray([c.size for c in fed.clients]), np.asarray([fed.task_index(i) for i in range(len(fed.clients))])))
     return State(tuple(ClientState(adapters) for _ in fed.clients), server)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """What planning needs of a config: the model's shapes, the strategy, and the sections."""
+
+    spec: VlmSpec  # of the base
+    text_directory: Path  # of the tokenizer
+    strategy: Strategy
+    model: ModelConfig
+    data: DataConfig
+    settings: FederationConfig
+    train: TrainConfig
+    eval: EvalConfig
+    system: SystemConfig
+
+
+def outline(config: Config) -> Outline:
+    """The outline of a run; nothing is allocated and no weights are read.
+
+    Raises:
+        InputError: no config.json at model.path.
+    """
+    spec, text_directory = read_shapes(config.model)
+    strategy = make_strategy(config.strategy, schedule=config.federation.schedule)
+    return Outline(spec, text_directory, strategy, config.model, config.data, config.federation, config.train,
+                   config.eval, config.system)
+
+
+def count_tasks(config: Config) -> int:
+    """How many tasks the data have; images are not read."""
+    data = config.data
+    if data.path == "digits":
+        return len(SCENARIOS[data.digits.scenario][0])
+    return len({s.task for s in read_samples(data.path, data.image_root, data.file_names, data.limits)})
+
+
+def strategy_name(config: Config) -> str:
+    """The name of the strategy that a config chooses."""
+    return config.strategy.name
+
+
+def seeded(config: Config, seed: int) -> Config:
+    """The config with `seed` added to its seeds: initialisation, sampling, batches, and the digit scenes."""
+    return apply_overrides(config, [f"system.seed={config.system.seed + seed}",
+                                    f"data.digits.seed={config.data.digits.seed + seed}"])
+
+
+def rate_changes(config: Config, factor: float) -> list[str]:
+    """Overrides that multiply the config's learning rates by `factor`."""
+    return [f"train.{name}={getattr(config.train, name) * factor!r}"
+            for name in ("lr_connector", "lr_lora_stage1", "lr_lora_stage2")]
+
+
+def with_overrides(setup: Setup, overrides: Sequence[str]) -> Setup:
+    """The same data and model with other values of keys of `strategy`, `train`, `federation` and `eval`."""
+    config = apply_overrides(setup.config, list(overrides))
+    return with_strategy(setup, make_strategy(config.strategy, schedule=config.federation.schedule), config)

@@ -19,59 +19,27 @@ from typing import Any
 import jax
 import numpy as np
 
+from pilot_jax import __version__
 from pilot_jax.errors import InputError
-from pilot_jax.federation.executor import Trained
 from pilot_jax.federation.roles import Roles
-from pilot_jax.federation.state import ClientState, State, row, stack, stored
+from pilot_jax.federation.state import ClientState, Population, State, Timings, Trained, row, stack, stored
 from pilot_jax.federation.uploads import misfit
 from pilot_jax.parallel.processes import is_writer, over_clients, wait
 from pilot_jax.runs.checkpoint import over_processes, read_arrays, write_arrays
+from pilot_jax.runs.packing import packed, unpacked
 from pilot_jax.storage import Store
 
-COUNTERS = ("round", "phase", "client_steps", "bytes_up", "bytes_down", "train_seconds", "uploads", "norms", "benched",
-            "quarantined")
+FORMAT = 2  # of a snapshot; what others wrote is refused by name
+COUNTERS = ("round", "phase", "version", "fetched", "client_steps", "bytes_up", "bytes_down", "train_seconds",
+            "uploads", "norms", "benched", "quarantined")
 
 
 class Damaged(Exception):
-    """A snapshot that cannot be used, and why."""
+    """A snapshot that is not as it was written: its number, and what is wrong."""
 
-
-def packed(tree: Any, arrays: dict[str, list[np.ndarray]]) -> Any:
-    """What JSON can hold of a tree of dicts, tuples, lists, numbers, strings and arrays; the arrays' entries go to
-    `arrays`, by dtype. See `unpacked`."""
-    if tree is None or isinstance(tree, bool | int | float | str):
-        return tree
-    if isinstance(tree, Mapping):
-        return {"dict": [[key, packed(value, arrays)] for key, value in tree.items()]}
-    if hasattr(tree, "_fields"):
-        return {"named": {field: packed(getattr(tree, field), arrays) for field in tree._fields}}
-    if isinstance(tree, tuple | list):
-        return {type(tree).__name__: [packed(value, arrays) for value in tree]}
-    array = np.asarray(tree)
-    before = arrays.setdefault(array.dtype.name, [])
-    place = {"array": array.dtype.name, "shape": list(array.shape), "at": sum(a.size for a in before)}
-    before.append(array.ravel())
-    return place
-
-
-def unpacked(node: Any, arrays: Mapping[str, np.ndarray], like: Any = None) -> Any:
-    """The inverse of `packed`. `like`: a tree that has the named tuples (optax states) at the same places."""
-    if not isinstance(node, dict):
-        return node
-    if "dict" in node:
-        known = like if isinstance(like, Mapping) else {}
-        return {key: unpacked(value, arrays, known.get(key)) for key, value in node["dict"]}
-    if "named" in node:
-        if tuple(node["named"]) != getattr(like, "_fields", None):
-            raise Damaged(f"the server's state has {list(node['named'])} where {type(like).__name__} was expected")
-        return type(like)(**{f: unpacked(value, arrays, getattr(like, f)) for f, value in node["named"].items()})
-    if "array" in node:
-        start, shape = node["at"], tuple(node["shape"])
-        return arrays[node["array"]][start:start + int(np.prod(shape, dtype=np.int64))].reshape(shape)
-    (kind, values), = node.items()
-    own = like if isinstance(like, tuple | list) else ()
-    return (tuple if kind == "tuple" else list)(
-        unpacked(value, arrays, own[i] if i < len(own) else None) for i, value in enumerate(values))
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(text)
+        self.number = number
 
 
 def _sha256(path: Path) -> str:
@@ -124,25 +92,8 @@ class Snapshots:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         wait("snapshot begun")
-        values: dict[str, list[np.ndarray]] = {}
-        manifest = {name: getattr(state, name) for name in COUNTERS} | {
-            "server": packed(state.server, values),
-            "clients": {name: {"stage": c.stage, "rounds": c.rounds, "at": where.get(i)}
-                        for i, (name, c) in enumerate(zip(self._names, state.population, strict=True))},
-            "partial": None if state.partial is None else {
-                "clients": sorted(state.partial.adapters), "records": state.partial.records,
-                "seconds": state.partial.seconds},
-            "extra": dict(extra)}
-        server: dict[str, Any] = {"state": {kind: np.concatenate(parts) for kind, parts in values.items()}}
-        clients: dict[str, Any] = {}
-        for name, members in (("changed", [state.population[c].adapters for c in changed]),
-                              ("partial", [] if state.partial is None else
-                               [state.partial.adapters[c] for c in manifest["partial"]["clients"]])):
-            if members:
-                server[name] = self._shared_out([self._roles.select(m, "shared") for m in members])
-                # All clients of a phase have the same received subtrees.
-                clients[name] = {"local": self._shared_out([self._roles.select(m, "local") for m in members]),
-                                 "received": self._roles.select(members[0], "received")}
+        manifest, server, clients = self._contents(state, changed, where)
+        manifest["extra"] = dict(extra)
         for part, arrays in (("server", server), ("clients", clients)):
             if is_writer() or over_processes(arrays):
                 write_arrays(aside / part, arrays)
@@ -151,6 +102,30 @@ class Snapshots:
             self._finish(aside, path, manifest)
         wait("snapshot done")
         self._where, self._last, self._changed = where, number, set()
+
+    def _contents(self, state: State, changed: list[int],
+                  where: Mapping[int, tuple[int, int]]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """(manifest, arrays of the shared scope, arrays of the others) of a state."""
+        values: dict[str, list[np.ndarray]] = {}
+        partial = state.partial
+        unfinished = [] if partial is None else sorted(partial.adapters)
+        manifest = {"format": FORMAT, "pilot_jax": __version__} | {name: getattr(state, name) for name in COUNTERS} | {
+            "server": packed(state.server, values),
+            "clients": {name: {"stage": c.stage, "rounds": c.rounds, "at": where.get(i)}
+                        for i, (name, c) in enumerate(zip(self._names, state.population, strict=True))},
+            "partial": None if partial is None else {
+                "clients": unfinished, "records": [partial.records[c] for c in unfinished],
+                "seconds": partial.timings.seconds}}
+        server: dict[str, Any] = {"state": {kind: np.concatenate(parts) for kind, parts in values.items()}}
+        clients: dict[str, Any] = {}
+        for name, members in (("changed", [state.population[c].adapters for c in changed]),
+                              ("partial", [partial.adapters[c] for c in unfinished] if partial is not None else [])):
+            if members:
+                server[name] = self._shared_out([self._roles.select(m, "shared") for m in members])
+                # All clients of a phase have the same received subtrees.
+                clients[name] = {"local": self._shared_out([self._roles.select(m, "local") for m in members]),
+                                 "received": self._roles.select(members[0], "received")}
+        return manifest, server, clients
 
     def _shared_out(self, members: list[dict[str, Any]]) -> dict[str, Any]:
         """[n, …], on the devices of all processes if there are several, so that each writes its own rows; n is then
@@ -177,9 +152,9 @@ class Snapshots:
         try:
             manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise Damaged(f"{path}: no readable manifest ({error})") from None
+            raise Damaged(number, f"{path}: no readable manifest ({error})") from None
         if not isinstance(manifest, dict) or manifest.get("sha256") != _own_sha256(manifest):
-            raise Damaged(f"{path}: the manifest is not what was written")
+            raise Damaged(number, f"{path}: the manifest is not what was written")
         return manifest
 
     def _needs(self, manifest: dict, number: int) -> set[int]:
@@ -191,81 +166,112 @@ class Snapshots:
         for number in self._numbers()[-self._keep:]:
             try:
                 wanted |= self._needs(self._manifest(number), number)
-            except Damaged:  # `load` has said so, or will
-                continue
+            except Damaged:  # it may be readable the next time: nothing is removed that it may need
+                return
         for path in self.folder.iterdir():
-            if not path.name.isdigit() or int(path.name) not in wanted:
+            if path.name.endswith(".partial") or (path.name.isdigit() and int(path.name) not in wanted):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _checked(self, number: int) -> dict:
-        """The manifest of a snapshot of which every byte is as it was written."""
+        """The manifest of a snapshot of which every byte is as it was written.
+
+        Raises:
+            InputError: it was written by another version.
+        """
         manifest = self._manifest(number)
+        if manifest.get("format") != FORMAT:
+            raise InputError(f"{self.folder / f'{number:06d}'}: was written by another version of pilot_jax ("
+                             f"{manifest.get('pilot_jax', 'before snapshots named it')}; this is {__version__}). Go on "
+                             "with that version, or start anew with another --out.")
         for needed in sorted(self._needs(manifest, number)):
             folder = self.folder / f"{needed:06d}"
             for name, digest in self._manifest(needed)["files"].items():
                 if not (folder / name).is_file() or _sha256(folder / name) != digest:
-                    raise Damaged(f"{folder / name} is not what was written")
+                    raise Damaged(needed, f"{folder / name} is not what was written")
         return manifest
 
     def load(self, initial: State, store: Store | None, warn: Callable[[str], None],
              writing: bool = True) -> tuple[State, dict[str, Any]] | None:
-        """(state, extra) of the newest snapshot that is whole, or None if there is none.
+        """(state, extra) of the newest snapshot of which every byte is as it was written, or None if there is none.
+
+        No snapshot is deleted. One with a byte that is not as it was written is set aside, as `<number>.damaged`.
 
         Args:
             initial: the state at the start, for clients that have not trained.
             warn: is told of snapshots that are damaged.
-            writing: whether this process saves from here on; the damaged ones are then removed.
+            writing: whether this process saves from here on; the damaged ones are then set aside.
 
         Raises:
-            InputError: there are snapshots, but none is whole.
+            InputError: there are snapshots, but none is whole; or they are of another version or another strategy.
         """
         numbers = self._numbers()
         for number in reversed(numbers):
             try:
-                try:
-                    found = self._loaded(number, initial, store)
-                except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-                    raise Damaged(f"{self.folder / f'{number:06d}'}: {type(error).__name__} {error}") from None
+                found = self._loaded(number, self._checked(number), initial, store)
             except Damaged as error:
                 warn(f"warning: {error}. Going back to the snapshot before it.")
-                if writing:
-                    shutil.rmtree(self.folder / f"{number:06d}", ignore_errors=True)
+                if writing and is_writer():
+                    self._set_aside(error.number)
                 continue
-            self._last = number
+            except InputError:
+                raise
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+                raise InputError(f"{self.folder / f'{number:06d}'}: its checksums fit, but this version cannot read it "
+                                 f"({type(error).__name__} {error}). Start the run anew, with another --out.") from None
+            self._last = max(numbers)
             return found
-        if numbers:
-            raise InputError(f"{self.folder}: none of the {len(numbers)} snapshots is whole. Start the run anew, with "
-                             "another --out.")
+        if numbers or any(self.folder.glob("*.damaged")):  # also when the last attempt has set them all aside
+            raise InputError(f"{self.folder}: none of the snapshots is whole. Start the run anew, with another --out.")
         return None
 
-    def _loaded(self, number: int, initial: State, store: Store | None) -> tuple[State, dict[str, Any]]:
-        manifest = self._checked(number)
-        if set(manifest["clients"]) != set(self._names):
-            raise Damaged(f"{self.folder}: a snapshot of other clients: {', '.join(manifest['clients'])}")
+    def _set_aside(self, number: int) -> None:
+        path = self.folder / f"{number:06d}"
+        if path.exists():  # an earlier one may be needed by several
+            aside = path.with_name(path.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+    def _loaded(self, number: int, manifest: dict, initial: State,
+                store: Store | None) -> tuple[State, dict[str, Any]]:
+        """What a whole snapshot holds.
+
+        Raises:
+            InputError: it is of other clients or another strategy.
+        """
         own = self.folder / f"{number:06d}"
-        population, entries = list(initial.population), [manifest["clients"][name] for name in self._names]
+        if set(manifest["clients"]) != set(self._names):
+            raise InputError(f"{own}: a snapshot of other clients: {', '.join(manifest['clients'])}. Give the data "
+                             "that the run began with.")
         server, clients = read_arrays(own / "server"), read_arrays(own / "clients")
+        population = self._population(number, manifest, (server, clients), initial, store)
+        partial = manifest["partial"]
+        if partial is not None:
+            members = {c: _row((server, clients), "partial", k) for k, c in enumerate(partial["clients"])}
+            records = dict(zip(partial["clients"], partial["records"], strict=True))
+            partial = Trained(members, records, Timings(partial["seconds"]))
+        counters: dict[str, Any] = {n: tuple(v) if isinstance(v := manifest[n], list) else v for n in COUNTERS}
+        state = dataclasses.replace(
+            initial, population=population, partial=partial, **counters,
+            server=unpacked(manifest["server"], server.get("state", {}), initial.server))
+        return state, manifest["extra"]
+
+    def _population(self, number: int, manifest: dict, arrays: tuple[dict, dict], initial: State,
+                    store: Store | None) -> Population:
+        """Every client's state: from this snapshot, from the earlier one that has it, or the initial one."""
+        population, entries = list(initial.population), [manifest["clients"][name] for name in self._names]
         self._where = {i: tuple(e["at"]) for i, e in enumerate(entries) if e["at"]}
         for needed in sorted({at for at, _ in self._where.values()}):
             folder = self.folder / f"{needed:06d}"
-            its = (server, clients) if needed == number else (
-                read_arrays(folder / "server"), read_arrays(folder / "clients"))
+            its = arrays if needed == number else (read_arrays(folder / "server"), read_arrays(folder / "clients"))
             for client, (at, place) in self._where.items():
                 if at == needed:
                     adapters = _row(its, "changed", place)
                     if fault := misfit(adapters, initial.population[client].adapters):
-                        raise Damaged(f"{folder}: what is there of {self._names[client]} {fault}")
+                        raise InputError(f"{folder}: what is there of {self._names[client]} {fault}. Was the run of "
+                                         "another strategy, or has its class changed? Nothing was removed.")
                     population[client] = stored(store, client, ClientState(
                         adapters, entries[client]["stage"], entries[client]["rounds"]))
-        partial = manifest["partial"]
-        if partial is not None:
-            members = {c: _row((server, clients), "partial", k) for k, c in enumerate(partial["clients"])}
-            partial = Trained(members, partial["records"], partial["seconds"])
-        counters: dict[str, Any] = {n: tuple(v) if isinstance(v := manifest[n], list) else v for n in COUNTERS}
-        state = dataclasses.replace(
-            initial, population=tuple(population), partial=partial, **counters,
-            server=unpacked(manifest["server"], server.get("state", {}), initial.server))
-        return state, manifest["extra"]
+        return tuple(population)
 
     def remove(self) -> None:
         """The run has ended, its results are written."""

@@ -9,14 +9,15 @@ from types import FrameType
 from typing import Any
 
 from pilot_jax.errors import Interrupted
+from pilot_jax.federation.observer import RunObserver
 from pilot_jax.parallel import processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class StopSignals:
-    """Inside `with`, and in the main thread, a signal is kept until `StopSignals()` is asked; a second one, or one
-    while `waits` is False, ends what is running at once.
+class StopSignals(RunObserver):
+    """Inside `with`, and in the main thread, a signal is remembered until `stop_requested` is asked; a second
+    one, or one while `waits` is False, ends what is running at once.
 
     Raises:
         Interrupted: from the signal's handler.
@@ -43,6 +44,6 @@ class StopSignals:
         self._heard = number
         self._say("stopping after the clients that are being trained, and saving; once more to stop at once")
 
-    def __call__(self) -> int:
+    def stop_requested(self) -> int:
         """The signal that was heard, by any process; else 0."""
         return processes.largest(self._heard)

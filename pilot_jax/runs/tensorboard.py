@@ -4,42 +4,59 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from pilot_jax.errors import InputError
+from pilot_jax.federation.observer import Record, RunObserver
+from pilot_jax.federation.state import State
+
+SHOWN = ("loss", "effective_neighbors", "product_gap", "bytes_up", "bytes_down", "seconds")  # of a phase
 
 
 def check_installed() -> None:
+    """Raises an `InputError` where tensorboardX is not installed."""
     if importlib.util.find_spec("tensorboardX") is None:
-        raise InputError("system.tensorboard: needs the extra 'tensorboard'. Run: pip install "
-                         "'pilot-jax[tensorboard]'")
+        raise InputError("system.tensorboard: needs the extra 'tensorboard'. Run: pip install tensorboardX")
 
 
-class EventFiles:
-    """Called with the records that `metrics.jsonl` gets. Losses are over the run's client steps, scores over rounds."""
+class EventFiles(RunObserver):
+    """Losses over the run's client steps, scores over rounds.
 
-    def __init__(self, folder: Path, earlier: Iterable[dict[str, Any]] = ()) -> None:
-        """earlier: records of the run before it was interrupted; files of then are replaced."""
+    Args:
+        earlier: records of the run before it was interrupted; files of then are replaced.
+    """
+
+    def __init__(self, folder: Path, earlier: Iterable[Record] = ()) -> None:
         from tensorboardX import SummaryWriter
 
         shutil.rmtree(folder, ignore_errors=True)
         self._writer, self._steps = SummaryWriter(str(folder), flush_secs=10), 0
         for record in earlier:
-            self(record)
+            if "score" in record:
+                self.client_scored(record)
+            elif "client" in record:
+                self.client_trained(record)
+            else:
+                self._phase(record)
 
-    def __call__(self, record: dict[str, Any]) -> None:
-        scalar = self._writer.add_scalar
-        if "score" in record:
-            scalar(f"validation/{record['client']}", record["score"], record["round"])
-        elif "client" in record:
-            self._steps += record["step"]
-            scalar(f"loss/{record['client']}", record["loss"], self._steps)
-        elif "loss" in record:
-            for name in ("loss", "effective_neighbors", "product_gap", "bytes_up", "bytes_down", "seconds"):
-                if name in record:
-                    scalar(f"phase/{name}", record[name], self._steps)
+    def client_scored(self, record: Record) -> None:
+        self._writer.add_scalar(f"validation/{record['client']}", record["score"], record["round"])
+
+    def client_trained(self, record: Record) -> None:
+        self._steps += record["step"]
+        self._writer.add_scalar(f"loss/{record['client']}", record["loss"], self._steps)
+
+    def phase_ended(self, state: State, record: Record, mixing: Mapping[str, np.ndarray] | None,
+                    trained: Sequence[int]) -> None:
+        self._phase(record)
+
+    def _phase(self, record: Record) -> None:
+        for name in SHOWN if "loss" in record else ():
+            if name in record:
+                self._writer.add_scalar(f"phase/{name}", record[name], self._steps)
 
     def close(self) -> None:
         self._writer.close()

@@ -1,4 +1,4 @@
-"""A federation small enough to be checked by hand.
+"""For tests, documentation and users: a federation small enough to be checked by hand, and writers of tiny checkpoints.
 
-Imported by tests, documentation and users, by nothing of the package.
+May import whatever the package has; nothing of the package imports it.
 """

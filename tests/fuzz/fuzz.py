@@ -58,6 +58,7 @@ def target(name: str, folder: Path):
         except (ValueError, RecursionError):
             return data
         if isinstance(manifest, dict):
+            manifest.setdefault("format", resume.FORMAT)
             manifest["sha256"] = resume._own_sha256(manifest)
         return json.dumps(manifest).encode()
 

@@ -1,1 +1,1 @@
-"""LLaVA-format instruction data: one sample, files of them, tables of them."""
+"""LLaVA-format instruction data: one sample, JSON files of samples, tables of samples."""

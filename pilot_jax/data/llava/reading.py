@@ -1,4 +1,4 @@
-"""LLaVA-format instruction data from files: JSON, JSONL, Parquet or a Hugging Face `datasets` folder.
+"""Reads and writes LLaVA-format data: JSON, JSONL, Parquet or a Hugging Face `datasets` folder.
 
 The last two need the extra `data`.
 """
@@ -14,19 +14,21 @@ from PIL import Image
 
 from pilot_jax.config import LimitsConfig
 from pilot_jax.data.llava.sample import LIMITS, Entry, Sample, parse_sample
+from pilot_jax.data.llava.tables import table_values
 from pilot_jax.errors import InputError
+from pilot_jax.storage import new_folder
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
 def _lines(file: Path, limits: LimitsConfig) -> Iterator[tuple[str, object]]:
-    """The objects of a JSONL file, which is never in memory as a whole."""
+    """Yields (place, object) of each line of a JSONL file, which is never in memory as a whole."""
     number, most = 0, 100 * limits.text_characters
     with file.open(encoding="utf-8", newline="\n") as lines:
         while line := lines.readline(most):
             number += 1
             if len(line) == most:
-                raise InputError(f"{file}:{number}: the line has {most} characters and more. Raise "
+                raise InputError(f"{file}:{number}: the line has {most} or more characters. Raise "
                                  "data.limits.text_characters if that is meant.")
             if line.strip():
                 try:
@@ -36,13 +38,14 @@ def _lines(file: Path, limits: LimitsConfig) -> Iterator[tuple[str, object]]:
 
 
 def _json_values(file: Path, limits: LimitsConfig) -> Iterator[tuple[str, object]]:
+    """Yields (place, object) of each sample of a JSON or JSONL file."""
     try:
         if file.suffix == ".jsonl":
             yield from _lines(file, limits)
             return
         if file.stat().st_size > limits.file_bytes:
             raise InputError(f"{file}: {file.stat().st_size} bytes, data.limits.file_bytes is {limits.file_bytes}. "
-                             "Raise it, or write JSONL, which is not read at once.")
+                             "Raise it, or write JSONL, which is read line by line.")
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read ({error}). data.path needs UTF-8 JSON or JSONL.") from None
@@ -61,7 +64,7 @@ def _is_dataset(folder: Path) -> bool:
 
 
 def _files(path: Path) -> list[tuple[Path, str]]:
-    """(file, task by its folder or "") of everything `path` names, in order."""
+    """Returns (file, task that its folder names or "") of everything that `path` names, in order."""
     if path.is_file() or _is_dataset(path):
         return [(path, "")]
     if not path.is_dir():
@@ -74,7 +77,10 @@ def _files(path: Path) -> list[tuple[Path, str]]:
 
 
 def _defaults(file: Path, folder_task: str, names: str) -> tuple[str, str, str]:
-    """(task, client, split) that a file's place gives: `vqa.json`, `vqa_test.json`, `vqa/clinic.json`, `test.json`."""
+    """Returns (task, client, split) as a file's name gives them, "" where it gives none.
+
+    Such names are `vqa.json`, `vqa_test.json`, `vqa/clinic.json` and `test.json`. `names` is `data.file_names`.
+    """
     match = re.fullmatch(r"(?:(.+)[._-])?(train|validation|val|test)", file.stem)
     stem = (match[1] or "") if match else file.stem
     split = {"val": "validation"}.get(match[2], match[2]) if match else "train"
@@ -84,10 +90,10 @@ def _defaults(file: Path, folder_task: str, names: str) -> tuple[str, str, str]:
 
 
 def read_entries(path: str | Path, file_names: str = "task", limits: LimitsConfig = LIMITS) -> Iterator[Entry]:
-    """The raw samples of a file, of every data file in a folder, or of its `<task>/<client>` files.
+    """Yields the raw samples of a file, of every data file in a folder, or of its `<task>/<client>` files.
 
     Raises:
-        InputError: nothing there, or a file that cannot be parsed.
+        InputError: there is no data file, or a file cannot be parsed.
     """
     path = Path(path).expanduser()
     files = _files(path)
@@ -97,8 +103,6 @@ def read_entries(path: str | Path, file_names: str = "task", limits: LimitsConfi
     for file, folder_task in files:
         task, client, split = _defaults(file, folder_task, file_names)
         if file.is_dir() or file.suffix == ".parquet":
-            from pilot_jax.data.llava.tables import table_values
-
             for where, value, own_split in table_values(file):
                 yield Entry(where, value, task, client, own_split or split)
         else:
@@ -107,7 +111,11 @@ def read_entries(path: str | Path, file_names: str = "task", limits: LimitsConfi
 
 
 def find_image_root(path: str | Path, image_root: str | Path | None) -> Path:
-    """`image_root`, or by default `images` beside the data if there is one, else the data's folder."""
+    """Returns `image_root`; if it is None, the folder `images` beside the data if it exists, else the data's folder.
+
+    Raises:
+        InputError: `image_root` is not a folder.
+    """
     path = Path(path).expanduser()
     folder = path if path.is_dir() else path.parent
     if image_root is None:
@@ -120,10 +128,10 @@ def find_image_root(path: str | Path, image_root: str | Path | None) -> Path:
 
 def read_samples(path: str | Path, image_root: str | Path | None = None, file_names: str = "task",
                  limits: LimitsConfig = LIMITS) -> list[Sample]:
-    """All samples that `path` names; see `read_entries` for what that may be and `find_image_root` for the images.
+    """Returns all samples that `path` names (see `read_entries`), with their images (see `find_image_root`).
 
     Raises:
-        InputError: naming file, entry and key.
+        InputError: a sample is wrong, and the message names file, entry and key; or there is none.
     """
     root = find_image_root(path, image_root)
     samples = [parse_sample(entry, root, limits) for entry in read_entries(path, file_names, limits)]
@@ -133,25 +141,26 @@ def read_samples(path: str | Path, image_root: str | Path | None = None, file_na
 
 
 def write_samples(samples: Iterable[Sample], out: Path) -> int:
-    """Write `data.json` and `images/*.png` into the new folder `out`; returns the number of samples.
+    """Writes `data.json` and `images/*.png` into the new folder `out` and returns the number of samples.
 
     The folder appears when it is complete, never before.
+
+    Raises:
+        InputError: `out` exists.
     """
-    out = Path(out)
     if out.exists():
         raise InputError(f"{out}: exists already. Choose a new folder; nothing was written.")
-    partial = out.with_name(out.name + ".partial")
-    (partial / "images").mkdir(parents=True, exist_ok=True)
     entries = []
-    for sample in samples:
-        entry = {"id": sample.id, "task": sample.task, "client": sample.client, "split": sample.split,
-                 "conversations": [{"from": who, "value": text} for who, text in sample.turns]}
-        if sample.answers:
-            entry["answers"] = list(sample.answers)
-        if isinstance(sample.image, Image.Image):
-            sample.image.save(partial / "images" / f"{sample.id}.png")
-            entry["image"] = f"{sample.id}.png"
-        entries.append(entry)
-    (partial / "data.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
-    partial.rename(out)
+    with new_folder(out) as folder:
+        (folder / "images").mkdir()
+        for sample in samples:
+            entry = {"id": sample.id, "task": sample.task, "client": sample.client, "split": sample.split,
+                     "conversations": [{"from": who, "value": text} for who, text in sample.turns]}
+            if sample.answers:
+                entry["answers"] = list(sample.answers)
+            if isinstance(sample.image, Image.Image):
+                sample.image.save(folder / "images" / f"{sample.id}.png")
+                entry["image"] = f"{sample.id}.png"
+            entries.append(entry)
+        (folder / "data.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
     return len(entries)

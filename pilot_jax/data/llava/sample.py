@@ -1,4 +1,4 @@
-"""One LLaVA sample, checked key by key: `id`, `image`, `conversations[{from, value}]`, `task`, `client`, `split`."""
+"""One LLaVA-format sample, checked key by key: `id`, `image`, `conversations`, `answers`, `task`, `client`, `split`."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ SPLITS = ("train", "validation", "test")
 
 @dataclasses.dataclass(frozen=True)
 class StoredImage:
-    """An encoded image inside a table, read when it is needed."""
+    """An encoded image in a row of a table, which is read when it is needed."""
 
     table: Any  # datasets.Dataset
     row: int
 
     def open(self) -> io.BytesIO:
+        """Returns the encoded image as a file."""
         return io.BytesIO(self.table[self.row]["image"]["bytes"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
+    """One checked sample: a conversation about an image, or about none."""
+
     id: str
     image: Path | Image.Image | StoredImage | None  # None: text only
     turns: tuple[tuple[str, str], ...]  # ("human" | "gpt", text), alternating, ending in "gpt"
@@ -38,19 +41,19 @@ class Sample:
     client: str
     split: str
     source: str  # file and entry, for messages
-    answers: tuple[str, ...] = ()  # several references, as VQA's ten annotators; default: the last answer alone
+    answers: tuple[str, ...] = ()  # the references, such as VQA's ten; empty: the last answer is the only one
 
     @property
     def references(self) -> tuple[str, ...]:
-        """What an answer is scored against when the sample is evaluated."""
+        """The texts that an answer is scored against."""
         return self.answers or (self.turns[-1][1].strip(),)
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One raw sample of a file, and what its file's place says where the sample does not."""
+    """One raw sample, and the task, client and split that its file's name gives where the sample names none."""
 
-    where: str
+    where: str  # file and entry, for messages
     value: object
     task: str
     client: str
@@ -58,47 +61,49 @@ class Entry:
 
 
 def _text(where: str, key: str, value: str, limits: LimitsConfig) -> str:
-    """The text, if a tokenizer can take it."""
+    """Returns the text, if a tokenizer can take it."""
     if len(value) > limits.text_characters:
         raise InputError(f"{where}: {key}: {len(value)} characters, data.limits.text_characters is "
                          f"{limits.text_characters}. Shorten it or raise the limit.")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: {key}: half a character at {error.start} (a lone surrogate). Mend the "
+        raise InputError(f"{where}: {key}: a lone surrogate (half a character) at {error.start}. Mend the "
                          "text.") from None
     return value
 
 
 def _turns(where: str, raw: object, limits: LimitsConfig) -> tuple[tuple[str, str], ...]:
+    """Returns the checked turns of `conversations`: (who, text), alternating, human first, an answer last."""
     if not isinstance(raw, list) or not raw:
         raise InputError(f"{where}: conversations: expected a non-empty list of {{from, value}}.")
     turns = []
     for number, turn in enumerate(raw):
-        wanted = ("human", "gpt")[number % 2]
+        expected = ("human", "gpt")[number % 2]
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise InputError(f"{where}: conversations[{number}]: expected {{from, value}} with a text value.")
-        if turn.get("from") != wanted:
+        if turn.get("from") != expected:
             raise InputError(f"{where}: conversations[{number}].from: {reprlib.repr(turn.get('from'))}, expected "
-                             f"{wanted!r}. Turns alternate, human first.")
-        turns.append((wanted, _text(where, f"conversations[{number}]", turn["value"], limits)))
+                             f"{expected!r}. Turns alternate, human first.")
+        turns.append((expected, _text(where, f"conversations[{number}]", turn["value"], limits)))
     if turns[-1][0] != "gpt":
         raise InputError(f"{where}: conversations: the last turn must be an answer (from: gpt).")
     return tuple(turns)
 
 
 def _image(where: str, name: object, image_root: Path, limits: LimitsConfig) -> Path | StoredImage:
+    """Returns the image's file, which must lie inside `image_root`."""
     if isinstance(name, StoredImage):
         return name
     if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise InputError(f"{where}: image: {name!r} must be a path inside data.image_root ({image_root}).")
     image = image_root / name
     try:
-        there = image.is_file()
+        exists = image.is_file()
         inside = limits.follow_links or image.resolve().is_relative_to(image_root.resolve())
     except (OSError, ValueError, RuntimeError) as error:  # a NUL, a name too long, links in a circle
         raise InputError(f"{where}: image: {name!r} cannot be a file ({error}).") from None
-    if not there:
+    if not exists:
         raise InputError(f"{where}: image: {image} does not exist. Mend the entry or set data.image_root.")
     if not inside:
         raise InputError(f"{where}: image: {image} is a link out of data.image_root ({image_root}). Set "
@@ -107,7 +112,7 @@ def _image(where: str, name: object, image_root: Path, limits: LimitsConfig) -> 
 
 
 def _name(where: str, key: str, value: object) -> str:
-    """A task's or client's name: they become names of files, and are shown."""
+    """Returns the name of a task or client; it becomes part of file names and is shown in terminals."""
     if value is not None and (not isinstance(value, str | int) or isinstance(value, bool)):
         raise InputError(f"{where}: {key}: {value!r} must be a text.")
     name = "" if value is None else str(value)
@@ -118,10 +123,13 @@ def _name(where: str, key: str, value: object) -> str:
 
 
 def parse_sample(entry: Entry, image_root: Path, limits: LimitsConfig = LIMITS) -> Sample:
-    """The checked sample.
+    """Returns the checked sample.
+
+    Args:
+        image_root: the folder that the samples' image paths start from.
 
     Raises:
-        InputError: naming file, entry and key.
+        InputError: something is wrong with the sample; the message names file, entry and key.
     """
     where, raw = entry.where, entry.value
     if not isinstance(raw, dict):

@@ -1,4 +1,4 @@
-"""Parquet files and Hugging Face `datasets` folders, memory-mapped; images stay encoded until they are needed."""
+"""Reads Parquet files and Hugging Face `datasets` folders, memory-mapped; images stay encoded until they are needed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from pilot_jax.errors import InputError
 
 
 def _tables(path: Path) -> dict[str, Any]:
-    """Tables by split ("" where there is just one)."""
+    """Returns `datasets` tables by split; "" is the split of a single table."""
     try:
         import datasets
     except ImportError:
-        raise InputError(f"{path}: reading it needs the extra 'data'. Run: pip install 'pilot-jax[data]'") from None
+        raise InputError(f"{path}: reading it needs a library that is not installed (of the extra 'data'). "
+                         "Run: pip install datasets") from None
     datasets.disable_progress_bars()
     try:
         if path.is_dir():
@@ -32,14 +33,14 @@ def _tables(path: Path) -> dict[str, Any]:
 
 
 def _conversations(raw: Any) -> Any:
-    """A list of turns; older releases of `datasets` give a struct of lists instead of a list of structs."""
+    """Returns a list of turns; older releases of `datasets` give a struct of lists instead of a list of structs."""
     if isinstance(raw, dict) and {"from", "value"} <= set(raw):
         return [{"from": who, "value": text} for who, text in zip(raw["from"], raw["value"], strict=True)]
     return raw
 
 
 def table_values(path: Path) -> Iterator[tuple[str, object, str]]:
-    """(where, sample as a dict, split or "") of each row.
+    """Yields (place for messages, sample as a dict, split or "") of each row.
 
     Raises:
         InputError: `datasets` is not installed, or cannot read the file.

@@ -1,29 +1,101 @@
-"""Federated algorithms, one file each with its citation. A strategy may import roles, mixing, local rules and initial
-adapters.
+"""Federated algorithms, a file each with citation, parameters and rule. May import whatever lies below the rounds.
 
-To add one: subclass `base.Strategy` in a new file and name it in `STRATEGIES` (or pass the object to `simulate`).
+To add one: a new file here with a subclass of `base.Strategy` under `@register("its_name")`. A class
+outside the package is named "module:Class"; a file alone never has one imported, see `params_of`.
 """
 
 from __future__ import annotations
 
-from pilot_jax.config import StrategyConfig
-from pilot_jax.federation.strategies.base import Strategy
-from pilot_jax.federation.strategies.fedavg import FedAvg, FedProx
-from pilot_jax.federation.strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
-from pilot_jax.federation.strategies.lora_sharing import FedDpa, FedSaLora, FfaLora
-from pilot_jax.federation.strategies.pilot import Pilot
-from pilot_jax.federation.strategies.references import Centralised, Local
-from pilot_jax.federation.strategies.robust import Median, TrimmedMean
-from pilot_jax.federation.strategies.scaffold import Scaffold
-from pilot_jax.federation.strategies.similarity import Similarity
+import difflib
+import importlib
+import importlib.metadata
+import pkgutil
+import sys
+from pathlib import Path
+from typing import Any
 
-STRATEGIES: dict[str, type[Strategy]] = {
-    "pilot": Pilot, "local": Local, "centralised": Centralised, "fedavg": FedAvg, "fedprox": FedProx,
-    "fedavgm": FedAvgM, "fedadam": FedAdam, "fedyogi": FedYogi, "fedadagrad": FedAdagrad, "scaffold": Scaffold,
-    "ffa_lora": FfaLora, "fedsa_lora": FedSaLora, "feddpa": FedDpa, "similarity": Similarity, "median": Median,
-    "trimmed_mean": TrimmedMean,
-}
+from pilot_jax.config import STRATEGY_PARAMS, StrategyParams, parse_strategy
+from pilot_jax.errors import InputError
+from pilot_jax.federation.strategies.base import STRATEGIES, Strategy, name_of, register
+
+__all__ = ["STRATEGIES", "Strategy", "make_strategy", "name_of", "params_of", "register", "use"]
+
+ENTRY_POINTS = "pilot_jax.strategies"  # the group under which installed packages name theirs
+
+for _module in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+    importlib.import_module(f"{__name__}.{_module}")
 
 
-def make_strategy(config: StrategyConfig, schedule: str) -> Strategy:
-    return STRATEGIES[config.name](config, schedule)
+def params_of(name: object, source: str = "config") -> type[StrategyParams]:
+    """The class of the section `strategy` for a strategy's name.
+
+    A name that is neither the package's, nor registered in this process, nor an installed entry point is refused:
+    a config may come from elsewhere, and must not decide what is imported.
+
+    Raises:
+        InputError: the name is not known here.
+    """
+    if isinstance(name, str) and (name in STRATEGY_PARAMS or _installed(name)):
+        return STRATEGY_PARAMS[name]
+    if isinstance(name, str) and ":" in name:
+        raise InputError(f"{source}: strategy.name: {name} is not of this package, and a file alone imports no code. "
+                         f"If you trust that module, name it: --strategy {name} (in Python: pass the strategy).")
+    near = difflib.get_close_matches(str(name), STRATEGIES, 1, 0.6)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(STRATEGIES)}."
+    raise InputError(f"{source}: strategy.name: {name!r} is not a strategy. {hint} One of your own: module:Class.")
+
+
+def _installed(name: str) -> bool:
+    """Whether an installed package has an entry point of this name or this value; it is registered then."""
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        if name in (point.name, point.value):
+            _registered(name, point.load())
+            return True
+    return False
+
+
+def _registered(name: str, strategy: Any) -> type[Strategy]:
+    if not (isinstance(strategy, type) and issubclass(strategy, Strategy)):
+        raise InputError(f"strategy.name: {name} is not a subclass of pilot_jax.Strategy.")
+    return register(name)(strategy)
+
+
+def use(strategy: str | type[Strategy] | Strategy) -> str:
+    """Registers a strategy of the user's own, a class, an object or "module:Class", which is imported; its name.
+
+    Modules are looked for in the working directory too, as `python -m` does.
+
+    Raises:
+        InputError: there is no such module or class, or it is no strategy.
+    """
+    if not isinstance(strategy, str):
+        kind = strategy if isinstance(strategy, type) else type(strategy)
+        name = name_of(kind)
+        _registered(name, kind)
+        return name
+    if strategy in STRATEGIES:
+        return strategy
+    module, colon, name = strategy.partition(":")
+    if not colon:
+        params_of(strategy, "--strategy")
+        return strategy
+    if str(Path.cwd()) not in sys.path and "" not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(f"strategy.name: {strategy}: cannot be imported ({error}). Run it from the folder of "
+                         f"{module}.py, or install the package that has it.") from None
+    for part in name.split("."):
+        found = getattr(found, part, None)  # type: ignore[assignment]
+    if found is None:
+        raise InputError(f"strategy.name: {strategy}: the module {module} has no {name}.")
+    _registered(strategy, found)
+    return strategy
+
+
+def make_strategy(name: str | StrategyParams, params: dict[str, Any] | None = None,
+                  schedule: str = "first_time") -> Strategy:
+    """A strategy by its name and the keys of its section, or by the section itself."""
+    section = name if isinstance(name, StrategyParams) else parse_strategy({"name": name, **(params or {})})
+    return STRATEGIES[section.name](section, schedule)

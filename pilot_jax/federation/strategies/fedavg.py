@@ -1,16 +1,22 @@
-"""FedAvg (McMahan et al., AISTATS 2017, arXiv 1602.05629) over LoRA and projector. On a language model this is FedIT
-(Zhang et al., ICASSP 2024, arXiv 2305.05644); here on a vision–language model."""
+"""FedAvg (McMahan et al., AISTATS 2017, arXiv 1602.05629) over LoRA and projector, and FedProx.
+
+On a language model FedAvg is FedIT (Zhang et al., ICASSP 2024, arXiv 2305.05644); here on a vision–language model.
+FedProx (Li et al., MLSys 2020, arXiv 1812.06127): its clients minimise their loss + μ/2·‖w − w_start‖².
+"""
 
 from __future__ import annotations
 
 import dataclasses
 
 import jax
+from pydantic import Field
 
+from pilot_jax.config import StrategyParams
 from pilot_jax.federation.client import LocalRule
-from pilot_jax.federation.strategies.base import Strategy
+from pilot_jax.federation.strategies.base import Strategy, register
 
 
+@register("fedavg")
 class FedAvg(Strategy):
     """Everyone receives the mean of the uploads, weighted by data size: the base class's own mixing matrix."""
 
@@ -23,6 +29,10 @@ class Proximal(LocalRule):
         return jax.tree.map(lambda g, w, w0: g + self.mu * (w - w0), gradient, trained, start)
 
 
+@register("fedprox")
 class FedProx(Strategy):
+    class Params(StrategyParams):
+        prox_mu: float = Field(0.01, ge=0, description="fedprox: μ of μ/2·‖w − w_start‖²")
+
     def local_rule(self):
-        return Proximal(mu=self.config.prox_mu)
+        return Proximal(mu=self.params.prox_mu)

@@ -1,7 +1,8 @@
-"""What FedAdam, FedYogi and FedAdagrad share (Reddi et al., ICLR 2021, arXiv 2003.00295, algorithm 2).
+"""FedAdam, FedYogi, FedAdagrad (Reddi et al., ICLR 2021, arXiv 2003.00295, algorithm 2), and FedAvgM.
 
-m ← β1·m + (1−β1)·Δ;  w ← w + η·m / (√v + τ), with v from the rule in each one's file, v = τ² at first. As published,
+m ← β1·m + (1−β1)·Δ;  w ← w + η·m / (√v + τ), with v from each one's `second_moment`, v = τ² at first. As published,
 without optax.adam's correction for the zero start, which would change the first of so few server steps.
+FedAvgM (Hsu et al., 2019, arXiv 1909.06335): FedAvg with momentum at the server, v ← β·v + Δ, w ← w − η·v.
 """
 
 from __future__ import annotations
@@ -11,9 +12,24 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from pydantic import Field
 
-from pilot_jax.config import ServerConfig
-from pilot_jax.federation.strategies.base import Strategy
+from pilot_jax.config import Section, StrategyParams
+from pilot_jax.federation.strategies.base import Strategy, register
+
+
+class ServerConfig(Section):
+    """The server optimizer of fedavgm, fedadam, fedyogi, fedadagrad, scaffold."""
+
+    learning_rate: float | None = Field(None, gt=0, description="default: 1 for fedavgm and scaffold; 0.003 for the "
+                                        "adaptive rules, whose steps have about this size in every entry")
+    momentum: float = Field(0.9, ge=0, lt=1, description="fedavgm; β1 of the adaptive rules")
+    beta2: float = Field(0.99, ge=0, lt=1, description="fedadam, fedyogi: decay of the second moment")
+    tau: float = Field(1e-3, gt=0, description="adaptive rules: added to √v")
+
+
+class ServerParams(StrategyParams):
+    server: ServerConfig = ServerConfig()
 
 
 def scale_by_adaptive(second_moment: Callable[[jax.Array, jax.Array], jax.Array], beta1: float,
@@ -33,36 +49,52 @@ def scale_by_adaptive(second_moment: Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Adaptive(Strategy):
+    """What the three adaptive rules share."""
+
+    Params = ServerParams
+
     @staticmethod
     def second_moment(v: jax.Array, squared: jax.Array, server: ServerConfig) -> jax.Array:
         raise NotImplementedError
 
     def server_optimizer(self):
-        server = self.config.server
+        server = self.params.server
         return optax.chain(
             scale_by_adaptive(lambda v, squared: self.second_moment(v, squared, server), server.momentum, server.tau),
             optax.scale(-(server.learning_rate or 0.003)))
 
 
+@register("fedadagrad")
 class FedAdagrad(Adaptive):
+    """v ← v + Δ²."""
+
     @staticmethod
     def second_moment(v, squared, server):
         return v + squared
 
 
+@register("fedadam")
 class FedAdam(Adaptive):
+    """v ← β2·v + (1−β2)·Δ²."""
+
     @staticmethod
     def second_moment(v, squared, server):
         return server.beta2 * v + (1 - server.beta2) * squared
 
 
+@register("fedyogi")
 class FedYogi(Adaptive):
+    """v ← v − (1−β2)·Δ²·sign(v − Δ²)."""
+
     @staticmethod
     def second_moment(v, squared, server):
         return v - (1 - server.beta2) * squared * jnp.sign(v - squared)
 
 
+@register("fedavgm")
 class FedAvgM(Strategy):
+    Params = ServerParams
+
     def server_optimizer(self):
-        server = self.config.server
+        server = self.params.server
         return optax.sgd(server.learning_rate or 1.0, momentum=server.momentum)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import jax
 
 from pilot_jax.federation.roles import BASE_ROWS, Role, Roles
-from pilot_jax.federation.strategies.base import Strategy
+from pilot_jax.federation.strategies.base import Strategy, register
 from pilot_jax.models.lora import factors, init_lora
 
 
+@register("ffa_lora")
 class FfaLora(Strategy):
-    name = "ffa_lora"
+    """FFA-LoRA (Sun et al., ICLR 2024, arXiv 2403.12313): A stays as it was drawn, only B is trained and averaged, so
+    that the mean of the clients' BA is the BA of their mean."""
 
     def roles(self):
         return Roles((*BASE_ROWS,
@@ -23,8 +25,10 @@ class FfaLora(Strategy):
         return {**factors(whole["text_adapter"]), "projector": whole["projector"]}
 
 
+@register("fedsa_lora")
 class FedSaLora(FfaLora):
-    name = "fedsa_lora"
+    """FedSA-LoRA (Guo et al., ICLR 2025, arXiv 2410.01463): A and B are trained, only A is shared and averaged; B,
+    which the paper finds to be what is particular to a client, stays there."""
 
     def roles(self):
         return Roles((*BASE_ROWS,
@@ -33,7 +37,13 @@ class FedSaLora(FfaLora):
                       Role("projector", {"plain": "trained"}, "shared", "mean")))
 
 
+@register("feddpa")
 class FedDpa(Strategy):
+    """FedDPA (Yang et al., NeurIPS 2024, arXiv 2403.19211): a shared LoRA that is averaged, a private one beside it.
+
+    Both are trained at once and added. Left out: the paper's weighting of the two per test instance; here it is 1 : 1.
+    """
+
     def roles(self):
         return Roles((*super().roles().rows, Role("private_adapter", {"plain": "trained"}, "local", "never")))
 

@@ -3,14 +3,20 @@ arXiv 2501.13985): task and client visual adapters, a cross-task mixture of adap
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field, model_validator
 
+from pilot_jax.config import Section, StrategyParams
 from pilot_jax.federation import mixing
+from pilot_jax.federation.cohort import Cohort
 from pilot_jax.federation.distances import distances
-from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, num_bytes
-from pilot_jax.federation.strategies.base import Aggregated, Strategy, float32
+from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, Tree, num_bytes
+from pilot_jax.federation.strategies.base import Aggregated, Strategy, float32, register
 from pilot_jax.models.lora import init_lora
 from pilot_jax.parallel.processes import to_host
 
@@ -24,24 +30,69 @@ def _repeat(tree, times: int):
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (times, *leaf.shape)), tree)
 
 
+def _with_last_uploads(members: Mapping[int, dict[str, Any]], cohort: Cohort) -> dict[int, dict[str, Any]]:
+    """`members` with the cohort's clients: first round, task, size and last ψ_t of each."""
+    out, own = dict(members), to_host(cohort.uploads["task"])
+    for row, client in enumerate(int(c) for c in cohort.ids):
+        first = out.get(client, {"first_round": cohort.round})["first_round"]
+        out[client] = {"first_round": first, "task": int(cohort.tasks[row]), "size": int(cohort.sizes[row]),
+                       "adapter": jax.tree.map(lambda leaf, r=row: leaf[r].copy(), own)}
+    return out
+
+
+class AtaConfig(Section):
+    preset: Literal["default", "notes"] = Field(
+        "default", description="notes: softmax, temperature 1, self included, whatever the keys below say")
+    neighbors: int = Field(2, ge=1, description="M, nearest other clients")
+    weighting: Literal["softmax", "inverse_distance", "share"] = Field(
+        "softmax", description="by distance d: exp(-d/τ); 1/d, and a client's own the largest of them; 1/d, and its "
+        "own the client's number of samples")
+    temperature: Literal["auto"] | float = Field(
+        "auto", description="τ; auto: auto_factor times the mean distance to the M neighbours")
+    auto_factor: float = Field(0.25, gt=0, description="with auto; 1: self weighs 1/(1 + M/e), 0.25: 1/(1 + M/e⁴). The "
+                               "default is what validation supports: docs/results.md")
+    space: Literal["factors", "product"] = Field("factors", description="distances over A and B, or over BA")
+    include_self: bool = Field(True, description="whether a client's own upload is among what it gets back")
+    size_weighted: bool = Field(False, description="weights times the clients' data sizes")
+
+    @model_validator(mode="after")
+    def _positive_temperature(self) -> AtaConfig:
+        if self.temperature != "auto" and not self.temperature > 0:
+            raise ValueError("temperature must be 'auto' or > 0")
+        return self
+
+
+class PilotParams(StrategyParams):
+    init: Literal["preserve", "copy"] = Field("preserve", description="pilot; preserve: step 0 computes the base model")
+    ata: AtaConfig = AtaConfig()
+    text_aggregation: Literal["ata", "mean", "per_task_mean"] = Field(
+        "ata", description="pilot: how LoRA is aggregated; other than ata is an ablation")
+    client_adapter: Literal["both", "stage1", "none"] = Field(
+        "both", description="pilot: stages in which x_s = ψ_s(H_v) is added; other than both is an ablation")
+    cross_task: bool = Field(True, description="pilot: stage 2 with CT-MoA; false (ablation): stage 1 in every phase")
+
+
+@register("pilot")
 class Pilot(Strategy):
-    """Ablations by `config`: `text_aggregation`, `client_adapter`, `cross_task`, `ata`; those of the losses in `train`.
+    """Ablations by `params`: `text_aggregation`, `client_adapter`, `cross_task`, `ata`; those of the losses in `train`.
 
     To change the method, override `distances` or `weights`.
     """
+
+    Params = PilotParams
 
     one_model = False
 
     @property
     def first_stages(self):
-        return ("stage1", "stage2") if self.config.cross_task else ("stage1", "stage1")
+        return ("stage1", "stage2") if self.params.cross_task else ("stage1", "stage1")
 
     @property
     def later_stages(self):
         return self.first_stages[1:]
 
     def roles(self):
-        c = self.config
+        c = self.params
         rows = [*BASE_ROWS,
                 Role("text_adapter", {"stage1": "trained", "stage2": "trained"}, "shared", c.text_aggregation),
                 Role("task", {"stage1": "trained", "stage2": "trained"}, "shared", "per_task_mean")]
@@ -58,7 +109,7 @@ class Pilot(Strategy):
         """preserve: ψ_t is the projector, ψ_s and ψ_c add zero, so step 0 computes the base model. copy: the
         authors' code, every MLP a copy of the projector (ψ_t and ψ_s then stay equal under L_d)."""
         projector = float32(projector)
-        extra = projector if self.config.init == "copy" else _zero_last(projector)
+        extra = projector if self.params.init == "copy" else _zero_last(projector)
         router = 0.02 * jax.random.normal(jax.random.fold_in(key, 1000), (model.vision.feature_size, num_tasks))
         every = {
             "text_adapter": init_lora(key, model.text, rank),
@@ -70,91 +121,91 @@ class Pilot(Strategy):
         }
         return {row.subtree: every[row.subtree] for row in self.roles().adapter_rows}
 
+    def warning(self):
+        if self.params.init == "copy":
+            return ("strategy.init: copy starts ψ_t and ψ_s equal; L_d is symmetric in them, so they stay equal and "
+                    "never separate. 'preserve' does not have this.")
+        return None
+
     def initial_server_state(self, adapters, sizes, tasks):
-        bank = adapters["task_bank"] if self.config.cross_task else _repeat(adapters["task"], int(np.max(tasks)) + 1)
+        bank = adapters["task_bank"] if self.params.cross_task else _repeat(adapters["task"], int(np.max(tasks)) + 1)
         return {"bank": bank, "members": {}}
 
     def stages(self, first_time, round_):
         return self.first_stages if first_time or self.schedule == "every_round" else self.later_stages
 
-    def fetch(self, adapters, server_state, task):
+    def fetch(self, adapters, server, task):
         """The current bank, and ψ_t from its own slot. LoRA is the client's last (a newcomer's: the initial one)."""
-        bank = {"task_bank": server_state["bank"]} if self.config.cross_task else {}
-        return {**adapters, "task": jax.tree.map(lambda leaf: leaf[task], server_state["bank"]), **bank}
+        bank = {"task_bank": server["bank"]} if self.params.cross_task else {}
+        return {**adapters, "task": jax.tree.map(lambda leaf: leaf[task], server["bank"]), **bank}
 
-    def aggregate(self, uploads, sizes, tasks, client_ids, server_state):
-        bank, members = self._aggregate_tasks(uploads["task"], sizes, tasks, client_ids, server_state)
-        between = self.distances(uploads["text_adapter"])
-        weights = to_host(self.weights(between, sizes, tasks, client_ids))
+    def aggregate(self, cohort, server):
+        bank, members = self._aggregate_tasks(cohort, server)
+        text_adapters = cohort.uploads["text_adapter"]
+        between = self.distances(text_adapters)
+        weights = to_host(self.weights(between, cohort))
         downloads = {
-            "text_adapter": mixing.apply(weights, uploads["text_adapter"]),
-            "task": jax.tree.map(lambda leaf: leaf[tasks], bank),
-        } | ({"task_bank": bank} if self.config.cross_task else {})
+            "text_adapter": mixing.apply(weights, text_adapters),
+            "task": jax.tree.map(lambda leaf: leaf[cohort.tasks], bank),
+        } | ({"task_bank": bank} if self.params.cross_task else {})
         log = {"weights": weights, "distances": between, "effective_neighbors": mixing.effective_neighbors(weights),
-               "product_gap": mixing.product_gap(weights, uploads["text_adapter"], self._most_weights(len(sizes)))}
-        return Aggregated(downloads, {**server_state, "bank": bank, "members": members}, to_host(log))
+               "product_gap": mixing.product_gap(weights, text_adapters, self._most_weights(len(cohort)))}
+        return Aggregated(downloads, {**server, "bank": bank, "members": members}, to_host(log))
 
     def distances(self, text_adapters):
         """d_kj between LoRA uploads, leaves [S, …] → [S, S]."""
-        c = self.config.ata
+        c = self.params.ata
         return distances(text_adapters, c.neighbors, c.space)
 
-    def weights(self, between, sizes, tasks, client_ids):
+    def weights(self, between, cohort):
         """Mixing matrix [S, S] of LoRA from the distances [S, S]."""
-        c, sizes = self.config.ata, jnp.asarray(sizes)
-        if self.config.text_aggregation == "mean":
+        c, sizes = self.params.ata, jnp.asarray(cohort.sizes)
+        if self.params.text_aggregation == "mean":
             return mixing.mean(sizes)
-        if self.config.text_aggregation == "per_task_mean":
-            tasks = jnp.asarray(tasks)
+        if self.params.text_aggregation == "per_task_mean":
+            tasks = jnp.asarray(cohort.tasks)
             return mixing.per_task_mean(sizes, tasks, int(jnp.max(tasks)) + 1)[tasks]
         options = {"weighting": c.weighting, "temperature": c.temperature, "auto_factor": c.auto_factor,
                    "include_self": c.include_self, "size_weighted": c.size_weighted}
-        if c.preset == "notes":  # the formula of the user's notes: w ∝ exp(−d) over the neighbours and oneself
+        if c.preset == "notes":  # w ∝ exp(−d) over the neighbours and oneself
             options = {"weighting": "softmax", "temperature": 1.0, "include_self": True, "size_weighted": False}
-        return mixing.ata_weights(between, sizes, jnp.asarray(client_ids), neighbors=c.neighbors, **options)
+        return mixing.ata_weights(between, sizes, jnp.asarray(cohort.ids), neighbors=c.neighbors, **options)
 
     def _most_weights(self, cohort: int) -> int:
         """How many weights of a row of ours can be above 0; a subclass' `weights` may have more."""
-        ours = type(self).weights is Pilot.weights and self.config.text_aggregation == "ata"
-        return self.config.ata.neighbors + 1 if ours else cohort
+        ours = type(self).weights is Pilot.weights and self.params.text_aggregation == "ata"
+        return self.params.ata.neighbors + 1 if ours else cohort
 
-    def _aggregate_tasks(self, uploads, sizes, tasks, client_ids, server_state):
+    def _aggregate_tasks(self, cohort: Cohort, server: Mapping[str, Any]) -> tuple[Tree, dict[int, dict[str, Any]]]:
         """ψ_t per task, and every client's last upload.
 
         A task without an upload keeps its ψ_t. Where, after round 1, all of a task's uploads come from clients in
         their first round, the last uploads of its earlier participants stay in the mean: a lone newcomer does not
         overwrite its task.
         """
-        now = server_state["round"]
-        members = dict(server_state["members"])
-        earlier = {c: m for c, m in members.items() if m["first_round"] < now}
-        own = to_host(uploads)
-        for row, client in enumerate(client_ids):
-            first = members.get(int(client), {"first_round": now})["first_round"]
-            members[int(client)] = {"first_round": first, "task": int(tasks[row]), "size": int(sizes[row]),
-                                    "adapter": jax.tree.map(lambda leaf, r=row: leaf[r].copy(), own)}
-        rows, row_sizes, row_tasks = [uploads], list(sizes), list(tasks)
-        for task in sorted(set(int(t) for t in tasks)):
-            uploading = {int(c) for c, t in zip(client_ids, tasks, strict=True) if t == task}
+        earlier = {c: m for c, m in server["members"].items() if m["first_round"] < cohort.round}
+        rows, sizes, tasks = [cohort.uploads["task"]], list(cohort.sizes), list(cohort.tasks)
+        for task in sorted(set(int(t) for t in cohort.tasks)):
+            uploading = {int(c) for c, t in zip(cohort.ids, cohort.tasks, strict=True) if t == task}
             if not uploading & set(earlier):
                 kept = [m for c, m in sorted(earlier.items()) if m["task"] == task]
                 rows += [jax.tree.map(lambda leaf: leaf[None], m["adapter"]) for m in kept]
-                row_sizes += [m["size"] for m in kept]
-                row_tasks += [task] * len(kept)
+                sizes += [m["size"] for m in kept]
+                tasks += [task] * len(kept)
         stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
-        old = server_state["bank"]
+        old = server["bank"]
         num_tasks = jax.tree.leaves(old)[0].shape[0]
-        matrix = mixing.per_task_mean(jnp.asarray(row_sizes), jnp.asarray(row_tasks), num_tasks)
-        present = np.isin(np.arange(num_tasks), tasks)
+        matrix = mixing.per_task_mean(jnp.asarray(sizes), jnp.asarray(tasks), num_tasks)
+        present = np.isin(np.arange(num_tasks), cohort.tasks)
 
         def keep_absent(new, old):
             return jnp.where(present.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
         bank = jax.tree.map(keep_absent, mixing.apply(matrix, stacked), old)
-        return to_host(bank), members
+        return to_host(bank), _with_last_uploads(server["members"], cohort)
 
     def sent_bytes(self, adapters):
         up = {name: num_bytes(adapters[name]) for name in ("text_adapter", "task")}
         # The own task's ψ_t comes as a slot of the bank, once.
-        task = "task_bank" if self.config.cross_task else "task"
+        task = "task_bank" if self.params.cross_task else "task"
         return up, {name: num_bytes(adapters[name]) for name in ("text_adapter", task)}

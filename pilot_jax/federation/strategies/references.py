@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from pilot_jax.federation import mixing
-from pilot_jax.federation.strategies.base import Strategy
+from pilot_jax.federation.strategies.base import Strategy, register
 
 
+@register("local")
 class Local(Strategy):
+    """No client sends or receives anything."""
+
     scope = "local"
     aggregated_by = "never"
     one_model = False
 
-    def mix(self, uploads, sizes, tasks, client_ids, server_state):
-        return mixing.identity(len(sizes))
+    def mix(self, cohort):
+        return mixing.identity(len(cohort))
 
 
+@register("centralised")
 class Centralised(Strategy):
+    """One model on everybody's data at one place, which federated learning may not do.
+
+    It visits as many samples as all clients together, in batches of the same size.
+    """
+
     scope = "local"
     aggregated_by = "never"
     one_model = False

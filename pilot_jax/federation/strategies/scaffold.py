@@ -17,7 +17,8 @@ import optax
 from pilot_jax.federation import mixing
 from pilot_jax.federation.client import LocalRule
 from pilot_jax.federation.roles import Role, Roles, num_bytes
-from pilot_jax.federation.strategies.base import Aggregated, Strategy
+from pilot_jax.federation.strategies.base import Aggregated, Strategy, register
+from pilot_jax.federation.strategies.fedopt import ServerParams
 from pilot_jax.parallel.processes import to_host
 
 
@@ -34,7 +35,10 @@ class Controlled(LocalRule):
         return {**carried, "control": mean_gradient, "control_change": change}
 
 
+@register("scaffold")
 class Scaffold(Strategy):
+    Params = ServerParams
+
     def roles(self):
         rows = super().roles().rows
         return Roles((*rows,
@@ -51,21 +55,21 @@ class Scaffold(Strategy):
         return {**trained, "control": zero, "control_change": zero, "server_control": zero}
 
     def server_optimizer(self):
-        return optax.sgd(self.config.server.learning_rate or 1.0)
+        return optax.sgd(self.params.server.learning_rate or 1.0)
 
     def initial_server_state(self, adapters, sizes, tasks):
         model = {n: adapters[n] for n in ("text_adapter", "projector")}
         return {"model": model, "optimizer": self.server_optimizer().init(model), "control": adapters["server_control"],
                 "total_size": int(np.sum(sizes))}
 
-    def fetch(self, adapters, server_state, task):
-        return {**adapters, **server_state["model"], "server_control": server_state["control"]}
+    def fetch(self, adapters, server, task):
+        return {**adapters, **server["model"], "server_control": server["control"]}
 
-    def aggregate(self, uploads, sizes, tasks, client_ids, server_state):
-        models = {n: t for n, t in uploads.items() if n != "control_change"}
-        downloads, state, log = super().aggregate(models, sizes, tasks, client_ids, server_state)
-        share = jnp.asarray(sizes, jnp.float32)[None] / state["total_size"]
-        moved = mixing.apply(share, uploads["control_change"])
+    def aggregate(self, cohort, server):
+        models = {n: t for n, t in cohort.uploads.items() if n != "control_change"}
+        downloads, state, log = super().aggregate(dataclasses.replace(cohort, uploads=models), server)
+        share = jnp.asarray(cohort.sizes, jnp.float32)[None] / state["total_size"]
+        moved = mixing.apply(share, cohort.uploads["control_change"])
         state["control"] = jax.tree.map(lambda c, d: to_host(c + d[0]), state["control"], moved)
         return Aggregated({**downloads, "server_control": state["control"]}, state, log)
 

@@ -9,22 +9,30 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from pydantic import Field
 
-from pilot_jax.federation.strategies.base import Strategy
+from pilot_jax.config import StrategyParams
+from pilot_jax.federation.strategies.base import Aggregated, Strategy, register
 from pilot_jax.kernels.pairwise import exact_einsum
+from pilot_jax.parallel.processes import to_host
 
 
+@register("similarity")
 class Similarity(Strategy):
+    class Params(StrategyParams):
+        similarity_temperature: float = Field(0.1, gt=0, description="similarity: τ of softmax(cosine / τ)")
+
     aggregated_by = "similarity"
     one_model = False
 
     def initial_server_state(self, adapters, sizes, tasks):
         return {"start": adapters}
 
-    def mix(self, uploads, sizes, tasks, client_ids, server_state):
-        moved = jax.tree.map(lambda leaf, start: (leaf - start).reshape(len(sizes), -1), dict(uploads),
-                             {n: server_state["start"][n] for n in uploads})
+    def aggregate(self, cohort, server):
+        moved = jax.tree.map(lambda leaf, start: (leaf - start).reshape(len(cohort), -1), dict(cohort.uploads),
+                             {n: server["start"][n] for n in cohort.uploads})
         gram = sum(exact_einsum("si,ti->st", leaf, leaf) for leaf in jax.tree.leaves(moved))
         norm = jnp.sqrt(jnp.diag(gram))
         cosine = gram / jnp.maximum(norm[:, None] * norm, 1e-30)
-        return jax.nn.softmax(cosine / self.config.similarity_temperature, axis=1)
+        weights = to_host(jax.nn.softmax(cosine / self.params.similarity_temperature, axis=1))
+        return Aggregated(self.combine(cohort, weights), dict(server), {"weights": weights})

@@ -1,4 +1,4 @@
-"""Shapes of a LLaVA model, read from a Hugging Face `config.json`."""
+"""The shapes of a model, read from a Hugging Face `config.json`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pilot_jax.errors import InputError
 from pilot_jax.models.spec import RopeSpec, TextSpec, VisionSpec, VlmSpec
 from pilot_jax.storage import read_json
 
-MOST_SIZE, MOST_LAYERS = 10_000_000, 1_000  # of any width or count; of anything deep
+MAX_SIZE, MAX_LAYERS = 10_000_000, 1_000  # of any width or count; of any number of layers
 
 
 def _require(value: bool, file: Path, key: str, problem: str, remedy: str) -> None:
@@ -20,10 +20,10 @@ def _require(value: bool, file: Path, key: str, problem: str, remedy: str) -> No
 
 
 def read_vlm_config(directory: str | Path) -> VlmSpec:
-    """The shapes of the LLaVA checkpoint in `directory`.
+    """Returns the shapes of the LLaVA checkpoint in `directory`.
 
     Raises:
-        InputError: no readable `config.json`, not a LLaVA model, or a feature this package does not implement.
+        InputError: no readable `config.json`, not a LLaVA model, or a feature that this package does not implement.
     """
     from transformers import LlavaConfig
 
@@ -49,13 +49,14 @@ def read_vlm_config(directory: str | Path) -> VlmSpec:
 
 def join(vision: VisionSpec, text: TextSpec, image_token_id: int, select: str, projector_bias: bool,
          file: Path) -> VlmSpec:
-    """A VLM of a tower and a language model; `select` is LLaVA's vision_feature_select_strategy."""
+    """Returns the VLM of a tower and a language model; `select` is LLaVA's vision_feature_select_strategy."""
     _require(select in ("default", "full"), file, "vision_feature_select_strategy", f"{select!r} is unknown",
              "default and full are known.")
     return VlmSpec(vision, text, image_token_id, select == "default", projector_bias)
 
 
-def _hf_config(cls: type, raw: dict, file: Path) -> Any:
+def _hf_config(cls: type, raw: dict[str, Any], file: Path) -> Any:
+    """Returns the config class of transformers that `raw` describes."""
     try:
         return cls(**{k: v for k, v in raw.items() if k != "model_type"})
     except Exception as error:  # its validators raise many kinds
@@ -64,9 +65,9 @@ def _hf_config(cls: type, raw: dict, file: Path) -> Any:
 
 
 def _sizes(hf: Any, file: Path, at: str, *names: str) -> None:
-    """The named values are whole, positive and no larger than any model's."""
+    """Checks that the named values are positive whole numbers, and no larger than those of any model."""
     for name in names:
-        value, most = getattr(hf, name, None), MOST_LAYERS if name == "num_hidden_layers" else MOST_SIZE
+        value, most = getattr(hf, name, None), MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
         _require(isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most, file, f"{at}{name}",
                  f"{reprlib.repr(value)}, expected a whole number from 1 to {most}", "Mend the config.")
 
@@ -77,7 +78,7 @@ def _epsilon(value: Any, file: Path, key: str) -> None:
 
 
 def vision_config(hf: Any, feature_layer: int | list[int], file: Path, at: str = "") -> VisionSpec:
-    """From transformers' vision config; `feature_layer` as in LLaVA's `vision_feature_layer`."""
+    """Returns the shapes of a tower from transformers' config; `feature_layer` is LLaVA's `vision_feature_layer`."""
     families: dict[str, Any] = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
     _require(hf.model_type in families, file, f"{at}model_type", f"{hf.model_type!r} is not supported",
              "Use a CLIP or SigLIP vision tower.")
@@ -88,12 +89,13 @@ def vision_config(hf: Any, feature_layer: int | list[int], file: Path, at: str =
     _epsilon(hf.layer_norm_eps, file, f"{at}layer_norm_eps")
     _require(hf.patch_size <= hf.image_size and hf.hidden_size % hf.num_attention_heads == 0, file,
              f"{at}patch_size, num_attention_heads", "they do not divide the image and the width", "Mend the config.")
-    asked = [feature_layer] if isinstance(feature_layer, int) else feature_layer
-    _require(isinstance(asked, list | tuple) and all(isinstance(x, int) for x in asked) and len(asked) <= MOST_LAYERS,
+    requested = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+    _require(isinstance(requested, list | tuple) and all(isinstance(x, int) for x in requested)
+             and len(requested) <= MAX_LAYERS,
              file, "vision_feature_layer", f"{reprlib.repr(feature_layer)} is no layer and no list of layers",
              "Mend the config.")
     layers, total = [], hf.num_hidden_layers
-    for layer in asked:
+    for layer in requested:
         absolute = layer if layer >= 0 else total + 1 + layer
         _require(0 <= absolute <= total, file, "vision_feature_layer",
                  f"{layer} is outside the tower's {total} layers", "Mend the config.")
@@ -129,7 +131,7 @@ def _rope(hf: Any, file: Path, at: str) -> RopeSpec:
 
 
 def text_config(hf: Any, file: Path, at: str = "") -> TextSpec:
-    """From transformers' config of a Llama, Mistral or Qwen2 language model."""
+    """Returns the shapes of a Llama, Mistral or Qwen2 language model from transformers' config."""
     family = hf.model_type
     _require(family in ("llama", "mistral", "qwen2"), file, f"{at}model_type", f"{family!r} is not supported",
              "Use a Llama, Vicuna, Mistral or Qwen2 language model.")
@@ -140,7 +142,7 @@ def text_config(hf: Any, file: Path, at: str = "") -> TextSpec:
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // heads
     _require(isinstance(groups, int) and groups > 0 and heads % groups == 0, file, f"{at}num_key_value_heads",
              f"{reprlib.repr(groups)} does not divide {heads} heads", "Mend the config.")
-    _require(isinstance(head_dim, int) and 0 < head_dim <= MOST_SIZE and head_dim % 2 == 0, file, f"{at}head_dim",
+    _require(isinstance(head_dim, int) and 0 < head_dim <= MAX_SIZE and head_dim % 2 == 0, file, f"{at}head_dim",
              f"{reprlib.repr(head_dim)}, expected an even number", "Mend the config.")
     _epsilon(hf.rms_norm_eps, file, f"{at}rms_norm_eps")
     biases: tuple[str, ...] = ("q", "k", "v") if family == "qwen2" else ()
@@ -157,7 +159,7 @@ def text_config(hf: Any, file: Path, at: str = "") -> TextSpec:
     else:
         sliding = tuple(kind == "sliding_attention" for kind in hf.layer_types)
     if window is not None and window >= hf.max_position_embeddings:
-        window, sliding = None, (False,) * hf.num_hidden_layers  # nothing the model can see lies outside it
+        window, sliding = None, (False,) * hf.num_hidden_layers  # the window is as wide as the longest text
     return TextSpec(
         family=family, vocab_size=hf.vocab_size, hidden_size=hf.hidden_size, intermediate_size=hf.intermediate_size,
         num_layers=hf.num_hidden_layers, num_heads=heads, num_kv_heads=groups, head_dim=head_dim,

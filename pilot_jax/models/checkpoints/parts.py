@@ -1,9 +1,12 @@
-"""A VLM from separate parts: a vision tower, a language model, and LLaVA's `mm_projector` between them."""
+"""A VLM read from separate parts: a vision tower, a language model, and LLaVA's `mm_projector` between them."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
+
+from jaxtyping import PyTree
 
 from pilot_jax.errors import InputError
 from pilot_jax.models.checkpoints.hf_config import join, text_config, vision_config
@@ -11,7 +14,7 @@ from pilot_jax.models.checkpoints.reading import Place, Source, load_tensors, op
 from pilot_jax.models.spec import VlmSpec
 from pilot_jax.storage import read_json
 
-# Other halves of a contrastive model, which a VLM does not use.
+# Tensors of a contrastive model that a VLM does not use.
 _UNUSED = ("text_model.", "visual_projection.", "text_projection.", "logit_scale", "logit_bias")
 _PROJECTOR = {"0": "linear_1", "2": "linear_2", "linear_1": "linear_1", "linear_2": "linear_2"}
 
@@ -27,7 +30,7 @@ def _language_name(key: str) -> str | None:
 
 
 def _projector_name(key: str) -> str | None:
-    """`model.mm_projector.0.weight` and its kin; other tensors of the file stay out."""
+    """Returns the canonical name of `model.mm_projector.0.weight` and the like; None for all other tensors."""
     match = re.fullmatch(r"(?:.*\.)?(?:mm_projector|multi_modal_projector)\.(\w+)\.(weight|bias)", key)
     match = match or re.fullmatch(r"(\w+)\.(weight|bias)", key)
     if match is None:
@@ -35,17 +38,17 @@ def _projector_name(key: str) -> str | None:
     return f"multi_modal_projector.{_PROJECTOR.get(match[1], match[1])}.{match[2]}"
 
 
-def _config_of(directory: Path, key: str) -> tuple[dict, Path]:
+def _config_of(directory: Path, key: str) -> tuple[dict[str, Any], Path]:
     file = directory / "config.json"
     return read_json(file, f"model.parts.{key} must be a Hugging Face model directory."), file
 
 
 def read_parts_config(vision: Path, language: Path, projector: Path, feature_layer: int | list[int],
                       feature_select: str, image_token_id: int) -> VlmSpec:
-    """The shapes of the VLM these parts make.
+    """Returns the shapes of the VLM that these parts make.
 
     Raises:
-        InputError: a directory without config.json, or a model this package does not implement.
+        InputError: a directory without config.json, or a model that this package does not implement.
     """
     from transformers import AutoConfig
 
@@ -72,8 +75,8 @@ def read_parts_config(vision: Path, language: Path, projector: Path, feature_lay
 
 
 def load_parts(config: VlmSpec, vision: Path, language: Path, projector: Path, dtype: str,
-               place: Place | None = None) -> dict:
-    """The frozen base of these parts; see `loading.load_tensors`."""
+               place: Place | None = None) -> dict[str, PyTree]:
+    """Returns the frozen base that these parts make; see `reading.load_tensors`."""
     sources = [Source(f, _tower_name) for f in safetensors_files(vision)]
     sources += [Source(f, _language_name) for f in safetensors_files(language)]
     return load_tensors([*sources, Source(projector, _projector_name)], config, dtype, place)

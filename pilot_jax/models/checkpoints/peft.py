@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
+from jaxtyping import PyTree
 
 from pilot_jax.models.lora import TARGETS, assembled
 
-# Where the decoder's layers are in transformers' LlavaForConditionalGeneration, and in a language model of its own.
+# The decoder's layers in transformers' LlavaForConditionalGeneration, and in a language model that stands alone.
 LAYERS = {"llava": "model.language_model.layers", "language_model": "model.layers"}
 _MODULES = {name: ("self_attn" if name in "qkvo" else "mlp") + f".{name}_proj" for name in TARGETS}
 
 
-def peft_tensors(lora: Mapping[str, Any], kind: str) -> dict[str, np.ndarray]:
-    """LoRA under the names that PEFT saves; `kind` is a key of LAYERS."""
+def peft_tensors(lora: Mapping[str, PyTree], kind: str) -> dict[str, np.ndarray]:
+    """Returns a LoRA's tensors, float32, under the names that PEFT gives them; `kind` is a key of LAYERS."""
     tensors = {}
     for target, pair in lora["layers"].items():
         for i in range(len(pair["a"])):
@@ -28,7 +29,10 @@ def peft_tensors(lora: Mapping[str, Any], kind: str) -> dict[str, np.ndarray]:
 
 
 def peft_config(rank: int, alpha: float, kind: str, base: str) -> dict[str, Any]:
-    """`adapter_config.json`. In a LLaVA model the pattern keeps the vision tower's own q_proj … out."""
+    """Returns the content of `adapter_config.json`.
+
+    In a LLaVA model the target is a pattern, which does not match the vision tower's own q_proj, k_proj and v_proj.
+    """
     names = [f"{name}_proj" for name in TARGETS]
     inside = rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(names)})"
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
@@ -36,21 +40,22 @@ def peft_config(rank: int, alpha: float, kind: str, base: str) -> dict[str, Any]
             "inference_mode": True, "target_modules": inside if kind == "llava" else names}
 
 
-def _torch_mlp(prefix: str, adapter: Mapping[str, Any], slot: int | None = None) -> dict[str, np.ndarray]:
+def _torch_mlp(prefix: str, adapter: Mapping[str, PyTree], slot: int | None = None) -> dict[str, np.ndarray]:
+    """Returns an MLP's tensors, or those of MLP number `slot` of a stack, in torch's orientation [out, in]."""
     out = {}
     for layer, leaves in adapter.items():
         for name, leaf in leaves.items():
             value = np.asarray(leaf if slot is None else leaf[slot], np.float32)
-            value = value.T if name == "kernel" else value  # torch keeps [out, in]
+            value = value.T if name == "kernel" else value
             out[f"{prefix}.{layer}.{'weight' if name == 'kernel' else 'bias'}"] = np.ascontiguousarray(value)
     return out
 
 
-def connector_tensors(adapters: Mapping[str, Any], stage: str, task_index: int) -> dict[str, np.ndarray]:
-    """The connector of `stage` in torch's orientation: what its forward pass reads, and nothing else.
+def connector_tensors(adapters: Mapping[str, PyTree], stage: str, task_index: int) -> dict[str, np.ndarray]:
+    """Returns the tensors that the forward pass of the connector's `stage` reads, float32 in torch's orientation.
 
     plain: projector. stage1: task, client. stage2: task, client, router.weight [T, D], and for each other task i
-    task_bank.i and cross_task.i; the own slot is `task`. client is absent in ablations without it.
+    task_bank.i and cross_task.i; the own task's is `task`. Ablations without it have no client.
     """
     names = [name for name in ("projector", "task", "client") if name in adapters]
     tensors = {k: v for name in names for k, v in _torch_mlp(name, adapters[name]).items()}
@@ -64,27 +69,45 @@ def connector_tensors(adapters: Mapping[str, Any], stage: str, task_index: int) 
     return tensors
 
 
-def save_adapters(out: Path, adapters: Mapping[str, Any], *, stage: str, tasks: tuple[str, ...], task_index: int,
-                  rank: int, alpha: float, kind: str, base: str, card: str) -> None:
-    """Write `adapter_model.safetensors`, `adapter_config.json`, `connector.safetensors` and `README.md` into `out`.
+class ExportDetails(TypedDict):
+    """Keywords of `save_adapters`."""
 
-    `adapters` are those that `stage` uses; `rank` and `alpha` the config's: two LoRAs side by side are saved as one of
-    twice the rank with the same alpha / rank. The folder appears when it is complete, never before.
+    stage: str
+    tasks: tuple[str, ...]
+    task_index: int
+    rank: int
+    alpha: float
+    kind: str
+    base: str
+    card: str
+
+
+def save_adapters(out: Path, adapters: Mapping[str, PyTree], **details: Unpack[ExportDetails]) -> None:
+    """Writes `adapter_model.safetensors`, `adapter_config.json`, `connector.safetensors` and `README.md` into `out`.
+
+    The folder appears when it is complete, never before.
+
+    Args:
+        adapters: those that `stage` uses.
+        stage: of the connector: plain, stage1 or stage2.
+        tasks: all tasks' names; `task_index` is the client's own.
+        rank, alpha: of the config. Two LoRAs side by side are saved as one of twice the rank, with the same alpha/rank.
+        kind: a key of LAYERS. base: the name or path of the base model.
+        card: the text of `README.md`.
     """
     from safetensors.numpy import save_file
 
     lora = assembled(adapters)
     assert lora is not None  # every strategy trains one
-    ranks = next(iter(lora["layers"].values()))["a"].shape[-2]
-    rank, alpha = ranks, alpha * ranks / rank
+    rank = next(iter(lora["layers"].values()))["a"].shape[-2]
+    config = peft_config(rank, details["alpha"] * rank / details["rank"], details["kind"], details["base"])
 
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    save_file(peft_tensors(lora, kind), partial / "adapter_model.safetensors",
-              metadata={"format": "pt"})
-    (partial / "adapter_config.json").write_text(json.dumps(peft_config(rank, alpha, kind, base), indent=2) + "\n",
-                                                 encoding="utf-8")
-    save_file(connector_tensors(adapters, stage, task_index), partial / "connector.safetensors",
-              metadata={"stage": stage, "tasks": json.dumps(tasks), "task_index": str(task_index)})
-    (partial / "README.md").write_text(card, encoding="utf-8")
+    save_file(peft_tensors(lora, details["kind"]), partial / "adapter_model.safetensors", metadata={"format": "pt"})
+    (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(connector_tensors(adapters, details["stage"], details["task_index"]), partial / "connector.safetensors",
+              metadata={"stage": details["stage"], "tasks": json.dumps(details["tasks"]),
+                        "task_index": str(details["task_index"])})
+    (partial / "README.md").write_text(details["card"], encoding="utf-8")
     partial.rename(out)

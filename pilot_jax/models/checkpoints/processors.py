@@ -1,4 +1,4 @@
-"""The tokenizer and the image processor that belong to a checkpoint, by transformers."""
+"""A checkpoint's tokenizer and image processor, both of transformers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 IMAGE_TOKEN = "<image>"
+MAX_PIXELS = 8192  # of the side of an image for the vision tower
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    """The fast tokenizer, with a token `<image>`: added behind its vocabulary where it has none.
+    """Returns the fast tokenizer; if it has no token `<image>`, one is added at the end of its vocabulary.
 
     Raises:
-        InputError: there is none, or none with offsets.
+        InputError: there is no tokenizer, or none that gives offsets, or it has no end-of-sequence token.
     """
     from transformers import AutoTokenizer
 
@@ -37,23 +38,23 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     return tokenizer  # type: ignore[return-value]
 
 
-MOST_PIXELS = 8192  # of an image's side, as a tower gets it
-
-
-def _check_sizes(raw: dict, file: Path) -> None:
-    """No size is so large that resizing to it would fill the memory."""
+def _check_sizes(raw: dict[str, Any], file: Path) -> None:
+    """Refuses sizes so large that resizing an image to them would fill the memory."""
     for key in ("size", "crop_size"):
         sizes = raw.get(key, {})
         for value in sizes.values() if isinstance(sizes, dict) else [sizes]:
-            if not isinstance(value, int) or not 0 < value <= MOST_PIXELS:
-                raise InputError(f"{file}: {key}: {value!r}, expected pixels, at most {MOST_PIXELS}. Mend the file.")
+            if not isinstance(value, int) or not 0 < value <= MAX_PIXELS:
+                raise InputError(f"{file}: {key}: {value!r}, expected pixels, at most {MAX_PIXELS}. Mend the file.")
 
 
 def load_image_processor(directory: Path, family: str) -> Any:
-    """The image processor, Pillow backend. `family` (clip | siglip) decides where the file does not name its class.
+    """Returns the image processor, which resizes with Pillow.
+
+    Args:
+        family: clip or siglip, the tower's, which chooses the processor's class where its file names none.
 
     Raises:
-        InputError: there is none, or one of another kind.
+        InputError: there is no image processor, or one of an unsupported class.
     """
     from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
 

@@ -1,7 +1,7 @@
-"""Checkpoints into placed arrays, one tensor at a time.
+"""Reading checkpoints into arrays on their devices, one tensor at a time.
 
 Names and shapes of every file are checked before the first tensor is read: each tensor belongs to the model or is one
-that LLaVA never runs, and none is missing. Then each tensor goes straight into its block of its leaf, on its device
+that LLaVA never runs, and none is missing. Then each tensor is written into its block of its leaf, on the leaf's device
 and in its dtype, so that host memory holds no more than the shard being read.
 """
 
@@ -15,24 +15,27 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from pilot_jax.errors import InputError
 from pilot_jax.models.checkpoints.hf_config import read_vlm_config
 from pilot_jax.models.checkpoints.tensor_names import Piece, base_shapes, canonical_name, leaf_at, never_run, pieces
 from pilot_jax.models.spec import VlmSpec
 
+# The sharding of a leaf by its path and shape; None: the default device.
 Place = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One file of tensors. `rename` gives canonical names, or None for tensors of parts that are not used."""
+    """One file of tensors. `rename` returns a tensor's canonical name, or None if it is not used."""
 
     file: Path
     rename: Callable[[str], str | None]
 
 
 def safetensors_files(directory: Path) -> list[Path]:
+    """Returns the directory's safetensors files, of which there must be one."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise InputError(f"{directory}: no *.safetensors file. Pickled weights are not read: convert them with "
@@ -41,6 +44,8 @@ def safetensors_files(directory: Path) -> list[Path]:
 
 
 class _SafetensorsFile:
+    """A `.safetensors` file."""
+
     def __init__(self, file: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
@@ -57,7 +62,7 @@ class _SafetensorsFile:
 
 
 class _TorchFile:
-    """A `.bin` of tensors, by torch's loader that runs no code from the file; only where torch is installed."""
+    """A `.bin` file, read by torch's loader that runs no code from the file; only where torch is installed."""
 
     def __init__(self, file: Path) -> None:
         try:
@@ -83,6 +88,7 @@ class _TorchFile:
 
 
 def open_tensors(file: Path) -> _SafetensorsFile | _TorchFile:
+    """Opens a `.bin` or a `.safetensors` file, without reading its tensors where the format allows that."""
     return _TorchFile(file) if file.suffix == ".bin" else _SafetensorsFile(file)
 
 
@@ -91,7 +97,7 @@ def _shown(names: list[str]) -> str:
 
 
 def _check_names(sources: list[Source], config: VlmSpec) -> None:
-    """Every tensor of the table is there once, in its shape, and no other tensor is."""
+    """Checks that the files have every tensor of the model once, in its shape, and no unknown one."""
     table, found, unread = pieces(config), dict[str, Path](), list[str]()
     for source in sources:
         for key, shape in open_tensors(source.file).shapes().items():
@@ -120,13 +126,13 @@ def _check_names(sources: list[Source], config: VlmSpec) -> None:
 @partial(jax.jit, donate_argnums=0, static_argnames=("permutation", "block"))
 def _insert(leaf: jax.Array, tensor: jax.Array, start: tuple[jax.Array, ...], *, permutation: tuple[int, ...],
             block: tuple[int, ...]) -> jax.Array:
-    """`leaf`, in its own memory, with the tensor in its place; transposed and cast where the leaf lives."""
+    """Returns `leaf`, in its own memory, with the tensor as one of its blocks, transposed and cast on its device."""
     tensor = tensor.transpose(permutation).reshape(block).astype(leaf.dtype)
     return jax.lax.dynamic_update_slice(leaf, tensor, start)
 
 
 def _tensors(sources: list[Source], config: VlmSpec) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Each tensor and its piece, file by file: a file is closed before the next is opened."""
+    """Yields each tensor and its piece, file by file: a file is closed before the next is opened."""
     table = pieces(config)
     for source in sources:
         tensors = open_tensors(source.file)
@@ -140,14 +146,15 @@ def _tensors(sources: list[Source], config: VlmSpec) -> Iterator[tuple[Piece, np
             yield table[name], tensor
 
 
-def load_tensors(sources: list[Source], config: VlmSpec, dtype: str = "float32", place: Place | None = None) -> dict:
-    """{"vision_tower", "projector", "decoder"} from files: JAX arrays in `dtype`, the projector in float32.
+def load_tensors(sources: list[Source], config: VlmSpec, dtype: str = "float32", place: Place | None = None
+                 ) -> dict[str, PyTree]:
+    """Returns {"vision_tower", "projector", "decoder"}: JAX arrays in `dtype`, the projector in float32.
 
     Args:
-        place: sharding of a leaf by its path and shape; None: the default device.
+        place: the sharding of a leaf by its path and shape; None: all on the default device.
 
     Raises:
-        InputError: unreadable files; tensors missing, unknown, misshapen or not finite.
+        InputError: unreadable files, or tensors that are missing, unknown, misshapen or not finite.
     """
     _check_names(sources, config)
     shapes = base_shapes(config)
@@ -164,8 +171,9 @@ def load_tensors(sources: list[Source], config: VlmSpec, dtype: str = "float32",
         lambda path, _: leaves[tuple(key.key for key in path)], shapes)
 
 
-def load_base(directory: str | Path, dtype: str = "float32", place: Place | None = None) -> tuple[VlmSpec, dict]:
-    """Shapes and frozen weights of a Hugging Face LLaVA directory; see `load_tensors`."""
+def load_base(directory: str | Path, dtype: str = "float32", place: Place | None = None
+              ) -> tuple[VlmSpec, dict[str, PyTree]]:
+    """Returns the shapes and the frozen weights of a Hugging Face LLaVA directory; see `load_tensors`."""
     directory = Path(directory)
     config = read_vlm_config(directory)
     sources = [Source(file, canonical_name) for file in safetensors_files(directory)]

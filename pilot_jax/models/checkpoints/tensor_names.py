@@ -1,14 +1,15 @@
-"""Hugging Face tensor names ↔ the leaves of this package: one table, used for reading and for writing."""
+"""Hugging Face's tensor names and the leaves of this package: one table, for reading and for writing."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from pilot_jax.models.spec import VlmSpec
 from pilot_jax.models.vlm import Vlm
@@ -16,7 +17,7 @@ from pilot_jax.models.vlm import Vlm
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A checkpoint tensor as a block of one leaf: transpose by `permutation`, reshape to `block`, put at `start`."""
+    """A checkpoint's tensor as a block of a leaf: transposed by `permutation`, reshaped to `block`, put at `start`."""
 
     leaf: tuple[str, ...]
     shape: tuple[int, ...]  # in the checkpoint
@@ -25,14 +26,14 @@ class Piece:
     start: tuple[int, ...]
 
     def from_leaf(self, leaf: np.ndarray) -> np.ndarray:
-        """The checkpoint's tensor, cut out of the leaf: the inverse of placing it."""
+        """Returns the checkpoint's tensor from the whole leaf: the inverse of putting it there."""
         cut = leaf[tuple(slice(a, a + n) for a, n in zip(self.start, self.block, strict=True))]
         permuted = cut.reshape([self.shape[i] for i in self.permutation])
         return permuted.transpose(np.argsort(self.permutation))
 
 
 def canonical_name(name: str) -> str:
-    """One name for a tensor whichever release of transformers wrote it."""
+    """Returns one name for a tensor, whichever release of transformers wrote it."""
     name = re.sub(r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)", "", name)
     name = re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", name)
     name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
@@ -40,7 +41,7 @@ def canonical_name(name: str) -> str:
 
 
 def pieces(config: VlmSpec) -> dict[str, Piece]:
-    """Every tensor that this model reads, by canonical name."""
+    """Returns every tensor that this model reads, by canonical name."""
     table: dict[str, Piece] = {}
 
     def put(name: str, leaf: str, shape: tuple[int, ...], *, block: tuple[int, ...] | None = None,
@@ -66,7 +67,7 @@ def pieces(config: VlmSpec) -> dict[str, Piece]:
     return table
 
 
-def _vision_pieces(config: VlmSpec, put: Any, linear: Any) -> None:
+def _vision_pieces(config: VlmSpec, put: Callable[..., None], linear: Callable[..., None]) -> None:
     v, tower = config.vision, "vision_tower"
     d, p = v.hidden_size, v.patch_size
 
@@ -95,7 +96,7 @@ def _vision_pieces(config: VlmSpec, put: Any, linear: Any) -> None:
         linear(f"{name}.mlp.fc2", f"{leaf}.fc2", v.intermediate_size, d, i)
 
 
-def _text_pieces(config: VlmSpec, put: Any) -> None:
+def _text_pieces(config: VlmSpec, put: Callable[..., None]) -> None:
     t, text = config.text, "language_model"
     c = t.hidden_size
     put(f"{text}.embed_tokens.weight", "decoder.embedding", (t.vocab_size, c))
@@ -123,8 +124,8 @@ def never_run(name: str, config: VlmSpec) -> bool:
             or (name == "lm_head.weight" and config.text.tie_word_embeddings))
 
 
-def base_shapes(config: VlmSpec) -> dict[str, Any]:
-    """Shapes of the frozen base, {"vision_tower", "projector", "decoder"}: float32, nothing allocated."""
+def base_shapes(config: VlmSpec) -> dict[str, PyTree]:
+    """Returns the float32 shapes of the frozen base, {"vision_tower", "projector", "decoder"}, allocating nothing."""
     module, v = Vlm(config), config.vision
     key = jax.eval_shape(lambda: jax.random.key(0))
     pixels = jax.ShapeDtypeStruct((1, v.image_size, v.image_size, 3), jnp.float32)
@@ -132,7 +133,7 @@ def base_shapes(config: VlmSpec) -> dict[str, Any]:
     tower = jax.eval_shape(lambda k, p: module.init(k, p, method="features"), key, pixels)
     text = jax.eval_shape(lambda k, i: module.init(k, i, jnp.ones_like(i), None, method="logits"), key, ids)
 
-    def layer(d_in: int) -> dict:
+    def layer(d_in: int) -> dict[str, jax.ShapeDtypeStruct]:
         width = config.text.hidden_size
         shapes = {"kernel": jax.ShapeDtypeStruct((d_in, width), jnp.float32)}
         return shapes | ({"bias": jax.ShapeDtypeStruct((width,), jnp.float32)} if config.projector_bias else {})
@@ -141,7 +142,8 @@ def base_shapes(config: VlmSpec) -> dict[str, Any]:
             "projector": {"linear_1": layer(v.feature_size), "linear_2": layer(config.text.hidden_size)}}
 
 
-def leaf_at(tree: Any, path: tuple[str, ...]) -> Any:
+def leaf_at(tree: PyTree, path: tuple[str, ...]) -> PyTree:
+    """Returns the leaf, or the subtree, at `path`."""
     for name in path:
         tree = tree[name]
     return tree

@@ -1,21 +1,24 @@
-"""A base as a Hugging Face LLaVA directory."""
+"""Writing a base as a Hugging Face LLaVA directory."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from pilot_jax.models.checkpoints.tensor_names import leaf_at, pieces
 from pilot_jax.models.spec import VlmSpec
 
 
-def save_base(directory: str | Path, config: VlmSpec, base: dict, hf_config: dict, dtype: str = "float16") -> None:
-    """Write `base` as a LLaVA directory that `transformers` loads, one shard.
+def save_base(directory: str | Path, config: VlmSpec, base: dict[str, PyTree], hf_config: dict[str, Any],
+              dtype: str = "float16") -> None:
+    """Writes `base` as a LLaVA directory that `transformers` loads, in one shard.
 
-    `hf_config` is the content of `config.json`; its tower must have exactly the layers that are run.
+    `hf_config` is the content of `config.json`; its tower must have exactly the layers that run.
     """
     from safetensors.numpy import save_file
 

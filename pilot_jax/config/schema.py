@@ -1,30 +1,25 @@
-"""The configuration: every key with its default, unit and bounds. Unknown keys are refused, with the nearest known."""
+"""The schema: every key of a config with its default, unit and bounds."""
 
 from __future__ import annotations
 
-import difflib
-import reprlib
-from pathlib import Path
-from typing import Any, Literal, get_args
+import importlib
+from types import ModuleType
+from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from pilot_jax.errors import InputError
-
-MOST_BYTES = 1_000_000  # of a config file
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
-class LoraConfig(_Section):
+class LoraConfig(Section):
     rank: int = Field(8, ge=1, description="R; the paper: 64 at 7B")
     alpha: float = Field(16.0, gt=0, description="the update is (alpha / rank)·BA; the paper: 128")
 
 
-class PartsConfig(_Section):
+class PartsConfig(Section):
     """A tower, a language model and a projector that were never saved as one LLaVA model, as the paper starts from."""
 
     vision: str = Field(description="directory of a CLIP or SigLIP model")
@@ -35,7 +30,7 @@ class PartsConfig(_Section):
         "auto", description="default drops the first token; auto: default for CLIP, full for SigLIP, which has no CLS")
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     path: str = Field("embedded", description="Hugging Face LLaVA directory, or 'embedded' for the shipped base")
     parts: PartsConfig | None = Field(None, description="instead of path: separate tower, language model, projector")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on CPU, else bfloat16")
@@ -49,7 +44,7 @@ class ModelConfig(_Section):
         return self
 
 
-class DigitsConfig(_Section):
+class DigitsConfig(Section):
     scenario: Literal["a", "b"] = Field("a", description="a: 3 tasks × 3 clients; b: 4 tasks × 5, uneven sizes")
     clients_per_task: int | None = Field(None, ge=1, description="default: the scenario's; looks and wordings repeat "
                                          "after five")
@@ -61,7 +56,7 @@ class DigitsConfig(_Section):
     seed: int = Field(0, ge=0, description="of the scenes; the handwriting pools are fixed")
 
 
-class LimitsConfig(_Section):
+class LimitsConfig(Section):
     """What data may ask of this machine: they are not trusted."""
 
     image_pixels: int = Field(100_000_000, ge=1, le=178_956_970, description="of one image, before it is decoded; "
@@ -71,7 +66,7 @@ class LimitsConfig(_Section):
     follow_links: bool = Field(False, description="whether links may lead out of the image root")
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     path: str = Field("digits", description="LLaVA JSON/JSONL file or folder; 'digits' for the embedded scenes")
     image_root: str | None = Field(None, description="folder that `image` is relative to; default: images/ beside path")
     file_names: Literal["task", "client"] = Field(
@@ -89,17 +84,17 @@ class DataConfig(_Section):
     digits: DigitsConfig = DigitsConfig()
 
 
-class ParticipationEntry(_Section):
+class ParticipationEntry(Section):
     round: int = Field(ge=1)
     clients: list[str]
 
 
-class StragglersConfig(_Section):
+class StragglersConfig(Section):
     share: float = Field(0.0, ge=0, le=1, description="probability that a client is slow in a round")
     steps: float = Field(0.5, gt=0, le=1, description="share of its steps that a slow client takes, at least one")
 
 
-class PrivacyConfig(_Section):
+class PrivacyConfig(Section):
     """Differential privacy of uploads; off without `clip`."""
 
     clip: float | None = Field(None, gt=0, description="C, L2 norm to which what an upload changes is clipped")
@@ -115,7 +110,7 @@ class PrivacyConfig(_Section):
         return self
 
 
-class FederationConfig(_Section):
+class FederationConfig(Section):
     clients: int | None = Field(None, ge=1, description="K for partition equal/dirichlet; 'given' takes it from data")
     rounds: int = Field(3, ge=1, le=1_000_000, description="R")
     clients_per_round: int | None = Field(None, ge=1, description="cohort size S; default: everyone")
@@ -137,56 +132,28 @@ class FederationConfig(_Section):
         "first_time", description="stage 1 in a client's first round only, or in each")
 
 
-class AtaConfig(_Section):
-    preset: Literal["default", "notes"] = Field(
-        "default", description="notes: softmax, temperature 1, self included, whatever the keys below say")
-    neighbors: int = Field(2, ge=1, description="M, nearest other clients")
-    weighting: Literal["softmax", "inverse_distance", "share"] = Field(
-        "softmax", description="by distance d: exp(-d/τ); 1/d, and a client's own the largest of them; 1/d, and its "
-        "own the client's number of samples")
-    temperature: Literal["auto"] | float = Field(
-        "auto", description="τ; auto: auto_factor times the mean distance to the M neighbours")
-    auto_factor: float = Field(0.25, gt=0, description="with auto; 1: self weighs 1/(1 + M/e), 0.25: 1/(1 + M/e⁴). The "
-                               "default is what validation supports: docs/results.md")
-    space: Literal["factors", "product"] = Field("factors", description="distances over A and B, or over BA")
-    include_self: bool = Field(True, description="whether a client's own upload is among what it gets back")
-    size_weighted: bool = Field(False, description="weights times the clients' data sizes")
+class StrategyParams(Section):
+    """The section `strategy`: the name, and beside it the keys of that strategy, which its own file adds."""
 
-    @model_validator(mode="after")
-    def _positive_temperature(self) -> AtaConfig:
-        if self.temperature != "auto" and not self.temperature > 0:
-            raise ValueError("temperature must be 'auto' or > 0")
-        return self
+    name: str = Field("pilot", description="strategy: what clients train, share and get back; one of the package's, "
+                      "or module:Class")
 
 
-class ServerConfig(_Section):
-    """The server optimizer of fedavgm, fedadam, fedyogi, fedadagrad, scaffold."""
-
-    learning_rate: float | None = Field(None, gt=0, description="default: 1 for fedavgm and scaffold; 0.003 for the "
-                                        "adaptive rules, whose steps have about this size in every entry")
-    momentum: float = Field(0.9, ge=0, lt=1, description="fedavgm; β1 of the adaptive rules")
-    beta2: float = Field(0.99, ge=0, lt=1, description="fedadam, fedyogi: decay of the second moment")
-    tau: float = Field(1e-3, gt=0, description="adaptive rules: added to √v")
+# The section of each strategy by name; `federation.strategies` fills it, a file a strategy.
+STRATEGY_PARAMS: dict[str, type[StrategyParams]] = {}
 
 
-class StrategyConfig(_Section):
-    name: Literal["pilot", "local", "centralised", "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad",
-                  "scaffold", "ffa_lora", "fedsa_lora", "feddpa", "similarity", "median", "trimmed_mean"] = Field(
-        "pilot", description="what clients train, share and get back")
-    init: Literal["preserve", "copy"] = Field("preserve", description="pilot; preserve: step 0 computes the base model")
-    ata: AtaConfig = AtaConfig()
-    text_aggregation: Literal["ata", "mean", "per_task_mean"] = Field(
-        "ata", description="pilot: how LoRA is aggregated; other than ata is an ablation")
-    client_adapter: Literal["both", "stage1", "none"] = Field(
-        "both", description="pilot: stages in which x_s = ψ_s(H_v) is added; other than both is an ablation")
-    cross_task: bool = Field(True, description="pilot: stage 2 with CT-MoA; false (ablation): stage 1 in every phase")
-    prox_mu: float = Field(0.01, ge=0, description="fedprox: μ of μ/2·‖w − w_start‖²")
-    trim: float = Field(0.2, ge=0, lt=0.5, description="trimmed_mean: share of uploads dropped at either end")
-    similarity_temperature: float = Field(0.1, gt=0, description="similarity: τ of softmax(cosine / τ)")
-    server: ServerConfig = ServerConfig()
+def strategies() -> ModuleType:
+    """The package of strategies, which lies above this one: imported by name, so that it registers its sections."""
+    return importlib.import_module("pilot_jax.federation.strategies")
 
 
-class TrainConfig(_Section):
+def _default_strategy() -> StrategyParams:
+    strategies()
+    return STRATEGY_PARAMS[StrategyParams.model_fields["name"].default]()
+
+
+class TrainConfig(Section):
     batch_size: int = Field(8, ge=1, description="B, samples per client step")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="of the clients; its state lasts a phase")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's, decoupled")
@@ -203,7 +170,7 @@ class TrainConfig(_Section):
     ld_center: bool = Field(False, description="centre each image's tokens before L_d (ablation)")
 
 
-class EvalConfig(_Section):
+class EvalConfig(Section):
     every: int = Field(0, ge=0, description="score the validation split every so many rounds; 0: never")
     batch_size: int = Field(16, ge=1, description="prompts decoded at once, per client")
     max_new_tokens: int = Field(32, ge=1, description="of an answer")
@@ -211,10 +178,10 @@ class EvalConfig(_Section):
     top_p: float = Field(1.0, gt=0, le=1, description="sample among the fewest tokens with this probability together")
     metrics: dict[str, Literal["exact", "iou", "vqa", "anls", "rouge_l", "bleu", "cider"]] = Field(
         {"grounding": "iou"}, description="score per task: exact match (default), iou (box IoU ≥ 0.5), vqa (ten "
-        "annotators), anls (OCR), and with the extra 'scores' rouge_l, bleu; cider goes to 10")
+        "annotators), anls (OCR), and with the extra 'scores' rouge_l, bleu, cider, which goes to 10")
 
 
-class MeshConfig(_Section):
+class MeshConfig(Section):
     clients: int = Field(1, ge=1, description="devices over which a chunk's clients are spread")
     fsdp: int = Field(1, ge=1, description="devices that share the frozen weights, gathered layer by layer")
     tensor: int = Field(1, ge=1, description="devices that share heads and inner widths")
@@ -224,7 +191,7 @@ class MeshConfig(_Section):
         return self.clients * self.fsdp * self.tensor
 
 
-class SystemConfig(_Section):
+class SystemConfig(Section):
     seed: int = Field(0, ge=0, description="of initialisation, sampling and batch order")
     client_chunk: int = Field(3, ge=1, description="clients trained at once on each device")
     deterministic: bool = Field(False, description="on NVIDIA GPUs, the same algorithms in every run, and slower ones; "
@@ -260,115 +227,14 @@ class SystemConfig(_Section):
         return self
 
 
-class Config(_Section):
+class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     federation: FederationConfig = FederationConfig()
-    strategy: StrategyConfig = StrategyConfig()
+    strategy: SerializeAsAny[StrategyParams] = Field(default_factory=_default_strategy)
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     system: SystemConfig = SystemConfig()
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
-    """Every "section.key" and what it is; sections too, without a word."""
-    keys = {}
-    for name, field in model.model_fields.items():
-        keys[prefix + name] = field.description or ""
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys |= known_keys(kind, f"{prefix}{name}.")
-    return keys
-
-
-def json_schema() -> dict[str, Any]:
-    """The config as a JSON schema, with which editors complete and check it."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema(),
-            "title": "pilot-jax config"}
-
-
-def _message(error: dict[str, Any], source: str) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        known = list(known_keys())
-        leaf = {k.rsplit(".", 1)[-1]: k for k in known}
-        near = difflib.get_close_matches(key, known, 1, 0.6)
-        near = near or [leaf[k] for k in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, 1, 0.6)]
-        hint = f" Did you mean '{near[0]}'?" if near else " See the configs folder for the known keys."
-        return f"{source}: {key}: unknown key.{hint}"
-    return f"{source}: {key}: {error['msg']} (got {reprlib.repr(error.get('input'))})."
-
-
-def parse_config(raw: Any, source: str = "config") -> Config:
-    """A checked `Config` from nested dicts.
-
-    Raises:
-        InputError: naming the key, with the nearest known one for a misspelling.
-    """
-    if not isinstance(raw, dict):
-        raise InputError(f"{source}: a config is a mapping of sections, this is a {type(raw).__name__}.")
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        raise InputError("\n".join(_message(dict(e), source) for e in error.errors())) from None
-
-
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML config; each override is "section.key=value" with a YAML value.
-
-    Raises:
-        InputError: no such file, not YAML, or a bad key or value.
-    """
-    path = Path(path)
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise InputError(f"{path}: {path.stat().st_size} bytes are no config. Give the path of a YAML config.")
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML config.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or dates that are none
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not valid YAML ({error}).") from None
-    raw = {} if raw is None else raw
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: a config is a mapping of sections, this is a {type(raw).__name__}.")
-    return parse_config(_overridden(raw, overrides or []), str(path))
-
-
-def differences(old: Config, new: Config) -> list[str]:
-    """"section.key: old → new" for every key in which configs differ."""
-    def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(node, dict) or not node:
-            return {prefix[:-1]: node}
-        return {k: v for name, value in node.items() for k, v in leaves(value, f"{prefix}{name}.").items()}
-
-    before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
-    return [f"{key}: {before.get(key)!r} → {after.get(key)!r}" for key in {**before, **after}
-            if before.get(key) != after.get(key)]
-
-
-def apply_overrides(config: Config, overrides: list[str]) -> Config:
-    """`config` with each "section.key=value" in place of what it had."""
-    return parse_config(_overridden(config.model_dump(mode="json"), overrides), "config")
-
-
-def _overridden(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise InputError(f"--set {override}: expected section.key=value.")
-        node = raw
-        *parents, leaf = key.split(".")
-        for parent in parents:
-            if not isinstance(node.setdefault(parent, {}), dict):
-                raise InputError(f"--set {override}: {parent} is not a section.")
-            node = node[parent]
-        try:
-            node[leaf] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise InputError(f"--set {override}: not a YAML value ({error}).") from None
-    return raw

@@ -1,0 +1,121 @@
+"""The figures of a comparison and of a sweep, for the report's page and as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pilot_jax.compare.tables import Record, by_score, of_variant, tasks_of
+from pilot_jax.report import charts
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ROW = 0.2  # inches of a variant's row; a figure of rows has 0.7 more
+
+
+def _colour(line: Record) -> str:
+    """Returns Pilot's colour, or that of all others."""
+    return charts.COLOURS[1] if line["name"] == "pilot" else charts.COLOURS[0]
+
+
+def _draw_scores(axes: Axes, results: Record, lines: Sequence[Record]) -> None:
+    """Draws the mean score of each variant with its standard error, and the base's."""
+    rows = np.arange(len(lines))
+    axes.barh(rows, [line["score"] for line in lines], xerr=[line["standard_error"] or 0 for line in lines],
+              height=0.62, color=[_colour(line) for line in lines], alpha=0.85,
+              error_kw={"ecolor": charts.INK, "lw": 0.8})
+    if results["base"]["score"] is not None:
+        axes.axvline(results["base"]["score"], color=charts.INK, lw=0.8, ls=":", label="base")
+        axes.legend(loc="lower right")
+    axes.set_yticks(rows, [line["name"] for line in lines])
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("score: mean over clients and seeds")
+
+
+def _draw_tasks(axes: Axes, results: Record, lines: Sequence[Record]) -> None:
+    """Marks each variant's score on each task."""
+    for task, marker in zip(tasks_of(results), "osD^v<>", strict=False):
+        axes.scatter([line["by_task"].get(task, np.nan) for line in lines], range(len(lines)), marker=marker, s=12,
+                     zorder=3, facecolor="white", edgecolor=charts.INK, lw=0.7, label=task)
+    axes.legend(loc="lower right")
+
+
+def _draw_differences(axes: Axes, lines: Sequence[Record]) -> None:
+    """Draws Pilot − variant with the 95 % interval; the mark is filled where that excludes 0."""
+    for row, line in enumerate(lines):
+        d = line.get("difference")
+        if d is None:
+            continue
+        low, high = (d["mean"], d["mean"]) if d["low"] is None else (d["low"], d["high"])
+        axes.plot([low, high], [row, row], color=charts.INK, lw=0.9)
+        axes.plot(d["mean"], row, "o", ms=4.5, color=charts.COLOURS[1], mew=1,
+                  markerfacecolor=charts.COLOURS[1] if d["significant"] else "none")
+    axes.axvline(0, color=charts.INK, lw=0.6, alpha=0.6)
+    axes.set_yticks(range(len(lines)), [line["name"] for line in lines])
+    axes.set_xlabel("Pilot − it, paired by seed")
+    axes.grid(axis="x", color=charts.INK, alpha=0.12, lw=0.5)
+
+
+def scores(results: Record) -> Figure:
+    """Draws the variants' mean scores, the best on top."""
+    lines = by_score(results)
+    figure, axes = charts.new_axes(0.7 + ROW * len(lines))
+    _draw_scores(axes, results, lines)
+    return figure
+
+
+def differences(results: Record) -> Figure:
+    """Draws Pilot's lead over each other variant."""
+    lines = [line for line in by_score(results) if line.get("difference")]
+    figure, axes = charts.new_axes(0.7 + ROW * len(lines))
+    _draw_differences(axes, lines)
+    return figure
+
+
+def overview(results: Record) -> Figure:
+    """Draws scores, with the tasks' scores as marks, and differences side by side."""
+    lines = by_score(results)
+    figure, (left, right) = charts.pyplot().subplots(
+        1, 2, figsize=(2 * charts.WIDTH, 0.7 + ROW * len(lines)), sharey=True, layout="constrained",
+        width_ratios=(3, 2))
+    _draw_scores(left, results, lines)
+    _draw_tasks(left, results, lines)
+    _draw_differences(right, lines)
+    return figure
+
+
+def traffic(results: Record) -> Figure:
+    """Draws each variant's score against the bytes sent up and down in one seed's run."""
+    figure, axes = charts.new_axes(2.6)
+    for line in results["variants"]:
+        if line["bytes_up"] is None:
+            continue
+        sent = (line["bytes_up"] + line["bytes_down"]) / 1e6
+        axes.scatter(sent, line["score"], color=_colour(line), s=22, alpha=0.85)
+        if line["name"] == "pilot":
+            axes.annotate("pilot", (sent, line["score"]), textcoords="offset points", xytext=(5, 3), fontsize=7)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("MB sent, up and down")
+    axes.set_ylabel("score")
+    axes.grid(color=charts.INK, alpha=0.12, lw=0.5)
+    return figure
+
+
+def sweep(key: str, values: Sequence[str], compared: Sequence[Record]) -> Figure:
+    """Draws each variant's score over the values of a config key."""
+    figure, axes = charts.pyplot().subplots(figsize=(7, 4), layout="constrained")
+    for name in (line["name"] for line in compared[0]["variants"]):
+        lines = of_variant(name, compared)
+        axes.errorbar(range(len(values)), [one["score"] for one in lines],
+                      yerr=[one["standard_error"] or 0 for one in lines], marker="o", ms=4, capsize=2, label=name,
+                      lw=2.2 if name == "pilot" else 1.2)
+    axes.set_xticks(range(len(values)), values)
+    axes.set_xlabel(key)
+    axes.set_ylabel("score: mean over clients and seeds")
+    axes.set_ylim(0, 1)
+    axes.legend(fontsize=8)
+    return figure

@@ -1,0 +1,94 @@
+"""The tables of a comparison and of a sweep: rows of cells for the report's page, and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pilot_jax.report.rendering import decimal
+
+Record = dict[str, Any]  # a JSON object: `results.json`, or a variant's entry in it
+
+
+def by_score(results: Record) -> list[Record]:
+    """Returns the variants from worst to best."""
+    return sorted(results["variants"], key=lambda line: line["score"])
+
+
+def tasks_of(results: Record) -> list[str]:
+    """Returns the tasks that some variant has a score for."""
+    return sorted({task for line in results["variants"] for task in line["by_task"]})
+
+
+def _difference(line: Record) -> str:
+    d = line.get("difference")
+    if d is None:
+        return "–"
+    if d["low"] is None:
+        return f"{d['mean']:+.3f}"
+    return f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]{' *' if d['significant'] else ''}"
+
+
+def _score(line: Record) -> str:
+    return decimal(line["score"]) + ("" if line["standard_error"] is None else f" ± {line['standard_error']:.3f}")
+
+
+def score_rows(results: Record) -> list[list[str]]:
+    """Returns the head, the variants from best to worst, and the base."""
+    tasks = tasks_of(results)
+    rows = [["", "score", *tasks, "Pilot − it [95 %]", "neighbours", "base's captions", "rates ×", "MB up", "MB down",
+             "s"]]
+    for line in sorted(results["variants"], key=lambda one: -one["score"]):
+        name = line["name"] + (f" ({line['diverged']} diverged)" if line["diverged"] else "")
+        name += f" ({line['quarantined']} uploads refused)" if line.get("quarantined") else ""
+        up, down = (None if line[k] is None else line[k] / 1e6 for k in ("bytes_up", "bytes_down"))
+        rows.append([name, _score(line), *(decimal(line["by_task"].get(t)) for t in tasks), _difference(line),
+                     decimal(line["effective_neighbors"], 1), decimal(line["base_captions"], 2),
+                     f"{line['rate_factor']:g}", decimal(up, 1), decimal(down, 1), f"{line['wall_seconds']:.0f}"])
+    rows.append(["base", decimal(results["base"]["score"]), *[""] * len(tasks), "", "",
+                 decimal(results["base"]["base_captions"], 2), "", "", "", ""])
+    return rows
+
+
+def tuning_rows(results: Record) -> list[list[str]]:
+    """Returns the head, and each strategy's validation score by factor on the learning rates, the factor taken last."""
+    factors = [f"{f:g}" for f in results["factors"]]
+    rows = [["", *(f"× {f}" for f in factors), "taken"]]
+    for family, rate in results["rates"].items():
+        rows.append([family, *(decimal(rate["validation"].get(f)) for f in factors), f"× {rate['factor']:g}"])
+    return rows
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:]))
+
+
+def table(results: Record) -> str:
+    """Returns `score_rows` as Markdown."""
+    *rows, base = score_rows(results)
+    return _markdown([*rows, [f"*{base[0]}*", *base[1:]]])
+
+
+def tuning_table(results: Record) -> str:
+    """Returns `tuning_rows` as Markdown, the score of the factor taken in bold."""
+    (*head, _), *lines = tuning_rows(results)
+    return _markdown([head, *([f"**{cell}**" if name == taken else cell for name, cell in zip(head, cells, strict=True)]
+                              for *cells, taken in lines)])
+
+
+def of_variant(name: str, compared: Sequence[Record]) -> list[Record]:
+    """Returns the entry of the variant `name` in each of several comparisons."""
+    return [next(line for line in results["variants"] if line["name"] == name) for results in compared]
+
+
+def sweep_table(key: str, values: Sequence[str], compared: Sequence[Record]) -> str:
+    """Returns, as Markdown, the score of each variant (rows) at each value of a config key (columns).
+
+    A star says that the paired difference to Pilot excludes 0.
+    """
+    rows = [["", *(f"{key} = {value}" for value in values)]]
+    for name in (line["name"] for line in compared[0]["variants"]):
+        rows.append([name, *(_score(line) + (" *" if line.get("difference", {}).get("significant") else "")
+                             for line in of_variant(name, compared))])
+    return _markdown(rows)

@@ -1,0 +1,164 @@
+"""Configs from YAML files and overrides: checked, with a message that names the key and the nearest known one."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pilot_jax.config.schema import STRATEGY_PARAMS, Config, StrategyParams, strategies
+from pilot_jax.errors import InputError
+
+MOST_BYTES = 1_000_000  # of a config file
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def known_keys(model: type[BaseModel] | None = None, prefix: str = "") -> dict[str, str]:
+    """Every "section.key" of `model` (default: the whole config, all strategies' keys included) and its description.
+
+    Sections themselves are in it too, with an empty description.
+    """
+    keys: dict[str, str] = {}
+    for name, field in (model or Config).model_fields.items():
+        keys[prefix + name] = field.description or ""
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys |= known_keys(kind, f"{prefix}{name}.")
+    if model is None:
+        strategies()
+        for params in STRATEGY_PARAMS.values():
+            keys |= known_keys(params, "strategy.")
+    return keys
+
+
+def json_schema() -> dict[str, Any]:
+    """The config as a JSON schema, with which editors complete and check it; `strategy` is one of the strategies'."""
+    strategies()
+    schema = Config.model_json_schema()
+    sections = []
+    for name, params in STRATEGY_PARAMS.items():
+        own = params.model_json_schema()
+        schema["$defs"] |= own.pop("$defs", {})
+        own["properties"]["name"] |= {"const": name}
+        own["required"] = [] if name == StrategyParams.model_fields["name"].default else ["name"]
+        sections.append(own | {"title": name})
+    schema["properties"]["strategy"] = {"oneOf": sections}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "pilot-jax config"}
+
+
+def _message(error: Mapping[str, Any], source: str) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = list(known_keys())
+        leaf = {k.rsplit(".", 1)[-1]: k for k in known}
+        near = difflib.get_close_matches(key, known, 1, 0.6)
+        near = near or [leaf[k] for k in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, 1, 0.6)]
+        hint = f" Did you mean '{near[0]}'?" if near else " See the configs folder for the known keys."
+        return f"{source}: {key}: unknown key.{hint}"
+    return f"{source}: {key}: {error['msg']} (got {reprlib.repr(error.get('input'))})."
+
+
+def _validated(model: type[_Model], raw: Any, source: str, section: tuple[str, ...] = ()) -> _Model:
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise InputError("\n".join(_message({**e, "loc": (*section, *e["loc"])}, source)
+                                   for e in error.errors())) from None
+
+
+def parse_strategy(raw: Any, source: str = "config") -> StrategyParams:
+    """The checked section `strategy`, of the class that its `name` chooses.
+
+    Keys that belong to other strategies are checked as theirs and left out, so that one config serves several.
+
+    Raises:
+        InputError: a strategy that is not known here, or a bad key or value.
+    """
+    if isinstance(raw, StrategyParams):
+        return raw
+    if not isinstance(raw, dict):
+        raise InputError(f"{source}: strategy: expected a mapping, this is a {type(raw).__name__}.")
+    name = raw.get("name", StrategyParams.model_fields["name"].default)
+    params = strategies().params_of(name, source)
+    foreign = {key: other for other in STRATEGY_PARAMS.values() for key in other.model_fields
+               if key in raw and key not in params.model_fields}
+    for key, other in foreign.items():
+        _validated(other, {key: raw[key]}, source, ("strategy",))
+    return _validated(params, {k: v for k, v in raw.items() if k not in foreign} | {"name": name}, source,
+                      ("strategy",))
+
+
+def parse_config(raw: Any, source: str = "config") -> Config:
+    """A checked `Config` from nested dicts.
+
+    Raises:
+        InputError: naming the key, with the nearest known one for a misspelling.
+    """
+    if not isinstance(raw, dict):
+        raise InputError(f"{source}: a config is a mapping of sections, this is a {type(raw).__name__}.")
+    return _validated(Config, {**raw, "strategy": parse_strategy(raw.get("strategy", {}), source)}, source)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML config; each override is "section.key=value" with a YAML value.
+
+    Raises:
+        InputError: no such file, not YAML, or a bad key or value.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise InputError(f"{path}: {path.stat().st_size} bytes are no config. Give the path of a YAML config.")
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML config.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or dates that are none
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not valid YAML ({error}).") from None
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: a config is a mapping of sections, this is a {type(raw).__name__}.")
+    return parse_config(_overridden(raw, overrides or []), str(path))
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """"section.key: old → new" for every key in which configs differ."""
+    def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(node, dict) or not node:
+            return {prefix[:-1]: node}
+        return {k: v for name, value in node.items() for k, v in leaves(value, f"{prefix}{name}.").items()}
+
+    before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
+    return [f"{key}: {before.get(key)!r} → {after.get(key)!r}" for key in {**before, **after}
+            if before.get(key) != after.get(key)]
+
+
+def apply_overrides(config: Config, overrides: list[str]) -> Config:
+    """`config` with each "section.key=value" in place of what it had."""
+    return parse_config(_overridden(config.model_dump(mode="json"), overrides), "config")
+
+
+def _overridden(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set {override}: expected section.key=value.")
+        node = raw
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            if not isinstance(node.setdefault(parent, {}), dict):
+                raise InputError(f"--set {override}: {parent} is not a section.")
+            node = node[parent]
+        try:
+            node[leaf] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise InputError(f"--set {override}: not a YAML value ({error}).") from None
+        if key == "strategy.name" and ":" in value:  # named by the user, not by a file: may be imported
+            strategies().use(value)
+    return raw

@@ -1,0 +1,84 @@
+"""Renders pages from Jinja templates: tables, figures in cards, one HTML file and the figures as PNG files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pilot_jax.report import charts
+from pilot_jax.storage import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def decimal(value: float | None, digits: int = 3) -> str:
+    """Returns a number with so many decimals; a dash for None."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Cells as they are shown; templates escape them."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """A figure with its title and, where there is one, a table of its numbers."""
+
+    name: str  # of the PNG file
+    title: str
+    svg: Markup
+    png: bytes
+    table: Table | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """A page, and its figures as PNG files by name."""
+
+    html: str
+    pngs: dict[str, bytes]
+
+
+def figure_card(name: str, title: str, alt: str, figure: Figure, table: Table | None = None) -> Card:
+    """Returns a card with the figure, and closes the figure; `alt` says what it shows to those who cannot see it."""
+    card = Card(name, title, Markup(charts.svg(figure, name, alt)), charts.png(figure), table)
+    charts.pyplot().close(figure)
+    return card
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
+                       undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def render(template: str, figures: Iterable[Card], **values: Any) -> Page:
+    """Returns the page that a template makes of `values`; `figures` are all cards of the page."""
+    html = _environment().get_template(template).render(**values)
+    return Page(html, {card.name: card.png for card in figures})
+
+
+def write_page(out: Path, page: Page) -> list[Path]:
+    """Writes the page to `out` and its figures into the folder `out` without its suffix; returns the files, page first.
+
+    Raises:
+        OSError: a file could not be written.
+    """
+    folder = out.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {folder / f"{name}.png": data for name, data in page.pngs.items()}
+    for file, data in files.items():
+        atomic_write(file, data)
+    atomic_write(out, page.html)
+    return [out, *files]

@@ -1,0 +1,78 @@
+"""What a run comes to: the numbers of `summary.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import resource
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pilot_jax import __version__
+from pilot_jax.data.arrays import ClientData
+from pilot_jax.evaluation.personalised import Evaluation, evaluate, mean_score, score_by_task
+from pilot_jax.federation.privacy import epsilon
+from pilot_jax.federation.state import State
+from pilot_jax.runs.checkpoint import adapters_sha256
+
+
+@dataclasses.dataclass
+class Clocks:
+    """Seconds, those of earlier attempts at the run included."""
+
+    wall: float = 0.0
+    compile: float = 0.0
+    train_compile: float = 0.0
+
+
+def versions() -> dict[str, str]:
+    """What decides whether the same program gives the same bits."""
+    device = jax.devices()[0]
+    return {"jax": jax.__version__, "device": device.device_kind, "numpy": np.__version__}
+
+
+def data_sha256(clients: Sequence[ClientData]) -> str:
+    """Of the clients' names, tasks and training tokens: whether a run that goes on has the data it began with."""
+    digest = hashlib.sha256()
+    for client in clients:
+        digest.update(json.dumps([client.name, client.task, client.size]).encode())
+        digest.update(np.ascontiguousarray(client.train["input_ids"]).tobytes())
+    return digest.hexdigest()
+
+
+def _scores(evaluation: Evaluation, state: State) -> dict[str, Any]:
+    """Scores on the test split, of the clients' models and of the base."""
+    by_client, base = evaluate(evaluation, state.population), evaluate(evaluation, None)
+    return {
+        "score_mean": mean_score(list(by_client.values())), "score_by_task": score_by_task(evaluation, by_client),
+        "score_by_client": by_client,
+        "score_base": mean_score(list(base.values())), "score_base_by_task": score_by_task(evaluation, base),
+        "score_base_by_client": base}
+
+
+def summarise(evaluation: Evaluation, state: State, clocks: Clocks) -> dict[str, Any]:
+    """Scores, bytes, speed and memory of a run that has trained."""
+    fed, clients, scores = evaluation.fed, evaluation.clients, _scores(evaluation, state)
+    device = jax.local_devices()[0].memory_stats() or {}
+    host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "strategy": fed.strategy.name, "seed": fed.seed, "rounds": fed.settings.rounds,
+        "clients": [c.name for c in clients], "tasks": list(fed.tasks),
+        "task_by_client": {c.name: c.task for c in clients}, **scores,
+        "bytes_up": state.bytes_up, "bytes_down": state.bytes_down, "client_steps": state.client_steps,
+        # Compilation apart: it is reported beside, and would otherwise hide the speed of long runs.
+        "client_steps_per_second": state.client_steps / max(state.train_seconds - clocks.train_compile, 1e-9),
+        "quarantined": state.quarantined,
+        # What the uploads of the client with most of them cost in privacy; None where nothing is promised.
+        "epsilon": epsilon(fed.noise_multiplier, max(state.uploads), fed.settings.privacy.delta)
+        if fed.noise_multiplier else None,
+        "wall_seconds": clocks.wall, "compile_seconds": clocks.compile,
+        "peak_memory_bytes": int(device.get("peak_bytes_in_use", host_peak)),
+        "versions": {"pilot_jax": __version__} | versions(),
+        "adapters_sha256": adapters_sha256(fed.names, state.population),
+    }

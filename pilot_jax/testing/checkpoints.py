@@ -1,0 +1,76 @@
+"""Writers of tiny checkpoints with random weights: LLaVA models as transformers writes them, a tokenizer beside them.
+
+They need torch, transformers and tokenizers (the extra `dev`), which are imported when a writer is called.
+
+    from pilot_jax.testing.checkpoints import write_checkpoint
+    write_checkpoint("tiny")  # a folder for `model.path`
+"""
+
+from __future__ import annotations
+
+TINY_TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+TINY_VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
+               "image_size": 16, "patch_size": 8}
+IMAGE_TOKEN = 5
+
+
+def write_llava(folder, *, vision=None, text=None, **options):
+    """A random LLaVA checkpoint written by transformers; returns the torch model.
+
+    `vision` and `text` override the tiny shapes; their `model_type` chooses the family (default CLIP and Llama).
+    """
+    import torch
+    from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    save = options.pop("save", {})
+    parts = {"vision_config": {"model_type": "clip_vision_model"} | TINY_VISION | (vision or {}),
+             "text_config": {"model_type": "llama"} | TINY_TEXT | (text or {})}
+    config = LlavaConfig(**{name: AutoConfig.for_model(**raw).to_dict() for name, raw in parts.items()},
+                         image_token_index=IMAGE_TOKEN, **options)
+    model = LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():  # random biases and norms too, so that a mix-up shows
+        for name, parameter in model.named_parameters():
+            std = 0.3 if parameter.ndim == 1 else 0.15
+            parameter.copy_(torch.randn_like(parameter) * std + (1.0 if "norm" in name and "weight" in name else 0.0))
+    model.to(save.pop("dtype", torch.float32)).save_pretrained(folder, **save)
+    if model.dtype != torch.float32:  # not model.float(): its rotary buffers have been rounded with the rest
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    return model
+
+
+def write_tokenizer(folder, *, size=400, chat_template=None, image=True):
+    """A byte-level BPE tokenizer trained here, with a BOS that it puts first, as Llama's does; returns it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", *(["<image>"] if image else ["<spare>"]), "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    text = ["USER: what is the colour of the cat? ASSISTANT: the cat is red. How many? two, I think."] * 4
+    tokenizer.train_from_iterator(text, trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                   pad_token="<pad>", chat_template=chat_template)
+    fast.save_pretrained(folder)
+    return fast
+
+
+def write_checkpoint(folder, *, chat_template=None, **options):
+    """`write_llava` with the tokenizer and image processor that a downloaded checkpoint brings."""
+    from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+
+    text = {"vocab_size": 400} | options.pop("text", {})
+    model = write_llava(folder, text=text, **options)
+    assert len(write_tokenizer(folder, chat_template=chat_template)) <= text["vocab_size"]
+    side = model.config.vision_config.image_size
+    if model.config.vision_config.model_type == "clip_vision_model":
+        CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+                              ).save_pretrained(folder)
+    else:
+        SiglipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
+    return model

@@ -1,0 +1,146 @@
+"""A federation of softmax regressions, each with a LoRA beside its weights: what a strategy does, in seconds.
+
+Its model has the two subtrees that every strategy of plain LoRA and projector shares out, in the places where the real
+model has them: the projector is W [V, D], LoRA's only target "q" is A [1, R, D] and B [1, V, R]; the logits are
+X·(W + B·A)ᵀ. Small enough for a twin in NumPy, and for a table on paper:
+
+    from pilot_jax.testing.toy import run_toy, toy_federation
+
+    class Nobody(pilot_jax.Strategy):
+        one_model = False
+
+        def mix(self, cohort):
+            return mixing.identity(len(cohort))
+
+    state = run_toy(toy_federation(Nobody()))
+    state.population[0].adapters["projector"]["w"]  # what client 0 has in the end
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax
+import numpy as np
+
+from pilot_jax.config import FederationConfig, TrainConfig
+from pilot_jax.data.arrays import ClientData, pooled
+from pilot_jax.federation.executor import Executor
+from pilot_jax.federation.observer import RunObserver
+from pilot_jax.federation.roles import Tree
+from pilot_jax.federation.rounds import run_round
+from pilot_jax.federation.state import ClientState, Federation, State
+from pilot_jax.federation.strategies import Strategy
+
+FEATURES, CLASSES, RANK = 5, 4, 2  # D, V, R
+SIZES, TASKS = (4, 8, 6), ("t0", "t0", "t1")  # of each client
+ROUNDS = FederationConfig(rounds=2, local_epochs=3)
+# One step is one epoch of plain gradient descent at a cosine schedule from 0.4, without warm-up.
+DESCENT = TrainConfig(batch_size=64, optimizer="sgd", warmup=0.0, lr_connector=0.4, lr_lora_stage1=0.4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Regression:
+    """The toy's model: `apply` gives logits [B, 1, V] = X·(W + B·A)ᵀ, and no features that losses could compare."""
+
+    def apply(self, variables: Any, batch: Any, stage: str, task_index: Any, *, method: str) -> tuple[Any, dict]:
+        w = variables["connector"]["connector"]["projector"]["w"]
+        pair = variables["lora"]["decoder"]["layers"]["q"]
+        return (batch["features"] @ (w + pair["b"][0] @ pair["a"][0]).T)[:, None], {}
+
+
+def toy_clients(sizes: Sequence[int] = SIZES, tasks: Sequence[str] = TASKS, seed: int = 0) -> tuple[ClientData, ...]:
+    """Clients c0, c1, … with n_k samples each: features [n, D] and labels drawn at random, nothing to evaluate on."""
+    rng = np.random.default_rng(seed)
+    return tuple(_client(f"c{k}", task, rng.normal(size=(n, FEATURES)), rng.integers(CLASSES, size=n))
+                 for k, (n, task) in enumerate(zip(sizes, tasks, strict=True)))
+
+
+def _client(name: str, task: str, features: np.ndarray, labels: np.ndarray) -> ClientData:
+    """Data as the local update wants them; each sample is a conversation of one answer with one token."""
+    n = len(features)
+    train = {"input_ids": np.zeros((n, 8), np.int32), "attention_mask": np.ones((n, 8), np.int32),
+             "target_positions": np.zeros((n, 1), np.int32), "target_ids": labels[:, None].astype(np.int32),
+             "target_weights": np.ones((n, 1), np.float32), "has_image": np.ones(n, np.float32),
+             "features": features.astype(np.float32)}
+    return ClientData(name, task, train, {})
+
+
+def toy_numbers(seed: int = 7) -> dict[str, np.ndarray]:
+    """The numbers at the start, float64: w [V, D], a [R, D], b [V, R], and those of a private LoRA, a2 and b2 = 0."""
+    rng = np.random.default_rng(seed)
+    return {"w": rng.normal(size=(CLASSES, FEATURES)) * 0.3, "a": rng.normal(size=(RANK, FEATURES)) * 0.5,
+            "b": rng.normal(size=(CLASSES, RANK)) * 0.2, "a2": rng.normal(size=(RANK, FEATURES)) * 0.5,
+            "b2": np.zeros((CLASSES, RANK))}
+
+
+def toy_adapters(strategy: Strategy, seed: int = 7) -> dict[str, Tree]:
+    """`toy_numbers` as the subtrees that a strategy's ownership table names, float32; B is not 0, so that A moves too.
+
+    A LoRA, whole or as its factors, the projector and a private LoRA are known; subtrees that no stage shows to the
+    model (SCAFFOLD's controls) begin as zeros of the first two.
+
+    Raises:
+        ValueError: the table has another subtree. Give `toy_state` adapters of your own.
+    """
+    p, roles = toy_numbers(seed), strategy.roles()
+    known = {"projector": {"w": p["w"]}, "text_adapter": _lora(p["a"], p["b"]),
+             "private_adapter": _lora(p["a2"], p["b2"]),
+             "text_adapter_a": {"q": p["a"][None]}, "text_adapter_b": {"q": p["b"][None]}}
+    zeros = jax.tree.map(np.zeros_like, {name: known[name] for name in ("text_adapter", "projector")})
+    adapters = {}
+    for row in roles.adapter_rows:
+        unseen = set(row.modes.values()) <= {"carried", "-"}
+        if row.subtree not in known and not unseen:
+            raise ValueError(f"the toy's model does not know the subtree {row.subtree!r}")
+        adapters[row.subtree] = zeros if unseen else known[row.subtree]
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), adapters)
+
+
+def _lora(a: np.ndarray, b: np.ndarray) -> Tree:
+    return {"layers": {"q": {"a": a[None], "b": b[None]}}}
+
+
+def toy_federation(strategy: Strategy, clients: Sequence[ClientData] | None = None,
+                   settings: FederationConfig = ROUNDS, train: TrainConfig = DESCENT, seed: int = 0) -> Federation:
+    """A federation of the toy's model under a strategy.
+
+    Args:
+        clients: default: `toy_clients()`, which are pooled for a strategy that pools data.
+        settings, train: sections `federation` and `train` of a config; default: two rounds, three full-batch steps a
+            phase.
+    """
+    clients = tuple(toy_clients() if clients is None else clients)
+    tasks = tuple(sorted({client.task for client in clients}))
+    model = cast(Any, types.SimpleNamespace(module=Regression(), base={}))
+    held = (pooled(clients),) if strategy.pools_data else clients
+    return Federation(strategy, model, held, tasks, settings, train, seed, RANK)
+
+
+def toy_state(fed: Federation, adapters: dict[str, Tree] | None = None) -> State:
+    """The state before round 1, in which every client has `adapters` (default: `toy_adapters`)."""
+    adapters = toy_adapters(fed.strategy) if adapters is None else adapters
+    roles = fed.strategy.roles()
+    roles.check(adapters)
+    sizes = np.asarray([client.size for client in fed.clients])
+    tasks = np.asarray([fed.task_index(k) for k in range(len(fed.clients))])
+    server = fed.strategy.initial_server_state(
+        roles.select(adapters, "shared") | roles.select(adapters, "received"), sizes, tasks)
+    return State(tuple(ClientState(adapters) for _ in fed.clients), server)
+
+
+def run_toy(fed: Federation, state: State | None = None, observer: RunObserver | None = None) -> State:
+    """All rounds of a federation, or those that are left from `state` on; the state after them.
+
+    Raises:
+        FloatingPointError: see `federation.rounds.finish_phase`.
+    """
+    state = toy_state(fed) if state is None else state
+    while state.round <= fed.settings.rounds:
+        after, = run_round([fed], [state], Executor(client_chunk=2), None if observer is None else [observer])
+        assert after is not None
+        state = after
+    return state
