@@ -68,37 +68,26 @@ def random_data(model, work, rows: int, clients: int, dtype) -> dict:
             "features": jax.random.normal(jax.random.key(1), features, dtype)}
 
 
-def seconds_per_step(phase, base, adapters: dict, data: dict, clients: int, batch: int, steps: int) -> float:
+def seconds_per_step(spec, base, adapters: dict, data: dict, rates: dict[str, float], steps: int) -> float:
     """Of all clients together: `steps` of them less one, so that what a call costs once is left out."""
-    from pilot_jax.federation.client import local_update, peak_rates
+    from pilot_jax.federation.client import Adapters, ClientBatch, local_update
 
-    order = np.arange(steps * batch, dtype=np.int32).reshape(1, steps, batch).repeat(clients, 0)
-    received = phase.roles.names(scope="received")
-    own = {n: jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], clients, 0), t)
-           for n, t in adapters.items() if n not in received}
+    clients, rows = data["has_image"].shape
+    order = np.arange(rows, dtype=np.int32).reshape(1, steps, -1).repeat(clients, 0)
+    stacked = Adapters({n: jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], clients, 0), t)
+                        for n, t in adapters.items() if n not in spec.received},
+                       {n: adapters[n] for n in spec.received})
+    peaks = {n: np.full(clients, rate, np.float32) for n, rate in rates.items()}
 
     def run(count: int) -> float:
         began = time.perf_counter()
-        jax.block_until_ready(local_update(
-            phase, base, own, {n: adapters[n] for n in received}, data, order, np.ones(order.shape, np.float32),
-            np.full(clients, count, np.int32), np.zeros(clients, np.int32),
-            {n: np.full(clients, rate, np.float32) for n, rate in peak_rates(phase.train, phase.stage).items()}))
+        batch = ClientBatch(data, order, np.ones(order.shape, np.float32), np.full(clients, count, np.int32),
+                            np.zeros(clients, np.int32), peaks)
+        jax.block_until_ready(local_update(spec, base, stacked, batch))
         return time.perf_counter() - began
 
     run(1)  # compiles
     return min(run(steps) - run(1) for _ in range(3)) / (steps - 1)
-
-
-def step_flops(phase, shapes) -> int:
-    """FLOPs of the matrix products of one client's step."""
-    from pilot_jax.federation.client import client_loss
-    from pilot_jax.planning.flops import matmul_flops
-
-    def loss(trained, frozen, base, batch):
-        return client_loss(phase, base, trained, frozen, batch, jnp.int32(0))[0]
-
-    return matmul_flops(jax.value_and_grad(loss), *phase.roles.split(shapes.adapters, phase.stage), shapes.base,
-                        shapes.batch)
 
 
 def main() -> None:
@@ -116,9 +105,9 @@ def main() -> None:
     args = parser.parse_args()
 
     from pilot_jax.config import load_config
-    from pilot_jax.federation.client import Phase
-    from pilot_jax.models.pretrained import read_shapes
+    from pilot_jax.federation.client import peak_rates, phase_spec
     from pilot_jax.planning import estimate
+    from pilot_jax.runs.prepare import outline
 
     if "cudnn" in args.attention and not accelerated:
         raise SystemExit("--attention cudnn needs an NVIDIA GPU")
@@ -126,19 +115,19 @@ def main() -> None:
     overrides = [f"train.batch_size={args.batch}", f"model.remat={str(args.remat).lower()}"]
     config = load_config(ROOT / "configs" / ("llava15_7b.yaml" if large else "quickstart.yaml"), overrides + (
         ["model.path=llava-1.5-7b-hf"] if large else []))
-    model, _ = read_shapes(config.model)
+    run = outline(config)
+    model = run.spec
     if args.layers:
-        text = model.text
-        model = model.__class__(**{**vars(model), "text": text.__class__(**{
-            **vars(text), "num_layers": args.layers, "sliding_layers": text.sliding_layers[:args.layers]})})
+        model = dataclasses.replace(model, text=dataclasses.replace(
+            model.text, num_layers=args.layers, sliding_layers=model.text.sliding_layers[:args.layers]))
     length = args.length or -(-(model.num_image_tokens + (128 if large else 28)) // 8) * 8
     rows = args.batch * args.steps
     device, dtype = jax.devices()[0], None
     rows_out = []
     for clients in args.clients:
-        config = config.model_copy(update={"system": config.system.model_copy(update={"client_chunk": clients})})
+        run = dataclasses.replace(run, spec=model, system=run.system.model_copy(update={"client_chunk": clients}))
         work = estimate.Workload((rows,) * clients, 3, length, 64 if large else 16)
-        shapes = estimate.phase_shapes(config, model, work)
+        shapes = estimate.phase_shapes(run, work)
         if dtype is None:
             dtype = shapes.module.dtype
             base, top = random_base(shapes.base), ceiling(dtype, 8192 if accelerated else 1024)
@@ -147,17 +136,15 @@ def main() -> None:
                   f"reach {top / 1e12:.2f} TFLOP/s")
             print(f"{'stage':<7} {'attention':<9} {'clients':>7} {'ms a step':>10} {'client-steps/s':>14} "
                   f"{'TFLOP/s':>8} {'of ceiling':>10} {'peak GB':>8} {'plan GB':>8}")
-        planned = estimate.memory(config, shapes, work)
+        planned = estimate.memory(shapes)
         data = jax.device_put(random_data(model, work, rows, clients, dtype))
-        adapters = shapes.strategy.initial_adapters(jax.random.key(0), base["projector"], model,
-                                                    config.model.lora.rank, 3)
+        adapters = run.strategy.initial_adapters(jax.random.key(0), base["projector"], model, run.model.lora.rank, 3)
         for stage, kernel in itertools.product(PHASES, args.attention):
-            phase = Phase(shapes.module, shapes.strategy.roles(), stage, config.train)
             # By our own attention's products, whichever is timed: cuDNN's are not in the jaxpr.
-            flops, total = clients * step_flops(phase, shapes), planned[stage]["total"]
-            phase = dataclasses.replace(phase, module=shapes.module.clone(kernel=kernel))
+            flops, total = clients * estimate.step_flops(shapes, stage), planned[stage]["total"]
+            spec = phase_spec(shapes.module.clone(kernel=kernel), run.strategy.roles(), stage, run.train)
             try:
-                per_step = seconds_per_step(phase, base, adapters, data, clients, args.batch, args.steps)
+                per_step = seconds_per_step(spec, base, adapters, data, peak_rates(run.train, stage), args.steps)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise

@@ -1,4 +1,4 @@
-"""Peak memory of one round of the quickstart, with and without freed memory handed back (`pilot_jax/memory.py`).
+"""Peak memory of one round of the quickstart, with and without `parallel.host_memory.give_back`.
 
     python benchmarks/memory.py [--repetitions 3] [--set KEY=VALUE …]
 
@@ -18,13 +18,13 @@ ROOT = Path(__file__).parent.parent
 ONE_ROUND = """
 import sys
 from pilot_jax.parallel import host_memory
-if sys.argv[1] == "kept":
-    host_memory.give_back = lambda: None  # before anything else takes it from there
+if sys.argv[1] == "without":
+    host_memory.give_back = lambda: None  # before another module imports it from there
 from pilot_jax.config import load_config
-from pilot_jax.parallel.devices import split_cpu
-config = load_config(sys.argv[2], ["federation.rounds=1", *sys.argv[3:]])
-split_cpu(config.system)
+from pilot_jax.runs.prepare import split_cpu_for
 from pilot_jax.runs.simulate import simulate
+config = load_config(sys.argv[2], ["federation.rounds=1", *sys.argv[3:]])
+split_cpu_for(config)
 print(simulate(config).summary["peak_memory_bytes"])
 """
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="any key of the config")
     args = parser.parse_args()
-    peaks: dict[str, list[int]] = {"handed back": [], "kept": []}
+    peaks: dict[str, list[int]] = {"with": [], "without": []}
     for _ in range(args.repetitions):
         for how, seen in peaks.items():
             command = (sys.executable, "-c", ONE_ROUND, how, str(ROOT / "configs" / "quickstart.yaml"), *args.overrides)

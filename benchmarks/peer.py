@@ -21,6 +21,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pilot_jax.runs.prepare import Setup
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("stage1", "stage2")
@@ -40,14 +44,13 @@ def settings(steps: int) -> list[str]:
             "data.digits.validation=1"]
 
 
-def prepared(steps: int):
-    """The quickstart's federation, cut to `steps` steps a phase."""
+def prepared(steps: int) -> tuple[Setup, dict[str, Any]]:
+    """The quickstart's setup, cut to `steps` steps a phase, and the adapters that every client starts from."""
     from pilot_jax.config import load_config
     from pilot_jax.runs import prepare
 
-    config = load_config(ROOT / "configs" / "quickstart.yaml", settings(steps))
-    fed, _ = prepare.prepare(config)
-    return fed, prepare.initial_adapters(fed)
+    setup = prepare.prepare(load_config(ROOT / "configs" / "quickstart.yaml", settings(steps)))
+    return setup, prepare.initial_adapters(setup.federation)
 
 
 class JaxWorker:
@@ -56,15 +59,15 @@ class JaxWorker:
         from pilot_jax.parallel.devices import split_cpu
 
         split_cpu(SystemConfig())  # as `pilot-jax run` does
-        from pilot_jax.federation import executor
-
-        self.training = executor
-        self.fed, self.adapters = prepared(steps)
+        self.setup, self.adapters = prepared(steps)
 
     def phase(self, stage: str) -> dict[str, tuple[float, float]]:
         """(mean, last) loss by client."""
-        everyone = dict.fromkeys(range(len(self.fed.clients)), self.adapters)
-        _, records = self.training.train_phase(self.fed, everyone, 1, stage, stage, lambda event: None)
+        from pilot_jax.federation.executor import train_phase
+
+        fed = self.setup.federation
+        everyone = dict.fromkeys(range(len(fed.clients)), self.adapters)
+        _, records = train_phase(fed, everyone, 1, stage, stage, self.setup.executor)
         return {r["client"]: (r["loss"], r["last_loss"]) for r in records}
 
 
@@ -76,7 +79,7 @@ class TorchWorker:
         from torch_peer import TorchPeer
 
         given = pickle.loads(Path(work).read_bytes())  # written by this script a moment ago
-        self.mine = list(range(len(given["clients"])))[share]
+        self.share = list(range(len(given["clients"])))[share]
         self.orders, self.names = given["orders"], [c["name"] for c in given["clients"]]
         self.peer = TorchPeer(given["base"], given["clients"], given["rates"], rank=given["rank"],
                               alpha=given["alpha"], tasks=given["tasks"], batch=given["batch"], tuned=tuned,
@@ -85,12 +88,12 @@ class TorchWorker:
 
     def phase(self, stage: str) -> dict[str, tuple[float, float]]:
         self.peer.reset()
-        losses = self.peer.phase(stage, {c: self.orders[stage][c] for c in self.mine})
+        losses = self.peer.phase(stage, {c: self.orders[stage][c] for c in self.share})
         return {self.names[c]: (statistics.fmean(v), v[-1]) for c, v in losses.items()}
 
 
 def serve(pipe, kind: str, threads: int, steps: int, work: str, share: slice, tuned: bool) -> None:
-    """A system's process: builds it, then runs a phase whenever it is told to."""
+    """A system's process: builds it, then runs a phase for each stage that comes through the pipe."""
     if kind == "torch":
         import torch
 
@@ -108,25 +111,25 @@ def write_work(file: Path, steps: int) -> dict:
 
     from pilot_jax.data.arrays import visiting_order
     from pilot_jax.data.images import pixel_values
-    from pilot_jax.federation.state import client_generator
+    from pilot_jax.federation.randomness import client_generator
     from pilot_jax.models.checkpoints.peft import peft_tensors
     from pilot_jax.runs.prepare import load_samples
 
-    fed, adapters = prepared(steps)
-    config, train = fed.config, fed.config.train
+    setup, adapters = prepared(steps)
+    fed, train, lora = setup.federation, setup.federation.train, setup.model.lora
     by_client: dict[str, list] = {}
-    for sample in load_samples(config):
+    for sample in load_samples(setup.config):
         if sample.split == "train":
             by_client.setdefault(sample.client, []).append(sample.image)
     clients = [{"name": c.name, "task_index": fed.task_index(i), "pixels": pixel_values(fed.model, by_client[c.name]),
                 **{k: v for k, v in c.train.items() if k != "features"}} for i, c in enumerate(fed.clients)]
-    orders = {stage: {i: visiting_order(client_generator(config.system.seed, c.name, 1, stage), c.size,
-                                        train.batch_size, steps)[0] for i, c in enumerate(fed.clients)}
+    orders = {stage: {i: visiting_order(client_generator(fed.seed, c.name, 1, stage), c.size, train.batch_size,
+                                        steps)[0] for i, c in enumerate(fed.clients)}
               for stage in STAGES}
     given = {"base": str(fed.model.text_directory), "clients": clients, "orders": orders, "tasks": len(fed.tasks),
              "rates": {"stage1": (train.lr_lora_stage1, train.lr_connector),
                        "stage2": (train.lr_lora_stage2, train.lr_connector)},
-             "rank": config.model.lora.rank, "alpha": config.model.lora.alpha, "batch": train.batch_size,
+             "rank": lora.rank, "alpha": lora.alpha, "batch": train.batch_size,
              "lora": peft_tensors(adapters["text_adapter"], "llava"),
              "router": np.asarray(adapters["router"]["kernel"]).T}
     file.write_bytes(pickle.dumps(given))

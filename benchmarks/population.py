@@ -22,15 +22,15 @@ ROOT = Path(__file__).parent.parent
 
 def measure(clients: int) -> dict:
     from pilot_jax.config import load_config
-    from pilot_jax.parallel.devices import split_cpu
-    from pilot_jax.runs import simulate
+    from pilot_jax.runs.prepare import split_cpu_for
+    from pilot_jax.runs.simulate import simulate
 
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(ROOT / "configs" / "scale_1024.yaml", [
             f"data.digits.clients_per_task={clients // 4}", f"system.store={folder}"])
-        split_cpu(config.system)
+        split_cpu_for(config)
         began = time.perf_counter()
-        run = simulate.simulate(config, out=Path(folder) / "run")
+        run = simulate(config, out=Path(folder) / "run")
         phases = [r for r in run.records if "waited_seconds" in r]
         store = run.federation.store
         return {"clients": clients, "seconds": time.perf_counter() - began,

@@ -55,7 +55,8 @@ def main() -> None:
     config = load_config(ROOT / "configs" / "scale_1024.yaml", [
         f"data.digits.clients_per_task={CLIENTS}", "data.digits.scenario=b", "system.store=null"])
     split_cpu(config.system)
-    fed, _ = prepare.prepare(config)
+    setup = prepare.prepare(config)
+    fed = setup.federation
     adapters = prepare.initial_adapters(fed)
     sent, received = (sum(b.values()) for b in fed.strategy.sent_bytes(adapters))
     state, lora = num_bytes(adapters), num_bytes(adapters["text_adapter"]) // 4
@@ -63,9 +64,9 @@ def main() -> None:
     def phase(count: int) -> float:
         """Seconds of one stage-2 phase of `count` clients."""
         everyone = dict.fromkeys(range(count), adapters)
-        return best(lambda: train_phase(fed, everyone, 1, "stage2", "stage2", lambda event: None)[0][0])
+        return best(lambda: train_phase(fed, everyone, 1, "stage2", "stage2", setup.executor)[0][0])
 
-    steps = config.federation.local_steps
+    steps = fed.full_steps(0)
     step = phase(CLIENTS) / (CLIENTS * steps)
     samples = prepare.load_samples(config)[:512]
     feature = best(lambda: image_features(fed.model, samples), 1) / len(samples)
@@ -81,7 +82,7 @@ def main() -> None:
         tree = jax.device_put(uploads(cohort))
         weights = jax.numpy.full((cohort, cohort), 1 / cohort)
         mix = jax.jit(mixing.apply)
-        neighbors = config.strategy.ata.neighbors
+        neighbors = fed.strategy.params.ata.neighbors
         return best(lambda: distances(tree, neighbors)), best(lambda: mix(weights, tree))
 
     # Gram and mixing are 2·S²·P operations each; what is read once, and a client's few subtracted pairs, grow with S.

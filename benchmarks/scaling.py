@@ -10,26 +10,42 @@ has "map": clients one after another in one program, which is what `vmap` is mea
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import resource
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from pilot_jax.federation.client import Adapters, ClientBatch, PhaseSpec, local_update
+from pilot_jax.federation.roles import Tree
 
 ROOT = Path(__file__).parent.parent
 STEPS = 4
 
 
-def measure(case: dict) -> dict:
-    import dataclasses
+@partial(jax.jit, static_argnames=("spec", "mesh"))
+def one_by_one(spec: PhaseSpec, base: Tree, adapters: Adapters, batch: ClientBatch, mesh: None = None) -> Any:
+    """`local_update` of one client after another in one program, instead of side by side."""
+    def one(client: tuple[Tree, ClientBatch]) -> Any:
+        own, its_batch = jax.tree.map(lambda leaf: leaf[None], client)
+        return jax.tree.map(lambda leaf: leaf[0],
+                            local_update(spec, base, Adapters(own, adapters.common), its_batch, mesh=mesh))
 
-    import jax
+    return jax.lax.map(one, (adapters.own, batch))
+
+
+def measure(case: dict) -> dict:
     import jax.numpy as jnp
-    import numpy as np
 
     from pilot_jax.config import SystemConfig, load_config
-    from pilot_jax.federation import client, executor
+    from pilot_jax.federation import executor
     from pilot_jax.parallel.devices import split_cpu
     from pilot_jax.runs import prepare
 
@@ -37,7 +53,8 @@ def measure(case: dict) -> dict:
     config = load_config(ROOT / "configs" / "quickstart.yaml", [
         f"federation.local_steps={STEPS}", "data.digits.train=32", "data.digits.validation=1", "data.digits.test=1",
         f"system.client_chunk={case['chunk']}", f"model.lora.rank={case['rank']}"])
-    fed, _ = prepare.prepare(config)
+    setup = prepare.prepare(config)
+    fed = setup.federation
     one = next(c for c in fed.clients if c.name == "ocr_0")
     spare = case["length"] - one.train["input_ids"].shape[1]
     widened = {n: np.pad(v, ((0, 0), (0, spare))) if n in ("input_ids", "attention_mask") and spare > 0 else v
@@ -47,14 +64,7 @@ def measure(case: dict) -> dict:
     if spare > 0:  # real tokens, not padding that attention skips
         widened["attention_mask"][:] = 1
     if case["map"]:
-        vmapped = client._local_update
-
-        def one_by_one(phase, own_received, mesh, base, adapters, received, *rest):
-            return jax.lax.map(lambda each: jax.tree.map(
-                lambda x: x[0], vmapped(phase, own_received, mesh, base, *jax.tree.map(lambda x: x[None], each[:1]),
-                                        received, *jax.tree.map(lambda x: x[None], each[1:]))), (adapters, *rest))
-
-        client._local_update = one_by_one
+        executor.local_update = one_by_one  # the executor calls it by this name
     adapters = prepare.initial_adapters(fed)
     adapters["task_bank"], adapters["cross_task"] = (
         jax.tree.map(lambda x: jnp.asarray(x)[:1], adapters[n]) for n in ("task_bank", "cross_task"))
@@ -62,7 +72,7 @@ def measure(case: dict) -> dict:
 
     def phase() -> float:
         began = time.perf_counter()
-        executor.train_phase(fed, everyone, 1, "stage1", "stage1", lambda event: None)
+        executor.train_phase(fed, everyone, 1, "stage1", "stage1", setup.executor)
         return time.perf_counter() - began
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

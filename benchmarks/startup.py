@@ -22,26 +22,28 @@ FIRST_STEP = """
 import sys, time
 began = time.perf_counter()
 import pilot_jax
-from pilot_jax.config import load_config
-from pilot_jax.config import SystemConfig
+from pilot_jax.config import SystemConfig, load_config
 from pilot_jax.parallel.devices import split_cpu
 from pilot_jax.runs.events import CompileClock
 split_cpu(SystemConfig())
 import jax
 jax.config.update("jax_compilation_cache_dir", sys.argv[2])
+from pilot_jax.errors import Interrupted
+from pilot_jax.federation.executor import Work
+from pilot_jax.federation.observer import RunObserver
 from pilot_jax.runs import prepare
-from pilot_jax.federation import executor
 imported = time.perf_counter()
 clock = CompileClock()
-fed, _ = prepare.prepare(load_config(sys.argv[1], ["federation.local_steps=1", "federation.rounds=1"]))
+setup = prepare.prepare(load_config(sys.argv[1], ["federation.local_steps=1", "federation.rounds=1"]))
 prepared = time.perf_counter()
-class Done(Exception): pass
-def stop(event):
-    raise Done
+class AfterOneChunk(RunObserver):
+    def stop_requested(self):
+        return 1
+fed = setup.federation
+everyone = dict.fromkeys(range(len(fed.clients)), prepare.initial_adapters(fed))
 try:
-    adapters = prepare.initial_adapters(fed)
-    executor.train_phase(fed, dict.fromkeys(range(len(fed.clients)), adapters), 1, "stage1", "stage1", stop)
-except Done:
+    setup.executor.train([Work(fed, everyone, 1, "stage1", "stage1")], AfterOneChunk())
+except Interrupted:
     pass
 end = time.perf_counter()
 print(imported - began, prepared - imported, end - prepared, clock.seconds)

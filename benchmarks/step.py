@@ -74,17 +74,18 @@ def main() -> None:
     import jax
 
     from pilot_jax.config import load_config
-    from pilot_jax.federation import executor
+    from pilot_jax.federation.executor import train_phase
     from pilot_jax.runs import prepare
 
     config = load_config(Path(__file__).parent.parent / "configs" / "quickstart.yaml", [
         f"federation.local_steps={STEPS}", "data.digits.train=96", "data.digits.test=1", "data.digits.validation=1"])
-    fed, _ = prepare.prepare(config)
+    setup = prepare.prepare(config)
+    fed = setup.federation
     who = {[c.name for c in fed.clients].index(args.client): prepare.initial_adapters(fed)}
 
     def phase() -> float:
         began = time.perf_counter()
-        executor.train_phase(fed, who, 1, args.stage, args.stage, lambda event: None)
+        train_phase(fed, who, 1, args.stage, args.stage, setup.executor)
         return time.perf_counter() - began
 
     phase()

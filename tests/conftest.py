@@ -31,8 +31,9 @@ import numpy as np
 import pytest
 
 import pilot_jax
-from pilot_jax.config import parse_config
+from pilot_jax.config import STRATEGY_PARAMS, parse_config
 from pilot_jax.federation.observer import RunObserver
+from pilot_jax.federation.strategies import STRATEGIES
 from pilot_jax.runs import prepare
 from pilot_jax.runs.events import MetricsFile
 from pilot_jax.testing.checkpoints import (  # noqa: F401  # for the tests that import them from here
@@ -135,6 +136,20 @@ def tree_max_difference(a, b) -> float:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     return max(float(np.max(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64))))
                for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.fixture
+def another_process():
+    """Call it to forget which strategies were registered since the test began, as a new process would."""
+    known = dict(STRATEGIES), dict(STRATEGY_PARAMS)
+
+    def forget():
+        for now, before in zip((STRATEGIES, STRATEGY_PARAMS), known, strict=True):
+            now.clear()
+            now.update(before)
+
+    yield forget
+    forget()
 
 
 @pytest.fixture

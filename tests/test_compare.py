@@ -8,7 +8,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import small_config, tree_max_difference
+from conftest import Records, small_config, tree_max_difference
 from scipy import stats
 
 from pilot_jax.compare import runner, statistics, variants
@@ -17,7 +17,8 @@ from pilot_jax.embedded.scenarios import client_style, scenario_clients, scene_s
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation import personalised
 from pilot_jax.federation import rounds
-from pilot_jax.federation.cohort import cohort
+from pilot_jax.federation.cohort import participants
+from pilot_jax.federation.executor import Executor, Work
 from pilot_jax.federation.strategies import make_strategy
 from pilot_jax.runs import prepare
 
@@ -33,40 +34,38 @@ def field():
 def test_seeds_trained_together_equal_separate_runs(field, name):
     """Pilot and SCAFFOLD receive what differs from seed to seed; everything else is simpler."""
     [variant] = variants.read_variants(name)
-    feds = runner._of_variant(field, variant, [])
-    together = runner.run_all(feds)
+    setups = runner.setups_of(field, variant, [])
+    together = runner.run_all(setups)
     for seed, state in enumerate(together):
-        config = runner.seeded(small_config(train=SGD, strategy={"name": name}), seed)
-        fed, tokenizer = prepare.prepare(config)
+        setup = prepare.prepare(prepare.seeded(small_config(train=SGD, strategy={"name": name}), seed))
+        fed = setup.federation
         alone = prepare.initial_state(fed)
         assert tree_max_difference(alone.population[0].adapters,
-                                   prepare.initial_state(feds[seed]).population[0].adapters) == 0
-        alone = rounds.run_round(fed, alone, 1, lambda e: None, lambda r: None, lambda *a: None)
+                                   prepare.initial_state(setups[seed].federation).population[0].adapters) == 0
+        alone, = rounds.run_round([fed], [alone], setup.executor)
         for a, b in zip(alone.population, state.population, strict=True):
             assert tree_max_difference(a.adapters, b.adapters) <= 1e-5
         assert (alone.client_steps, alone.bytes_up, alone.bytes_down) == (
             state.client_steps, state.bytes_up, state.bytes_down)
     moved = tree_max_difference(together[0].population[0].adapters, together[1].population[0].adapters)
     assert moved > 1e-3  # the seeds differ
-    scores = personalised.evaluate_together(feds, field.tokenizer, [s.population for s in together])
-    assert scores[1] == personalised.evaluate(fed, tokenizer, alone.population)
+    scores = personalised.evaluate_together([s.evaluation for s in setups], [s.population for s in together])
+    assert scores[1] == personalised.evaluate(setup.evaluation, alone.population)
 
 
 def test_federations_that_train_otherwise_are_refused(field):
-    from pilot_jax.federation.executor import Work, train_together
-
     works = []
     for text in ("fedavg", "fedprox"):
-        fed = runner._of_variant(field, variants.read_variants(text)[0], [])[0]
+        fed = runner.setups_of(field, variants.read_variants(text)[0], [])[0].federation
         works.append(Work(fed, {0: prepare.initial_adapters(fed)}, 1, "plain", "plain"))
     with pytest.raises(ValueError, match="train alike"):
-        train_together(works, lambda event: None)
+        Executor().train(works)
 
 
 def test_rates_are_no_part_of_the_program(field):
     """Learning rates, and everything that only the server does, leave a phase's program as it is."""
     def phase(text, stage):
-        return runner._of_variant(field, variants.read_variants(text)[0], [])[0].phase(stage)
+        return runner.setups_of(field, variants.read_variants(text)[0], [])[0].federation.phase(stage)
 
     plain = phase("fedavg", "plain")
     for other in ("fedavg+train.lr_connector=3", "fedadam", "median", "local", "similarity", "fedavg+train.lambda_d=9"):
@@ -156,22 +155,23 @@ def test_vary_compares_at_each_value(tmp_path, call):
 
 def test_a_seed_that_diverges_is_reported_and_the_others_go_on(field):
     [variant] = variants.read_variants("fedavg")
-    feds = runner._of_variant(field, variant, [])
+    setups = runner.setups_of(field, variant, [])
+    feds = [setup.federation for setup in setups]
     broken = [dataclasses.replace(c, train=c.train | {"features": np.asarray(c.train["features"]) * np.nan})
               for c in feds[0].clients]
     feds[0] = dataclasses.replace(feds[0], clients=tuple(broken))
     feds[1] = dataclasses.replace(feds[1], clients=(broken[0], *feds[1].clients[1:]))
-    states = runner.run_all(feds)
+    states = runner.run_all([dataclasses.replace(s, federation=f) for s, f in zip(setups, feds, strict=True)])
     assert states[0] is None and states[1].client_steps > 0 and states[1].quarantined == 1
 
 
 def test_evaluation_matrix(field):
     """The diagonal is the usual score; the base's captions are asked of everyone."""
     [variant] = variants.read_variants("fedavg")
-    fed = runner._of_variant(field, variant, [])[0]
-    state = runner.run_all([fed])[0]
-    whole = personalised.evaluation_matrix(fed, field.tokenizer, state.population)
-    own = personalised.evaluate(fed, field.tokenizer, state.population)
+    setup = runner.setups_of(field, variant, [])[0]
+    state = runner.run_all([setup])[0]
+    whole = personalised.evaluation_matrix(setup.evaluation, state.population)
+    own = personalised.evaluate(setup.evaluation, state.population)
     assert np.diag(whole["scores"]).tolist() == [own[name] for name in whole["clients"]]
     assert np.shape(whole["scores"]) == (9, 9) and set(whole["by_task"]["vqa_0"]) == {"vqa", "ocr", "caption"}
     assert whole["by_task"]["vqa_0"]["ocr"] == pytest.approx(np.mean(whole["scores"][6][3:6]))
@@ -180,49 +180,48 @@ def test_evaluation_matrix(field):
 
 def test_centralised_has_one_model_for_all(field):
     [variant] = variants.read_variants("centralised")
-    fed = runner._of_variant(field, variant, [])[0]
-    assert [c.name for c in fed.clients] == ["pooled"] and len(fed.examined) == 9
-    assert fed.clients[0].size == sum(c.size for c in fed.examined)
+    setup = runner.setups_of(field, variant, [])[0]
+    fed, examined = setup.federation, setup.evaluation.clients
+    assert [c.name for c in fed.clients] == ["pooled"] and len(examined) == 9
+    assert setup.evaluation.model_of_client == (0,) * 9 and setup.evaluation.fed is fed
+    assert fed.clients[0].size == sum(c.size for c in examined)
     assert fed.full_steps(0) == 9 * 2  # local_steps 2: as many sample visits as nine clients
-    sums = sum(c.train["target_weights"].sum() for c in fed.examined)
+    sums = sum(c.train["target_weights"].sum() for c in examined)
     assert fed.clients[0].train["target_weights"].sum() == sums
-    back = prepare.with_strategy(fed, make_strategy(fed.config.strategy.model_copy(update={"name": "local"}), ""))
-    assert back.clients == fed.examined and not back.pool_of
+    back = prepare.with_strategy(setup, make_strategy("local"))
+    assert back.federation.clients == examined and back.evaluation.model_of_client == tuple(range(9))
+    assert back.federation.full_steps(0) == 2
 
 
 # Who takes part.
 
 
-def test_dropouts_newcomers_and_stragglers(federation):
+def test_dropouts_newcomers_and_stragglers(setup):
     names = tuple(f"c{i}" for i in range(10))
-    config = small_config(federation={"dropout": 0.4})
-    drawn = [cohort(config, names, r) for r in range(1, 101)]
-    assert drawn == [cohort(config, names, r) for r in range(1, 101)]
-    assert np.mean([len(d) for d in drawn]) == pytest.approx(6, abs=0.5)
-    lonely = small_config(federation={"dropout": 0.99})
-    assert all(len(cohort(lonely, names, r)) >= 1 for r in range(1, 30))
-    late = small_config(federation={"joins": {"c3": 3}, "clients_per_round": 9})
-    assert [3 in cohort(late, names, r) for r in (1, 2)] == [False, False]
-    assert any(3 in cohort(late, names, r) for r in range(3, 9))
+
+    def drawn(rounds, **settings):
+        settings = small_config(federation=settings).federation
+        return [participants(settings, names, r, 0) for r in rounds]
+
+    every = drawn(range(1, 101), dropout=0.4)
+    assert every == drawn(range(1, 101), dropout=0.4)
+    assert np.mean([len(d) for d in every]) == pytest.approx(6, abs=0.5)
+    assert all(len(d) >= 1 for d in drawn(range(1, 30), dropout=0.99))
+    late = {"joins": {"c3": 3}, "clients_per_round": 9}
+    assert [3 in d for d in drawn((1, 2), **late)] == [False, False]
+    assert any(3 in d for d in drawn(range(3, 9), **late))
     with pytest.raises(InputError, match="joins: unknown client 'zz'"):
-        cohort(small_config(federation={"joins": {"zz": 2}}), names, 1)
-    with pytest.raises(InputError, match="nobody is there in round 1"):
-        cohort(small_config(federation={"joins": {n: 2 for n in names}}), names, 1)
-    fed = federation[0]
-    slow = dataclasses.replace(fed, config=small_config(federation={
-        "local_steps": 8, "stragglers": {"share": 0.5, "steps": 0.3}}))
+        drawn([1], joins={"zz": 2})
+    with pytest.raises(InputError, match="no client has joined by round 1"):
+        drawn([1], joins={n: 2 for n in names})
+    config = small_config(federation={"local_steps": 8, "stragglers": {"share": 0.5, "steps": 0.3}})
+    slow = prepare.with_strategy(setup, make_strategy("local"), config).federation
     steps = [slow.steps(c, r) for c in range(9) for r in range(1, 41)]
     assert set(steps) == {8, 3} and np.mean(np.asarray(steps) == 3) == pytest.approx(0.5, abs=0.1)
     assert slow.full_steps(0) == 8
-    _, records = simulation_round(slow)
-    assert {r["step"] for r in records if "step" in r} == {8, 3}
-
-
-def simulation_round(fed):
-    records = []
-    fed = prepare.with_strategy(fed, make_strategy(fed.config.strategy.model_copy(update={"name": "local"}), ""))
-    state = rounds.run_round(fed, prepare.initial_state(fed), 1, lambda e: None, records.append, lambda *a: None)
-    return state, records
+    told = Records()
+    rounds.run_round([slow], [prepare.initial_state(slow)], setup.executor, [told])
+    assert {r["step"] for r in told.records if "step" in r} == {8, 3}
 
 
 def test_heterogeneity_dial():

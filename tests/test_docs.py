@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from pilot_jax import cli
+from pilot_jax.cli.app import app
 from pilot_jax.compare.variants import read_variants
 from pilot_jax.config import load_config
 
@@ -86,7 +86,7 @@ def test_it_can_be_given(page, line):
         return
     if first != "pilot-jax" or rest[0].startswith("--"):
         return
-    group = typer.main.get_command(cli.app.app)
+    group = typer.main.get_command(app)
     command = group.get_command(None, rest[0])
     if command is not None and hasattr(command, "commands") and len(rest) > 1:
         command, rest = command.get_command(None, rest[1]), rest[1:]

@@ -226,7 +226,7 @@ def test_checkpoints_hold_what_their_place_allows_and_restore(two_runs):
     assert personalised.evaluate(back.evaluation, back.population) == run.summary["score_by_client"]
 
 
-def test_a_strategy_object_of_ones_own():
+def test_a_strategy_object_of_ones_own(another_process):
     from pilot_jax.federation import mixing
     from pilot_jax.federation.strategies import Strategy
     from pilot_jax.federation.strategies.base import Aggregated

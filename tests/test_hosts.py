@@ -181,7 +181,8 @@ setup = prepare.prepare(small_config(system={"mesh": mesh, "client_chunk": 1, "u
 fed = setup.federation
 prepare.compute_all_features(setup)
 before = len(seen)
-state, = run_round([fed], [prepare.initial_state(fed)], setup.executor)  # two stages: the second finds what the first has seen
+state = prepare.initial_state(fed)
+state, = run_round([fed], [state], setup.executor)  # two stages: the second finds what the first has seen
 trained = list(seen)
 evaluate(setup.evaluation, state.population)
 print(json.dumps({"before": before, "trained": trained, "asked": seen[len(trained):]}))

@@ -333,20 +333,6 @@ NOTHING = 5
 
 
 @pytest.fixture
-def another_process():
-    """Call it to forget which strategies were registered since the test began, as a new process would."""
-    known = dict(STRATEGIES), dict(STRATEGY_PARAMS)
-
-    def forget():
-        for now, before in zip((STRATEGIES, STRATEGY_PARAMS), known, strict=True):
-            now.clear()
-            now.update(before)
-
-    yield forget
-    forget()
-
-
-@pytest.fixture
 def module(tmp_path, monkeypatch, another_process):
     """The name of a class in a file of the working directory; the file leaves `imported` beside it when it is run."""
     name = f"mine_{tmp_path.name}".replace("-", "_")

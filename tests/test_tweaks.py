@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import Records, small_config
 
 import pilot_jax
-from pilot_jax.federation import rounds
 
 PAGE = Path(__file__).parent.parent / "docs" / "tweaks.md"
 
@@ -20,33 +19,46 @@ def examples():
     return blocks[0], {re.search(r"class (\w+)", b)[1]: b for b in blocks[1:]}
 
 
-@pytest.mark.parametrize("name", ["OverB", "WithinTask", "Ring"])
-def test_example(name, monkeypatch):
-    shared, blocks = examples()
-    assert set(blocks) == {"OverB", "WithinTask", "Ring"}
-    assert len([line for line in blocks[name].splitlines() if line.strip()]) <= 15
-    small = small_config(federation={"local_steps": 2}, train={"lr_lora_stage1": 0.01}, strategy={"ata": {
+@pytest.fixture
+def run_example(monkeypatch, another_process):
+    """Runs an example of the page: (run, what its observers were told)."""
+    def run(name, **sections):
+        shared, blocks = examples()
+        assert set(blocks) == {"OverB", "WithinTask", "Ring", "Halfway", "Log"}
+        assert len([line for line in blocks[name].splitlines() if line.strip()]) <= 15
+        small, told, real = small_config(**sections), Records(), pilot_jax.simulate
+        monkeypatch.setattr(pilot_jax, "load_config", lambda path: small, raising=False)
+        monkeypatch.setattr(pilot_jax, "simulate", lambda config, observers=(), **options: real(
+            config, observers=[told, *observers], **options), raising=False)
+        scope: dict = {"__name__": "page"}
+        exec(shared + blocks[name], scope)
+        return scope["run"], told
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["OverB", "WithinTask", "Ring", "Halfway"])
+def test_example(name, run_example):
+    run, told = run_example(name, federation={"local_steps": 2}, train={"lr_lora_stage1": 0.01}, strategy={"ata": {
         "temperature": 1.0}})
-    saved = {}
-    real = rounds.run_round
-
-    def spy(fed, state, round_, show, record, save, *rest):
-        return real(fed, state, round_, show, record, lambda r, label, arrays: saved.update({label: arrays}), *rest)
-
-    monkeypatch.setattr(rounds, "run_round", spy)
-    monkeypatch.setattr(pilot_jax, "load_config", lambda path: small, raising=False)
-    scope: dict = {}
-    exec(shared + blocks[name], scope)
-    run = scope["run"]
-    assert run.summary["strategy"] == name.lower()
-    weights = next(iter(saved.values()))["weights"]
-    tasks = np.asarray([c.task for c in run.federation.clients])
+    assert run.summary["strategy"] == f"page:{name}"
+    first = next(iter(told.mixing.values()))
+    weights, tasks = first["weights"], np.asarray([c.task for c in run.federation.clients])
     if name == "Ring":
         assert np.array_equal(weights, (np.eye(9) + np.roll(np.eye(9), 1, 1)) / 2)
+    elif name == "Halfway":
+        np.testing.assert_allclose(weights, 0.7 * np.eye(9) + 0.3 / 9, atol=1e-6)
     elif name == "WithinTask":
         assert np.array_equal(weights > 0, tasks[:, None] == tasks[None])
     else:
-        first = saved["stage1"]
-        assert np.all(np.count_nonzero(first["weights"], axis=1) == 3)  # itself and M = 2
+        assert next(iter(told.mixing)) == (1, "stage1")
+        assert np.all(np.count_nonzero(weights, axis=1) == 3)  # itself and M = 2
         near = np.argsort(first["distances"] + 1e9 * np.eye(9), axis=1)[:, :2]
-        assert all(set(np.flatnonzero(first["weights"][k])) == {k, *near[k]} for k in range(9))
+        assert all(set(np.flatnonzero(weights[k])) == {k, *near[k]} for k in range(9))
+
+
+def test_example_of_an_observer(run_example, capsys):
+    run, told = run_example("Log")
+    phases = [r for r in told.records if "bytes_up" in r]
+    lines = [f"{r['round']} {r['phase']} {r['loss']}" for r in phases]
+    assert lines and capsys.readouterr().out.splitlines() == [*lines, str(run.summary["score_by_task"])]

@@ -182,7 +182,8 @@ def gather_batch(data: Mapping[str, Shaped[AnyArray, "n ..."]], rows: Int[AnyArr
 
 
 def client_loss(spec: PhaseSpec, base: Mapping[str, Tree], trained: Mapping[str, Tree], frozen: Mapping[str, Tree],
-                batch: Mapping[str, jax.Array], task_index: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+                batch: Mapping[str, Shaped[AnyArray, "B ..."]], task_index: int | Int[AnyArray, ""],
+                ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Loss and its terms for one client's batch."""
     logits, aux = spec.module.apply(variables(base, {**trained, **frozen}), batch, spec.stage, task_index,
                                     method="target_logits")
