@@ -148,10 +148,10 @@ def learning_rate(peak: float | Float[AnyArray, ""], warmup: float, step: Real[A
 
     Written here because the schedules of optax do not take a traced number of steps.
     """
-    total = jnp.maximum(total, 1).astype(jnp.float32)
-    ramp = jnp.maximum(1.0, jnp.ceil(warmup * total))
-    step = step.astype(jnp.float32)
-    return peak * jnp.minimum(1.0, (step + 1) / ramp) * 0.5 * (1 + jnp.cos(jnp.pi * step / total))
+    steps = jnp.maximum(total, 1).astype(jnp.float32)
+    ramp = jnp.maximum(1.0, jnp.ceil(warmup * steps))
+    i = jnp.asarray(step, jnp.float32)
+    return jnp.asarray(peak * jnp.minimum(1.0, (i + 1) / ramp) * 0.5 * (1 + jnp.cos(jnp.pi * i / steps)))
 
 
 def make_optimizer(spec: OptimizerSpec, labels: Mapping[str, Tree], total_steps: jax.Array,
@@ -175,7 +175,7 @@ def _schedule(peak: jax.Array, warmup: float, total: jax.Array, count: jax.Array
 def gather_batch(data: Mapping[str, Shaped[AnyArray, "n ..."]], rows: Int[AnyArray, " B"],
                  real: Float[AnyArray, " B"]) -> dict[str, Shaped[Array, "B ..."]]:
     """Rows of one client's arrays; padding rows get weight 0 everywhere."""
-    batch = {name: array[rows] for name, array in data.items()}
+    batch: dict[str, Any] = {name: array[rows] for name, array in data.items()}
     batch["target_weights"] = batch["target_weights"] * real[:, None]
     batch["has_image"] = batch["has_image"] * real
     return batch

@@ -49,22 +49,21 @@ def difference_loss(x_t: Float[AnyArray, "B N C"], x_s: Float[AnyArray, "B N C"]
             mean of the squared inner products over the (N·C)² pairs of features, by the B×B Gram.
         center: subtract each image's mean token first.
     """
-    x_t, x_s = x_t.astype(jnp.float32), x_s.astype(jnp.float32)
-    n = x_t.shape[1]
+    t, s = jnp.asarray(x_t, jnp.float32), jnp.asarray(x_s, jnp.float32)
     if center:
-        x_t, x_s = (x - jnp.mean(x, axis=1, keepdims=True) for x in (x_t, x_s))
+        t, s = (x - jnp.mean(x, axis=1, keepdims=True) for x in (t, s))
     if mode == "raw":
-        return _mean(_grams(x_t, x_s), weight)
+        return _mean(_grams(t, s), weight)
     if mode == "token_cosine":
         # Per image, so that no sample's loss depends on its neighbours in the batch.
-        norms = jnp.sqrt(row_sum(jax.lax.stop_gradient(x_t) ** 2))
+        norms = jnp.sqrt(row_sum(jax.lax.stop_gradient(t) ** 2))
         eps2 = (0.1 * jnp.mean(norms, axis=1, keepdims=True)) ** 2 + 1e-30
-        return _mean(_grams(normalized(x_t, eps2), normalized(x_s, eps2)), weight) / n**2
+        return _mean(_grams(normalized(t, eps2), normalized(s, eps2)), weight) / t.shape[1]**2
     if mode == "flat":
         masked = jnp.sqrt(weight)[:, None, None]  # each Gram entry then carries √(w_a·w_b)
-        a, b = (x * masked for x in (x_t, x_s))
+        a, b = (x * masked for x in (t, s))
         gram_a, gram_b = (jnp.einsum("anc,bnc->ab", x, x) for x in (a, b))
-        return jnp.sum(gram_a * gram_b) / float(x_t.shape[1] * x_t.shape[2]) ** 2
+        return jnp.sum(gram_a * gram_b) / float(t.shape[1] * t.shape[2]) ** 2
     raise ValueError(f"difference loss mode {mode!r} is not known")
 
 

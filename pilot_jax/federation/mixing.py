@@ -91,10 +91,10 @@ def ata_weights(distances: Float[AnyArray, "S S"], sizes: Real[AnyArray, " S"],
     member = near | is_self if options.get("include_self", True) else near
     d, weighting = jnp.where(is_self, 0.0, distances), options.get("weighting", "softmax")
     if weighting == "softmax":
-        tau = options.get("temperature", "auto")
-        if tau == "auto":
-            tau = options.get("auto_factor", 1.0) * jnp.sum(jnp.where(near, d, 0.0), axis=1, keepdims=True) / m
-        raw = _by_softmax(d, member, jnp.broadcast_to(jnp.asarray(tau, jnp.float32), (cohort, 1)))
+        tau = options.get("auto_factor", 1.0) * jnp.sum(jnp.where(near, d, 0.0), axis=1, keepdims=True) / m
+        if (given := options.get("temperature", "auto")) != "auto":
+            tau = jnp.full((cohort, 1), float(given), jnp.float32)
+        raw = _by_softmax(d, member, tau)
     elif weighting in ("inverse_distance", "share"):
         raw = _by_inverse_distance(d, near, is_self, sizes if weighting == "share" else None)
     else:

@@ -83,7 +83,7 @@ class MixingFiles(RunObserver):
     def _write(path: Path, mixing: Mapping[str, np.ndarray]) -> None:
         def save(partial: Path) -> None:
             with partial.open("wb") as file:
-                np.savez(file, **mixing)
+                np.savez(file, **mixing)  # type: ignore[arg-type]
 
         atomic_write(path, save)
 

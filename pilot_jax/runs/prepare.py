@@ -267,11 +267,6 @@ def count_tasks(config: Config) -> int:
     return len({s.task for s in read_samples(data.path, data.image_root, data.file_names, data.limits)})
 
 
-def strategy_name(config: Config) -> str:
-    """The name of the strategy that a config chooses."""
-    return config.strategy.name
-
-
 def seeded(config: Config, seed: int) -> Config:
     """The config with `seed` added to its seeds: initialisation, sampling, batches, and the digit scenes."""
     return apply_overrides(config, [f"system.seed={config.system.seed + seed}",

@@ -79,7 +79,8 @@ def restore(folder: str | Path, strategy: str | type[Strategy] | Strategy | None
     name = None if strategy is None else use(strategy)
     config = load_config(folder / "config.yaml")
     if name is not None and strategy_name(config) != name:
-        raise InputError(f"--strategy: {name}, but {folder} is a run of {strategy_name(config)}. Name that, or nothing.")
+        raise InputError(f"--strategy: {name}, but {folder} is a run of {strategy_name(config)}. Name that, or "
+                         "nothing.")
     setup = prepare_restored(config)
     fed = setup.federation
     if (folder / "checkpoints" / "population.json").is_file():

@@ -132,6 +132,7 @@ class Snapshots:
         rounded up."""
         if jax.process_count() == 1:
             return stack(members)
+        assert self._mesh is not None  # several processes always have one
         return over_clients(stack(members + members[:1] * (-len(members) % self._mesh.shape["clients"])), self._mesh)
 
     def _finish(self, aside: Path, path: Path, manifest: dict[str, Any]) -> None:

@@ -28,8 +28,8 @@ def write_llava(folder, *, vision=None, text=None, **options):
     save = options.pop("save", {})
     parts = {"vision_config": {"model_type": "clip_vision_model"} | TINY_VISION | (vision or {}),
              "text_config": {"model_type": "llama"} | TINY_TEXT | (text or {})}
-    config = LlavaConfig(**{name: AutoConfig.for_model(**raw).to_dict() for name, raw in parts.items()},
-                         image_token_index=IMAGE_TOKEN, **options)
+    options |= {name: AutoConfig.for_model(**raw).to_dict() for name, raw in parts.items()}
+    config = LlavaConfig(image_token_index=IMAGE_TOKEN, **options)
     model = LlavaForConditionalGeneration(config).eval()
     with torch.no_grad():  # random biases and norms too, so that a mix-up shows
         for name, parameter in model.named_parameters():

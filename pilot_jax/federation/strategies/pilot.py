@@ -15,7 +15,7 @@ from pilot_jax.config import Section, StrategyParams
 from pilot_jax.federation import mixing
 from pilot_jax.federation.cohort import Cohort
 from pilot_jax.federation.distances import distances
-from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, Tree, num_bytes
+from pilot_jax.federation.roles import BASE_ROWS, Mode, Role, Roles, Tree, num_bytes
 from pilot_jax.federation.strategies.base import Aggregated, Strategy, float32, register
 from pilot_jax.models.lora import init_lora
 from pilot_jax.parallel.processes import to_host
@@ -97,8 +97,8 @@ class Pilot(Strategy):
                 Role("text_adapter", {"stage1": "trained", "stage2": "trained"}, "shared", c.text_aggregation),
                 Role("task", {"stage1": "trained", "stage2": "trained"}, "shared", "per_task_mean")]
         if c.client_adapter != "none":
-            kept = "frozen" if c.client_adapter == "both" else "-"
-            rows.append(Role("client", {"stage1": "trained", "stage2": kept}, "local", "never"))
+            in_stage2: Mode = "frozen" if c.client_adapter == "both" else "-"
+            rows.append(Role("client", {"stage1": "trained", "stage2": in_stage2}, "local", "never"))
         if c.cross_task:
             rows += [Role("task_bank", {"stage1": "-", "stage2": "frozen"}, "received", "never"),
                      Role("cross_task", {"stage1": "-", "stage2": "trained"}, "local", "never"),
