@@ -63,7 +63,7 @@ class JaxWorker:
 
     def phase(self, stage: str) -> dict[str, tuple[float, float]]:
         """(mean, last) loss by client."""
-        from pilot_jax.federation.executor import train_phase
+        from pilot_jax.testing.phases import train_phase
 
         fed = self.setup.federation
         everyone = dict.fromkeys(range(len(fed.clients)), self.adapters)

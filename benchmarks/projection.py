@@ -46,11 +46,11 @@ def main() -> None:
     from pilot_jax.data.features import image_features
     from pilot_jax.federation import mixing
     from pilot_jax.federation.distances import distances
-    from pilot_jax.federation.executor import train_phase
     from pilot_jax.federation.roles import num_bytes
     from pilot_jax.parallel.devices import split_cpu
     from pilot_jax.runs import prepare
     from pilot_jax.storage import Store
+    from pilot_jax.testing.phases import train_phase
 
     config = load_config(ROOT / "configs" / "scale_1024.yaml", [
         f"data.digits.clients_per_task={CLIENTS}", "data.digits.scenario=b", "system.store=null"])

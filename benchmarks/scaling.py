@@ -48,6 +48,7 @@ def measure(case: dict) -> dict:
     from pilot_jax.federation import executor
     from pilot_jax.parallel.devices import split_cpu
     from pilot_jax.runs import prepare
+    from pilot_jax.testing.phases import train_phase
 
     split_cpu(SystemConfig(client_devices=case["devices"]))
     config = load_config(ROOT / "configs" / "quickstart.yaml", [
@@ -72,7 +73,7 @@ def measure(case: dict) -> dict:
 
     def phase() -> float:
         began = time.perf_counter()
-        executor.train_phase(fed, everyone, 1, "stage1", "stage1", setup.executor)
+        train_phase(fed, everyone, 1, "stage1", "stage1", setup.executor)
         return time.perf_counter() - began
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -74,8 +74,8 @@ def main() -> None:
     import jax
 
     from pilot_jax.config import load_config
-    from pilot_jax.federation.executor import train_phase
     from pilot_jax.runs import prepare
+    from pilot_jax.testing.phases import train_phase
 
     config = load_config(Path(__file__).parent.parent / "configs" / "quickstart.yaml", [
         f"federation.local_steps={STEPS}", "data.digits.train=96", "data.digits.test=1", "data.digits.validation=1"])

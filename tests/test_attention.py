@@ -151,13 +151,13 @@ from pilot_jax.parallel.devices import split_cpu
 split_cpu(SystemConfig(client_devices=int(sys.argv[1])))
 import jax, numpy as np
 from pilot_jax.runs import prepare
-from pilot_jax.federation import executor
+from pilot_jax.testing.phases import train_phase
 # No length_spread of 4 here: two buckets, one of three clients and one of six.
 system = {"client_chunk": 2, "length_spread": 1.2}
 setup = prepare.prepare(small_config(system=system, train={"adam_epsilon": 1e-3}))
 fed = setup.federation
 adapters = dict.fromkeys(range(9), prepare.initial_adapters(fed))
-after, _ = executor.train_phase(fed, adapters, 1, "stage2", "stage2", setup.executor)
+after, _ = train_phase(fed, adapters, 1, "stage2", "stage2", setup.executor)
 np.savez(sys.argv[2], *[np.asarray(x) for c in sorted(after) for x in jax.tree.leaves(after[c])])
 print(jax.device_count(), 1 if fed.mesh is None else fed.mesh.size)
 """

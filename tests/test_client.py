@@ -17,6 +17,7 @@ from pilot_jax.federation.losses import loss_weights, stage_loss
 from pilot_jax.federation.randomness import client_generator
 from pilot_jax.models.vlm import variables
 from pilot_jax.runs import prepare
+from pilot_jax.testing.phases import train_phase
 
 
 def shrink(fed, sizes):
@@ -103,7 +104,7 @@ def test_vmapped_unequal_clients_equal_a_readable_loop(uneven, stage, optimizer)
     fed, adapters = uneven
     fed = with_train(fed, **OPTIMIZERS[optimizer])
     everyone = {i: adapters for i in range(3)}
-    together, records = executor.train_phase(fed, everyone, 1, stage, stage)
+    together, records = train_phase(fed, everyone, 1, stage, stage)
     assert [r["step"] for r in records] == [2, 6, 4]
     for client in range(3):
         expected, losses = readable_update(fed, adapters, client, stage, stage)
@@ -122,9 +123,9 @@ def test_chunk_size_and_company_change_nothing(uneven, stage):
     results = {}
     sgd = with_train(fed, optimizer="sgd", lr_connector=0.03, lr_lora_stage1=0.03, lr_lora_stage2=0.03)
     for chunk in (1, 2, 3):
-        results[chunk], _ = executor.train_phase(sgd, {i: adapters for i in range(3)}, 1, stage, stage,
+        results[chunk], _ = train_phase(sgd, {i: adapters for i in range(3)}, 1, stage, stage,
                                                  executor.Executor(chunk))
-    alone, _ = executor.train_phase(sgd, {1: adapters}, 1, stage, stage, executor.Executor(3))
+    alone, _ = train_phase(sgd, {1: adapters}, 1, stage, stage, executor.Executor(3))
     assert tree_max_difference(results[1], results[3]) <= 1e-5
     assert tree_max_difference(results[2], results[3]) <= 1e-5
     assert tree_max_difference(alone[1], results[3][1]) <= 1e-5
@@ -134,7 +135,7 @@ def test_chunk_size_and_company_change_nothing(uneven, stage):
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_frozen_subtrees_stay_bit_identical(uneven, stage):
     fed, adapters = uneven
-    after, _ = executor.train_phase(fed, {0: adapters}, 1, stage, stage)
+    after, _ = train_phase(fed, {0: adapters}, 1, stage, stage)
     untouched = {"stage1": {"task_bank", "cross_task", "router"}, "stage2": {"client", "task_bank"}}[stage]
     for name in adapters:
         same = all(np.array_equal(a, b) for a, b in

@@ -50,7 +50,7 @@ def test_every_leaf_has_exactly_one_owner(setup, name):
     with pytest.raises(AssertionError, match="not covered"):
         fed.strategy.roles().check(adapters | {"stray": np.zeros(1)})
     for stage in set(fed.strategy.first_stages):
-        trained, frozen = fed.strategy.roles().split(adapters, stage)
+        trained, frozen = fed.phase(stage).split(adapters)
         assert not set(trained) & set(frozen)
 
 
@@ -76,7 +76,7 @@ def test_every_trained_leaf_gets_a_gradient_within_two_steps(federation, stage):
     fed, _, state = federation
     phase = fed.phase(stage)
     adapters = jax.tree.map(jnp.asarray, state.population[4].adapters)
-    trained, frozen = fed.strategy.roles().split(adapters, stage)
+    trained, frozen = phase.split(adapters)
     seen = jax.tree.map(lambda leaf: False, trained)
     for _ in range(2):
         grads = jax.grad(lambda t: client_loss(phase, fed.model.base, t, frozen, batch_of(fed, 4),

@@ -51,7 +51,7 @@ def test_clip_and_noise():
     rng = np.random.default_rng(0)
     none = privacy.noised(upload, start, 2.5, 0.0, rng)
     np.testing.assert_allclose(none["a"], [2.5, 3], rtol=1e-6)
-    assert none["a"].dtype == np.float32 and (privacy.noised(upload, start, 10, 0.0, rng)["a"] == upload["a"]).all()
+    assert none["a"].dtype == np.float32 and (privacy.noised(upload, start, 10.0, 0.0, rng)["a"] == upload["a"]).all()
     noisy = privacy.noised(upload, start, 2.5, 0.3, rng)["b"]["c"] - 1
     assert abs(noisy.std() - 0.3) < 0.005 and abs(noisy.mean()) < 0.006  # 40,000 draws: 4 standard errors
     broken = privacy.noised({**upload, "a": np.float32([np.nan, 1])}, start, 2.5, 0.0, rng)

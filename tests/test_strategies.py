@@ -41,6 +41,7 @@ from pilot_jax.runs import prepare, restore, simulate
 from pilot_jax.runs.export import export_client
 from pilot_jax.runs.resume import Snapshots
 from pilot_jax.testing import toy
+from pilot_jax.testing.phases import train_phase
 from pilot_jax.testing.toy import (
     CLASSES,
     DESCENT,
@@ -262,11 +263,11 @@ def test_fedavg_with_one_sgd_step_is_centralised_sgd(setup):
     few = dataclasses.replace(setup, evaluation=dataclasses.replace(setup.evaluation, clients=clients))
     fed, pool = one_step("fedavg", 3), one_step("centralised", 27)
     adapters = prepare.initial_adapters(fed)
-    each, _ = executor.train_phase(fed, dict.fromkeys(range(9), adapters), 1, "plain", "plain")
+    each, _ = train_phase(fed, dict.fromkeys(range(9), adapters), 1, "plain", "plain")
     everyone = Cohort(stack([each[i] for i in range(9)]), np.full(9, 3), np.zeros(9, int), np.arange(9), 1)
     mean = fed.strategy.aggregate(everyone, prepare.initial_state(fed).server).server["model"]
     assert pool.full_steps(0) == fed.full_steps(0) == 1
-    together, _ = executor.train_phase(pool, {0: adapters}, 1, "plain", "plain")
+    together, _ = train_phase(pool, {0: adapters}, 1, "plain", "plain")
     assert tree_max_difference(mean, {n: together[0][n] for n in mean}) <= 1e-6
     assert tree_max_difference(mean["text_adapter"], adapters["text_adapter"]) > 1e-4
 

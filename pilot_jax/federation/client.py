@@ -160,16 +160,14 @@ def make_optimizer(spec: OptimizerSpec, labels: Mapping[str, Tree], total_steps:
     schedule."""
 
     def one(peak: jax.Array) -> optax.GradientTransformation:
-        schedule = partial(_schedule, peak, spec.warmup, total_steps)
+        def schedule(count: jax.Array) -> jax.Array:
+            return learning_rate(peak, spec.warmup, count, total_steps)
+
         if spec.kind == "sgd":
             return optax.sgd(schedule)
         return optax.adamw(schedule, eps=spec.epsilon, weight_decay=spec.weight_decay)
 
     return optax.partition({name: one(peak) for name, peak in rates.items()}, labels)
-
-
-def _schedule(peak: jax.Array, warmup: float, total: jax.Array, count: jax.Array) -> jax.Array:
-    return learning_rate(peak, warmup, count, total)
 
 
 def gather_batch(data: Mapping[str, Shaped[AnyArray, "n ..."]], rows: Int[AnyArray, " B"],

@@ -284,10 +284,3 @@ class _Clock:
         now = time.perf_counter()
         taken, self._began = now - self._began, now
         return taken
-
-
-def train_phase(fed: Federation, adapters: Mapping[int, dict[str, Tree]], round_: int, stage: str, label: str,
-                executor: Executor | None = None) -> tuple[dict[int, dict[str, Tree]], list[dict[str, Any]]]:
-    """Local updates of the clients in `adapters`: their new adapters, and a record for each."""
-    done, = (executor or Executor()).train([Work(fed, adapters, round_, stage, label)])
-    return done.adapters, list(done.records.values())

@@ -51,11 +51,6 @@ class Roles:
         """The subtrees of one scope. `select(adapters, "shared")` is an upload, and nothing else can be one."""
         return {name: adapters[name] for name in self.names(scope=scope)}
 
-    def split(self, adapters: Mapping[str, Tree], stage: str) -> tuple[dict[str, Tree], dict[str, Tree]]:
-        """(trained, frozen) subtrees of `stage`. Gradients are taken of the first part alone."""
-        trained, frozen = self.names(stage=stage, mode="trained"), self.names(stage=stage, mode="frozen")
-        return {n: adapters[n] for n in trained}, {n: adapters[n] for n in frozen}
-
 
 def optimizer_labels(trained: Mapping[str, Tree]) -> dict[str, Tree]:
     """Labels for `optax.partition`: "lora" or "connector" at every trained leaf."""
@@ -63,10 +58,8 @@ def optimizer_labels(trained: Mapping[str, Tree]) -> dict[str, Tree]:
             for name, tree in trained.items()}
 
 
-BASE_ROWS = (
-    Role("vision_tower", {"plain": "frozen", "stage1": "frozen", "stage2": "frozen"}, "base", "never"),
-    Role("language_model", {"plain": "frozen", "stage1": "frozen", "stage2": "frozen"}, "base", "never"),
-)
+BASE_ROWS = tuple(Role(name, {"plain": "frozen", "stage1": "frozen", "stage2": "frozen"}, "base", "never")
+                  for name in ("vision_tower", "language_model"))
 
 
 def num_parameters(tree: Tree) -> int:

@@ -167,7 +167,7 @@ def memory(shapes: Shapes) -> dict[str, dict[str, int]]:
     rows = max(work.sizes) if at_once is None else at_once * run.train.batch_size
     out = {}
     for stage in dict.fromkeys(run.strategy.first_stages):
-        trained = num_bytes(roles.split(shapes.adapters, stage)[0])
+        trained = num_bytes([shapes.adapters[n] for n in roles.names(stage=stage, mode="trained")])
         out[stage] = {
             "base": base, "adapters": adapters, "optimizer": 2 * width * trained, "gradients": width * trained,
             "data": width * _bytes(data_shapes(run.spec, dtype, work, rows)),
