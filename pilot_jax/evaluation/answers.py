@@ -59,7 +59,7 @@ def _answers_of_group(model: PretrainedModel, decoder: Decoder, group: list[Exam
     """Answers of examinees that share a stage, `width` models at a time; short groups are padded by repetition."""
     out: list[list[str]] = []
     mesh = mesh_of(model.base)
-    mine = here(mesh, width)  # only these prompts are read
+    on_this_process = here(mesh, width)  # only these prompts are read
     compute_features([e.prompts.features for e in group], width)
     for start in range(0, len(group), width):
         members = group[start:start + width]
@@ -72,7 +72,7 @@ def _answers_of_group(model: PretrainedModel, decoder: Decoder, group: list[Exam
         rows_at_once = min(decoder.batch_size, longest)
         for first in range(0, longest, rows_at_once):
             take = np.arange(first, first + rows_at_once)
-            batch = over_clients({name: _prompts(name, members, mine, take)
+            batch = over_clients({name: _prompts(name, members, on_this_process, take)
                                   for name in ("input_ids", "attention_mask", "features")}, mesh)
             # A prompt's randomness depends on its place among its client's prompts, not on who is decoded beside it.
             keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(decoder.seed)))(take)
@@ -86,15 +86,18 @@ def _answers_of_group(model: PretrainedModel, decoder: Decoder, group: list[Exam
     return out
 
 
-def _prompts(name: str, examinees: list[Examinee], mine: list[bool], take: np.ndarray) -> np.ndarray:
-    """One array [len(mine), len(take), …] of everybody's prompts number `take`, the last one again where there are
-    fewer; zeros where they are not `mine`, or nobody's."""
+def _prompts(name: str, examinees: list[Examinee], on_this_process: list[bool], take: np.ndarray) -> np.ndarray:
+    """Array `name` of the prompts number `take` of every model, [width, len(take), …].
+
+    A model with fewer prompts gets its last one again. Zeros stand for models that do not lie on this process's
+    devices, and for those that only fill up the width.
+    """
     first = getattr(examinees[0].prompts, name)
-    out = np.zeros((len(mine), len(take), *first.shape[1:]), first.dtype)
+    out = np.zeros((len(on_this_process), len(take), *first.shape[1:]), first.dtype)
     if name == "attention_mask":
-        out[len(examinees):, :, 0] = 1  # idle models' numbers are finite
+        out[len(examinees):, :, 0] = 1  # so that models that fill up the width give finite numbers
     for k, examinee in enumerate(examinees):
-        if mine[k]:
+        if on_this_process[k]:
             out[k] = getattr(examinee.prompts, name)[np.minimum(take, len(examinee.prompts.references) - 1)]
     return out
 

@@ -1,4 +1,4 @@
-"""What is told of a run while it goes on: one protocol, for files, terminals and a user's own tools."""
+"""How a run is followed while it goes on: one protocol, for files, terminals and a user's own tools."""
 
 from __future__ import annotations
 

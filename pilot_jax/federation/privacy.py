@@ -23,7 +23,7 @@ def _accounting() -> Any:
     try:
         import dp_accounting
     except ImportError:
-        raise InputError("federation.privacy: needs dp-accounting. Install pilot-jax[privacy].") from None
+        raise InputError("federation.privacy: needs dp-accounting. Run: pip install dp-accounting") from None
     return dp_accounting
 
 
@@ -59,8 +59,8 @@ def multiplier(privacy: PrivacyConfig, uploads: int) -> float:
 def noised(upload: Any, start: Any, clip: float, deviation: float, rng: np.random.Generator) -> Any:
     """start + (upload − start)·min(1, clip/‖upload − start‖₂) + N(0, deviation²); computed in float64.
 
-    start: what the server knows the client to have begun with. A change that is not finite counts as none: that it was
-    not is not told either.
+    start: what the server knows the client to have begun with. A change that is not finite counts as none, so that the
+    upload does not reveal it either.
     """
     apart = jax.tree.map(lambda u, s: np.subtract(u, s, dtype=np.float64), upload, start)
     norm = float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(apart))))

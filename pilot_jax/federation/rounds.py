@@ -132,14 +132,14 @@ def _phase_record(fed: Federation, state: State, plan: PhasePlan, trained: Train
                   refused: Mapping[int, str]) -> dict[str, Any]:
     """A phase's line of metrics.jsonl, without what its aggregation adds."""
     up, down = fed.strategy.sent_bytes(trained.adapters[min(plan.clients)])
-    asked, used, timings = len(plan.clients), len(plan.clients) - len(refused), trained.timings
+    uploading, used, timings = len(plan.clients), len(plan.clients) - len(refused), trained.timings
     record = {
         "round": plan.round, "phase": plan.label, "clients": used,
         "client_steps": sum(r["step"] for r in trained.records.values()), "seconds": round(timings.seconds, 3),
         "prepare_seconds": round(timings.prepare_seconds, 3), "waited_seconds": round(timings.waited_seconds, 3),
-        "feature_seconds": round(timings.feature_seconds, 3), "bytes_up": asked * sum(up.values()),
+        "feature_seconds": round(timings.feature_seconds, 3), "bytes_up": uploading * sum(up.values()),
         "bytes_down": used * sum(down.values()) + plan.bytes_fetched,
-        "bytes_up_by_subtree": {n: v * asked for n, v in up.items()},
+        "bytes_up_by_subtree": {n: v * uploading for n, v in up.items()},
         "bytes_down_by_subtree": {n: v * used for n, v in down.items()},
         "quarantined": [fed.clients[c].name for c in refused]}
     if fed.noise_multiplier:

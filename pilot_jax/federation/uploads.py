@@ -45,7 +45,7 @@ def after_upload(fed: Federation, client: int, round_: int, label: str, before: 
 def misfit(upload: Any, expected: Any) -> str | None:
     """What is wrong with the structure, shapes or dtypes of an upload, if anything is."""
     if jax.tree.structure(upload) != jax.tree.structure(expected):  # type: ignore[operator]
-        return "has other subtrees than were asked for"
+        return "has other subtrees than expected"
     for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(upload), jax.tree.leaves(expected), strict=True):
         got, want = np.asarray(got), np.asarray(want)
         if got.shape != want.shape or got.dtype != want.dtype:

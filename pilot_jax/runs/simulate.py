@@ -100,10 +100,10 @@ class RunLoop(RunObserver):
         self.snapshots = None if folder is None else Snapshots(
             folder.path / "checkpoints" / "resume", self.fed.names, self.fed.strategy.roles(),
             setup.system.keep_saved, self.fed.mesh)
-        self.told = Observers(*observers)
-        self.signals = StopSignals(self.told.note)
+        self.outside = Observers(*observers)
+        self.signals = StopSignals(self.outside.note)
         self.metrics = MetricsFile(None)
-        self.observer = Observers(self.told, self, self.signals)
+        self.observer = Observers(self.outside, self, self.signals)
 
     def run(self) -> Run:
         """Trains what is left to train, evaluates, writes."""
@@ -129,17 +129,17 @@ class RunLoop(RunObserver):
         kept = 0
         if self.folder is not None and self.folder.resumes:
             assert self.snapshots is not None
-            found = self.snapshots.load(self.state, self.fed.store, self.told.note, self.writes)
+            found = self.snapshots.load(self.state, self.fed.store, self.outside.note, self.writes)
             for line in self.folder.notes:
-                self.told.note(line)
+                self.outside.note(line)
             if found is not None:
                 self.state, extra = found
                 self._check_same(extra)
                 self.saved, self.earlier, kept = self.state, Clocks(**extra["clocks"]), extra["metrics"]
                 self.train_compile = self.earlier.train_compile
-                self.told.note(f"going on in round {self.state.round} after {self.state.client_steps} client steps")
+                self.outside.note(f"going on in round {self.state.round} after {self.state.client_steps} client steps")
         if warning := self.fed.strategy.warning():
-            self.told.note(f"warning: {warning}")
+            self.outside.note(f"warning: {warning}")
         files: list[RunObserver] = []
         if self.writes:
             assert self.folder is not None
@@ -147,7 +147,7 @@ class RunLoop(RunObserver):
             files.append(MixingFiles(self.folder.path / "mixing"))
             if self.setup.system.tensorboard:
                 files.append(EventFiles(self.folder.path / "tensorboard", self.metrics.records))
-        self.observer = Observers(*files, self.metrics, self.told, self, self.signals)
+        self.observer = Observers(*files, self.metrics, self.outside, self, self.signals)
 
     def _check_same(self, saved: Mapping[str, Any]) -> None:
         """That what a snapshot has `saved` beside the state can be gone on from, with these data."""
@@ -158,7 +158,7 @@ class RunLoop(RunObserver):
             raise InputError(f"data.path: {self.setup.evaluation.data.path} has other training samples than when the "
                              f"run in {self.folder.path} began. Give the same data, or start another run.")
         if saved["versions"] != versions():
-            self.told.note(f"note: begun with {saved['versions']}, now {versions()}: results agree to rounding, not "
+            self.outside.note(f"note: begun with {saved['versions']}, now {versions()}: results agree to rounding, not "
                            "bit for bit.")
 
     def round(self) -> None:
