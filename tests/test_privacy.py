@@ -102,7 +102,7 @@ def test_a_missing_accountant_is_found_before_training(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
-    with pytest.raises(InputError, match=r"Install pilot-jax\[privacy\]"):
+    with pytest.raises(InputError, match="pip install dp-accounting"):
         prepare.prepare(small_config(federation={"privacy": {"clip": 1, "noise_multiplier": 1}}))
 
 

@@ -85,7 +85,8 @@ def contents(folder):
 
 def signed(manifest, **changes):
     """Writes a manifest with other entries (None: without them), and the checksum that fits."""
-    content = {k: v for k, v in (json.loads(manifest.read_text()) | changes).items() if v is not None}
+    content = json.loads(manifest.read_text()) | changes
+    content = {k: v for k, v in content.items() if v is not None or k not in changes}
     content["sha256"] = resume._own_sha256(content)
     manifest.write_text(json.dumps(content))
 
