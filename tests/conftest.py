@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -44,6 +46,9 @@ from pilot_jax.testing.checkpoints import (  # noqa: F401  # for the tests that 
     write_llava,
     write_tokenizer,
 )
+
+ROOT = Path(__file__).parent.parent
+QUICK = str(ROOT / "configs" / "quickstart.yaml")
 
 
 class Events(RunObserver):
@@ -130,6 +135,24 @@ def setup():
 def federation(setup):
     """(federation, setup, initial state) of `small_config()`."""
     return setup.federation, setup, prepare.initial_state(setup.federation)
+
+
+def llava_entry(**changes):
+    """One entry of LLaVA JSON; a change to None removes the key."""
+    entry = {"id": "1", "task": "t", "client": "c",
+             "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    return {k: v for k, v in (entry | changes).items() if v is not None}
+
+
+def with_image(name):
+    return llava_entry(image=name,
+                       conversations=[{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}])
+
+
+def write(folder, name, content):
+    """Writes text, or anything else as JSON; returns the path."""
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder / name
 
 
 def tree_max_difference(a, b) -> float:

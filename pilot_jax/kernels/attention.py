@@ -1,6 +1,6 @@
 """Softmax attention with a gradient rule of its own, and JAX's or cuDNN's where all that is masked is the future.
 
-The plain formula, for one head of width hd (tests/test_attention.py holds value and gradient against it):
+The plain formula, for one head of width hd (tests/unit/kernels/test_attention.py holds value and gradient against it):
 
     scores  = q @ k.T / sqrt(hd) + bias          # q [L, hd], k and v [M, hd], bias [L, M]: 0 or MASKED
     weights = softmax(scores, axis=-1)           # float32

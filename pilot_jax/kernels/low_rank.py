@@ -1,6 +1,6 @@
 """LoRA's products with gradient rules of their own, for several targets that read the same x.
 
-The plain formula of target i, which tests/test_attention.py and tests/test_pointwise.py hold these against:
+The plain formula of target i, which tests/unit/kernels/test_attention.py and tests/unit/kernels/test_pointwise.py hold these against:
 
     low_rank(x, A, B)[i]  = x @ A[i].T @ B[i]                 # A[i] [R, d_in], B[i] = (α/r)·Bᵀ [R, d_out]
     merged(x, W, A, B)[i] = x @ (W[i] + A[i].T @ B[i])        # W[i] [d_in, d_out]; the same as the line below

@@ -1,7 +1,7 @@
 """Sums over pairs of clients of a cohort: Gram matrices and squared norms of differences, a strip of columns at a time.
 
 The plain formulas, of a leaf x [S, …] read as [S, P], and of LoRA factors a [S, layers, R, d_in],
-b [S, layers, d_out, R] (tests/test_mixing.py holds distances from them against float64):
+b [S, layers, d_out, R] (tests/unit/federation/test_mixing.py holds distances from them against float64):
 
     factor_gram(x)[k, j]     = (x[k] - mean(x)) @ (x[j] - mean(x))
     product_gram(a, b)[k, j] = sum(sum((b[k, l] @ a[k, l]) * (b[j, l] @ a[j, l])) for l in layers)

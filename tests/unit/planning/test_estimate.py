@@ -7,13 +7,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import small_config
+from conftest import ROOT, small_config
 
 from pilot_jax.config import load_config
 from pilot_jax.errors import InputError
@@ -22,7 +21,7 @@ from pilot_jax.planning.lowering import CUDNN_CALLS, programs
 from pilot_jax.runs import prepare, simulate
 
 PROGRAMS = {"stage1", "stage2", "mixing", "gram", "distances", "weights", "generation"}
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 
 
 @pytest.fixture(scope="module")

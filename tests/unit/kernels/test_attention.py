@@ -1,11 +1,8 @@
-"""The gradient rules written by hand against autodiff through the plain formulas, and buckets, chunks and devices."""
+"""Attention, RoPE and LoRA: the gradient rules written by hand against autodiff through the plain formulas."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +10,6 @@ import numpy as np
 import pytest
 
 from pilot_jax.config import ModelConfig
-from pilot_jax.data.arrays import bucket_shapes
 from pilot_jax.errors import InputError
 from pilot_jax.kernels import backend
 from pilot_jax.kernels.attention import MASKED, attention, causal_attention, check_cudnn
@@ -132,48 +128,3 @@ def test_rope_is_a_rotation_of_pairs():
     tables = (jnp.asarray(np.concatenate([f(angles)] * 2, -1), jnp.float32) for f in (np.cos, np.sin))
     ours = apply_rope(jnp.asarray(x, jnp.float32), *tables)
     np.testing.assert_allclose(ours, np.concatenate([pairs.real, pairs.imag], -1), atol=1e-5)
-
-
-def test_buckets_pad_little_and_are_few():
-    shapes = bucket_shapes({"a": (64, 12), "b": (72, 8), "c": (80, 28), "d": (64, 16), "e": (640, 4)}, 1.2)
-    assert shapes == {"a": (72, 16), "d": (72, 16), "b": (72, 16), "c": (80, 28), "e": (640, 4)}
-    many = bucket_shapes({str(n): (n, 4) for n in range(64, 2049, 8)}, 1.2)
-    assert len(set(many.values())) <= 20
-    assert all(many[str(n)][0] >= n and many[str(n)][0] <= 1.2 * n for n in range(64, 2049, 8))
-
-
-DEVICES = """
-import sys
-sys.path.insert(0, "tests")
-from conftest import small_config
-from pilot_jax.config import SystemConfig
-from pilot_jax.parallel.devices import split_cpu
-split_cpu(SystemConfig(client_devices=int(sys.argv[1])))
-import jax, numpy as np
-from pilot_jax.runs import prepare
-from pilot_jax.testing.phases import train_phase
-# No length_spread of 4 here: two buckets, one of three clients and one of six.
-system = {"client_chunk": 2, "length_spread": 1.2}
-setup = prepare.prepare(small_config(system=system, train={"adam_epsilon": 1e-3}))
-fed = setup.federation
-adapters = dict.fromkeys(range(9), prepare.initial_adapters(fed))
-after, _ = train_phase(fed, adapters, 1, "stage2", "stage2", setup.executor)
-np.savez(sys.argv[2], *[np.asarray(x) for c in sorted(after) for x in jax.tree.leaves(after[c])])
-print(jax.device_count(), 1 if fed.mesh is None else fed.mesh.size)
-"""
-
-
-def test_devices_change_nothing(tmp_path):
-    """Nine clients on one and on four CPU devices, which divide neither bucket: adapters ≤ 1e-5."""
-    results = {}
-    for count in (1, 4):
-        env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-        done = subprocess.run([sys.executable, "-c", DEVICES, str(count), tmp_path / f"{count}.npz"],
-                              capture_output=True, text=True, env=env, check=True,
-                              cwd=os.path.dirname(os.path.dirname(__file__)))
-        assert done.stdout.split() == [str(count)] * 2
-        with np.load(tmp_path / f"{count}.npz") as arrays:
-            results[count] = [arrays[n] for n in arrays.files]
-    assert len(results[1]) == len(results[4]) > 9
-    for a, b in zip(results[4], results[1], strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)

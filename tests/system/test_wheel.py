@@ -10,9 +10,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from conftest import small_config
-
-ROOT = Path(__file__).parent.parent
+from conftest import ROOT, small_config
 
 
 def built(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Sampling and stopping; greedy decoding is held against transformers in test_parity.py."""
+"""Sampling and stopping; greedy decoding is held against transformers in test_models.py."""
 
 from __future__ import annotations
 

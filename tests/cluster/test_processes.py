@@ -14,7 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_config, tree_max_difference
+from conftest import ROOT, small_config, tree_max_difference
 
 from pilot_jax.config import MeshConfig
 from pilot_jax.errors import InputError
@@ -23,7 +23,6 @@ from pilot_jax.parallel import processes
 from pilot_jax.parallel.mesh import make_mesh, spread
 from pilot_jax.runs import prepare, restore
 
-ROOT = Path(__file__).parent.parent
 RATES = {"optimizer": "sgd", "lr_connector": 0.005, "lr_lora_stage1": 0.005, "lr_lora_stage2": 0.005}
 
 

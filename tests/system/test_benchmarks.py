@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 SMALLEST = {
     "accelerator.py": ["--clients", "1", "--steps", "2"],
     "aggregation.py": ["--cohort", "8", "20", "--parameters", "1e5", "--repetitions", "1"],

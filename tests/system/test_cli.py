@@ -13,35 +13,17 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from conftest import small_config
+from conftest import QUICK, ROOT, llava_entry, small_config, with_image, write
 from PIL import Image
 from rich.console import Console
 
 from pilot_jax.config import known_keys
 from pilot_jax.runs.progress import ProgressDisplay
 
-ROOT = Path(__file__).parent.parent
-QUICK = str(ROOT / "configs" / "quickstart.yaml")
-
 
 @pytest.fixture(autouse=True)
 def empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-
-
-def sample(**changes):
-    entry = {"id": "1", "task": "t", "client": "c",
-             "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
-    return {k: v for k, v in (entry | changes).items() if v is not None}
-
-
-def write(folder, name, content):
-    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
-    return folder / name
-
-
-def with_image(name):
-    return sample(image=name, conversations=[{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}])
 
 
 def broken_image(folder):
@@ -55,7 +37,7 @@ def shown_image(folder):
 
 
 def long_question():
-    return sample(conversations=[{"from": "human", "value": "which of these digits is red?"},
+    return llava_entry(conversations=[{"from": "human", "value": "which of these digits is red?"},
                                  {"from": "gpt", "value": "7"}])
 
 
@@ -88,13 +70,13 @@ BAD = {
         ["d.json[0]", "x.png cannot be decoded"]),
     "empty client": (
         lambda d: ["run", QUICK, "--set", "data.path=" + str(
-            write(d, "d.json", [sample(), sample(client="e", split="test")]))],
+            write(d, "d.json", [llava_entry(), llava_entry(client="e", split="test")]))],
         ["client 'e'", "no training sample"]),
     "client of two tasks": (
-        lambda d: ["run", QUICK, "--set", f"data.path={write(d, 'd.json', [sample(), sample(task='u')])}"],
+        lambda d: ["run", QUICK, "--set", f"data.path={write(d, 'd.json', [llava_entry(), llava_entry(task='u')])}"],
         ["client 'c'", "several tasks (t, u)"]),
     "sample without client": (
-        lambda d: ["run", QUICK, "--set", f"data.path={write(d, 'd.json', [sample(client=None)])}"],
+        lambda d: ["run", QUICK, "--set", f"data.path={write(d, 'd.json', [llava_entry(client=None)])}"],
         ["d.json[0]", "client", "data.partition"]),
     "the whole answer is beyond the limit": (
         lambda d: ["run", QUICK, "--set", f"data.path={write(d, 'd.json', [long_question()])}",

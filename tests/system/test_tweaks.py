@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Records, small_config
+from conftest import ROOT, Records, small_config
 
 import pilot_jax
 
-PAGE = Path(__file__).parent.parent / "docs" / "tweaks.md"
+PAGE = ROOT / "docs" / "tweaks.md"
 
 
 def examples():

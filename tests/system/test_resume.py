@@ -18,7 +18,7 @@ import jax
 import killed
 import numpy as np
 import pytest
-from conftest import Events, small_config, tree_max_difference
+from conftest import ROOT, Events, small_config, tree_max_difference
 
 from pilot_jax.errors import InputError, Interrupted
 from pilot_jax.federation.observer import RunObserver
@@ -402,7 +402,7 @@ def test_server_state_of_any_shape_comes_back():
 
 def start(config: Path, folder: Path, kind: str, seed: int, cache: Path) -> subprocess.CompletedProcess:
     env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                        "PYTHONPATH": str(Path(__file__).parent.parent)}
+                        "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, killed.__file__, config, folder, kind, str(seed)], env=env, text=True,
                           capture_output=True, timeout=600)
 
@@ -447,7 +447,7 @@ def test_the_command_says_how_to_go_on(tmp_path):
     config.write_text(small_config(federation={"rounds": 60}, system={"deterministic": True}).to_yaml())
     command = [sys.executable, "-m", "pilot_jax", "run", str(config), "--out", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               cwd=Path(__file__).parent.parent)
+                               cwd=ROOT)
 
     def stop():
         for _ in range(2400):

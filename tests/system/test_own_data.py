@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_checkpoint
+from conftest import ROOT, write_checkpoint
 from PIL import Image
 
 import pilot_jax
@@ -17,7 +16,7 @@ from pilot_jax.data.check import check_data
 from pilot_jax.data.images import pad_to_square, pixel_values, read_image
 from pilot_jax.data.llava.reading import read_samples
 
-CONFIG = Path(__file__).parent.parent / "configs" / "llava15_7b.yaml"
+CONFIG = ROOT / "configs" / "llava15_7b.yaml"
 CLIENTS = {"north": "vqa", "south": "vqa", "clinic": "caption", "museum": "caption"}
 
 

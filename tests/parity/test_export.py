@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import small_config
+from conftest import ROOT, small_config
 
 import pilot_jax
 from pilot_jax.errors import InputError
@@ -21,7 +20,7 @@ from pilot_jax.models.pretrained import model_directory
 from pilot_jax.models.vlm import variables
 from pilot_jax.runs.export import export_client
 
-DOCS = Path(__file__).parent.parent / "docs" / "exported-adapters.md"
+DOCS = ROOT / "docs" / "exported-adapters.md"
 TOLERANCE = 1e-4
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import small_config, write_checkpoint
+from conftest import QUICK, llava_entry, small_config, with_image, write, write_checkpoint
 from PIL import Image
-from test_cli import QUICK, sample, with_image, write
 
 from pilot_jax.config import LimitsConfig
 from pilot_jax.data.images import read_image
@@ -87,19 +86,19 @@ DATA = {
     "half a character in an answer": ('[{"client": "c", "task": "t", "answers": ["\\udfff"], "conversations": [{"from": '
                                       '"human", "value": "q"}, {"from": "gpt", "value": "a"}]}]',
                                       ["d.json[0]", "answers", "lone surrogate"]),
-    "a number as a text": ([sample(conversations=turns(human=3))], ["conversations[0]", "text value"]),
-    "nested roles": ([sample(conversations=[{"from": [[[["x"] * 99] * 99]], "value": "q"}])], ["conversations[0].from"]),
-    "no turns": ([sample(conversations=[])], ["non-empty list"]),
+    "a number as a text": ([llava_entry(conversations=turns(human=3))], ["conversations[0]", "text value"]),
+    "nested roles": ([llava_entry(conversations=[{"from": [[[["x"] * 99] * 99]], "value": "q"}])], ["conversations[0].from"]),
+    "no turns": ([llava_entry(conversations=[])], ["non-empty list"]),
     "a list of lists": ([[1]], ["expected an object"]),
-    "escape in a client's name": ([sample(client="\x1b]0;owned\x07")], ["client", "control characters"]),
-    "newline in a task's name": ([sample(task="a\nb")], ["task", "control characters"]),
-    "right-to-left override": ([sample(client="gnp.\u202ecod")], ["client", "control characters"]),
-    "half a character in a name": ([sample(client="\ud800")], ["client", "control characters"]),
-    "a name no folder can have": ([sample(client="é" * 200)], ["client", "more than 80 bytes"]),
-    "a name that is a list": ([sample(client=["c"])], ["client", "must be a text"]),
-    "an id that is an object": ([sample(id={"a": 1})], ["id", "text or a number"]),
-    "a split that is a list": ([sample(split=["train"])], ["split"]),
-    "answers that are numbers": ([sample(answers=[1])], ["answers", "list of texts"]),
+    "escape in a client's name": ([llava_entry(client="\x1b]0;owned\x07")], ["client", "control characters"]),
+    "newline in a task's name": ([llava_entry(task="a\nb")], ["task", "control characters"]),
+    "right-to-left override": ([llava_entry(client="gnp.\u202ecod")], ["client", "control characters"]),
+    "half a character in a name": ([llava_entry(client="\ud800")], ["client", "control characters"]),
+    "a name no folder can have": ([llava_entry(client="é" * 200)], ["client", "more than 80 bytes"]),
+    "a name that is a list": ([llava_entry(client=["c"])], ["client", "must be a text"]),
+    "an id that is an object": ([llava_entry(id={"a": 1})], ["id", "text or a number"]),
+    "a split that is a list": ([llava_entry(split=["train"])], ["split"]),
+    "answers that are numbers": ([llava_entry(answers=[1])], ["answers", "list of texts"]),
     "absolute image": ([with_image("/etc/passwd")], ["image", "inside data.image_root"]),
     "image above": ([with_image("a/../../x.png")], ["image", "inside data.image_root"]),
     "image with NUL": ([with_image("a\0.png")], ["image"]),
@@ -108,7 +107,7 @@ DATA = {
     "link out": ([with_image("link.png")], ["link out of data.image_root", "follow_links"]),
     "link in a circle": ([with_image("circle.png")], ["image"]),
     "folder link out": ([with_image("away/x.png")], ["link out of data.image_root"]),
-    "text too long": ([sample(conversations=turns("x" * 2_000_000))], ["2000000 characters", "text_characters"]),
+    "text too long": ([llava_entry(conversations=turns("x" * 2_000_000))], ["2000000 characters", "text_characters"]),
 }
 
 
@@ -146,10 +145,10 @@ def test_links_may_lead_out_if_asked(tmp_path):
 
 
 def test_sizes_of_files(call, tmp_path):
-    write(tmp_path, "d.json", [sample()])
+    write(tmp_path, "d.json", [llava_entry()])
     refused(call, tmp_path, ["run", QUICK, "--set", f"data.path={tmp_path / 'd.json'}", "--set",
                              "data.limits.file_bytes=10"], ["d.json", "data.limits.file_bytes is 10", "JSONL"])
-    write(tmp_path, "e.jsonl", json.dumps(sample()) + "\n" + "x" * 2000)
+    write(tmp_path, "e.jsonl", json.dumps(llava_entry()) + "\n" + "x" * 2000)
     refused(call, tmp_path, ["run", QUICK, "--set", f"data.path={tmp_path / 'e.jsonl'}", "--set",
                              "data.limits.text_characters=10"], ["e.jsonl:2", "data.limits.text_characters"])
 
@@ -346,7 +345,7 @@ def test_run_directories(call, finished, tmp_path, name):
 
 def test_names_that_are_markup_are_shown_as_they_are(call, tmp_path):
     """Rich would take "[/x]" for a tag, and fail."""
-    entries = [sample(id=f"{c}{i}", client=f"[/{c}]", task="[bold]|t", split=s)
+    entries = [llava_entry(id=f"{c}{i}", client=f"[/{c}]", task="[bold]|t", split=s)
                for c in "xy" for i, s in enumerate(("train", "train", "test"))]
     write(tmp_path, "d.json", entries)
     sets = [x for pair in ("federation.rounds=1", "federation.local_steps=1", "eval.max_new_tokens=2",

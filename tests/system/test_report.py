@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import ROOT, small_config
 
 from pilot_jax.compare.page import write_comparison_report
 from pilot_jax.errors import InputError
@@ -99,7 +99,7 @@ def test_abilities_and_routing_are_the_models_own(run):
         np.testing.assert_allclose(row[:3], [scores[of].mean() for of in columns])
 
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results" / "scenario_a.json"
+RESULTS = ROOT / "docs" / "results" / "scenario_a.json"
 
 
 def test_the_page_of_a_comparison(tmp_path, call):

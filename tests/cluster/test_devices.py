@@ -1,0 +1,46 @@
+"""A phase of training gives the same adapters on any number of CPU devices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+from conftest import ROOT
+
+DEVICES = """
+import sys
+sys.path.insert(0, "tests")
+from conftest import small_config
+from pilot_jax.config import SystemConfig
+from pilot_jax.parallel.devices import split_cpu
+split_cpu(SystemConfig(client_devices=int(sys.argv[1])))
+import jax, numpy as np
+from pilot_jax.runs import prepare
+from pilot_jax.testing.phases import train_phase
+# No length_spread of 4 here: two buckets, one of three clients and one of six.
+system = {"client_chunk": 2, "length_spread": 1.2}
+setup = prepare.prepare(small_config(system=system, train={"adam_epsilon": 1e-3}))
+fed = setup.federation
+adapters = dict.fromkeys(range(9), prepare.initial_adapters(fed))
+after, _ = train_phase(fed, adapters, 1, "stage2", "stage2", setup.executor)
+np.savez(sys.argv[2], *[np.asarray(x) for c in sorted(after) for x in jax.tree.leaves(after[c])])
+print(jax.device_count(), 1 if fed.mesh is None else fed.mesh.size)
+"""
+
+
+def test_devices_change_nothing(tmp_path):
+    """Nine clients on one and on four CPU devices, which divide neither bucket: adapters ≤ 1e-5."""
+    results = {}
+    for count in (1, 4):
+        env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+        done = subprocess.run([sys.executable, "-c", DEVICES, str(count), tmp_path / f"{count}.npz"],
+                              capture_output=True, text=True, env=env, check=True,
+                              cwd=ROOT)
+        assert done.stdout.split() == [str(count)] * 2
+        with np.load(tmp_path / f"{count}.npz") as arrays:
+            results[count] = [arrays[n] for n in arrays.files]
+    assert len(results[1]) == len(results[4]) > 9
+    for a, b in zip(results[4], results[1], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
