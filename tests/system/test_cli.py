@@ -118,12 +118,12 @@ def test_used_run_directory_is_refused(call, tmp_path):
     assert [p.name for p in (tmp_path / "old").iterdir()] == ["summary.json"]
 
 
-def test_roles_prints_the_table_of_the_readme(call):
+def test_roles_prints_the_table_of_the_architecture_page(call):
     code, out, _ = call("roles", QUICK)
     assert code == 0
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     for line in out.strip().splitlines()[1:]:
-        assert line.strip() in readme, line
+        assert line.strip() in page, line
     code, out, _ = call("roles", QUICK, "--json")
     rows = {row["subtree"]: row for row in json.loads(out)}
     # LoRA: R·(d_in + d_out) per linear: q, k, v, o 128→128; gate, up 128→352; down 352→128; 4 layers, R = 8

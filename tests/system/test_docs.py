@@ -131,10 +131,19 @@ def test_the_site_builds(tmp_path):
 
 
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
-    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    """All of its blocks, one after another in one namespace, on a smaller federation."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    assert len(blocks) == 2 and all(sum(map(bool, block.splitlines())) <= 8 for block in blocks)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    small = [*SMALL, *DIGITS]
+    code = "".join(blocks)
+    small = code.replace("])\nrun", f", *{[*SMALL, *DIGITS]!r}])\nrun")
+    assert small != code
     scope: dict = {}
-    exec(block.replace("])\nrun", f", *{small!r}])\nrun"), scope)
+    exec(small, scope)
     assert scope["run"].summary["score_by_task"].keys() == {"caption", "ocr", "vqa"} and "model" in scope
+    assert scope["run"].summary["strategy"].endswith("Ring")
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
