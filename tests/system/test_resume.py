@@ -1,4 +1,5 @@
-"""A run that is killed, interrupted or damaged goes on and ends as if nothing had happened, bit for bit."""
+"""Tests that a run that was killed, interrupted or damaged can be resumed and then ends bit for bit as an
+undisturbed run does."""
 
 from __future__ import annotations
 
@@ -25,16 +26,16 @@ from pilot_jax.federation.observer import RunObserver
 from pilot_jax.runs import packing, restore, resume, simulate, summary
 
 SECONDS = ("seconds", "prepare_seconds", "waited_seconds", "feature_seconds")
-# Fewer clients than there are take part, and some only later: snapshots refer to earlier ones.
+# Only 5 clients take part in a round, so snapshots refer to files of earlier snapshots.
 SECTIONS = {"federation": {"rounds": 3, "clients_per_round": 5, "local_steps": 2}, "eval": {"every": 2}}
 
 
 class Killed(BaseException):
-    """As SIGKILL, for what is on disk."""
+    """Ends a run as SIGKILL would: nothing catches it, so nothing more is written to disk."""
 
 
 def told(folder):
-    """metrics.jsonl without what a clock says, and the mixing files."""
+    """Returns the lines of metrics.jsonl without their times, and the contents of the mixing files."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     mixing = {}
     for file in sorted((folder / "mixing").iterdir()):
@@ -62,7 +63,7 @@ def die(*_, **__):
 
 
 class DiesAt(Events):
-    """Dies at the `count`-th event of a kind."""
+    """An observer that ends the run with `Killed` at the `count`-th event of a kind."""
 
     def __init__(self, count, kind="chunk"):
         super().__init__()
@@ -79,12 +80,12 @@ def resumes(folder):
 
 
 def contents(folder):
-    """Every file below a folder, byte for byte."""
+    """Returns the bytes of every file below a folder, by relative path."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def signed(manifest, **changes):
-    """Writes a manifest with other entries (None: without them), and the checksum that fits."""
+    """Writes a manifest with changed entries (None removes an entry) and a matching checksum."""
     content = json.loads(manifest.read_text()) | changes
     content = {k: v for k, v in content.items() if v is not None or k not in changes}
     content["sha256"] = resume._own_sha256(content)
@@ -92,7 +93,7 @@ def signed(manifest, **changes):
 
 
 def flip(path):
-    """One bit of a file, or of the largest file in a folder."""
+    """Flips one bit of a file, or of the largest file in a folder."""
     file = path if path.is_file() else max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -101,8 +102,8 @@ def flip(path):
 
 @pytest.mark.parametrize("system", [{}, {"save_every": "round"}, {"store": "store"}])
 def test_goes_on_wherever_it_died(undisturbed, tmp_path, monkeypatch, system):
-    """Died in training, between phases, in the middle of a snapshot, while old ones were removed, while results were
-    written; adapters, scores, metrics, mixing files are those of the undisturbed run."""
+    """The run is killed in training, between phases, while a snapshot is written, while old snapshots are removed, and
+    while results are written. Its adapters, scores, metrics and mixing files equal those of the undisturbed run."""
     if "store" in system:
         system = {"store": str(tmp_path / "store")}
     config, folder = small_config(**SECTIONS, system=system), tmp_path / "run"
@@ -115,17 +116,18 @@ def test_goes_on_wherever_it_died(undisturbed, tmp_path, monkeypatch, system):
             patch.setattr(owner, name, die)
             simulate.simulate(config, out=folder, resume=True)
         if name == "save_population" and not system:
-            back = restore.restore(folder)  # what a snapshot holds can be used
+            back = restore.restore(folder)  # an unfinished run is restored from its snapshot
             assert tree_max_difference(back.population[0].adapters, undisturbed[1].population[0].adapters) == 0
     simulate.simulate(config, out=folder, resume=True)
-    if (folder / "checkpoints" / "resume").exists():  # died after the summary: the run had ended
+    if (folder / "checkpoints" / "resume").exists():  # killed after the summary was written: the run had ended
         shutil.rmtree(folder / "checkpoints" / "resume")
     same_run(undisturbed[0], folder)
 
 
 @pytest.mark.parametrize("name", ["centralised", "fedadam", "scaffold"])
 def test_every_kind_of_state_is_saved(tmp_path, name):
-    """No shared subtree at all; an optax state at the server; a server's subtree that clients receive."""
+    """The strategies have, in this order: no shared subtree; an optax state on the server; a server subtree that the
+    clients receive."""
     config = small_config(strategy={"name": name}, federation={"rounds": 2, "local_steps": 1})
     simulate.simulate(config, out=tmp_path / "plain")
     for count in (2, 1):
@@ -137,7 +139,8 @@ def test_every_kind_of_state_is_saved(tmp_path, name):
 
 @pytest.mark.parametrize(("number", "phases"), [(signal.SIGINT, 0), (signal.SIGTERM, 1)])
 def test_a_signal_saves_the_clients_that_have_trained(request, tmp_path, number, phases):
-    """In the middle of a phase: the chunk is finished, its clients are not trained again."""
+    """The signal arrives in the middle of a phase. The current chunk is finished, and its clients are not trained
+    again after the run is resumed."""
     class Kicks(Events):
         def _add(self, kind, **event):
             super()._add(kind, **event)
@@ -153,19 +156,19 @@ def test_a_signal_saves_the_clients_that_have_trained(request, tmp_path, number,
         simulate.simulate(config, out=folder, observers=[Kicks()])
     assert caught.value.signum == number and not (folder / "summary.json").exists()
     assert signal.getsignal(number) is signal.default_int_handler
-    with pytest.raises(Interrupted):  # again, with what was saved before
+    with pytest.raises(Interrupted):  # interrupted a second time, after it was resumed
         simulate.simulate(config, out=folder, resume=True, observers=[Kicks()])
     seen = Events()
     simulate.simulate(config, out=folder, resume=True, observers=[seen])
     first = next(e for e in seen.events if e["kind"] == "chunk")
-    assert first["steps"] < 2 * first["clients"]  # two steps each: some had been trained before
+    assert first["steps"] < 2 * first["clients"]  # 2 steps per client: some had been trained before
     plain = tmp_path / "plain"
     simulate.simulate(config, out=plain)
     same_run(plain, folder)
 
 
 class Listing(Events):
-    """Also keeps the names in a run's folder of snapshots as they are when training begins."""
+    """Also records which snapshots a run's folder holds when training begins."""
 
     def __init__(self, folder):
         super().__init__()
@@ -176,7 +179,7 @@ class Listing(Events):
 
 
 def test_a_damaged_snapshot_is_passed_over_loudly(undisturbed, tmp_path):
-    """One flipped bit: it is set aside, not deleted, and the run goes on from the snapshot before it."""
+    """A snapshot with one flipped bit is renamed, not deleted, and the run goes on from the snapshot before it."""
     config, folder = small_config(**SECTIONS), tmp_path / "run"
     with pytest.raises(Killed):
         simulate.simulate(config, out=folder, observers=[DiesAt(3, "phase")])
@@ -187,7 +190,7 @@ def test_a_damaged_snapshot_is_passed_over_loudly(undisturbed, tmp_path):
         shutil.copytree(folder, again)
         flip(resumes(again) / saved[-1] / victim)
         before, seen = contents(resumes(again) / saved[-1]), Listing(again)
-        with pytest.raises(Killed):  # it is left as it was, whatever the run does next
+        with pytest.raises(Killed):  # the damaged snapshot stays unchanged, whatever the run does next
             simulate.simulate(config, out=again, resume=True, observers=[seen, DiesAt(2, "phase")])
         warnings = [e["text"] for e in seen.events if e["kind"] == "note" and "Going back" in e["text"]]
         assert len(warnings) == 1 and saved[-1] in warnings[0]
@@ -195,11 +198,11 @@ def test_a_damaged_snapshot_is_passed_over_loudly(undisturbed, tmp_path):
         assert contents(resumes(again) / (saved[-1] + ".damaged")) == before
         seen = Events()
         simulate.simulate(config, out=again, resume=True, observers=[seen])
-        assert not any("Going back" in e.get("text", "") for e in seen.events)  # said once
+        assert not any("Going back" in e.get("text", "") for e in seen.events)  # the warning is not repeated
         same_run(undisturbed[0], again)
     for path in resumes(folder).iterdir():
         (path / "manifest.json").write_text("{")
-    for _ in range(2):  # and does not begin anew the next time
+    for _ in range(2):  # the second attempt does not start from nothing either
         with pytest.raises(InputError, match=r"none of the .* is whole"):
             simulate.simulate(config, out=folder, resume=True)
         assert sorted(p.name for p in resumes(folder).iterdir()) == [f"{name}.damaged" for name in saved]
@@ -207,7 +210,7 @@ def test_a_damaged_snapshot_is_passed_over_loudly(undisturbed, tmp_path):
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """A run that was killed after two snapshots: its folder, and every file of them."""
+    """Returns the folder of a run that was killed after two snapshots, and the bytes of their files."""
     folder = tmp_path_factory.mktemp("begun") / "run"
     with pytest.raises(Killed):
         simulate.simulate(small_config(**SECTIONS), out=folder, observers=[DiesAt(3, "phase")])
@@ -218,7 +221,7 @@ def begun(tmp_path_factory):
                                    OSError(5, "Input/output error")], ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("place", ["read_arrays", "_sha256"])
 def test_a_read_error_deletes_nothing(undisturbed, begun, tmp_path, monkeypatch, place, error):
-    """A disk that does not answer for a moment is no reason to give a snapshot up."""
+    """A read error that may pass leads to no deletion of a snapshot."""
     def fails(*_):
         raise error
 
@@ -275,7 +278,7 @@ def test_a_snapshot_of_another_version_is_refused_by_name(begun, tmp_path, chang
 
 
 def test_a_snapshot_of_another_strategy_is_refused(begun, tmp_path):
-    """As when a class of one's own has changed since: the config is the same, the adapters are not."""
+    """This happens when a user has changed a strategy class: the config is the same, the adapters are not."""
     folder, other = tmp_path / "run", small_config(**SECTIONS, strategy={"name": "fedavg"})
     shutil.copytree(begun[0], folder)
     (folder / "config.yaml").write_text(other.to_yaml())
@@ -288,7 +291,7 @@ def test_a_snapshot_of_another_strategy_is_refused(begun, tmp_path):
     {"clients": {}}, {"clients": 3}, {"files": None}, {"server": {"array": "float32", "shape": [-1], "at": "x"}},
     {"partial": {"clients": [0]}}, {"uploads": None}])
 def test_a_snapshot_that_lies_is_refused(begun, tmp_path, changes):
-    """Its checksum fits, what it says does not: a message, and nothing is deleted."""
+    """A snapshot whose checksum is right but whose entries are wrong causes an error, and nothing is deleted."""
     folder = tmp_path / "run"
     shutil.copytree(begun[0], folder)
     for path in resumes(folder).iterdir():
@@ -321,7 +324,7 @@ def test_another_config_or_other_data_are_refused(tmp_path):
 
 
 def test_what_may_change_is_said(tmp_path):
-    """A run that goes on with other chunks ends as the undisturbed one to rounding, and says so."""
+    """A run resumed with another chunk size says that results agree to rounding, and they do."""
     config, folder, seen = small_config(train={"adam_epsilon": 1e-3}), tmp_path / "run", Events()
     with pytest.raises(Killed):
         simulate.simulate(config, out=folder, observers=[DiesAt(1, "phase")])
@@ -331,12 +334,12 @@ def test_what_may_change_is_said(tmp_path):
     plain = simulate.simulate(config)
     for a, b in zip(run.population, plain.population, strict=True):
         assert tree_max_difference(a.adapters, b.adapters) <= 1e-5
-    again = simulate.simulate(other, out=folder, resume=True)  # has ended: nothing is trained
+    again = simulate.simulate(other, out=folder, resume=True)  # the run has ended, so nothing is trained
     assert again.summary == json.loads((folder / "summary.json").read_text()) == run.summary
 
 
 def test_data_that_have_gone(tmp_path, call):
-    """The run says so and is as it was; with the data back it goes on."""
+    """A run whose data are missing stops with an error and changes nothing. It goes on once the data are back."""
     assert call("data", "digits", tmp_path / "scenes", "--train", 8, "--validation", 2, "--test", 2)[0] == 0
     config, folder = small_config(data={"path": str(tmp_path / "scenes")}), tmp_path / "run"
     with pytest.raises(Killed):
@@ -363,7 +366,7 @@ def test_determinism_is_asked_for_in_time(monkeypatch):
     assert os.environ["XLA_FLAGS"] == "--xla_a=1 --xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setattr(devices, "has_started", lambda: True)
-    devices.ask_for_determinism(asked)  # CPU: nothing to ask for
+    devices.ask_for_determinism(asked)  # a CPU needs no flags
     monkeypatch.setattr(devices.jax, "default_backend", lambda: "gpu")
     with pytest.raises(InputError, match=r"system\.deterministic: JAX has started"):
         devices.ask_for_determinism(asked)
@@ -408,7 +411,7 @@ def start(config: Path, folder: Path, kind: str, seed: int, cache: Path) -> subp
 
 
 def kill_and_resume(tmp_path, kinds: list[str]) -> None:
-    """SIGKILL by `kinds`, one start after another; started until it ends."""
+    """Starts a run again and again, killed by SIGKILL at the points `kinds` in turn, until all have been used."""
     config, cache = tmp_path / "config.yaml", tmp_path / "cache"
     config.write_text(small_config(**SECTIONS).to_yaml())
     plain = start(config, tmp_path / "plain", "never", 0, cache)
@@ -418,7 +421,7 @@ def kill_and_resume(tmp_path, kinds: list[str]) -> None:
         folder = tmp_path / f"run-{runs}"
         runs += 1
         while True:
-            starts += 1  # as the seed: a moment that a run does not come to is another one the next time
+            starts += 1  # also the seed, so that a random moment differs from start to start
             done = start(config, folder, kinds[kills] if kills < len(kinds) else "never", starts, cache)
             if done.returncode == 0:
                 break
@@ -436,13 +439,13 @@ def test_two_kills(tmp_path):
 
 @pytest.mark.long
 def test_many_kills(tmp_path):
-    """At least twenty: half of them at any moment, half at the points that are most delicate."""
+    """24 kills: about half at random moments, the others at the points where a kill is most dangerous."""
     rng = random.Random(0)
     kill_and_resume(tmp_path, ["time" if rng.random() < 0.5 else rng.choice(list(killed.POINTS)) for _ in range(24)])
 
 
 def test_the_command_says_how_to_go_on(tmp_path):
-    """SIGTERM to the command: exit code 143, and the command that it prints ends the run."""
+    """After SIGTERM the command exits with code 143 and prints the command that resumes the run."""
     config, folder = tmp_path / "config.yaml", tmp_path / "run"
     config.write_text(small_config(federation={"rounds": 60}, system={"deterministic": True}).to_yaml())
     command = [sys.executable, "-m", "pilot_jax", "run", str(config), "--out", str(folder)]
@@ -466,8 +469,8 @@ def test_the_command_says_how_to_go_on(tmp_path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves its event loop open
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_leaves_what_was_saved(undisturbed, tmp_path, call):
-    """No file may grow beyond 50 kB from the second snapshot on: a message, exit code 1; with room again, the run goes
-    on from the first."""
+    """From the second snapshot on, no file may exceed 50 kB: the run ends with a message and exit code 1. Without
+    that limit it goes on from the first snapshot."""
     import resource
 
     config, folder = tmp_path / "config.yaml", tmp_path / "run"
@@ -491,10 +494,10 @@ def test_a_full_disk_leaves_what_was_saved(undisturbed, tmp_path, call):
     code, out, err = call("run", folder / "config.yaml", "--out", folder, "--resume")
     assert code == 0, err
     assert "going on in round 1" in out
-    # The command may have found more devices than the fixture; both runs are of this process.
+    # Both runs were made in this process, so they used the same devices.
     same_run(undisturbed[0], folder)
     code, out, _ = call("run", folder / "config.yaml", "--out", folder, "--resume")
-    assert code == 0 and "Score on held-out data" in out  # has ended: its results again
+    assert code == 0 and "Score on held-out data" in out  # the run has ended: its results are printed again
     code, _, err = call("run", config, "--out", "/proc/nothing/here")
     assert code == 2 and "cannot be made" in err
     code, _, err = call("run", config, "--resume")
