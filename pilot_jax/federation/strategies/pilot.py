@@ -41,19 +41,29 @@ def _with_last_uploads(members: Mapping[int, dict[str, Any]], cohort: Cohort) ->
 
 
 class AtaConfig(Section):
+    """Options of ATA, which mixes each client's LoRA with that of its nearest neighbours (paper §3.4)."""
+
     preset: Literal["default", "notes"] = Field(
-        "default", description="notes: softmax, temperature 1, self included, whatever the keys below say")
-    neighbors: int = Field(2, ge=1, description="M, nearest other clients")
+        "default", description="Choice between the keys below (default) and a fixed plain reading of the paper (notes): "
+        "weights ∝ exp(−d), d between the factors A and B, own upload included, no weighting by size. With notes, all "
+        "keys below but `neighbors` are ignored.")
+    neighbors: int = Field(2, ge=1, description="Number M of nearest other clients that a client's LoRA is mixed with. "
+                           "More than there are others in the cohort means all of them.")
     weighting: Literal["softmax", "inverse_distance", "share"] = Field(
-        "softmax", description="by distance d: exp(-d/τ); 1/d, and a client's own the largest of them; 1/d, and its "
-        "own the client's number of samples")
+        "softmax", description="Rule for the weight of a neighbour at distance d. softmax: ∝ exp(−d/τ), also for the "
+        "client's own upload at d = 0. inverse_distance: ∝ 1/d; the own upload weighs as much as the nearest "
+        "neighbour. share: ∝ 1/d; the own upload weighs as much as the client has training samples.")
     temperature: Literal["auto"] | float = Field(
-        "auto", description="τ; auto: auto_factor times the mean distance to the M neighbours")
-    auto_factor: float = Field(0.25, gt=0, description="with auto; 1: self weighs 1/(1 + M/e), 0.25: 1/(1 + M/e⁴). The "
-                               "default is what validation supports: docs/results.md")
-    space: Literal["factors", "product"] = Field("factors", description="distances over A and B, or over BA")
-    include_self: bool = Field(True, description="whether a client's own upload is among what it gets back")
-    size_weighted: bool = Field(False, description="weights times the clients' data sizes")
+        "auto", description="Temperature τ of `weighting: softmax`. auto: `auto_factor` times the client's mean "
+        "distance to its M neighbours, which does not depend on the scale of the adapters.")
+    auto_factor: float = Field(0.25, gt=0, description="Factor in `temperature: auto`. Where all M neighbours are "
+                               "equally far, the own upload weighs 1/(1 + M/e) with 1, and 1/(1 + M/e⁴) with 0.25, "
+                               "which docs/results.md supports.")
+    space: Literal["factors", "product"] = Field("factors", description="Vectors between which distances are measured. "
+                                                 "factors: all entries of A and B. product: all entries of B·A.")
+    include_self: bool = Field(True, description="Whether the client's own upload is part of its mixture.")
+    size_weighted: bool = Field(False, description="Whether weights are multiplied by the clients' numbers of training "
+                                "samples before they are normalised.")
 
     @model_validator(mode="after")
     def _positive_temperature(self) -> AtaConfig:
@@ -63,13 +73,20 @@ class AtaConfig(Section):
 
 
 class PilotParams(StrategyParams):
-    init: Literal["preserve", "copy"] = Field("preserve", description="pilot; preserve: step 0 computes the base model")
+    """Pilot: visual adapters per task and client, a mixture of adapters across tasks, and ATA over LoRA."""
+
+    init: Literal["preserve", "copy"] = Field(
+        "preserve", description="Start of Pilot's adapters ψ_s and ψ_c. preserve: their last layer is zero, so step 0 "
+        "computes the base model. copy: copies of the projector, as in the authors' code; ψ_t and ψ_s then stay equal.")
     ata: AtaConfig = AtaConfig()
     text_aggregation: Literal["ata", "mean", "per_task_mean"] = Field(
-        "ata", description="pilot: how LoRA is aggregated; other than ata is an ablation")
+        "ata", description="Aggregation of LoRA by Pilot's server. ata: a mixture of each client's own. Ablations: mean "
+        "(over all clients) and per_task_mean (over the clients of the task), both weighted by training samples.")
     client_adapter: Literal["both", "stage1", "none"] = Field(
-        "both", description="pilot: stages in which x_s = ψ_s(H_v) is added; other than both is an ablation")
-    cross_task: bool = Field(True, description="pilot: stage 2 with CT-MoA; false (ablation): stage 1 in every phase")
+        "both", description="Stages in which Pilot's client adapter adds x_s = ψ_s(H_v): both, as in the paper; stage1 "
+        "or none, as ablations.")
+    cross_task: bool = Field(True, description="Whether Pilot trains stage 2, the cross-task mixture of adapters. "
+                             "false (ablation): stage 1 in every phase.")
 
 
 @register("pilot")
@@ -155,7 +172,7 @@ class Pilot(Strategy):
     def distances(self, text_adapters):
         """d_kj between LoRA uploads, leaves [S, …] → [S, S]."""
         c = self.params.ata
-        return distances(text_adapters, c.neighbors, c.space)
+        return distances(text_adapters, c.neighbors, "factors" if c.preset == "notes" else c.space)
 
     def weights(self, between, cohort):
         """Mixing matrix [S, S] of LoRA from the distances [S, S]."""
@@ -167,7 +184,7 @@ class Pilot(Strategy):
             return mixing.per_task_mean(sizes, tasks, int(jnp.max(tasks)) + 1)[tasks]
         options = {"weighting": c.weighting, "temperature": c.temperature, "auto_factor": c.auto_factor,
                    "include_self": c.include_self, "size_weighted": c.size_weighted}
-        if c.preset == "notes":  # w ∝ exp(−d) over the neighbours and oneself
+        if c.preset == "notes":  # w ∝ exp(−d) over the neighbours and the client itself
             options = {"weighting": "softmax", "temperature": 1.0, "include_self": True, "size_weighted": False}
         return mixing.ata_weights(between, sizes, jnp.asarray(cohort.ids), neighbors=c.neighbors, **options)
 

@@ -295,6 +295,24 @@ def test_pilot_without_its_parts():
     np.testing.assert_allclose(per_task.weights(between, cohort), [[0.25, 0.75, 0], [0.25, 0.75, 0], [0, 0, 1]])
 
 
+@pytest.mark.parametrize("space", ["factors", "product"])
+def test_the_preset_notes_overrides_all_keys_but_neighbors(space):
+    """Distances between A and B, w ∝ exp(−d) over the two nearest and the client itself, no sizes."""
+    others = {"weighting": "share", "temperature": 3.0, "auto_factor": 2.0, "include_self": False,
+              "size_weighted": True, "space": space}
+    strategy = make_strategy("pilot", {"ata": {"preset": "notes", "neighbors": 2, **others}})
+    rng = np.random.default_rng(0)
+    lora = {"layers": {"q": {"a": rng.normal(size=(4, 2, 3, 5)).astype(np.float32),
+                             "b": rng.normal(size=(4, 2, 6, 3)).astype(np.float32)}}}
+    flat = np.concatenate([leaf.reshape(4, -1) for leaf in lora["layers"]["q"].values()], 1)
+    d = np.linalg.norm(flat[:, None] - flat[None], axis=-1)
+    between = strategy.distances(lora)
+    np.testing.assert_allclose(between, d, rtol=1e-5, atol=1e-6)
+    expected = np.where(d <= np.sort(d, axis=1)[:, 2:3], np.exp(-d), 0)  # column 0 of the sorted row is d_kk = 0
+    cohort = Cohort({}, np.asarray([10, 30, 20, 5]), np.zeros(4, int), np.arange(4), 1)
+    np.testing.assert_allclose(strategy.weights(between, cohort), expected / expected.sum(1, keepdims=True), rtol=1e-4)
+
+
 # A strategy of the user's own. Its run is that of the toy where the real model adds nothing.
 
 
