@@ -1,4 +1,4 @@
-"""The configuration: the schema, and how files become checked configs. Imports errors alone."""
+"""The configuration: its schema, and the functions that read and check config files. Imports only `errors`."""
 
 from pilot_jax.config.reading import (
     apply_overrides,

@@ -1,4 +1,4 @@
-"""Configs from YAML files and overrides: checked, with a message that names the key and the nearest known one."""
+"""Reads and checks configs from YAML files and overrides; error messages name the key and the nearest known one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from pydantic import BaseModel, ValidationError
 from pilot_jax.config.schema import STRATEGY_PARAMS, Config, StrategyParams, strategies
 from pilot_jax.errors import InputError
 
-MOST_BYTES = 1_000_000  # of a config file
+MOST_BYTES = 1_000_000  # largest size of a config file
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def known_keys(model: type[BaseModel] | None = None, prefix: str = "") -> dict[str, str]:
-    """Every "section.key" of `model` (default: the whole config, all strategies' keys included) and its description.
+    """Returns every "section.key" with its description; a section without a description of its own has an empty one.
 
-    Sections themselves are in it too, with an empty description.
+    Args:
+        model: the class of the section to list; None: the whole config, with the keys of all strategies.
+        prefix: the text that is put before each key.
     """
     keys: dict[str, str] = {}
     for name, field in (model or Config).model_fields.items():
@@ -37,7 +39,10 @@ def known_keys(model: type[BaseModel] | None = None, prefix: str = "") -> dict[s
 
 
 def json_schema() -> dict[str, Any]:
-    """The config as a JSON schema, with which editors complete and check it; `strategy` is one of the strategies'."""
+    """Returns the JSON schema of a config, with which editors complete and check config files.
+
+    Its property `strategy` is a choice among the sections of all registered strategies.
+    """
     strategies()
     schema = Config.model_json_schema()
     sections = []
@@ -52,18 +57,20 @@ def json_schema() -> dict[str, Any]:
 
 
 def _message(error: Mapping[str, Any], source: str) -> str:
+    """Returns the message for one of pydantic's errors; `source` is the file, or where else the config comes from."""
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = list(known_keys())
         leaf = {k.rsplit(".", 1)[-1]: k for k in known}
         near = difflib.get_close_matches(key, known, 1, 0.6)
         near = near or [leaf[k] for k in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, 1, 0.6)]
-        hint = f" Did you mean '{near[0]}'?" if near else " See the configs folder for the known keys."
+        hint = f" Did you mean '{near[0]}'?" if near else " `pilot-jax schema` prints the known keys."
         return f"{source}: {key}: unknown key.{hint}"
     return f"{source}: {key}: {error['msg']} (got {reprlib.repr(error.get('input'))})."
 
 
 def _validated(model: type[_Model], raw: Any, source: str, section: tuple[str, ...] = ()) -> _Model:
+    """Returns `raw` as a checked `model`; `section` is the path of the model's section inside the config."""
     try:
         return model.model_validate(raw)
     except ValidationError as error:
@@ -72,12 +79,12 @@ def _validated(model: type[_Model], raw: Any, source: str, section: tuple[str, .
 
 
 def parse_strategy(raw: Any, source: str = "config") -> StrategyParams:
-    """The checked section `strategy`, of the class that its `name` chooses.
+    """Returns the checked section `strategy`, an object of the class that its key `name` chooses.
 
-    Keys that belong to other strategies are checked as theirs and left out, so that one config serves several.
+    Keys that belong to other strategies are checked and then left out, so that one config serves several strategies.
 
     Raises:
-        InputError: a strategy that is not known here, or a bad key or value.
+        InputError: the strategy is not known, or a key or value is wrong.
     """
     if isinstance(raw, StrategyParams):
         return raw
@@ -94,10 +101,10 @@ def parse_strategy(raw: Any, source: str = "config") -> StrategyParams:
 
 
 def parse_config(raw: Any, source: str = "config") -> Config:
-    """A checked `Config` from nested dicts.
+    """Returns the checked `Config` that nested dicts describe.
 
     Raises:
-        InputError: naming the key, with the nearest known one for a misspelling.
+        InputError: a key or value is wrong; the message names the key and, for a misspelling, the nearest known one.
     """
     if not isinstance(raw, dict):
         raise InputError(f"{source}: a config is a mapping of sections, this is a {type(raw).__name__}.")
@@ -105,19 +112,23 @@ def parse_config(raw: Any, source: str = "config") -> Config:
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML config; each override is "section.key=value" with a YAML value.
+    """Reads a config from a YAML file.
+
+    Args:
+        overrides: texts "section.key=value", with a YAML value, that replace or add keys.
 
     Raises:
-        InputError: no such file, not YAML, or a bad key or value.
+        InputError: the file cannot be read or is not YAML, or a key or value is wrong.
     """
     path = Path(path)
     try:
         if path.stat().st_size > MOST_BYTES:
-            raise InputError(f"{path}: {path.stat().st_size} bytes are no config. Give the path of a YAML config.")
+            raise InputError(f"{path}: {path.stat().st_size} bytes are too many for a config. Give the path of a YAML "
+                             "config.")
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML config.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or dates that are none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an impossible date
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not valid YAML ({error}).") from None
@@ -128,7 +139,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """"section.key: old → new" for every key in which configs differ."""
+    """Returns a text "section.key: old → new" for every key in which two configs differ."""
     def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(node, dict) or not node:
             return {prefix[:-1]: node}
@@ -140,11 +151,12 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def apply_overrides(config: Config, overrides: list[str]) -> Config:
-    """`config` with each "section.key=value" in place of what it had."""
+    """Returns the config with the value of every override "section.key=value", checked again."""
     return parse_config(_overridden(config.model_dump(mode="json"), overrides), "config")
 
 
 def _overridden(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Writes every override "section.key=value" into `raw`, and returns it."""
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -158,7 +170,7 @@ def _overridden(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         try:
             node[leaf] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise InputError(f"--set {override}: not a YAML value ({error}).") from None
-        if key == "strategy.name" and ":" in value:  # named by the user, not by a file: may be imported
+            raise InputError(f"--set {override}: the value is not valid YAML ({error}).") from None
+        if key == "strategy.name" and ":" in value:  # the user named the module, not a file: it may be imported
             strategies().use(value)
     return raw

@@ -1,4 +1,4 @@
-"""The schema: every key of a config with its default, unit and bounds."""
+"""The schema of a config: every key with its type, default, bounds and description."""
 
 from __future__ import annotations
 
@@ -11,30 +11,47 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validat
 
 
 class Section(BaseModel):
+    """A section of the config: unknown keys, infinite numbers and NaN are refused, and values cannot be changed."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class LoraConfig(Section):
-    rank: int = Field(8, ge=1, description="R; the paper: 64 at 7B")
-    alpha: float = Field(16.0, gt=0, description="the update is (alpha / rank)·BA; the paper: 128")
+    """LoRA on every linear layer of the language model but its head: W' = W + (alpha / rank)·B·A."""
+
+    rank: int = Field(8, ge=1, description="Rank R of LoRA's factors A [R, d_in] and B [d_out, R]. The paper has 64 "
+                      "for a 7B model.")
+    alpha: float = Field(16.0, gt=0, description="Numerator of the factor alpha / rank by which B·A is multiplied. The "
+                         "paper has 128.")
 
 
 class PartsConfig(Section):
-    """A tower, a language model and a projector that were never saved as one LLaVA model, as the paper starts from."""
+    """Vision tower, language model and projector as separate checkpoints, as those that the paper starts from."""
 
-    vision: str = Field(description="directory of a CLIP or SigLIP model")
-    language: str = Field(description="directory of a Llama, Vicuna, Mistral or Qwen2 model, with its tokenizer")
-    projector: str = Field(description="mm_projector weights: .safetensors, or .bin where torch is installed")
-    feature_layer: int | list[int] = Field(-2, description="hidden state(s) of the tower that are H_v; LLaVA: -2")
+    vision: str = Field(description="Folder of a CLIP or SigLIP model in Hugging Face's format.")
+    language: str = Field(description="Folder of a Llama, Vicuna, Mistral or Qwen2 model in Hugging Face's format, "
+                          "with its tokenizer.")
+    projector: str = Field(description="File of LLaVA's mm_projector weights: .safetensors, or .bin if torch is "
+                           "installed.")
+    feature_layer: int | list[int] = Field(
+        -2, description="Layer of the vision tower whose output is H_v, or list of layers whose outputs are "
+        "concatenated. Negative numbers count from the last layer, -1. LLaVA uses -2.")
     feature_select: Literal["auto", "default", "full"] = Field(
-        "auto", description="default drops the first token; auto: default for CLIP, full for SigLIP, which has no CLS")
+        "auto", description="Choice of the tokens of H_v. default: all but the first, which is CLIP's CLS token. full: "
+        "all. auto: default for CLIP, and full for SigLIP, which has no CLS token.")
 
 
 class ModelConfig(Section):
-    path: str = Field("embedded", description="Hugging Face LLaVA directory, or 'embedded' for the shipped base")
-    parts: PartsConfig | None = Field(None, description="instead of path: separate tower, language model, projector")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on CPU, else bfloat16")
-    remat: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
+    """The frozen base model, and the LoRA that clients train on it."""
+
+    path: str = Field("embedded", description="Folder of a Hugging Face LLaVA checkpoint, or `embedded` for the small "
+                      "base that is part of the package.")
+    parts: PartsConfig | None = Field(None, description="Base made of separate checkpoints, instead of `model.path`.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Data type of the frozen weights and of the computation; adapters are always stored in "
+        "float32. auto: float32 on CPU, bfloat16 on GPU and TPU.")
+    remat: bool = Field(False, description="Whether the backward pass computes the decoder layers' activations again "
+                        "instead of storing them, which takes less memory and more time.")
     lora: LoraConfig = LoraConfig()
 
     @model_validator(mode="after")
@@ -45,62 +62,98 @@ class ModelConfig(Section):
 
 
 class DigitsConfig(Section):
-    scenario: Literal["a", "b"] = Field("a", description="a: 3 tasks × 3 clients; b: 4 tasks × 5, uneven sizes")
-    clients_per_task: int | None = Field(None, ge=1, description="default: the scenario's; looks and wordings repeat "
-                                         "after five")
-    heterogeneity: float = Field(1.0, ge=0, le=1, description="how far a task's clients differ in look and wording: "
-                                 "0 not at all, 1 each has its own")
-    train: int = Field(480, ge=1, description="training samples of a (full-size) client")
-    validation: int = Field(16, ge=1, description="validation samples per client")
-    test: int = Field(48, ge=1, description="test samples per client")
-    seed: int = Field(0, ge=0, description="of the scenes; the handwriting pools are fixed")
+    """The digit scenes, generated data that are part of the package; they are used with `data.path: digits`."""
+
+    scenario: Literal["a", "b"] = Field(
+        "a", description="Scenario of tasks and clients. a: tasks vqa, ocr and caption, 3 clients of equal size each. "
+        "b: these and grounding, 5 clients each, whose training samples fall from `train` to a quarter of it.")
+    clients_per_task: int | None = Field(None, ge=1, description="Number of clients of each task. null: the scenario's "
+                                         "own, 3 or 5. Looks and wordings repeat after five clients.")
+    heterogeneity: float = Field(
+        1.0, ge=0, le=1, description="Degree to which a task's clients differ in the look of their scenes and in the "
+        "wording of questions and answers. 0: not at all. 1: each client has its own. Between: looks are interpolated, "
+        "and this share of a client's samples has its own wording.")
+    train: int = Field(480, ge=1, description="Number of training samples of each client; in scenario b, of each "
+                       "task's first client.")
+    validation: int = Field(16, ge=1, description="Number of validation samples of each client.")
+    test: int = Field(48, ge=1, description="Number of test samples of each client.")
+    seed: int = Field(0, ge=0, description="Seed of the scenes. The split of the handwriting into training, validation "
+                      "and test images does not depend on it.")
 
 
 class LimitsConfig(Section):
-    """What data may ask of this machine: they are not trusted."""
+    """Limits on data, which may come from anyone: input beyond a limit is refused before it can exhaust memory."""
 
-    image_pixels: int = Field(100_000_000, ge=1, le=178_956_970, description="of one image, before it is decoded; "
-                              "the bound is Pillow's own")
-    file_bytes: int = Field(4_000_000_000, ge=1, description="of one JSON file, which is read at once; JSONL is not")
-    text_characters: int = Field(1_000_000, ge=1, description="of one turn of a conversation")
-    follow_links: bool = Field(False, description="whether links may lead out of the image root")
+    image_pixels: int = Field(100_000_000, ge=1, le=178_956_970, description="Largest number of pixels of an image, "
+                              "checked before it is decoded. The key's upper bound is Pillow's own limit.")
+    file_bytes: int = Field(4_000_000_000, ge=1, description="Largest size in bytes of a .json file, which is read as "
+                            "a whole. It does not apply to .jsonl and .parquet files.")
+    text_characters: int = Field(1_000_000, ge=1, description="Largest number of characters of a turn, and of a "
+                                 "reference answer. A line of a .jsonl file may have up to 100 times as many.")
+    follow_links: bool = Field(False, description="Whether symbolic links may lead out of the folder of images.")
 
 
 class DataConfig(Section):
-    path: str = Field("digits", description="LLaVA JSON/JSONL file or folder; 'digits' for the embedded scenes")
-    image_root: str | None = Field(None, description="folder that `image` is relative to; default: images/ beside path")
+    """The data: where they are, how they become token ids and pixels, and how they are divided among clients."""
+
+    path: str = Field("digits", description="Path of LLaVA-format data: a .json, .jsonl or .parquet file, a folder of "
+                      "such files or of one folder per task, or a Hugging Face `datasets` folder. `digits` means the "
+                      "generated digit scenes of `data.digits`.")
+    image_root: str | None = Field(None, description="Folder from which the samples' `image` paths start. null: the "
+                                   "folder `images` beside the data if it exists, else the folder of the data.")
     file_names: Literal["task", "client"] = Field(
-        "task", description="what a file's name says where its samples do not: their task, or their client")
-    template: str = Field("vicuna_v1", description="conversation template: vicuna_v1 (the paper's) | vicuna_short | "
-                          "llama2 | chatml | plain | tokenizer (its own chat template)")
+        "task", description="Meaning of a data file's name, for samples that do not name their task or client. task: "
+        "the file is named after its task. client: it is named after its client, and its folder after the task. Files "
+        "in folders per task are always named after clients.")
+    template: str = Field(
+        "vicuna_v1", description="Conversation template by which turns become text: vicuna_v1 (Vicuna v1.1, as in "
+        "LLaVA-1.5 and the paper), vicuna_short (without its system sentence), llama2, chatml, plain (no roles), or "
+        "tokenizer (the chat template of the checkpoint's tokenizer).")
     image_fit: Literal["processor", "pad"] = Field(
-        "processor", description="pad: to a square with the mean colour first, as LLaVA-1.5 trains")
+        "processor", description="Treatment of images that are not square. processor: what the checkpoint's image "
+        "processor does. pad: images are first padded to a square with the processor's mean colour, as in LLaVA-1.5.")
     partition: Literal["given", "equal", "dirichlet"] = Field(
-        "given", description="given: the samples' `client`; equal, dirichlet: split each task's samples among clients")
-    dirichlet_alpha: float = Field(1.0, gt=0, description="smaller is more uneven client sizes")
+        "given", description="Assignment of samples to clients. given: each sample names its client. equal, dirichlet: "
+        "each task's samples are shuffled and divided among `federation.clients` / (number of tasks) clients. Training "
+        "samples are divided into equal or Dirichlet-distributed shares, validation and test samples into equal ones.")
+    dirichlet_alpha: float = Field(1.0, gt=0, description="Concentration α of the Dirichlet distribution in "
+                                   "`partition: dirichlet`. Smaller values give more uneven shares.")
     max_length: int = Field(
-        2048, ge=8, description="tokens, image included; longer samples lose their end, never image tokens")
+        2048, ge=8, description="Largest number of tokens of a conversation, image tokens included. Longer training "
+        "samples lose their end. A longer evaluation prompt, or a sample whose image tokens or whole answers would be "
+        "lost, is an error.")
     limits: LimitsConfig = LimitsConfig()
     digits: DigitsConfig = DigitsConfig()
 
 
 class ParticipationEntry(Section):
-    round: int = Field(ge=1)
-    clients: list[str]
+    """One round and the clients that take part in it."""
+
+    round: int = Field(ge=1, description="Number of the round, from 1.")
+    clients: list[str] = Field(description="Names of the clients that take part in this round.")
 
 
 class StragglersConfig(Section):
-    share: float = Field(0.0, ge=0, le=1, description="probability that a client is slow in a round")
-    steps: float = Field(0.5, gt=0, le=1, description="share of its steps that a slow client takes, at least one")
+    """Slow clients, which do not finish their local training in time."""
+
+    share: float = Field(0.0, ge=0, le=1, description="Probability that a client of the cohort is slow in a round.")
+    steps: float = Field(0.5, gt=0, le=1, description="Share of its steps that a slow client takes in each phase, at "
+                         "least one step. Its learning rate follows the schedule of the shorter phase.")
 
 
 class PrivacyConfig(Section):
-    """Differential privacy of uploads; off without `clip`."""
+    """Differential privacy of each client's uploads, against the server too. It is off unless `clip` is set."""
 
-    clip: float | None = Field(None, gt=0, description="C, L2 norm to which what an upload changes is clipped")
-    noise_multiplier: float | None = Field(None, gt=0, description="z: noise of standard deviation 2·z·C per entry")
-    epsilon: float | None = Field(None, gt=0, description="instead: the ε that all uploads of a client may cost")
-    delta: float = Field(1e-5, gt=0, lt=1, description="δ")
+    clip: float | None = Field(None, gt=0, description="Clipping norm C: the largest L2 norm by which an upload may "
+                               "differ from the adapters that the client started the phase with. null: uploads are "
+                               "neither clipped nor noised.")
+    noise_multiplier: float | None = Field(None, gt=0, description="Noise multiplier z: Gaussian noise of standard "
+                                           "deviation 2·z·C is added to every entry of an upload. With `clip`, give "
+                                           "either this or `epsilon`.")
+    epsilon: float | None = Field(None, gt=0, description="Privacy loss ε that all uploads of a client in the run may "
+                                  "cost together; z is computed from it. With `clip`, give either this or "
+                                  "`noise_multiplier`.")
+    delta: float = Field(1e-5, gt=0, lt=1, description="Probability δ of (ε, δ)-differential privacy.")
 
     @model_validator(mode="after")
     def _complete(self) -> PrivacyConfig:
@@ -111,40 +164,55 @@ class PrivacyConfig(Section):
 
 
 class FederationConfig(Section):
-    clients: int | None = Field(None, ge=1, description="K for partition equal/dirichlet; 'given' takes it from data")
-    rounds: int = Field(3, ge=1, le=1_000_000, description="R")
-    clients_per_round: int | None = Field(None, ge=1, description="cohort size S; default: everyone")
+    """Clients, rounds, participation, and what the server does with bad uploads."""
+
+    clients: int | None = Field(
+        None, ge=1, description="Number K of clients, a multiple of the number of tasks, that `data.partition: equal` "
+        "and `dirichlet` need. With `data.partition: given` the data determine it, and a number given here must agree.")
+    rounds: int = Field(3, ge=1, le=1_000_000, description="Number of rounds.")
+    clients_per_round: int | None = Field(
+        None, ge=1, description="Number S of clients that are sampled for each round with `participation: uniform`. "
+        "null: all clients that have joined.")
     participation: Literal["uniform"] | list[ParticipationEntry] = Field(
-        "uniform", description="uniform sampling, or who takes part in which round (rounds not listed: everyone)")
-    joins: dict[str, int] = Field({}, description="newcomers: the first round in which a client can be sampled")
-    dropout: float = Field(0.0, ge=0, lt=1, description="probability that a client of the cohort drops out of a round; "
-                           "one always stays")
+        "uniform", description="Choice of each round's clients. uniform: a uniform random sample without replacement. "
+        "A list of {round, clients}: the named clients in the listed rounds, all that have joined in the others.")
+    joins: dict[str, int] = Field({}, description="Newcomers, as {client: round}: the first round, from 1, in which "
+                                  "the client can take part. All other clients can from round 1 on.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Probability that a client of the cohort drops out of a round, "
+                           "after sampling and before training. At least one client always stays.")
     stragglers: StragglersConfig = StragglersConfig()
     on_bad_client: Literal["quarantine", "stop"] = Field(
-        "quarantine", description="an upload that is not finite, of another shape, or exploded: leave it out of the "
-        "round and let the client go on from what it had before, or stop")
+        "quarantine", description="Reaction to a bad upload: one that is not finite, has another shape than expected, "
+        "or exceeds `max_update_ratio`. quarantine: it is left out of the aggregation, and the client goes on from the "
+        "adapters it had before the phase. stop: the run ends with an error.")
     privacy: PrivacyConfig = PrivacyConfig()
     max_update_ratio: float | None = Field(
-        100.0, gt=1, description="an update this many times longer than the cohort's median has exploded; null: none")
-    local_epochs: int = Field(1, ge=1, description="E, passes over a client's data per phase")
-    local_steps: int | None = Field(None, ge=1, description="steps per phase; overrides local_epochs")
+        100.0, gt=1, description="Largest ratio of the L2 norm of a client's update to the median norm of the phase's "
+        "updates and of the latest accepted ones of the same stage. A larger update is a bad upload. null: no limit.")
+    local_epochs: int = Field(1, ge=1, description="Number E of passes over a client's training samples in a phase.")
+    local_steps: int | None = Field(None, ge=1, description="Number of a client's steps in a phase, instead of "
+                                    "`local_epochs`. null: the steps of `local_epochs` passes.")
     schedule: Literal["first_time", "every_round"] = Field(
-        "first_time", description="stage 1 in a client's first round only, or in each")
+        "first_time", description="Rounds in which a client trains stage 1 before stage 2. first_time: its first "
+        "round. every_round: all. Strategies without stages train a second phase in round 1, or in every round.")
 
 
 class StrategyParams(Section):
-    """The section `strategy`: the name, and beside it the keys of that strategy, which its own file adds."""
+    """The section `strategy`: the name of a strategy, and that strategy's own keys, which its own file adds."""
 
-    name: str = Field("pilot", description="strategy: what clients train, share and get back; one of the package's, "
-                      "or module:Class")
+    name: str = Field("pilot", description="Name of the strategy, which determines what clients train, upload and "
+                      "receive: one of the package's strategies, or `module:Class` for one of your own.")
 
 
-# The section of each strategy by name; `federation.strategies` fills it, a file a strategy.
+# The class of each strategy's section, by the strategy's name; the files of `federation/strategies/` fill it.
 STRATEGY_PARAMS: dict[str, type[StrategyParams]] = {}
 
 
 def strategies() -> ModuleType:
-    """The package of strategies, which lies above this one: imported by name, so that it registers its sections."""
+    """Returns the package of strategies, whose import fills `STRATEGY_PARAMS`.
+
+    It is imported by name, because it lies in a layer above this one.
+    """
     return importlib.import_module("pilot_jax.federation.strategies")
 
 
@@ -154,37 +222,60 @@ def _default_strategy() -> StrategyParams:
 
 
 class TrainConfig(Section):
-    batch_size: int = Field(8, ge=1, description="B, samples per client step")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="of the clients; its state lasts a phase")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's, decoupled")
-    adam_epsilon: float = Field(1e-8, gt=0, description="ε of AdamW's m / (√v + ε)")
-    warmup: float = Field(0.03, ge=0, le=1, description="share of a client's own steps")
-    lr_connector: float = Field(1e-3, gt=0, description="peak rate of every connector adapter; 2e-5 at 7B")
-    lr_lora_stage1: float = Field(5e-3, gt=0, description="peak rate of LoRA in stage 1; 2e-5 at 7B")
-    lr_lora_stage2: float = Field(3e-3, gt=0, description="peak rate of LoRA in stage 2; 4e-5 at 7B")
-    lambda_d: float = Field(0.1, ge=0, description="λ0, weight of the difference loss")
-    lambda_b: float = Field(0.1, ge=0, description="λ1, weight of the balance loss")
-    lambda_z: float = Field(0.01, ge=0, description="λ2, weight of the router z-loss")
+    """Local training of the clients: batches, optimizer, learning rates and the weights of the losses."""
+
+    batch_size: int = Field(8, ge=1, description="Number B of samples in a client's step.")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Optimizer of the clients' local training: AdamW "
+                                               "or plain SGD. Its state starts anew in every phase.")
+    weight_decay: float = Field(0.0, ge=0, description="Coefficient of AdamW's decoupled weight decay. SGD has none.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Constant ε in AdamW's step m / (√v + ε).")
+    warmup: float = Field(0.03, ge=0, le=1, description="Share of a client's steps in a phase in which the "
+                          "learning rate rises linearly to its peak. Over the whole phase it falls as a half cosine.")
+    lr_connector: float = Field(1e-3, gt=0, description="Peak learning rate of all connector adapters: Pilot's ψ_t, "
+                                "ψ_s, ψ_c and router, and the projector of other strategies. "
+                                "configs/llava15_7b.yaml has 2e-5 for a 7B model.")
+    lr_lora_stage1: float = Field(5e-3, gt=0, description="Peak learning rate of LoRA in stage 1, and in every phase "
+                                  "of strategies without stages. configs/llava15_7b.yaml has 2e-5 for a 7B model.")
+    lr_lora_stage2: float = Field(3e-3, gt=0, description="Peak learning rate of LoRA in stage 2. "
+                                  "configs/llava15_7b.yaml has 4e-5 for a 7B model.")
+    lambda_d: float = Field(0.1, ge=0, description="Weight λ0 of the difference loss L_d in stage 1. 0: without it, an "
+                            "ablation.")
+    lambda_b: float = Field(0.1, ge=0, description="Weight λ1 of the router's load-balancing loss L_b in stage 2.")
+    lambda_z: float = Field(0.01, ge=0, description="Weight λ2 of the router's z-loss L_z in stage 2.")
     ld_mode: Literal["token_cosine", "raw", "flat"] = Field(
-        "token_cosine", description="how L_d compares task and client features, see docs/method.md")
-    ld_center: bool = Field(False, description="centre each image's tokens before L_d (ablation)")
+        "token_cosine", description="Form of the difference loss L_d between x_t and x_s. token_cosine: ‖x_tᵀx_s‖_F² / "
+        "N² per image, of tokens scaled to about norm 1. raw: ‖x_tᵀx_s‖_F² per image, as the paper writes it. flat: "
+        "between whole images across the batch, as in the authors' code.")
+    ld_center: bool = Field(False, description="Whether each image's mean token is subtracted from its tokens before "
+                            "L_d is computed. true is an ablation.")
 
 
 class EvalConfig(Section):
-    every: int = Field(0, ge=0, description="score the validation split every so many rounds; 0: never")
-    batch_size: int = Field(16, ge=1, description="prompts decoded at once, per client")
-    max_new_tokens: int = Field(32, ge=1, description="of an answer")
-    temperature: float = Field(0.0, ge=0, description="0: greedy; else answers are sampled")
-    top_p: float = Field(1.0, gt=0, le=1, description="sample among the fewest tokens with this probability together")
+    """Answering the held-out data, and scoring the answers."""
+
+    every: int = Field(0, ge=0, description="Number of rounds from one scoring of the validation split to the next. 0: "
+                       "it is never scored. The test split is scored once, after the last round.")
+    batch_size: int = Field(16, ge=1, description="Number of prompts of a client that are decoded at once.")
+    max_new_tokens: int = Field(32, ge=1, description="Largest number of tokens of an answer.")
+    temperature: float = Field(0.0, ge=0, description="Temperature of sampling. 0: greedy decoding.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Probability p of nucleus sampling: a token is drawn from the "
+                         "fewest most probable tokens whose probabilities add up to p. 1: from all tokens.")
     metrics: dict[str, Literal["exact", "iou", "vqa", "anls", "rouge_l", "bleu", "cider"]] = Field(
-        {"grounding": "iou"}, description="score per task: exact match (default), iou (box IoU ≥ 0.5), vqa (ten "
-        "annotators), anls (OCR), and with the extra 'scores' rouge_l, bleu, cider, which goes to 10")
+        {"grounding": "iou"}, description="Metrics, as {task: metric}; a task that is not named has exact. exact: "
+        "equal up to case and white space. iou: boxes with IoU of at least 0.5. vqa: VQA accuracy against ten "
+        "annotators. anls: edit similarity, for OCR. rouge_l, bleu, cider: for captions, with the extra `scores`. Each "
+        "is from 0 to 1, cider from 0 to 10.")
 
 
 class MeshConfig(Section):
-    clients: int = Field(1, ge=1, description="devices over which a chunk's clients are spread")
-    fsdp: int = Field(1, ge=1, description="devices that share the frozen weights, gathered layer by layer")
-    tensor: int = Field(1, ge=1, description="devices that share heads and inner widths")
+    """The device mesh: the sizes of its three axes, whose product is the number of devices."""
+
+    clients: int = Field(1, ge=1, description="Number of devices along the axis that divides the clients trained at "
+                         "once.")
+    fsdp: int = Field(1, ge=1, description="Number of devices along the axis that divides the frozen weights, which "
+                      "are gathered layer by layer when they are needed.")
+    tensor: int = Field(1, ge=1, description="Number of devices along the axis that divides attention heads and the "
+                        "inner width of the MLPs.")
 
     @property
     def devices(self) -> int:
@@ -192,42 +283,55 @@ class MeshConfig(Section):
 
 
 class SystemConfig(Section):
-    seed: int = Field(0, ge=0, description="of initialisation, sampling and batch order")
-    client_chunk: int = Field(3, ge=1, description="clients trained at once on each device")
-    deterministic: bool = Field(False, description="on NVIDIA GPUs, the same algorithms in every run, and slower ones; "
-                                "CPU and TPU repeat a run bit for bit without")
+    """Seed, devices, memory and files. But for the seed, results depend on these keys by rounding alone."""
+
+    seed: int = Field(0, ge=0, description="Seed of everything random in a run: initial adapters, partition, sampling "
+                      "of clients, batches, noise and sampled answers. The digit scenes have `data.digits.seed`.")
+    client_chunk: int = Field(3, ge=1, description="Number of clients trained at once on each device, or on each row "
+                              "of a mesh along its axis `clients`.")
+    deterministic: bool = Field(False, description="Whether NVIDIA GPUs compute with the same algorithms in every run, "
+                                "which is slower. CPU and TPU repeat a run bit for bit without it.")
     steps_at_once: int | None = Field(
-        None, ge=1, description="steps whose samples are on the devices at once, for clients whose data do not fit "
-        "there; default: a whole phase's")
+        None, ge=1, description="Number of steps whose samples are on the devices at once, for clients whose data do "
+        "not fit there. null: all steps of a phase.")
     client_devices: int | None = Field(
-        None, ge=1, description="devices that train clients side by side; default: on CPU one per core (with a base "
-        "under 0.5 GB, and if JAX has not started), else 1")
+        None, ge=1, description="Number of devices that train clients side by side, each with a copy of the base. "
+        "null: on CPU one per core, if the base is smaller than 0.5 GB and JAX has not started before; otherwise 1.")
     length_spread: float = Field(
-        1.2, ge=1, description="clients whose longest samples differ by up to this factor share one program: a smaller "
-        "one pads less and compiles more")
-    mesh: MeshConfig = Field(MeshConfig(), description="device mesh; default: one device, or client_devices")
+        1.2, ge=1, description="Largest ratio between the longest samples of clients that share a compiled program. A "
+        "smaller ratio means less padding and more programs to compile.")
+    mesh: MeshConfig = Field(MeshConfig(), description="Mesh of devices. With all sizes 1, `client_devices` applies.")
     store: str | None = Field(
-        None, description="folder for clients' adapters, tokens and image features, for populations that do not fit in "
-        "memory; images are seen when a client is drawn; what a run puts there goes with it. Default: all in memory")
-    unroll: int = Field(4, ge=1, description="decoder layers unrolled in the scan: faster on CPU, longer to compile. "
-                        "With all of them unrolled, training computes the last one on answers alone")
+        None, description="Folder for clients' adapters, tokens and image features, for populations that do not fit in "
+        "memory. An image then passes the vision tower when its client is first sampled. The run removes its files "
+        "there when it ends. null: all in memory.")
+    unroll: int = Field(4, ge=1, description="Number of decoder layers in one step of the loop over layers. More is "
+                        "faster on CPU and takes longer to compile. If it is at least the number of layers, training "
+                        "computes the last layer at the answers' positions alone.")
     attention: Literal["own", "cudnn"] = Field(
-        "own", description="of a decoder that trains. cudnn keeps no scores, on NVIDIA GPUs and in bfloat16; "
-        "not measured yet")
+        "own", description="Implementation of the decoder's attention in training. own: this package's. cudnn: "
+        "cuDNN's, which stores no attention scores, on NVIDIA GPUs and in bfloat16 only. Its speed is not measured.")
     save_every: Literal["phase", "round", "never"] = Field(
-        "phase", description="when a run saves what `--resume` goes on from")
-    keep_saved: int = Field(2, ge=1, description="how many of these are kept, should the newest be damaged")
-    tensorboard: bool = Field(False, description="write losses and scores for TensorBoard into the run directory too")
-    compilation_cache: str | None = Field(None, description="folder for compiled programs; default: none")
+        "phase", description="Occasion on which a run saves a snapshot, from which `--resume` continues it: after "
+        "every phase, after every round, or never.")
+    keep_saved: int = Field(2, ge=1, description="Number of latest snapshots that stay usable: if the newest is "
+                            "damaged, `--resume` takes the one before.")
+    tensorboard: bool = Field(False, description="Whether losses and scores are also written as TensorBoard files into "
+                              "the run directory, which needs the extra `tensorboard`.")
+    compilation_cache: str | None = Field(None, description="Folder in which JAX stores compiled programs for later "
+                                          "runs. null: they are not stored.")
 
     @model_validator(mode="after")
     def _whole_on_a_device(self) -> SystemConfig:
         if self.attention == "cudnn" and self.mesh.fsdp * self.mesh.tensor > 1:
-            raise ValueError("attention: cudnn is for bases that are whole on each device; mesh.fsdp and mesh.tensor 1")
+            raise ValueError("attention: cudnn needs a base that is whole on each device: set mesh.fsdp and "
+                             "mesh.tensor to 1")
         return self
 
 
 class Config(Section):
+    """A whole configuration: all sections of a config file."""
+
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     federation: FederationConfig = FederationConfig()
@@ -237,4 +341,5 @@ class Config(Section):
     system: SystemConfig = SystemConfig()
 
     def to_yaml(self) -> str:
+        """Returns the config as YAML, with every key and its value."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -49,7 +49,7 @@ CONFIG = {
     "code": ("!!python/object/apply:os.system ['touch pwned']", ["not valid YAML", "python/object"]),
     "not UTF-8": (b"\xff\xfe\x00", ["not valid YAML"]),
     "a date that is none": ("train: {lr_connector: 2026-99-99}", ["not valid YAML"]),
-    "enormous": (b"# " + b"x" * 2_000_000, ["are no config"]),
+    "enormous": (b"# " + b"x" * 2_000_000, ["too many for a config"]),
     "infinite rate": ("train: {lr_connector: .inf}", ["train.lr_connector", "finite"]),
     "no number": ("train: {lr_lora_stage1: .nan}", ["train.lr_lora_stage1"]),
     "a year of rounds": ("federation: {rounds: 1000000000000}", ["federation.rounds", "less than or equal"]),

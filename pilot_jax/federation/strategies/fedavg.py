@@ -32,7 +32,8 @@ class Proximal(LocalRule):
 @register("fedprox")
 class FedProx(Strategy):
     class Params(StrategyParams):
-        prox_mu: float = Field(0.01, ge=0, description="fedprox: μ of μ/2·‖w − w_start‖²")
+        prox_mu: float = Field(0.01, ge=0, description="Coefficient μ of FedProx's term μ/2·‖w − w_start‖² "
+                               "in each client's loss.")
 
     def local_rule(self):
         return Proximal(mu=self.params.prox_mu)

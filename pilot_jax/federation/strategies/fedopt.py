@@ -19,13 +19,15 @@ from pilot_jax.federation.strategies.base import Strategy, register
 
 
 class ServerConfig(Section):
-    """The server optimizer of fedavgm, fedadam, fedyogi, fedadagrad, scaffold."""
+    """The server's optimizer in fedavgm, fedadam, fedyogi, fedadagrad and scaffold."""
 
-    learning_rate: float | None = Field(None, gt=0, description="default: 1 for fedavgm and scaffold; 0.003 for the "
-                                        "adaptive rules, whose steps have about this size in every entry")
-    momentum: float = Field(0.9, ge=0, lt=1, description="fedavgm; β1 of the adaptive rules")
-    beta2: float = Field(0.99, ge=0, lt=1, description="fedadam, fedyogi: decay of the second moment")
-    tau: float = Field(1e-3, gt=0, description="adaptive rules: added to √v")
+    learning_rate: float | None = Field(
+        None, gt=0, description="Learning rate η of the server. null: 1 for fedavgm and scaffold; 0.003 for fedadam, "
+        "fedyogi and fedadagrad, whose steps have about this size in every entry.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Decay of the server's momentum: β of fedavgm; β1 of fedadam, "
+                            "fedyogi and fedadagrad. scaffold has none.")
+    beta2: float = Field(0.99, ge=0, lt=1, description="Decay β2 of the second moment in fedadam and fedyogi.")
+    tau: float = Field(1e-3, gt=0, description="Constant τ in m / (√v + τ), the step of fedadam, fedyogi, fedadagrad.")
 
 
 class ServerParams(StrategyParams):

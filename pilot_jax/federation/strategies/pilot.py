@@ -41,12 +41,12 @@ def _with_last_uploads(members: Mapping[int, dict[str, Any]], cohort: Cohort) ->
 
 
 class AtaConfig(Section):
-    """Options of ATA, which mixes each client's LoRA with that of its nearest neighbours (paper §3.4)."""
+    """Options of ATA, Adaptive Text-adapter Aggregation (paper §3.4): the mixture of LoRA that each client receives."""
 
     preset: Literal["default", "notes"] = Field(
-        "default", description="Choice between the keys below (default) and a fixed plain reading of the paper (notes): "
-        "weights ∝ exp(−d), d between the factors A and B, own upload included, no weighting by size. With notes, all "
-        "keys below but `neighbors` are ignored.")
+        "default", description="Choice between the keys below (default) and a fixed plain reading of the paper "
+        "(notes): weights ∝ exp(−d), d between the factors A and B, own upload included, no weighting by size. With "
+        "notes, all keys below but `neighbors` are ignored.")
     neighbors: int = Field(2, ge=1, description="Number M of nearest other clients that a client's LoRA is mixed with. "
                            "More than there are others in the cohort means all of them.")
     weighting: Literal["softmax", "inverse_distance", "share"] = Field(
@@ -55,7 +55,7 @@ class AtaConfig(Section):
         "neighbour. share: ∝ 1/d; the own upload weighs as much as the client has training samples.")
     temperature: Literal["auto"] | float = Field(
         "auto", description="Temperature τ of `weighting: softmax`. auto: `auto_factor` times the client's mean "
-        "distance to its M neighbours, which does not depend on the scale of the adapters.")
+        "distance to its M neighbours, so that weights do not depend on the scale of the adapters.")
     auto_factor: float = Field(0.25, gt=0, description="Factor in `temperature: auto`. Where all M neighbours are "
                                "equally far, the own upload weighs 1/(1 + M/e) with 1, and 1/(1 + M/e⁴) with 0.25, "
                                "which docs/results.md supports.")
@@ -73,15 +73,15 @@ class AtaConfig(Section):
 
 
 class PilotParams(StrategyParams):
-    """Pilot: visual adapters per task and client, a mixture of adapters across tasks, and ATA over LoRA."""
+    """Keys of Pilot: the start of its adapters, ATA, and its ablations."""
 
     init: Literal["preserve", "copy"] = Field(
         "preserve", description="Start of Pilot's adapters ψ_s and ψ_c. preserve: their last layer is zero, so step 0 "
         "computes the base model. copy: copies of the projector, as in the authors' code; ψ_t and ψ_s then stay equal.")
     ata: AtaConfig = AtaConfig()
     text_aggregation: Literal["ata", "mean", "per_task_mean"] = Field(
-        "ata", description="Aggregation of LoRA by Pilot's server. ata: a mixture of each client's own. Ablations: mean "
-        "(over all clients) and per_task_mean (over the clients of the task), both weighted by training samples.")
+        "ata", description="Aggregation of LoRA by Pilot's server. ata: a mixture of each client's own. Ablations: "
+        "mean (over all clients) and per_task_mean (over the clients of the task), both weighted by training samples.")
     client_adapter: Literal["both", "stage1", "none"] = Field(
         "both", description="Stages in which Pilot's client adapter adds x_s = ψ_s(H_v): both, as in the paper; stage1 "
         "or none, as ablations.")

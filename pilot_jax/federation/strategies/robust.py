@@ -29,7 +29,8 @@ class TrimmedMean(Median):
     """The mean of what is left when the largest and the smallest ⌊β·S⌋ uploads of every entry are dropped."""
 
     class Params(StrategyParams):
-        trim: float = Field(0.2, ge=0, lt=0.5, description="trimmed_mean: share of uploads dropped at either end")
+        trim: float = Field(0.2, ge=0, lt=0.5, description="Share β of the uploads that trimmed_mean drops at "
+                            "either end of every entry's order.")
 
     aggregated_by = "trimmed_mean"
 

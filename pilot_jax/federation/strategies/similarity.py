@@ -20,7 +20,8 @@ from pilot_jax.parallel.processes import to_host
 @register("similarity")
 class Similarity(Strategy):
     class Params(StrategyParams):
-        similarity_temperature: float = Field(0.1, gt=0, description="similarity: τ of softmax(cosine / τ)")
+        similarity_temperature: float = Field(0.1, gt=0, description="Temperature τ of the weights "
+                                              "softmax(cosine of updates / τ).")
 
     aggregated_by = "similarity"
     one_model = False
