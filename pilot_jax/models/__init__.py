@@ -1,5 +1,5 @@
 """CLIP, Llama, LoRA and Pilot's connector as Flax Linen modules, decoding, and pretrained models ready to use.
 
-The only folder that imports flax. It knows nothing of clients, rounds or strategies. Imports kernels, storage,
-parallel, config, errors.
+This is the only folder that imports flax. Its code knows no rounds and no strategies. It imports `kernels`, `storage`,
+`parallel`, `config` and `errors`.
 """

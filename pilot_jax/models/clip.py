@@ -1,7 +1,7 @@
-"""Vision towers, CLIP (Radford et al., 2021, arXiv 2103.00020) and SigLIP (Zhai et al., 2023, arXiv 2303.15343).
+"""The vision towers of CLIP (Radford et al., 2021, arXiv 2103.00020) and SigLIP (Zhai et al., 2023, arXiv 2303.15343).
 
-They map pixels to patch features of the chosen layers. SigLIP has no CLS token and no norm before the encoder, and its
-patch embedding has a bias; the encoder layers are the same.
+A tower maps pixels to patch features, the outputs of the chosen layers. Unlike CLIP's, SigLIP's has no CLS token and no
+norm before the encoder, and its patch embedding has a bias. The encoder layers are the same.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def _activation(name: str, x: jax.Array) -> jax.Array:
 
 
 class VisionBlock(nn.Module):
-    """A pre-norm encoder layer: x [B, P, D] → [B, P, D], P = patches + CLS.
+    """A pre-norm encoder layer: x [B, P, D] → [B, P, D], where P counts the patches and the CLS token, if any.
 
-    Its second output, which the scan over layers stacks, is the first again if `emit`, else None.
+    The second output, which the scan over layers stacks, equals the first one if `emit` is set, and is None otherwise.
     """
 
     config: VisionSpec
@@ -54,9 +54,9 @@ class VisionBlock(nn.Module):
 class VisionTower(nn.Module):
     """The paper's frozen feature extractor f: H_v = f(X_v).
 
-    It maps pixels [B, height, width, 3] (normalised by the checkpoint's image processor) to features [B, N, D]: the
-    outputs of the layers `config.feature_layers`, concatenated, without post-norm, and without the first token if
-    `drop_first`.
+    It maps pixels [B, height, width, 3], normalised by the checkpoint's image processor, to features [B, N, D]. These
+    are the concatenated outputs of the layers `config.feature_layers`, without the final norm, and without the first
+    token if `drop_first` is set.
     """
 
     config: VisionSpec

@@ -85,7 +85,7 @@ def stage2(adapters: Mapping[str, PyTree], features: Float[Array | np.ndarray, "
 
 
 class Connector(nn.Module):
-    """The connector as a module that reads its adapters from the collection "connector"; see `stage1`, `stage2`."""
+    """The connector as a Flax module, whose adapters are in the collection "connector"; see `stage1` and `stage2`."""
 
     def __call__(self, features: Float[Array, "B N D"], stage: str, task_index: Int[Array, ""] | int | np.integer
                  ) -> tuple[Float[Array, "B N C"], dict[str, jax.Array]]:

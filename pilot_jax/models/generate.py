@@ -21,10 +21,10 @@ from pilot_jax.models.vlm import Vlm, variables
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How tokens are chosen. It is static: each value is a program of its own."""
+    """The rule by which tokens are chosen. It is a static argument: each value compiles a program of its own."""
 
     max_new_tokens: int
-    stop_ids: tuple[int, ...]  # any of them ends a row, which is then filled with the first of them
+    stop_ids: tuple[int, ...]  # each of them ends a row; the rest of the row is filled with the first of them
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0  # tokens are drawn from the fewest that together have this probability
 
@@ -41,7 +41,7 @@ def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
 def choose(logits: jax.Array, keys: jax.Array, step: jax.Array | int, how: Decoding) -> jax.Array:
     """Returns the next tokens, int32 [K, B], from logits [K, B, V].
 
-    `keys` [K, B] has a random key per row, of which token number `step` gets its own.
+    `keys` [K, B] has one random key per row, from which the key of each `step` is derived.
     """
     if how.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -54,7 +54,9 @@ _Step = tuple[jax.Array, Cache]  # logits and cache
 
 
 class _Carry(NamedTuple):
-    step: jax.Array  # int32: tokens that all rows have
+    """The state of the decoding loop."""
+
+    step: jax.Array  # int32: number of tokens that every row has so far
     done: jax.Array  # bool [K, B]: rows that have ended
     out: jax.Array  # int32 [K, B, max_new_tokens]
     cache: Cache  # leaves [K, layers, B, KV, L + max_new_tokens, head_dim]
@@ -64,13 +66,14 @@ class _Carry(NamedTuple):
 @partial(jax.jit, static_argnames=("module", "stage", "how"))
 def generate(module: Vlm, base: Mapping[str, PyTree], adapters: Mapping[str, PyTree], prompts: Mapping[str, jax.Array],
              task_index: jax.Array, *, stage: str, how: Decoding) -> jax.Array:
-    """Returns continuations of right-padded prompts, int32 [K, B, max_new_tokens], for K models that share one base.
+    """Returns continuations of right-padded prompts, int32 [K, B, max_new_tokens], by K models that share one base.
 
     Args:
         adapters: leaves [K, …].
-        prompts: input_ids and attention_mask int [K, B, L]; features [K, B, N, D], absent without images; keys [K, B],
-            a random key per row, for sampling.
+        prompts: input_ids and attention_mask, int [K, B, L]; features [K, B, N, D], absent if there are no images; keys
+            [K, B], one random key per row, for sampling.
         task_index: int32 [K], each model's own task, for the connector.
+        stage: the connector's stage: "plain", "stage1" or "stage2".
     """
     ids, mask, keys, features = *(prompts[n] for n in ("input_ids", "attention_mask", "keys")), prompts.get("features")
     _, batch, length = ids.shape

@@ -1,10 +1,11 @@
 """The decoder of Llama (Touvron et al., 2023, arXiv 2302.13971), Mistral and Qwen2, with LoRA and a KV cache.
 
-Layers are stacked and scanned. Every linear has a kernel [d_in, d_out] of its own: fusing those of one input was slower
-on CPU, where slicing the product costs more than the larger product saves (docs/performance.md).
+The weights of all layers are stacked, and the layers are computed by a scan. Every linear layer has its own kernel
+[d_in, d_out]. Fusing the kernels that read the same input is slower on CPU, where slicing the product costs more than
+the larger product saves (docs/performance.md).
 
-Dimension letters beside the package's: M keys (the text itself, or the slots of a cache), H heads, KV of them for keys
-and values.
+Dimension letters besides the package's own: M keys (the text's, or the slots of a cache), H query heads, KV heads of
+keys and values.
 """
 
 from __future__ import annotations
@@ -23,45 +24,46 @@ from pilot_jax.kernels.pointwise import rms_norm, swiglu
 from pilot_jax.models.lora import lora_linears
 from pilot_jax.models.spec import RopeSpec, TextSpec
 
-Attention = Literal["own", "cudnn", "xla"]  # our `attention`, or an implementation of `causal_attention`
-Cache = dict[str, jax.Array]  # {"k", "v"}, each [layers, B, KV, M, head_dim]; in a block, of its layer alone
+Attention = Literal["own", "cudnn", "xla"]  # `attention` of this package, or an implementation of `causal_attention`
+Cache = dict[str, jax.Array]  # {"k", "v"}, each [layers, B, KV, M, head_dim], or [B, KV, M, head_dim] inside one layer
 
 
 class CachedKeys(NamedTuple):
-    """A KV cache and how the new tokens enter it."""
+    """A KV cache, and where the new tokens enter it."""
 
     cache: Cache
-    slot: jax.Array | int  # of the first new key
-    positions: jax.Array  # of all keys, int [B, M], for the sliding window
+    slot: jax.Array | int  # the slot of the first new key
+    positions: jax.Array  # RoPE positions of all keys, int [B, M], for the sliding window
 
 
 class LayerInputs(NamedTuple):
-    """What all layers read, besides their own input."""
+    """The inputs that are the same for all layers."""
 
-    cos: jax.Array  # RoPE, float32 [B, 1, L, head_dim]
-    sin: jax.Array
-    biases: tuple[jax.Array, ...]  # float32 [B, L, M], 0 or MASKED: none, one, or (without, with sliding window)
-    slot: jax.Array | int  # of the cache, where the new keys go
+    cos: jax.Array  # RoPE table, float32 [B, 1, L, head_dim]
+    sin: jax.Array  # likewise
+    biases: tuple[jax.Array, ...]  # each float32 [B, L, M], 0 or MASKED: none, one, or (without, with sliding window)
+    slot: jax.Array | int  # the slot of the cache from which the new keys are written
 
 
 def rope_frequencies(rope: RopeSpec, head_dim: int) -> np.ndarray:
     """Returns the rotation of each pair of dimensions in radians per position, float32 [head_dim/2].
 
-    llama3 (Llama 3.1's long-context rule): wavelengths below original/high keep their frequency, those above
-    original/low have it divided by `factor`, and those between are interpolated.
+    With the kind "llama3" (Llama 3.1's rule for long contexts), wavelengths below original_max_positions /
+    high_freq_factor keep their frequency, those above original_max_positions / low_freq_factor have it divided by
+    `factor`, and those between are interpolated.
     """
     inverse = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.kind == "linear":
         inverse = inverse / rope.factor
     elif rope.kind == "llama3":
-        turns = rope.original_max_positions * inverse / (2 * np.pi)  # in the original context
+        turns = rope.original_max_positions * inverse / (2 * np.pi)  # over the original context
         share = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
         inverse = share * inverse + (1 - share) * inverse / rope.factor
     return inverse.astype(np.float32)
 
 
 def rope_tables(config: TextSpec, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin of positions [B, L], float32 [B, 1, L, head_dim]: large angles need float32."""
+    """Returns RoPE's cos and sin for positions [B, L], each float32 [B, 1, L, head_dim]; large angles need float32."""
     angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config.rope, config.head_dim)
     cos, sin = (jnp.concatenate([f(angles)] * 2, axis=-1)[:, None] for f in (jnp.cos, jnp.sin))
     return cos, sin
@@ -70,7 +72,8 @@ def rope_tables(config: TextSpec, positions: jax.Array) -> tuple[jax.Array, jax.
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Returns x [B, H, L, head_dim] rotated (Su et al., 2021, arXiv 2104.09864), in Hugging Face's half-split layout.
 
-    The swap of halves is a product with a signed permutation: exact, and on CPU much cheaper than a concatenation.
+    The halves are swapped by a product with a signed permutation matrix, which is exact, and on CPU much cheaper than a
+    concatenation.
     """
     half = x.shape[-1] // 2
     swap = np.zeros((2 * half, 2 * half), np.float32)
@@ -84,19 +87,19 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def take_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
     """Returns x [B, L, C] at the positions `rows` [B, A], exactly: [B, A, C].
 
-    It is a product with one-hot rows, so that its gradient is a product too. The gradient of a gather would be a
-    scatter, which XLA's CPU backend computes entry by entry.
+    It is computed as a product with one-hot rows, so that its gradient is a product too. The gradient of a gather would
+    be a scatter, which XLA's CPU backend computes entry by entry.
     """
     picks = jax.nn.one_hot(rows, x.shape[1], dtype=x.dtype)
     return jnp.einsum("bal,blc->bac", picks, x, precision=jax.lax.Precision.HIGHEST)
 
 
 class DecoderBlock(nn.Module):
-    """A layer: x [B, L, C] → [B, L, C], and the cache with the new keys and values.
+    """One decoder layer: x [B, L, C] → [B, L, C], and the layer's cache with the new keys and values.
 
-    `windowed`, a bool, picks one of two `shared.biases` where layers differ. Without biases, attention is causal and
-    computed by `kernel`. With `rows` [B, A], the output is that of these positions alone, [B, A, C], while keys and
-    values are still those of all L.
+    If `shared.biases` has two entries, the bool `windowed` chooses the one with the sliding window. If it has none,
+    attention is causal and computed by `kernel`. With `rows` [B, A], only the outputs at these positions are computed,
+    [B, A, C], from the keys and values of all L positions.
     """
 
     config: TextSpec
@@ -157,9 +160,10 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token embedding, scanned layers, final norm and output head.
+    """A decoder: token embedding, scanned layers, final norm and output head.
 
-    `kernel` computes the attention of right-padded rows in models whose layers see alike; the rest is always "own".
+    `kernel` computes the attention of right-padded rows in models whose layers all have the same mask. All other
+    attention is computed by the implementation "own".
     """
 
     config: TextSpec
@@ -172,7 +176,7 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size))
-        # prevent_cse is for code outside scans; inside one it only blocks optimisation.
+        # prevent_cse is needed outside scans only; inside a scan it blocks optimisation.
         block = nn.remat(DecoderBlock, prevent_cse=False) if self.remat else DecoderBlock
         scanned = nn.scan(
             block, variable_axes={"params": 0, "lora": 0}, split_rngs={"params": True},
@@ -188,16 +192,16 @@ class Decoder(nn.Module):
 
     def hidden(self, x: jax.Array, positions: jax.Array, mask: jax.Array, cached: CachedKeys | None = None,
                rows: jax.Array | None = None, right_padded: bool = False) -> tuple[jax.Array, Cache | None]:
-        """Returns the final normed states, and the cache with the new keys and values.
+        """Returns the hidden states after the final norm, [B, L, C], and the cache with the new keys and values.
 
         Args:
             x: embeddings [B, L, C].
             positions: RoPE positions, int [B, L].
-            mask: bool [B, L, M], which of the M keys a query sees; without a cache, M = L.
-            cached: the cache, whose keys the L new ones join.
-            rows: int [B, A]; states of these positions alone are returned, [B, A, C] instead of [B, L, C].
-            right_padded: whether `mask` is the causal one of rows whose padding comes last, so that no visible token
-                sees it. Only then may `kernel` compute attention without the mask.
+            mask: bool [B, L, M], which of the M keys each query sees; without a cache, M = L.
+            cached: the cache to which the L new keys are added; None: no cache.
+            rows: int [B, A]; only the states at these positions are returned, [B, A, C].
+            right_padded: whether `mask` is the causal mask of rows whose padding comes last, so that no visible token
+                sees the padding. Only then may `kernel` compute attention without the mask.
         """
         c = self.config
         cos, sin = rope_tables(c, positions)
@@ -220,9 +224,9 @@ class Decoder(nn.Module):
         return rms_norm(x, self.norm, c.rms_norm_eps), cache
 
     def _unrolled(self, x: jax.Array, windowed: jax.Array, shared: LayerInputs, rows: jax.Array) -> jax.Array:
-        """Returns the output of all layers at `rows`; the last layer computes queries and MLP at those alone.
+        """Returns the last layer's output at `rows`, whose queries and MLP are computed at these positions only.
 
-        Layers run one after another: peeling the last one off a scan would copy the stacked weights of all others.
+        The layers are written out one after another, because a scan over all but the last would copy their weights.
         """
         block = DecoderBlock(self.config, self.lora_scale, parent=None)
         stacked = {name: self.variables[name]["layers"] for name in ("params", "lora") if name in self.variables}
@@ -237,7 +241,7 @@ class Decoder(nn.Module):
         return x
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Returns float32 logits [..., V] of final states [..., C]."""
+        """Returns the float32 logits [..., V] of hidden states [..., C]."""
         head = self.embedding.T if self.config.tie_word_embeddings else self.head
         return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 

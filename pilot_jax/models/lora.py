@@ -1,7 +1,7 @@
-"""LoRA (Hu et al., 2022, arXiv 2106.09685), the paper's *text-adapter*, as a collection of its own.
+"""LoRA (Hu et al., 2022, arXiv 2106.09685), the paper's *text-adapter*, as a Flax collection of its own.
 
-A LoRA is a tree {"layers": {target: {"a": [layers, R, d_in], "b": [layers, d_out, R]}}}: PEFT's orientation, one
-stacked leaf per target, so that A and B read as in W' = W + (α/r)·B·A.
+A LoRA is a tree {"layers": {target: {"a": [layers, R, d_in], "b": [layers, d_out, R]}}}. A and B have PEFT's
+orientation, that of W' = W + (α/r)·B·A, and each target's layers are stacked in one leaf.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pilot_jax.kernels.low_rank import linears_with_low_rank
 from pilot_jax.models.spec import TextSpec
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-# The subtrees a client's LoRA may consist of: whole, or as its factors, for strategies that treat A and B apart; and a
-# second one beside it.
+# Names of the subtrees that make up a client's LoRA: the whole, or its two factors for strategies that treat A and B
+# differently, and a second LoRA that is private.
 LORA_SUBTREES = ("text_adapter", "text_adapter_a", "text_adapter_b", "private_adapter")
 
 LoraTree = dict[str, dict[str, dict[str, jax.Array]]]
 
 
 def init_lora(key: Key[Array, ""], config: TextSpec, rank: int) -> LoraTree:
-    """Returns a new LoRA, float32: A ~ U(±1/√d_in) (PEFT's Kaiming-uniform with a = √5), B = 0."""
+    """Returns a new LoRA in float32: A is uniform in ±1/√d_in (PEFT's Kaiming-uniform with a = √5), and B is 0."""
     layers = {}
     for index, name in enumerate(TARGETS):
         d_in, d_out = config.linear_shapes[name]
@@ -36,14 +36,14 @@ def init_lora(key: Key[Array, ""], config: TextSpec, rank: int) -> LoraTree:
 
 
 def factors(adapter: Mapping[str, PyTree]) -> dict[str, dict[str, PyTree]]:
-    """Returns a LoRA as the subtrees `text_adapter_a` and `text_adapter_b`, one leaf per target."""
+    """Splits a LoRA into the subtrees `text_adapter_a` and `text_adapter_b`, with one leaf per target."""
     return {f"text_adapter_{x}": {name: pair[x] for name, pair in adapter["layers"].items()} for x in ("a", "b")}
 
 
 def assembled(adapters: Mapping[str, PyTree]) -> PyTree | None:
-    """Returns the one LoRA that the LORA_SUBTREES among a client's adapters make, None if there are none.
+    """Returns the LoRA that a client's subtrees in LORA_SUBTREES add up to; None if it has none of them.
 
-    Two LoRAs side by side are one of twice the rank: B_1·A_1 + B_2·A_2 = [B_1 B_2]·[A_1; A_2].
+    The sum of two LoRAs is one LoRA of twice the rank: B_1·A_1 + B_2·A_2 = [B_1 B_2]·[A_1; A_2].
     """
     if "text_adapter_a" in adapters:
         a, b = adapters["text_adapter_a"], adapters["text_adapter_b"]
@@ -61,13 +61,13 @@ def assembled(adapters: Mapping[str, PyTree]) -> PyTree | None:
 def lora_linears(x: Float[Array, "tokens d_in"], kernels: tuple[Float[Array, "d_in _d_out"], ...],
                  adapters: Mapping[str, Mapping[str, Float[Array, "_ _"]]], names: tuple[str, ...], scale: float
                  ) -> tuple[Float[Array, "tokens _d_out"], ...]:
-    """Returns x·W + scale·x·Aᵀ·Bᵀ for every target in `names`, which all read the same x.
+    """Returns x·W + scale·x·Aᵀ·Bᵀ of every target in `names`; all of them read the same x.
 
     Args:
         kernels: W of each target, in the order of `names`.
-        adapters: {target: {"a": [R, d_in], "b": [d_out, R]}}, one layer of a LoRA.
+        adapters: one layer of a LoRA, {target: {"a": [R, d_in], "b": [d_out, R]}}.
         scale: α/r.
     """
-    a = jnp.concatenate([adapters[n]["a"] for n in names]).astype(x.dtype)  # [len(names)·R, d_in]: x is read once
+    a = jnp.concatenate([adapters[n]["a"] for n in names]).astype(x.dtype)  # [len(names)·R, d_in]: reads x once
     bs = tuple((adapters[n]["b"].T * scale).astype(x.dtype) for n in names)
     return linears_with_low_rank(x, kernels, a, bs)

@@ -1,4 +1,4 @@
-"""Pretrained models ready to use, `pilot_jax.load(path)`, with Hugging Face's call semantics."""
+"""Pretrained models ready to use, as `pilot_jax.load(path)` returns them; inputs are as in Hugging Face's models."""
 
 from __future__ import annotations
 
@@ -33,12 +33,15 @@ ASSETS = Path(__file__).parent.parent / "embedded" / "assets"
 
 
 def model_directory(path: str | Path) -> Path:
-    """Returns the directory that `path` names; "embedded" is the base that is part of the package."""
+    """Returns the directory that `path` names; "embedded" names the base that is part of the package."""
     return ASSETS / "base" if str(path) == EMBEDDED else Path(path).expanduser()
 
 
 def shapes_directory(path: str | Path) -> Path:
-    """Returns `model_directory(path)`; if it does not exist, the config of a well-known model of that name, if any."""
+    """Returns `model_directory(path)` or, if that does not exist, a folder with the config of a well-known model.
+
+    The package holds such folders, so that a run can be planned without the model's weights.
+    """
     directory = model_directory(path)
     known = ASSETS / "shapes" / Path(str(path)).name
     return known if not directory.exists() and known.is_dir() else directory
@@ -72,17 +75,17 @@ class GenerateOptions(TypedDict, total=False):
 
 def _decoding(max_new_tokens: int = 32, eos_id: int | tuple[int, ...] = 2, temperature: float = 0.0, top_p: float = 1.0,
               seed: int = 0) -> tuple[Decoding, int]:
-    """Returns what `GenerateOptions` say, with their defaults, and the seed."""
+    """Returns `GenerateOptions`, filled up with their defaults, as a `Decoding` and a seed."""
     stop = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
     return Decoding(max_new_tokens, stop, temperature, top_p), seed
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainedModel:
-    """A frozen LLaVA base with its directories. Its methods take NumPy or JAX arrays."""
+    """A frozen LLaVA base model and its directories. Its methods take NumPy or JAX arrays."""
 
-    text_directory: Path  # of the tokenizer
-    image_directory: Path  # of the image processor
+    text_directory: Path  # with the tokenizer
+    image_directory: Path  # with the image processor
     config: VlmSpec
     base: dict[str, PyTree]  # {"vision_tower", "projector", "decoder"}
     module: Vlm
@@ -91,20 +94,20 @@ class PretrainedModel:
         """Returns the checkpoint's tokenizer.
 
         Raises:
-            InputError: there is none, or its `<image>` is not the config's.
+            InputError: there is none, or its token `<image>` has another id than in the config.
         """
         tokenizer = load_tokenizer(self.text_directory)
         found = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         if found != self.config.image_token_id:
-            raise InputError(f"{self.text_directory}: {IMAGE_TOKEN} is token {found} of the tokenizer, config.json's "
-                             f"image_token_index is {self.config.image_token_id}. Mend one of them.")
+            raise InputError(f"{self.text_directory}: {IMAGE_TOKEN} is token {found} of the tokenizer, but in "
+                             f"config.json image_token_index is {self.config.image_token_id}. Correct one of them.")
         return tokenizer
 
     def features(self, pixel_values: np.ndarray) -> jax.Array:
-        """Returns H_v [B, N, D] of pixel_values [B, 3, height, width] from the image processor.
+        """Returns the image features H_v [B, N, D] of the image processor's pixel_values [B, 3, height, width].
 
-        On a mesh whose size divides B, each device computes its share of the images, and H_v lies over the `clients`
-        axis.
+        On a mesh whose size divides B, each device computes its share of the images, and H_v is spread over the mesh's
+        axis `clients`.
         """
         mesh, out = mesh_of(self.base), None
         if mesh is not None and len(pixel_values) % mesh.size == 0:
@@ -121,14 +124,14 @@ class PretrainedModel:
 
     def generate(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None,
                  pixel_values: np.ndarray | None = None, **options: Unpack[GenerateOptions]) -> np.ndarray:
-        """Returns continuations, int32 [B, max_new_tokens], of right-padded prompts; the arrays are those of `logits`.
+        """Returns continuations, int32 [B, max_new_tokens], of right-padded prompts; arguments are as in `logits`.
 
         Args:
-            max_new_tokens: default 32.
-            eos_id: an id, or several, any of which ends a row, which is then filled with the first; default 2.
-            temperature: 0, the default, is greedy; otherwise tokens are drawn.
-            top_p: tokens are drawn from the fewest that together have this probability; default 1.0, from all.
-            seed: of the draws; default 0.
+            max_new_tokens: the number of tokens; default 32.
+            eos_id: a token id, or several, that ends a row, whose rest is filled with the first of them; default 2.
+            temperature: 0, the default, means greedy decoding; otherwise tokens are drawn at random.
+            top_p: tokens are drawn from the fewest that together have this probability; default 1.0, from all tokens.
+            seed: the seed of the draws; default 0.
         """
         how, seed = _decoding(**options)
         ids, mask = self._inputs(input_ids, attention_mask)
@@ -173,7 +176,7 @@ class LoadOptions(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-    """`LoadOptions` with their defaults, checked before anything is read."""
+    """`LoadOptions`, filled up with their defaults, and checked before any file is read."""
 
     dtype: str | None = None
     lora_scale: float = 1.0
@@ -197,12 +200,13 @@ def load(path: str | Path = EMBEDDED, **options: Unpack[LoadOptions]) -> Pretrai
     """Loads a Hugging Face LLaVA directory, or the embedded base.
 
     Args:
-        dtype: of the frozen weights and of the computation; default float32 on CPU, bfloat16 on accelerators.
-        lora_scale: α/r, applied where text adapters are given; default 1.0.
-        remat: whether layers are computed again for the gradient instead of stored; default False.
-        unroll: how many layers a step of the scan over layers has; default 1.
-        place: the sharding of a leaf as a function of its path and shape (`parallel.mesh.base_placement` makes one);
-            default: all on one device.
+        dtype: the data type of the frozen weights and of the computation; default float32 on CPU, bfloat16 on
+            accelerators.
+        lora_scale: α/r, the factor of LoRA's B·A, where LoRA is given; default 1.0.
+        remat: whether the backward pass computes the layers' activations again instead of storing them; default False.
+        unroll: the number of layers in one step of the scan over layers; default 1.
+        place: a function from a leaf's path and shape to its sharding (`parallel.mesh.base_placement` makes one);
+            default: all leaves on one device.
 
     Raises:
         InputError: the directory is not a LLaVA checkpoint that this package can run.
@@ -219,12 +223,12 @@ def load_from_parts(vision: str | Path, language: str | Path, projector: str | P
 
     Args:
         feature_layer: LLaVA's vision_feature_layer.
-        feature_select: LLaVA's vision_feature_select_strategy; "auto" drops CLIP's CLS token and leaves SigLIP's tokens
-            as they are.
+        feature_select: LLaVA's vision_feature_select_strategy, or "auto", which drops CLIP's CLS token and uses all of
+            SigLIP's tokens.
         options: as those of `load`.
 
     Raises:
-        InputError: a part is missing, or is not one that this package can run.
+        InputError: a part is missing, or is a model that this package cannot run.
     """
     settings = _Settings(**options)
     vision, language, projector = (Path(p).expanduser() for p in (vision, language, projector))

@@ -1,4 +1,4 @@
-"""Shapes of a vision–language model, from which its modules are built."""
+"""The shapes and other settings of a vision–language model, from which its modules are built."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class VisionSpec:
-    """A CLIP or SigLIP tower."""
+    """The shapes of a CLIP or SigLIP vision tower."""
 
     family: Literal["clip", "siglip"]
-    image_size: int  # pixels, square
-    patch_size: int  # pixels, square
+    image_size: int  # side of the square image in pixels
+    patch_size: int  # side of a square patch in pixels
     hidden_size: int
     intermediate_size: int
-    feature_layers: tuple[int, ...]  # whose outputs, concatenated, are H_v: 0 the embeddings, i the output of layer i
+    feature_layers: tuple[int, ...]  # layers whose concatenated outputs are H_v; 0: the embeddings
     num_heads: int
     hidden_act: str  # quick_gelu | gelu | gelu_pytorch_tanh
     layer_norm_eps: float
 
     @property
     def num_layers(self) -> int:
-        """The number of encoder layers that run: those above the last selected one are never loaded."""
+        """The number of encoder layers that run; layers above the last one in `feature_layers` are never loaded."""
         return max(self.feature_layers)
 
     @property
     def num_patches(self) -> int:
-        """The number of whole patches of an image."""
+        """The number of whole patches in an image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
@@ -43,7 +43,7 @@ class VisionSpec:
 
 @dataclasses.dataclass(frozen=True)
 class RopeSpec:
-    """Rotary embedding: default, linear (positions divided by `factor`) or llama3 (scaled by wavelength)."""
+    """The rotary embedding: default, linear (positions divided by `factor`) or llama3 (scaled by wavelength)."""
 
     theta: float = 10000.0
     kind: Literal["default", "linear", "llama3"] = "default"
@@ -55,7 +55,7 @@ class RopeSpec:
 
 @dataclasses.dataclass(frozen=True)
 class TextSpec:
-    """A decoder with Llama's architecture: Llama, Vicuna, Mistral, Qwen2."""
+    """The shapes of a decoder with Llama's architecture: Llama, Vicuna, Mistral or Qwen2."""
 
     family: str  # Hugging Face's model_type
     vocab_size: int  # V
@@ -69,18 +69,18 @@ class TextSpec:
     rope: RopeSpec
     tie_word_embeddings: bool
     max_positions: int
-    biases: tuple[str, ...] = ()  # names of the linears that have one
-    sliding_window: int | None = None  # tokens, the query's own included
-    sliding_layers: tuple[bool, ...] = ()  # which layers have the window
+    biases: tuple[str, ...] = ()  # names of the linear layers that have a bias
+    sliding_window: int | None = None  # width in tokens, the query's own included; None: no layer has a window
+    sliding_layers: tuple[bool, ...] = ()  # whether each layer has the window
 
     @property
     def layers_see_alike(self) -> bool:
-        """Whether all layers have the sliding window, or none has: then one mask serves all."""
+        """Whether all layers have the sliding window, or none has it, so that one mask serves all layers."""
         return self.sliding_window is None or all(self.sliding_layers)
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(d_in, d_out) of each linear that has LoRA: every one but `lm_head`."""
+        """The sizes (d_in, d_out) of each linear layer that has LoRA: all but `lm_head`."""
         c, f, hd = self.hidden_size, self.intermediate_size, self.head_dim
         return {
             "q": (c, self.num_heads * hd),
@@ -95,12 +95,12 @@ class TextSpec:
 
 @dataclasses.dataclass(frozen=True)
 class VlmSpec:
-    """A vision tower, a decoder, and the projector between them."""
+    """The shapes of a vision–language model: a vision tower, a decoder, and the projector between them."""
 
     vision: VisionSpec
     text: TextSpec
     image_token_id: int
-    drop_first: bool  # vision_feature_select_strategy: default drops the first token (CLIP's CLS), full keeps it
+    drop_first: bool  # whether H_v lacks the tower's first token (LLaVA's vision_feature_select_strategy: default)
     projector_bias: bool
 
     @property

@@ -1,7 +1,7 @@
 """The vision–language model: vision tower, connector, merge of image and text embeddings, decoder.
 
-One frozen base serves every client: `variables(base, adapters)` puts a client's adapters beside it, in the
-collections "lora" and "connector", which are all that a federation ever changes.
+One frozen base serves every client: `variables(base, adapters)` adds a client's adapters to it as the collections
+"lora" and "connector". A federation changes nothing else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pilot_jax.models.spec import VlmSpec
 def variables(base: Mapping[str, PyTree], adapters: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """Returns the variables of `Vlm`: the frozen base and one client's adapters.
 
-    `adapters` has connector subtrees (`projector`, or `task`, `client`, …) and, optionally, those of LoRA.
+    `adapters` has the connector's subtrees (`projector`, or `task`, `client`, …) and, optionally, LoRA's.
     """
     connector, lora = {n: t for n, t in adapters.items() if n not in LORA_SUBTREES}, assembled(adapters)
     out = {"params": {k: base[k] for k in ("vision_tower", "decoder") if k in base},
@@ -34,25 +34,29 @@ def variables(base: Mapping[str, PyTree], adapters: Mapping[str, PyTree]) -> dic
 
 
 def positions_of(attention_mask: jax.Array) -> jax.Array:
-    """Returns RoPE positions [B, L] that count visible tokens only, so that padding shifts nothing."""
+    """Returns RoPE positions [B, L], which count visible tokens only: padding does not shift them."""
     return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=-1) - 1, 0)
 
 
 def causal_mask(attention_mask: jax.Array) -> jax.Array:
-    """Returns which keys a query sees, bool [B, L, L], from visible tokens [B, L]: those at or before itself."""
+    """Returns the causal mask, bool [B, L, L]: a query sees the visible tokens at and before its own position."""
     length = attention_mask.shape[-1]
     return jnp.tril(jnp.ones((length, length), bool))[None] & (attention_mask[:, None, :] > 0)
 
 
 class Vlm(nn.Module):
-    """The whole model. Its methods' `stage` chooses the connector: "plain" (LLaVA's projector), "stage1", "stage2"."""
+    """The whole model.
+
+    In its methods, `stage` chooses the connector, "plain" (LLaVA's projector), "stage1" or "stage2", and `task_index`
+    is the number of the client's own task.
+    """
 
     config: VlmSpec
     lora_scale: float = 1.0
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
     unroll: int = 1
-    kernel: Attention = "own"  # of training, see `Decoder`
+    kernel: Attention = "own"  # the implementation of attention in training, see `Decoder`
 
     def setup(self) -> None:
         c = self.config
@@ -68,11 +72,11 @@ class Vlm(nn.Module):
               task_index: jax.Array | int = 0) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns embeddings [B, L, C] in which each row's j-th image token is its j-th connected image feature.
 
-        The second value is what the connector's losses need (x_t and x_s, or router_logits).
+        The second value holds what the auxiliary losses need: "x_t" and "x_s", or "router_logits".
 
         Args:
-            input_ids: int [B, L], with N image tokens in a row that has an image.
-            features: H_v [B, N, D]; None: no row has an image.
+            input_ids: int [B, L]; a row that has an image holds N image tokens.
+            features: H_v [B, N, D]; None if no row has an image.
         """
         is_image = input_ids == self.config.image_token_id
         x = self.decoder.embed(jnp.where(is_image, 0, input_ids))
@@ -85,20 +89,20 @@ class Vlm(nn.Module):
 
     def logits(self, input_ids: jax.Array, attention_mask: jax.Array, features: jax.Array | None,
                stage: str = "plain", task_index: jax.Array | int = 0) -> jax.Array:
-        """Returns next-token logits at every position, float32 [B, L, V]."""
+        """Returns the next-token logits at every position, float32 [B, L, V]."""
         x, _ = self.embed(input_ids, features, stage, task_index)
         hidden, _ = self.decoder.hidden(x, positions_of(attention_mask), causal_mask(attention_mask))
         return self.decoder.logits(hidden)
 
     def target_logits(self, batch: Mapping[str, jax.Array], stage: str,
                       task_index: jax.Array | int = 0) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns logits at the supervised positions alone, float32 [B, A, V], and the connector's auxiliary outputs.
+        """Returns logits at the supervised positions only, float32 [B, A, V], and the connector's auxiliary outputs.
 
-        Logits at all positions would be most of the cost of a small model's output.
+        The logits at all other positions would be most of the cost of a small model's output head.
 
         Args:
-            batch: input_ids, attention_mask int [B, L], padding last; features [B, N, D]; target_positions int [B, A]
-                (position p predicts the token at p + 1).
+            batch: input_ids and attention_mask, int [B, L], with padding at the end; features [B, N, D];
+                target_positions, int [B, A], where position p predicts the token at p + 1.
         """
         x, aux = self.embed(batch["input_ids"], batch["features"], stage, task_index)
         mask = batch["attention_mask"]
@@ -110,7 +114,7 @@ class Vlm(nn.Module):
                 stage: str, task_index: jax.Array | int = 0) -> tuple[jax.Array, Cache | None]:
         """Returns the logits after the last visible token of each prompt, [B, V], and the filled cache.
 
-        The cache has M ≥ L slots; those from L on are for tokens to come, and masked.
+        The cache has M ≥ L slots. The slots from L on are for generated tokens, and masked until then.
         """
         x, _ = self.embed(input_ids, features, stage, task_index)
         spare = cache["k"].shape[3] - input_ids.shape[1]

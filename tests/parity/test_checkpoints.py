@@ -133,7 +133,7 @@ def nan_in(name):
 BROKEN = {
     "missing": (drop("layers.1.mlp.up_proj.weight"), "1 tensors are missing: language_model.layers.1.mlp.up_proj"),
     "unknown": (lambda t: t | {"language_model.model.layers.0.self_attn.q_norm.weight": torch.ones(8)},
-                "belong to nothing this model has: language_model.model.layers.0.self_attn.q_norm.weight"),
+                "belong to no part of the model that config.json describes: language_model.model.layers.0.self_attn.q_norm.weight"),
     "misshapen": (lambda t: {k: v[:, :-1].contiguous() if k.endswith("down_proj.weight") else v for k, v in t.items()},
                   "has shape (32, 47), config.json asks for (32, 48)"),
     "NaN": (nan_in("layers.0.mlp.gate_proj.weight"), "holds NaN or Inf"),
@@ -283,7 +283,7 @@ def test_unsafe_pickles_run_nothing(tmp_path):
 def test_parts_of_the_wrong_kind(tmp_path):
     write_parts(tmp_path)
     projector = tmp_path / "mm_projector.safetensors"
-    with pytest.raises(InputError, match=r"expected a CLIP or SigLIP model. Mend model.parts.vision"):
+    with pytest.raises(InputError, match=r"expected a CLIP or SigLIP model. Correct model.parts.vision"):
         pilot_jax.load_from_parts(tmp_path / "language", tmp_path / "language", projector)
     with pytest.raises(InputError, match=r"model.parts.projector: .*nowhere"):
         pilot_jax.load_from_parts(tmp_path / "tower", tmp_path / "language", tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints as pytrees and back: configs, tensor names, files, PEFT adapters, processors.
+"""Reads and writes Hugging Face checkpoints: configs, tensor names, weights, PEFT adapters, processors.
 
-Imports the modules of `pilot_jax.models`, storage, errors.
+It imports other modules of `pilot_jax.models`, `storage` and `errors`.
 """

@@ -11,10 +11,11 @@ from pilot_jax.errors import InputError
 from pilot_jax.models.spec import RopeSpec, TextSpec, VisionSpec, VlmSpec
 from pilot_jax.storage import read_json
 
-MAX_SIZE, MAX_LAYERS = 10_000_000, 1_000  # of any width or count; of any number of layers
+MAX_SIZE, MAX_LAYERS = 10_000_000, 1_000  # largest width or count that is accepted, and largest number of layers
 
 
 def _require(value: bool, file: Path, key: str, problem: str, remedy: str) -> None:
+    """Raises an InputError that names file, key, problem and remedy, unless `value` is true."""
     if not value:
         raise InputError(f"{file}: {key}: {problem}. {remedy}")
 
@@ -23,7 +24,8 @@ def read_vlm_config(directory: str | Path) -> VlmSpec:
     """Returns the shapes of the LLaVA checkpoint in `directory`.
 
     Raises:
-        InputError: no readable `config.json`, not a LLaVA model, or a feature that this package does not implement.
+        InputError: `config.json` cannot be read, is not a LLaVA model's, or asks for something that this package does
+            not implement.
     """
     from transformers import LlavaConfig
 
@@ -32,14 +34,14 @@ def read_vlm_config(directory: str | Path) -> VlmSpec:
     if raw.get("model_type") != "llava":
         raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected 'llava'. "
                          "model.path must be a LlavaForConditionalGeneration checkpoint.")
-    # transformers omits whatever equals its own default, so its config class fills the gaps.
+    # transformers leaves out values that equal its defaults, so its config class fills them in.
     config = _hf_config(LlavaConfig, raw, file)
     _require(config.projector_hidden_act == "gelu", file, "projector_hidden_act",
-             f"{config.projector_hidden_act!r} is not supported", "gelu is.")
+             f"{config.projector_hidden_act!r} is not supported", "Supported: gelu.")
     image_token = getattr(config, "image_token_id", None)
     image_token = image_token if image_token is not None else config.image_token_index
     _require(isinstance(image_token, int) and image_token >= 0, file, "image_token_index",
-             f"{image_token!r} is no token", "Mend the config.")
+             f"{image_token!r} is not a token id", "Correct the config.")
     text = text_config(config.text_config, file, "text_config.")
     if raw.get("tie_word_embeddings"):
         text = dataclasses.replace(text, tie_word_embeddings=True)
@@ -49,14 +51,18 @@ def read_vlm_config(directory: str | Path) -> VlmSpec:
 
 def join(vision: VisionSpec, text: TextSpec, image_token_id: int, select: str, projector_bias: bool,
          file: Path) -> VlmSpec:
-    """Returns the VLM of a tower and a language model; `select` is LLaVA's vision_feature_select_strategy."""
-    _require(select in ("default", "full"), file, "vision_feature_select_strategy", f"{select!r} is unknown",
-             "default and full are known.")
+    """Returns the shapes of a VLM made of a tower and a language model.
+
+    Args:
+        select: LLaVA's vision_feature_select_strategy.
+    """
+    _require(select in ("default", "full"), file, "vision_feature_select_strategy",
+             f"{select!r} is not supported", "Supported: default, full.")
     return VlmSpec(vision, text, image_token_id, select == "default", projector_bias)
 
 
 def _hf_config(cls: type, raw: dict[str, Any], file: Path) -> Any:
-    """Returns the config class of transformers that `raw` describes."""
+    """Returns an object of transformers' config class `cls` with the content `raw` of a file."""
     try:
         return cls(**{k: v for k, v in raw.items() if k != "model_type"})
     except Exception as error:  # its validators raise many kinds
@@ -65,40 +71,46 @@ def _hf_config(cls: type, raw: dict[str, Any], file: Path) -> Any:
 
 
 def _sizes(hf: Any, file: Path, at: str, *names: str) -> None:
-    """Checks that the named values are positive whole numbers, and no larger than those of any model."""
+    """Checks that the named values are whole numbers from 1 to the largest accepted value."""
     for name in names:
         value, most = getattr(hf, name, None), MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
         _require(isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most, file, f"{at}{name}",
-                 f"{reprlib.repr(value)}, expected a whole number from 1 to {most}", "Mend the config.")
+                 f"{reprlib.repr(value)}, expected a whole number from 1 to {most}", "Correct the config.")
 
 
 def _epsilon(value: Any, file: Path, key: str) -> None:
     _require(isinstance(value, int | float) and 0 <= value < 1, file, key, f"{reprlib.repr(value)}, expected 0 to 1",
-             "Mend the config.")
+             "Correct the config.")
 
 
 def vision_config(hf: Any, feature_layer: int | list[int], file: Path, at: str = "") -> VisionSpec:
-    """Returns the shapes of a tower from transformers' config; `feature_layer` is LLaVA's `vision_feature_layer`."""
+    """Returns the shapes of a vision tower from transformers' config of it.
+
+    Args:
+        feature_layer: LLaVA's vision_feature_layer.
+        at: the path of the config inside `file`, for messages.
+    """
     families: dict[str, Any] = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
     _require(hf.model_type in families, file, f"{at}model_type", f"{hf.model_type!r} is not supported",
              "Use a CLIP or SigLIP vision tower.")
     _require(hf.hidden_act in ("quick_gelu", "gelu", "gelu_pytorch_tanh"), file, f"{at}hidden_act",
-             f"{hf.hidden_act!r} is not supported", "quick_gelu, gelu and gelu_pytorch_tanh are.")
+             f"{hf.hidden_act!r} is not supported", "Supported: quick_gelu, gelu, gelu_pytorch_tanh.")
     _sizes(hf, file, at, "num_hidden_layers", "hidden_size", "intermediate_size", "image_size", "patch_size",
            "num_attention_heads")
     _epsilon(hf.layer_norm_eps, file, f"{at}layer_norm_eps")
     _require(hf.patch_size <= hf.image_size and hf.hidden_size % hf.num_attention_heads == 0, file,
-             f"{at}patch_size, num_attention_heads", "they do not divide the image and the width", "Mend the config.")
+             f"{at}patch_size, num_attention_heads", "the patch is larger than the image, or the heads do not divide "
+             "the width", "Correct the config.")
     requested = [feature_layer] if isinstance(feature_layer, int) else feature_layer
     _require(isinstance(requested, list | tuple) and all(isinstance(x, int) for x in requested)
              and len(requested) <= MAX_LAYERS,
-             file, "vision_feature_layer", f"{reprlib.repr(feature_layer)} is no layer and no list of layers",
-             "Mend the config.")
+             file, "vision_feature_layer", f"{reprlib.repr(feature_layer)} is neither a layer nor a list of layers",
+             "Correct the config.")
     layers, total = [], hf.num_hidden_layers
     for layer in requested:
         absolute = layer if layer >= 0 else total + 1 + layer
         _require(0 <= absolute <= total, file, "vision_feature_layer",
-                 f"{layer} is outside the tower's {total} layers", "Mend the config.")
+                 f"{layer} is outside the tower's {total} layers", "Correct the config.")
         layers.append(absolute)
     _require(bool(layers), file, "vision_feature_layer", "the list is empty", "Name at least one layer.")
     return VisionSpec(
@@ -112,7 +124,7 @@ def _rope(hf: Any, file: Path, at: str) -> RopeSpec:
     kind = rope.get("rope_type", "default")
     key = f"{at}rope_parameters"
     _require(kind in ("default", "linear", "llama3"), file, f"{key}.rope_type", f"{kind!r} is not supported",
-             "default, linear and llama3 are.")
+             "Supported: default, linear, llama3.")
     _require(rope.get("partial_rotary_factor", 1.0) == 1.0, file, f"{key}.partial_rotary_factor",
              "partial rotation is not supported", "Use a checkpoint that rotates whole heads.")
     try:
@@ -124,26 +136,26 @@ def _rope(hf: Any, file: Path, at: str) -> RopeSpec:
                 out, low_freq_factor=float(rope["low_freq_factor"]), high_freq_factor=float(rope["high_freq_factor"]),
                 original_max_positions=int(rope["original_max_position_embeddings"]))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{file}: {key}: {type(error).__name__} {error}. Mend the config.") from None
+        raise InputError(f"{file}: {key}: {type(error).__name__} {error}. Correct the config.") from None
     _require(all(0 < x < float("inf") for x in (out.theta, out.factor, out.low_freq_factor, out.high_freq_factor)),
-             file, key, "a value is not above 0 and finite", "Mend the config.")
+             file, key, "a value is not positive and finite", "Correct the config.")
     return out
 
 
 def text_config(hf: Any, file: Path, at: str = "") -> TextSpec:
-    """Returns the shapes of a Llama, Mistral or Qwen2 language model from transformers' config."""
+    """Returns the shapes of a Llama, Mistral or Qwen2 language model from transformers' config; see `vision_config`."""
     family = hf.model_type
     _require(family in ("llama", "mistral", "qwen2"), file, f"{at}model_type", f"{family!r} is not supported",
              "Use a Llama, Vicuna, Mistral or Qwen2 language model.")
-    _require(hf.hidden_act == "silu", file, f"{at}hidden_act", f"{hf.hidden_act!r} is not supported", "silu is.")
+    _require(hf.hidden_act == "silu", file, f"{at}hidden_act", f"{hf.hidden_act!r} is not supported", "Use silu.")
     _sizes(hf, file, at, "num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
            "max_position_embeddings")
     heads, groups = hf.num_attention_heads, hf.num_key_value_heads or hf.num_attention_heads
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // heads
     _require(isinstance(groups, int) and groups > 0 and heads % groups == 0, file, f"{at}num_key_value_heads",
-             f"{reprlib.repr(groups)} does not divide {heads} heads", "Mend the config.")
+             f"{reprlib.repr(groups)} does not divide {heads} heads", "Correct the config.")
     _require(isinstance(head_dim, int) and 0 < head_dim <= MAX_SIZE and head_dim % 2 == 0, file, f"{at}head_dim",
-             f"{reprlib.repr(head_dim)}, expected an even number", "Mend the config.")
+             f"{reprlib.repr(head_dim)}, expected an even number", "Correct the config.")
     _epsilon(hf.rms_norm_eps, file, f"{at}rms_norm_eps")
     biases: tuple[str, ...] = ("q", "k", "v") if family == "qwen2" else ()
     if family == "llama":
@@ -151,7 +163,7 @@ def text_config(hf: Any, file: Path, at: str = "") -> TextSpec:
             ("gate", "up", "down") if hf.mlp_bias else ())
     window = None if family == "llama" else hf.sliding_window
     _require(window is None or (isinstance(window, int) and window > 0), file, f"{at}sliding_window",
-             f"{reprlib.repr(window)} is no number of tokens", "Mend the config.")
+             f"{reprlib.repr(window)} is not a number of tokens", "Correct the config.")
     if window is None:
         sliding = (False,) * hf.num_hidden_layers
     elif family == "mistral":
@@ -159,7 +171,7 @@ def text_config(hf: Any, file: Path, at: str = "") -> TextSpec:
     else:
         sliding = tuple(kind == "sliding_attention" for kind in hf.layer_types)
     if window is not None and window >= hf.max_position_embeddings:
-        window, sliding = None, (False,) * hf.num_hidden_layers  # the window is as wide as the longest text
+        window, sliding = None, (False,) * hf.num_hidden_layers  # a window as wide as the longest text hides nothing
     return TextSpec(
         family=family, vocab_size=hf.vocab_size, hidden_size=hf.hidden_size, intermediate_size=hf.intermediate_size,
         num_layers=hf.num_hidden_layers, num_heads=heads, num_kv_heads=groups, head_dim=head_dim,

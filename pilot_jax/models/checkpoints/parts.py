@@ -1,4 +1,4 @@
-"""A VLM read from separate parts: a vision tower, a language model, and LLaVA's `mm_projector` between them."""
+"""Reads a VLM from separate parts: a vision tower, a language model, and LLaVA's `mm_projector` between them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _language_name(key: str) -> str | None:
 
 
 def _projector_name(key: str) -> str | None:
-    """Returns the canonical name of `model.mm_projector.0.weight` and the like; None for all other tensors."""
+    """Returns the canonical name of a projector's tensor, such as `model.mm_projector.0.weight`; None for others."""
     match = re.fullmatch(r"(?:.*\.)?(?:mm_projector|multi_modal_projector)\.(\w+)\.(weight|bias)", key)
     match = match or re.fullmatch(r"(\w+)\.(weight|bias)", key)
     if match is None:
@@ -48,27 +48,28 @@ def read_parts_config(vision: Path, language: Path, projector: Path, feature_lay
     """Returns the shapes of the VLM that these parts make.
 
     Raises:
-        InputError: a directory without config.json, or a model that this package does not implement.
+        InputError: a directory has no config.json, or its model is one that this package does not implement.
     """
     from transformers import AutoConfig
 
     raw, file = _config_of(vision, "vision")
-    if raw.get("model_type") in ("clip", "siglip"):  # the whole contrastive model: take its tower
+    if raw.get("model_type") in ("clip", "siglip"):  # the whole contrastive model, of which only the tower is used
         raw = {"model_type": raw["model_type"] + "_vision_model"} | raw.get("vision_config", {})
     if raw.get("model_type") not in ("clip_vision_model", "siglip_vision_model"):
         raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected a CLIP or SigLIP model. "
-                         "Mend model.parts.vision.")
+                         "Correct model.parts.vision.")
     tower = vision_config(AutoConfig.for_model(**raw), feature_layer, file)
     raw, file = _config_of(language, "language")
     if raw.get("model_type") not in ("llama", "mistral", "qwen2"):
         raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected llama, mistral or qwen2. "
-                         "Mend model.parts.language.")
+                         "Correct model.parts.language.")
     text = text_config(AutoConfig.for_model(**raw), file)
     if not projector.is_file():
         raise InputError(f"model.parts.projector: {projector} does not exist. Give mm_projector.safetensors or .bin.")
     names = {_projector_name(key) for key in open_tensors(projector).shapes()}
     if "multi_modal_projector.linear_2.weight" not in names:
-        raise InputError(f"{projector}: holds no two-layer mm_projector (…mm_projector.0.weight, …2.weight).")
+        raise InputError(f"{projector}: holds no two-layer mm_projector (…mm_projector.0.weight, …2.weight). Correct "
+                         "model.parts.projector.")
     if feature_select == "auto":
         feature_select = "default" if tower.has_cls else "full"
     return join(tower, text, image_token_id, feature_select, "multi_modal_projector.linear_1.bias" in names, file)

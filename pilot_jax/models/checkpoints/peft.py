@@ -1,4 +1,4 @@
-"""One client's adapters as files that other tools load: LoRA for PEFT, the connector as safetensors."""
+"""Writes one client's adapters for other tools: LoRA in PEFT's format, the connector as safetensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from pilot_jax.models.lora import TARGETS, assembled
 
-# The decoder's layers in transformers' LlavaForConditionalGeneration, and in a language model that stands alone.
+# Path of the decoder's layers in transformers' LlavaForConditionalGeneration, and in a language model by itself.
 LAYERS = {"llava": "model.language_model.layers", "language_model": "model.layers"}
 _MODULES = {name: ("self_attn" if name in "qkvo" else "mlp") + f".{name}_proj" for name in TARGETS}
 
@@ -31,7 +31,7 @@ def peft_tensors(lora: Mapping[str, PyTree], kind: str) -> dict[str, np.ndarray]
 def peft_config(rank: int, alpha: float, kind: str, base: str) -> dict[str, Any]:
     """Returns the content of `adapter_config.json`.
 
-    In a LLaVA model the target is a pattern, which does not match the vision tower's own q_proj, k_proj and v_proj.
+    In a LLaVA model, `target_modules` is a pattern that does not match q_proj, k_proj and v_proj of the vision tower.
     """
     names = [f"{name}_proj" for name in TARGETS]
     inside = rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(names)})"
@@ -41,7 +41,7 @@ def peft_config(rank: int, alpha: float, kind: str, base: str) -> dict[str, Any]
 
 
 def _torch_mlp(prefix: str, adapter: Mapping[str, PyTree], slot: int | None = None) -> dict[str, np.ndarray]:
-    """Returns an MLP's tensors, or those of MLP number `slot` of a stack, in torch's orientation [out, in]."""
+    """Returns the tensors of an MLP, or of number `slot` in a stack of MLPs, in torch's orientation [out, in]."""
     out = {}
     for layer, leaves in adapter.items():
         for name, leaf in leaves.items():
@@ -54,8 +54,8 @@ def _torch_mlp(prefix: str, adapter: Mapping[str, PyTree], slot: int | None = No
 def connector_tensors(adapters: Mapping[str, PyTree], stage: str, task_index: int) -> dict[str, np.ndarray]:
     """Returns the tensors that the forward pass of the connector's `stage` reads, float32 in torch's orientation.
 
-    plain: projector. stage1: task, client. stage2: task, client, router.weight [T, D], and for each other task i
-    task_bank.i and cross_task.i; the own task's is `task`. Ablations without it have no client.
+    plain: projector. stage1: task, client. stage2: task, client, router.weight [T, D], and task_bank.i and cross_task.i
+    for each task i but the client's own, whose adapter is `task`. In ablations without ψ_s, `client` is absent.
     """
     names = [name for name in ("projector", "task", "client") if name in adapters]
     tensors = {k: v for name in names for k, v in _torch_mlp(name, adapters[name]).items()}
@@ -85,14 +85,15 @@ class ExportDetails(TypedDict):
 def save_adapters(out: Path, adapters: Mapping[str, PyTree], **details: Unpack[ExportDetails]) -> None:
     """Writes `adapter_model.safetensors`, `adapter_config.json`, `connector.safetensors` and `README.md` into `out`.
 
-    The folder appears when it is complete, never before.
+    The folder appears under its name only when it is complete.
 
     Args:
-        adapters: those that `stage` uses.
-        stage: of the connector: plain, stage1 or stage2.
-        tasks: all tasks' names; `task_index` is the client's own.
-        rank, alpha: of the config. Two LoRAs side by side are saved as one of twice the rank, with the same alpha/rank.
-        kind: a key of LAYERS. base: the name or path of the base model.
+        adapters: the client's adapters that `stage` uses.
+        stage: the connector's stage: "plain", "stage1" or "stage2".
+        tasks: the names of all tasks; `task_index` is the number of the client's own.
+        rank, alpha: LoRA's, as in the config. Two LoRAs are saved as one of twice the rank with the same alpha/rank.
+        kind: a key of LAYERS.
+        base: the name or path of the base model.
         card: the text of `README.md`.
     """
     from safetensors.numpy import save_file

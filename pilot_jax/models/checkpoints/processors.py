@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer and image processor, both of transformers."""
+"""Loads a checkpoint's tokenizer and image processor, which are objects of transformers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 IMAGE_TOKEN = "<image>"
-MAX_PIXELS = 8192  # of the side of an image for the vision tower
+MAX_PIXELS = 8192  # largest side of an image for the vision tower
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    """Returns the fast tokenizer; if it has no token `<image>`, one is added at the end of its vocabulary.
+    """Returns the directory's fast tokenizer; a missing token `<image>` is added at the end of its vocabulary.
 
     Raises:
-        InputError: there is no tokenizer, or none that gives offsets, or it has no end-of-sequence token.
+        InputError: there is no tokenizer, or it gives no character offsets, or it has no end-of-sequence token.
     """
     from transformers import AutoTokenizer
 
@@ -30,28 +30,29 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     except Exception as error:  # the tokenizers library raises plain Exception
         raise InputError(f"{directory}: the tokenizer cannot be loaded ({error}). Fetch it again.") from None
     if not tokenizer.is_fast:
-        raise InputError(f"{directory}: the tokenizer has no fast (tokenizer.json) form; supervision needs offsets.")
+        raise InputError(f"{directory}: the tokenizer has no fast (tokenizer.json) form, whose character offsets are "
+                         "needed to find the answers. Convert it with transformers.")
     if tokenizer.eos_token is None:
-        raise InputError(f"{directory}: the tokenizer has no end-of-sequence token (eos_token).")
+        raise InputError(f"{directory}: the tokenizer has no end-of-sequence token. Set its eos_token.")
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     return tokenizer  # type: ignore[return-value]
 
 
 def _check_sizes(raw: dict[str, Any], file: Path) -> None:
-    """Refuses sizes so large that resizing an image to them would fill the memory."""
+    """Raises an InputError for sizes so large that resizing an image to them would fill the memory."""
     for key in ("size", "crop_size"):
         sizes = raw.get(key, {})
         for value in sizes.values() if isinstance(sizes, dict) else [sizes]:
             if not isinstance(value, int) or not 0 < value <= MAX_PIXELS:
-                raise InputError(f"{file}: {key}: {value!r}, expected pixels, at most {MAX_PIXELS}. Mend the file.")
+                raise InputError(f"{file}: {key}: {value!r}, expected pixels, at most {MAX_PIXELS}. Correct it.")
 
 
 def load_image_processor(directory: Path, family: str) -> Any:
     """Returns the image processor, which resizes with Pillow.
 
     Args:
-        family: clip or siglip, the tower's, which chooses the processor's class where its file names none.
+        family: the tower's family, "clip" or "siglip", which determines the processor's class if its file names none.
 
     Raises:
         InputError: there is no image processor, or one of an unsupported class.
@@ -77,5 +78,6 @@ def load_image_processor(directory: Path, family: str) -> Any:
                 except Exception as error:  # its validators raise many kinds
                     raise InputError(f"{file}: not an image processor's settings ({error}). Fetch the checkpoint "
                                      "again.") from None
-        raise InputError(f"{file}: image_processor_type: {kind!r} is not supported. CLIP's, SigLIP's and LLaVA's are.")
+        raise InputError(f"{file}: image_processor_type: {kind!r} is not supported. Supported: the image processors of "
+                         "CLIP, SigLIP and LLaVA.")
     raise InputError(f"{directory}: no preprocessor_config.json. Save the checkpoint's processor beside its weights.")

@@ -1,8 +1,8 @@
-"""Reading checkpoints into arrays on their devices, one tensor at a time.
+"""Reads checkpoints into arrays on their devices, one tensor at a time.
 
-Names and shapes of every file are checked before the first tensor is read: each tensor belongs to the model or is one
-that LLaVA never runs, and none is missing. Then each tensor is written into its block of its leaf, on the leaf's device
-and in its dtype, so that host memory holds no more than the shard being read.
+The names and shapes in all files are checked before the first tensor is read: every tensor of the model is there, and
+every other one is known to be unused in LLaVA. Then each tensor is written into its block of its leaf, on the leaf's
+device and in the leaf's dtype, so that host memory holds no more than the file that is being read.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from pilot_jax.models.checkpoints.hf_config import read_vlm_config
 from pilot_jax.models.checkpoints.tensor_names import Piece, base_shapes, canonical_name, leaf_at, never_run, pieces
 from pilot_jax.models.spec import VlmSpec
 
-# The sharding of a leaf by its path and shape; None: the default device.
+# A function from a leaf's path and shape to its sharding, or to None for the default device.
 Place = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One file of tensors. `rename` returns a tensor's canonical name, or None if it is not used."""
+    """One file of tensors. Its `rename` returns a tensor's canonical name, or None for a tensor that is not used."""
 
     file: Path
     rename: Callable[[str], str | None]
 
 
 def safetensors_files(directory: Path) -> list[Path]:
-    """Returns the directory's safetensors files, of which there must be one."""
+    """Returns the directory's safetensors files, of which there must be at least one."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise InputError(f"{directory}: no *.safetensors file. Pickled weights are not read: convert them with "
@@ -44,7 +44,7 @@ def safetensors_files(directory: Path) -> list[Path]:
 
 
 class _SafetensorsFile:
-    """A `.safetensors` file."""
+    """A `.safetensors` file, opened for reading."""
 
     def __init__(self, file: Path) -> None:
         from safetensors import SafetensorError, safe_open
@@ -62,19 +62,21 @@ class _SafetensorsFile:
 
 
 class _TorchFile:
-    """A `.bin` file, read by torch's loader that runs no code from the file; only where torch is installed."""
+    """A `.bin` file, which only torch can read; it is read in the mode that runs no code from the file."""
 
     def __init__(self, file: Path) -> None:
         try:
             import torch
         except ImportError:
-            raise InputError(f"{file}: reading a .bin needs torch. Install it, or give safetensors.") from None
+            raise InputError(f"{file}: reading a .bin file needs torch. Install torch, or give a .safetensors "
+                             "file.") from None
         try:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds, pickle's among them
-            raise InputError(f"{file}: torch cannot load it safely ({str(error).splitlines()[0]}).") from None
+            raise InputError(f"{file}: torch cannot load it safely ({str(error).splitlines()[0]}). Give a .safetensors "
+                             "file.") from None
         if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
-            raise InputError(f"{file}: expected a mapping from names to tensors.")
+            raise InputError(f"{file}: expected a mapping from names to tensors. Give LLaVA's mm_projector.bin.")
         self._tensors = loaded
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -88,7 +90,7 @@ class _TorchFile:
 
 
 def open_tensors(file: Path) -> _SafetensorsFile | _TorchFile:
-    """Opens a `.bin` or a `.safetensors` file, without reading its tensors where the format allows that."""
+    """Opens a `.bin` or a `.safetensors` file; of the latter, no tensor is read yet."""
     return _TorchFile(file) if file.suffix == ".bin" else _SafetensorsFile(file)
 
 
@@ -97,7 +99,11 @@ def _shown(names: list[str]) -> str:
 
 
 def _check_names(sources: list[Source], config: VlmSpec) -> None:
-    """Checks that the files have every tensor of the model once, in its shape, and no unknown one."""
+    """Checks that the files have every tensor of the model exactly once and in its shape, and no unknown tensor.
+
+    Raises:
+        InputError: they do not.
+    """
     table, found, unread = pieces(config), dict[str, Path](), list[str]()
     for source in sources:
         for key, shape in open_tensors(source.file).shapes().items():
@@ -108,31 +114,35 @@ def _check_names(sources: list[Source], config: VlmSpec) -> None:
                 unread.append(key)
                 continue
             if name in found:
-                raise InputError(f"{source.file}: {key} is also in {found[name]}. Remove the stale file.")
+                raise InputError(f"{source.file}: {key} is also in {found[name]}. Remove the outdated file.")
             found[name] = source.file
             if shape != table[name].shape:
                 raise InputError(f"{source.file}: {key} has shape {shape}, config.json asks for {table[name].shape}. "
-                                 "The config and the weights do not fit together.")
+                                 "Fetch config.json and the weights again, from one checkpoint.")
     folder = ", ".join(dict.fromkeys(str(s.file.parent) for s in sources))
     missing = sorted(set(table) - set(found))
     if missing:
         raise InputError(f"{folder}: {len(missing)} tensors are missing: {_shown(missing)}. "
-                         "The checkpoint is incomplete; fetch it again.")
+                         "The checkpoint is incomplete. Fetch it again.")
     if unread:
-        raise InputError(f"{folder}: {len(unread)} tensors belong to nothing this model has: "
-                         f"{_shown(sorted(unread))}. The config and the weights do not fit together.")
+        raise InputError(f"{folder}: {len(unread)} tensors belong to no part of the model that config.json describes: "
+                         f"{_shown(sorted(unread))}. Fetch config.json and the weights again, from one checkpoint.")
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames=("permutation", "block"))
 def _insert(leaf: jax.Array, tensor: jax.Array, start: tuple[jax.Array, ...], *, permutation: tuple[int, ...],
             block: tuple[int, ...]) -> jax.Array:
-    """Returns `leaf`, in its own memory, with the tensor as one of its blocks, transposed and cast on its device."""
+    """Writes a tensor, transposed and cast, into one block of a leaf, on the leaf's device and in its memory."""
     tensor = tensor.transpose(permutation).reshape(block).astype(leaf.dtype)
     return jax.lax.dynamic_update_slice(leaf, tensor, start)
 
 
 def _tensors(sources: list[Source], config: VlmSpec) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Yields each tensor and its piece, file by file: a file is closed before the next is opened."""
+    """Yields each tensor with its piece, file by file: a file is closed before the next one is opened.
+
+    Raises:
+        InputError: a tensor holds NaN or Inf.
+    """
     table = pieces(config)
     for source in sources:
         tensors = open_tensors(source.file)
@@ -142,19 +152,19 @@ def _tensors(sources: list[Source], config: VlmSpec) -> Iterator[tuple[Piece, np
                 continue
             tensor = tensors.read(key)
             if not np.isfinite(tensor).all():
-                raise InputError(f"{source.file}: {key} holds NaN or Inf. The checkpoint is broken; fetch it again.")
+                raise InputError(f"{source.file}: {key} holds NaN or Inf. The checkpoint is broken. Fetch it again.")
             yield table[name], tensor
 
 
 def load_tensors(sources: list[Source], config: VlmSpec, dtype: str = "float32", place: Place | None = None
                  ) -> dict[str, PyTree]:
-    """Returns {"vision_tower", "projector", "decoder"}: JAX arrays in `dtype`, the projector in float32.
+    """Returns {"vision_tower", "projector", "decoder"}, trees of JAX arrays in `dtype`; the projector is in float32.
 
     Args:
-        place: the sharding of a leaf by its path and shape; None: all on the default device.
+        place: a function from a leaf's path and shape to its sharding; None: all leaves on the default device.
 
     Raises:
-        InputError: unreadable files, or tensors that are missing, unknown, misshapen or not finite.
+        InputError: a file cannot be read, or a tensor is missing, unknown, not finite, or of another shape.
     """
     _check_names(sources, config)
     shapes = base_shapes(config)

@@ -1,4 +1,4 @@
-"""Hugging Face's tensor names and the leaves of this package: one table, for reading and for writing."""
+"""Maps Hugging Face's tensor names to the leaves of this package, with one table for reading and writing."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ from pilot_jax.models.vlm import Vlm
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A checkpoint's tensor as a block of a leaf: transposed by `permutation`, reshaped to `block`, put at `start`."""
+    """The place of a checkpoint's tensor in a leaf.
+
+    The tensor is transposed by `permutation`, reshaped to `block`, and written into the leaf at the indices `start`.
+    """
 
     leaf: tuple[str, ...]
-    shape: tuple[int, ...]  # in the checkpoint
+    shape: tuple[int, ...]  # the tensor's shape in the checkpoint
     permutation: tuple[int, ...]
     block: tuple[int, ...]
     start: tuple[int, ...]
 
     def from_leaf(self, leaf: np.ndarray) -> np.ndarray:
-        """Returns the checkpoint's tensor from the whole leaf: the inverse of putting it there."""
+        """Returns the checkpoint's tensor, cut out of the whole leaf."""
         cut = leaf[tuple(slice(a, a + n) for a, n in zip(self.start, self.block, strict=True))]
         permuted = cut.reshape([self.shape[i] for i in self.permutation])
         return permuted.transpose(np.argsort(self.permutation))
 
 
 def canonical_name(name: str) -> str:
-    """Returns one name for a tensor, whichever release of transformers wrote it."""
+    """Returns a tensor's canonical name, which is the same whichever release of transformers wrote the file."""
     name = re.sub(r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)", "", name)
     name = re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", name)
     name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
@@ -41,7 +44,7 @@ def canonical_name(name: str) -> str:
 
 
 def pieces(config: VlmSpec) -> dict[str, Piece]:
-    """Returns every tensor that this model reads, by canonical name."""
+    """Returns the piece of every tensor of the model, by the tensor's canonical name."""
     table: dict[str, Piece] = {}
 
     def put(name: str, leaf: str, shape: tuple[int, ...], *, block: tuple[int, ...] | None = None,
@@ -115,7 +118,7 @@ def _text_pieces(config: VlmSpec, put: Callable[..., None]) -> None:
 
 
 def never_run(name: str, config: VlmSpec) -> bool:
-    """Whether a checkpoint may hold this tensor although LLaVA computes nothing with it."""
+    """Returns whether this is a tensor that LLaVA checkpoints may hold although the model computes nothing with it."""
     layer = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name)
     return ((layer is not None and int(layer[1]) >= config.vision.num_layers)
             or name.startswith(("vision_tower.post_layernorm.", "vision_tower.head."))
@@ -125,7 +128,7 @@ def never_run(name: str, config: VlmSpec) -> bool:
 
 
 def base_shapes(config: VlmSpec) -> dict[str, PyTree]:
-    """Returns the float32 shapes of the frozen base, {"vision_tower", "projector", "decoder"}, allocating nothing."""
+    """Returns the shapes of the frozen base in float32, {"vision_tower", "projector", "decoder"}; allocates nothing."""
     module, v = Vlm(config), config.vision
     key = jax.eval_shape(lambda: jax.random.key(0))
     pixels = jax.ShapeDtypeStruct((1, v.image_size, v.image_size, 3), jnp.float32)

@@ -1,4 +1,4 @@
-"""Writing a base as a Hugging Face LLaVA directory."""
+"""Writes a base model as a Hugging Face LLaVA directory."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pilot_jax.models.spec import VlmSpec
 
 def save_base(directory: str | Path, config: VlmSpec, base: dict[str, PyTree], hf_config: dict[str, Any],
               dtype: str = "float16") -> None:
-    """Writes `base` as a LLaVA directory that `transformers` loads, in one shard.
+    """Writes `base` as a LLaVA directory that transformers can load, with all weights in one file.
 
-    `hf_config` is the content of `config.json`; its tower must have exactly the layers that run.
+    `hf_config` is the content of `config.json`; its vision tower must have exactly the layers that run.
     """
     from safetensors.numpy import save_file
 
@@ -35,7 +35,7 @@ def save_base(directory: str | Path, config: VlmSpec, base: dict[str, PyTree], h
                 break
         tensor = piece.from_leaf(leaf_at(host, piece.leaf)).astype(np.float32).astype(dtype)
         tensors[name] = np.ascontiguousarray(tensor)
-    # transformers insists on a post-norm; the selected features are taken before it.
+    # transformers requires the tower's final norm, although LLaVA takes its features before it.
     width, prefix = config.vision.hidden_size, "vision_tower.vision_model.post_layernorm"
     tensors[f"{prefix}.weight"], tensors[f"{prefix}.bias"] = np.ones(width, dtype), np.zeros(width, dtype)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
