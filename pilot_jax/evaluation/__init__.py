@@ -1,1 +1,1 @@
-"""Scores of answers, and the personalised evaluation of every client. Knows nothing of strategies."""
+"""Scores answers, and evaluates the personalised model of every client, whatever the strategy was."""

@@ -1,4 +1,4 @@
-"""Every client's own model answers prompts: batched decoding of several models at once."""
+"""Decodes the answers of several clients' models to their prompts at once, in batches."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from pilot_jax.parallel.processes import here, over_clients, to_host
 
 @dataclasses.dataclass(frozen=True)
 class Examinee:
-    """One client's model and the prompts it must answer. `adapters` hold just what `stage` uses."""
+    """One client's model and the prompts that it must answer."""
 
-    adapters: dict[str, Any]
+    adapters: dict[str, Any]  # only the subtrees that the model reads in `stage`
     stage: str  # plain | stage1 | stage2
     task_index: int
     task: str
@@ -35,7 +35,7 @@ class Examinee:
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """How a model's tokens are chosen, and what turns them into text."""
+    """The tokenizer and the settings with which answers are decoded."""
 
     tokenizer: Any
     how: Decoding
@@ -43,20 +43,22 @@ class Decoder:
     seed: int = 0
 
     def text(self, tokens: np.ndarray) -> str:
-        """The tokens before the first stop token, as text."""
+        """Returns the tokens before the first stop token as text."""
         ends = np.flatnonzero(np.isin(tokens, self.how.stop_ids))
         tokens = tokens[:ends[0]] if len(ends) else tokens
         return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True).strip()
 
 
 def make_decoder(tokenizer: Any, template: str, config: EvalConfig, seed: int = 0) -> Decoder:
-    """As `eval` asks: answers end where `template` ends them."""
+    """Returns a decoder with the settings of the section `eval`; answers end at the stop token of `template`."""
     how = Decoding(config.max_new_tokens, stop_tokens(tokenizer, template), config.temperature, config.top_p)
     return Decoder(tokenizer, how, config.batch_size, seed)
 
 
 def _answers_of_group(model: PretrainedModel, decoder: Decoder, group: list[Examinee], width: int) -> list[list[str]]:
-    """Answers of examinees that share a stage, `width` models at a time; short groups are padded by repetition."""
+    """Returns the answers of examinees of the same stage, `width` models at a time.
+
+    The last models are padded to `width` by repeating one of them, and a model's last prompt is repeated likewise."""
     out: list[list[str]] = []
     mesh = mesh_of(model.base)
     on_this_process = here(mesh, width)  # only these prompts are read
@@ -74,7 +76,7 @@ def _answers_of_group(model: PretrainedModel, decoder: Decoder, group: list[Exam
             take = np.arange(first, first + rows_at_once)
             batch = over_clients({name: _prompts(name, members, on_this_process, take)
                                   for name in ("input_ids", "attention_mask", "features")}, mesh)
-            # A prompt's randomness depends on its place among its client's prompts, not on who is decoded beside it.
+            # The random key depends on the prompt's index only, not on the models that are decoded at the same time.
             keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(decoder.seed)))(take)
             prompts = batch | {"keys": jnp.broadcast_to(keys, (width, len(take)))}
             tokens = to_host(generate(model.module, model.base, adapters, prompts, tasks, stage=members[0].stage,
@@ -87,15 +89,15 @@ def _answers_of_group(model: PretrainedModel, decoder: Decoder, group: list[Exam
 
 
 def _prompts(name: str, examinees: list[Examinee], on_this_process: list[bool], take: np.ndarray) -> np.ndarray:
-    """Array `name` of the prompts number `take` of every model, [width, len(take), …].
+    """Returns the array `name` of the prompts with the indices `take` of every model, [width, len(take), …].
 
-    A model with fewer prompts gets its last one again. Zeros stand for models that do not lie on this process's
-    devices, and for those that only fill up the width.
+    The last prompt of a model with fewer prompts is repeated. Rows of models that are not on this process's devices,
+    or that only fill up the width, are zeros.
     """
     first = getattr(examinees[0].prompts, name)
     out = np.zeros((len(on_this_process), len(take), *first.shape[1:]), first.dtype)
     if name == "attention_mask":
-        out[len(examinees):, :, 0] = 1  # so that models that fill up the width give finite numbers
+        out[len(examinees):, :, 0] = 1  # so that rows that only fill up the width have finite results
     for k, examinee in enumerate(examinees):
         if on_this_process[k]:
             out[k] = getattr(examinee.prompts, name)[np.minimum(take, len(examinee.prompts.references) - 1)]
@@ -103,13 +105,13 @@ def _prompts(name: str, examinees: list[Examinee], on_this_process: list[bool], 
 
 
 def answers(model: PretrainedModel, decoder: Decoder, examinees: list[Examinee], width: int) -> list[list[str]]:
-    """Every examinee's answers to its prompts, in order.
+    """Returns every examinee's answers to its prompts, in order.
 
     Args:
-        width: models that are decoded at once, over the `clients` axis of the mesh on which the base lies.
+        width: number of models that are decoded at once, over the `clients` axis of the base model's mesh.
     """
     out: list[list[str]] = [[] for _ in examinees]
-    kinds = [(e.stage, *sorted(e.adapters)) for e in examinees]  # the base has no LoRA, and is "plain" as FedAvg's are
+    kinds = [(e.stage, *sorted(e.adapters)) for e in examinees]  # "plain" is FedAvg's stage and also the base model's
     for kind in sorted(set(kinds)):
         indices = [i for i, own in enumerate(kinds) if own == kind]
         group = [examinees[i] for i in indices]
@@ -120,12 +122,12 @@ def answers(model: PretrainedModel, decoder: Decoder, examinees: list[Examinee],
 
 def scores(model: PretrainedModel, decoder: Decoder, examinees: list[Examinee], metrics: Mapping[str, str],
            width: int) -> list[float]:
-    """Score of each examinee, by its task's metric (exact match where `metrics` names none)."""
+    """Returns the score of each examinee, by its task's metric (exact match if `metrics` has none for the task)."""
     texts = answers(model, decoder, examinees, width)
     return [METRICS[metrics.get(e.task, "exact")](got, e.prompts.references)
             for e, got in zip(examinees, texts, strict=True)]
 
 
 def base_examinee(model: PretrainedModel, task: str, prompts: Prompts) -> Examinee:
-    """The untouched base model."""
+    """Returns the base model without training, with prompts to answer."""
     return Examinee({"projector": model.base["projector"]}, "plain", 0, task, prompts)

@@ -1,4 +1,4 @@
-"""Metrics: scores of n answers against their references, by name; higher is better.
+"""Metrics, by name, that score n answers against their references; higher is better.
 
 A metric takes n answers and, for each of them, one or several references. It returns the mean over the samples, or the
 corpus score where it is defined on a corpus (BLEU, CIDEr). All metrics lie in [0, 1], except CIDEr, which lies in
@@ -99,15 +99,15 @@ def _words(text: str) -> str:
 def cider(answers: Sequence[str], references: References) -> float:
     """Returns corpus CIDEr-D (Vedantam et al., 2015, arXiv 1411.5726), by `pycocoevalcap`, on lower-cased words.
 
-    The n-grams are weighted by how rare they are among the references of this very corpus. So scores of different
-    corpora do not compare, and a corpus of one sample scores 0. COCO's Java tokenizer is not used.
+    The n-grams are weighted by how rare they are among the references of the given corpus. So scores of different
+    corpora cannot be compared, and a corpus of one sample scores 0. COCO's Java tokenizer is not used.
     """
     from pycocoevalcap.cider.cider_scorer import CiderScorer
 
-    scorer = CiderScorer(n=4, sigma=6.0)  # the paper's n-grams, and its penalty for another length
+    scorer = CiderScorer(n=4, sigma=6.0)  # the paper's n-gram length and the width of its length penalty
     for answer, refs in zip(answers, references, strict=True):
         scorer += (_words(answer), [_words(ref) for ref in refs])
-    if not any(ref for refs in scorer.crefs for ref in refs):  # there the library fails: no reference has a word
+    if not any(ref for refs in scorer.crefs for ref in refs):  # the library fails if no reference has a word
         return 0.0
     return float(scorer.compute_score()[0])
 
@@ -120,18 +120,18 @@ METRICS: dict[str, Metric] = {
     "exact": _mean_best(exact), "iou": _mean_best(iou), "anls": _mean_best(anls), "rouge_l": _mean_best(rouge_l),
     "vqa": vqa_accuracy, "bleu": bleu, "cider": cider,
 }
-# (module, distribution) that a metric needs; all are in the extra `scores`.
+# (module, package to install) that a metric needs; all are in the extra `scores`.
 _NEEDS = {"bleu": ("sacrebleu", "sacrebleu"), "rouge_l": ("rouge_score", "rouge-score"),
           "cider": ("pycocoevalcap", "pycocoevalcap")}
 
 
 def check_metrics(names: Sequence[str]) -> None:
-    """Refuses a metric whose library is not installed, before anything is trained.
+    """Checks, before anything is trained, that the libraries of the given metrics are installed.
 
     Raises:
-        InputError: it says what to install.
+        InputError: a library is missing; the message says what to install.
     """
     for name in names:
         if name in _NEEDS and find_spec(_NEEDS[name][0]) is None:
-            raise InputError(f"eval.metrics: {name} needs a library that is not installed (of the extra 'scores'). "
-                             f"Run: pip install {_NEEDS[name][1]}")
+            raise InputError(f"eval.metrics: {name} needs a library that is not installed (it is in the extra "
+                             f"'scores'). Run: pip install {_NEEDS[name][1]}")

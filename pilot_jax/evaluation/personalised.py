@@ -1,4 +1,4 @@
-"""Who is asked what: a client's personalised model on its own data, on everybody's, and on what the base could do."""
+"""Evaluates personalised models on their own data, on all clients' data, and on what the base model was trained on."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from pilot_jax.evaluation.answers import Decoder, Examinee, base_examinee, score
 from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.state import AnyState, ClientState, Federation, Population
 
-AT_ONCE = 128  # models in memory
+AT_ONCE = 128  # models whose adapters and prompts are in memory at the same time
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Who is asked what, which model answers, and how answers are scored."""
+    """The clients on whose data models are scored, which model answers for each, and how answers are scored."""
 
     fed: Federation
-    clients: tuple[ClientData, ...]  # on whose data models are scored; those of the federation, but where it pools data
+    clients: tuple[ClientData, ...]  # the K clients with held-out data; also if the federation pools them into one
     model_of_client: tuple[int, ...]  # [K], index of the federation's client whose model answers
     decoder: Decoder
-    metrics: Mapping[str, str]  # by task; exact match where it names none
-    width: int  # models decoded at once
-    data: DataConfig  # template and limits of prompts
-    embedded_base: bool = False  # whether the base is the one that was taught to caption digit scenes
+    metrics: Mapping[str, str]  # metric by task; exact match for a task without one
+    width: int  # number of models decoded at once
+    data: DataConfig  # has the template and the limits of prompts
+    embedded_base: bool = False  # whether the base is the embedded one, which was trained to caption digit scenes
 
 
 def used_adapters(fed: Federation, state: AnyState) -> dict[str, Tree]:
-    """The subtrees that a client's model reads: those of the last stage it was trained in."""
+    """Returns the subtrees that a client's model reads: those that were trained or frozen in its last stage."""
     roles = fed.strategy.roles()
     used = roles.names(stage=state.stage, mode="trained") + roles.names(stage=state.stage, mode="frozen")
     adapters = state.adapters
@@ -44,25 +44,26 @@ def used_adapters(fed: Federation, state: AnyState) -> dict[str, Tree]:
 
 
 def examinee(fed: Federation, index: int, state: AnyState, prompts: Prompts, task: str) -> Examinee:
-    """The personalised model of trained client `index` (what it last downloaded plus its local-only state), and what
-    it is asked; `task` decides how it is scored."""
+    """Returns the personalised model of client `index`, with prompts to answer; `task` decides the metric.
+
+    The model has the adapters that the client last received and its local ones. Without training it is the base."""
     if state.stage == "none":
         return base_examinee(fed.model, task, prompts)
     return Examinee(used_adapters(fed, state), state.stage, fed.task_index(index), task, prompts)
 
 
 def evaluate(evaluation: Evaluation, population: Population | None, split: str = "test") -> dict[str, float]:
-    """Score of each client that has `split` samples; `population` None: of the untouched base model."""
+    """Returns the score of each client that has `split` samples, by name; with `population` None, of the base model."""
     return evaluate_together([evaluation], [population], split)[0]
 
 
 def evaluate_together(evaluations: Sequence[Evaluation], populations: Sequence[Population | None],
                       split: str = "test") -> list[dict[str, float]]:
-    """`evaluate` of several federations with one base, their models decoded side by side."""
+    """Returns the results of `evaluate` for several federations of the same base, whose models are decoded together."""
     pairs = [(number, i) for number, one in enumerate(evaluations) for i, c in enumerate(one.clients)
              if split in c.evaluation]
     out: list[dict[str, float]] = [{} for _ in evaluations]
-    for first in range(0, len(pairs), AT_ONCE):  # adapters and prompts may come from disk
+    for first in range(0, len(pairs), AT_ONCE):  # limits the memory, since adapters and prompts may be on disk
         block = pairs[first:first + AT_ONCE]
         examinees = []
         for number, i in block:
@@ -80,17 +81,18 @@ def _scores(evaluation: Evaluation, examinees: list[Examinee]) -> list[float]:
 
 
 def mean_score(values: Sequence[float]) -> float | None:
-    """The mean; None of nothing."""
+    """Returns the mean, or None if there are no values."""
     return float(np.mean(values)) if len(values) else None
 
 
 def score_by_task(evaluation: Evaluation, by_client: Mapping[str, float]) -> dict[str, float | None]:
-    """Mean over each task's clients that have a score."""
+    """Returns the mean score of each task over its clients with a score; None for a task without any."""
     return {t: mean_score([by_client[c.name] for c in evaluation.clients if c.task == t and c.name in by_client])
             for t in evaluation.fed.tasks}
 
 
 def first_prompts(prompts: Prompts, count: int | None) -> Prompts:
+    """Returns the first `count` prompts; all of them with None."""
     if count is None:
         return prompts
     features = prompts.features
@@ -101,10 +103,12 @@ def first_prompts(prompts: Prompts, count: int | None) -> Prompts:
 
 def score_matrix(evaluation: Evaluation, population: Population, split: str = "test",
                  count: int | None = None) -> np.ndarray:
-    """Scores [K, K]: row k's model on column j's `split` (its first `count` samples), by j's task's metric.
+    """Returns scores [K, K] of each client's model (row) on each client's `split` samples (column), by their metric.
+
+    Only the first `count` samples of each client are used; all with None.
 
     Raises:
-        InputError: a client has no such samples.
+        InputError: a client has no samples of this split.
     """
     fed, clients = evaluation.fed, evaluation.clients
     missing = [c.name for c in clients if split not in c.evaluation]
@@ -118,7 +122,7 @@ def score_matrix(evaluation: Evaluation, population: Population, split: str = "t
 
 
 def base_prompts(evaluation: Evaluation, count: int) -> Prompts:
-    """What the embedded base was taught, brief captions, on handwriting of the test pool."""
+    """Returns prompts of the embedded base's own training task, brief captions, with digits of the test pool."""
     model, data = evaluation.fed.model, evaluation.data
     samples = pretraining_samples(count, data.digits.seed)
     encoded = encode_prompts(model, evaluation.decoder.tokenizer, samples, data)
@@ -127,7 +131,9 @@ def base_prompts(evaluation: Evaluation, count: int) -> Prompts:
 
 def forgetting(evaluations: Sequence[Evaluation], populations: Sequence[Population | None],
                prompts: Sequence[Prompts]) -> list[list[float]]:
-    """Exact match of every client's model on `base_prompts`, by federation; `population` None: of the base, once."""
+    """Returns the exact-match score of every client's model on `base_prompts`, by federation.
+
+    With a `population` of None, a federation's only score is that of the base model."""
     examinees, counts = [], []
     for one, population, own in zip(evaluations, populations, prompts, strict=True):
         states = [ClientState({})] if population is None else list(population)
@@ -139,7 +145,7 @@ def forgetting(evaluations: Sequence[Evaluation], populations: Sequence[Populati
 
 def evaluation_matrix(evaluation: Evaluation, population: Population, split: str = "test",
                       count: int | None = None) -> dict[str, Any]:
-    """`score_matrix`, its means by task, and, with the embedded base, what of the base's captioning is left."""
+    """Returns `score_matrix`, its means by task and, with the embedded base, the scores on `base_prompts`."""
     matrix, clients = score_matrix(evaluation, population, split, count), evaluation.clients
     columns = {t: [i for i, c in enumerate(clients) if c.task == t] for t in evaluation.fed.tasks}
     names, captions = [c.name for c in clients], None

@@ -22,8 +22,9 @@ _CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED.split()}
 def normalize(answer: str) -> str:
     """Returns an answer as the VQA challenge compares it (the evaluation rules of visualqa.org).
 
-    Lower case, without articles; number words as digits; apostrophes restored in contractions. Of the punctuation,
-    decimal points, apostrophes and colons stay; other full stops and commas between digits go; the rest becomes blanks.
+    The result is in lower case, without articles, with digits for number words and apostrophes in contractions. Decimal
+    points, apostrophes and colons stay. Other full stops, and commas between digits, are removed. All other punctuation
+    becomes a blank.
     """
     text = answer.lower().replace("\n", " ").replace("\t", " ").strip()
     text = re.sub(r"(?<=\d),(?=\d)", "", text)

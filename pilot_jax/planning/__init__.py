@@ -1,1 +1,1 @@
-"""What a run will need, computed from shapes alone: memory, FLOPs, bytes, lowered programs, the ownership table."""
+"""Computes a run's memory, FLOPs, bytes, lowered programs and ownership table from shapes, without any arrays."""

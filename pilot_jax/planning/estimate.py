@@ -1,4 +1,4 @@
-"""What a run will need, from shapes alone: memory by kind, FLOPs, bytes. No weights are read, nothing is allocated."""
+"""Estimates a run's memory, FLOPs and bytes from shapes. No weights are read and no arrays are allocated."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from pilot_jax.runs.prepare import Outline, load_samples, outline
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """The sizes that data decide."""
+    """Sizes that depend on the data."""
 
     sizes: tuple[int, ...]  # training samples of each client
     num_tasks: int  # T
     length: int  # L, tokens of the longest training sample, padded
     answers: int  # A, supervised tokens of the longest answer, padded
-    assumed: str = ""  # what was not read from data
+    assumed: str = ""  # says which sizes are assumptions, because data or tokenizer are missing; "" if none
 
 
 def read_workload(config: Config, run: Outline, *, samples: int = 1000, tasks: int = 3,
                   text_tokens: int = 128) -> Workload:
-    """The workload of the config's data where they and the tokenizer are there, else one from these assumptions.
+    """Returns the workload of the config's data. Where data or tokenizer are missing, the arguments are assumed.
 
     Args:
         run: the outline of the same config.
         samples: training samples per client.
-        tasks: how many there are, with three clients each where the config does not say how many.
-        text_tokens: tokens of the longest sample, beside its image.
+        tasks: number of tasks, with three clients each unless `federation.clients` is set.
+        text_tokens: text tokens of the longest sample, without its image tokens.
     """
     data, image_tokens = run.data, run.spec.num_image_tokens
     tokenized = any((run.text_directory / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json"))
@@ -72,7 +72,7 @@ def read_workload(config: Config, run: Outline, *, samples: int = 1000, tasks: i
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Everything that a phase reads, as shapes."""
+    """The shapes of all that a phase reads: base model, adapters and batch."""
 
     run: Outline
     work: Workload
@@ -83,7 +83,7 @@ class Shapes:
 
 
 def phase_shapes(run: Outline, work: Workload) -> Shapes:
-    """The shapes of a run whose data are of the sizes `work`."""
+    """Returns the shapes of a phase of a run whose data have the sizes `work`."""
     dtype = jnp.dtype(default_dtype() if run.model.dtype == "auto" else run.model.dtype)
     lora = run.model.lora
     module = Vlm(run.spec, lora.alpha / lora.rank, dtype, run.model.remat, run.system.unroll)
@@ -94,14 +94,16 @@ def phase_shapes(run: Outline, work: Workload) -> Shapes:
 
 
 def adapter_shapes(run: Outline, projector: Tree, num_tasks: int) -> dict[str, Tree]:
-    """One client's adapters, as shapes."""
+    """Returns the shapes of one client's adapters; `projector` has those of the base model's projector."""
     return jax.eval_shape(
         lambda key, tree: run.strategy.initial_adapters(key, tree, run.spec, run.model.lora.rank, num_tasks),
         jax.eval_shape(lambda: jax.random.key(0)), projector)
 
 
 def data_shapes(spec: VlmSpec, dtype: DTypeLike, work: Workload, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A client's training arrays, or a batch of them, `rows` long; see `data.arrays.ClientData`."""
+    """Returns the shapes of `rows` of a client's samples: all of its training arrays, or a batch of them.
+
+    `data.arrays.ClientData` says what the arrays are."""
     shape, length, answers = jax.ShapeDtypeStruct, (rows, work.length), (rows, work.answers)
     return {"input_ids": shape(length, jnp.int32), "attention_mask": shape(length, jnp.int32),
             "target_positions": shape(answers, jnp.int32), "target_ids": shape(answers, jnp.int32),
@@ -114,7 +116,7 @@ def _bytes(tree: Tree) -> int:
 
 
 def stage_loss_of(shapes: Shapes, stage: str) -> tuple[Callable[..., Any], dict[str, Tree], dict[str, Tree]]:
-    """(loss of a batch as a function of (trained, frozen, base, batch), trained, frozen)."""
+    """Returns (loss, trained, frozen): the loss as a function of (trained, frozen, base, batch), and both shape trees."""
     spec = phase_spec(shapes.module, shapes.run.strategy.roles(), stage, shapes.run.train)
     trained, frozen = spec.split(shapes.adapters)
 
@@ -125,14 +127,15 @@ def stage_loss_of(shapes: Shapes, stage: str) -> tuple[Callable[..., Any], dict[
 
 
 def step_flops(shapes: Shapes, stage: str) -> int:
-    """FLOPs of the matrix products of one client's step."""
+    """Returns the FLOPs of the matrix products of one client's step."""
     loss, trained, frozen = stage_loss_of(shapes, stage)
     return matmul_flops(jax.value_and_grad(loss), trained, frozen, shapes.base, shapes.batch)
 
 
 def _activations(shapes: Shapes, stage: str) -> int:
-    """Bytes that one client's forward pass stores; with rematerialisation also one layer's, which is recomputed in the
-    backward pass."""
+    """Returns the bytes that one client's forward pass stores for the backward pass.
+
+    With rematerialisation, one layer's activations are added, since the backward pass recomputes them."""
     def stored(module: Vlm) -> int:
         loss, trained, frozen = stage_loss_of(dataclasses.replace(shapes, module=module), stage)
         return saved_bytes(loss, trained, frozen, shapes.base, shapes.batch)
@@ -144,7 +147,7 @@ def _activations(shapes: Shapes, stage: str) -> int:
 
 
 def _width(shapes: Shapes) -> int:
-    """How many clients are side by side on one device."""
+    """Returns how many clients train at the same time on one device."""
     mesh = shapes.run.system.mesh
     sizes = mesh.model_dump()
     abstract = jax.sharding.AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
@@ -152,9 +155,9 @@ def _width(shapes: Shapes) -> int:
 
 
 def memory(shapes: Shapes) -> dict[str, dict[str, int]]:
-    """Bytes per device by kind, for each stage and for generation.
+    """Returns the bytes per device by kind of array, for each stage and for generation.
 
-    Activations are not divided among fsdp and tensor devices: an upper bound there.
+    Activations are not divided among fsdp and tensor devices, so that they are an upper bound on such a mesh.
     """
     run, work, width, dtype = shapes.run, shapes.work, _width(shapes), shapes.module.dtype
     mesh, roles, at_once = run.system.mesh, run.strategy.roles(), run.system.steps_at_once
@@ -163,7 +166,7 @@ def memory(shapes: Shapes) -> dict[str, dict[str, int]]:
                for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.base))
     received = num_bytes(roles.select(shapes.adapters, "received"))
     adapters = width * (num_bytes(shapes.adapters) - received) + received
-    # A client's samples, or those of the steps that are on the devices at once.
+    # All of a client's samples, or those of `system.steps_at_once` steps.
     rows = max(work.sizes) if at_once is None else at_once * run.train.batch_size
     out = {}
     for stage in dict.fromkeys(run.strategy.first_stages):
@@ -179,7 +182,7 @@ def memory(shapes: Shapes) -> dict[str, dict[str, int]]:
 
 
 def _feature_flops(shapes: Shapes) -> int:
-    """FLOPs of one image through the vision tower."""
+    """Returns the FLOPs of the vision tower for one image."""
     side = shapes.run.spec.vision.image_size
     return matmul_flops(
         lambda base, x: shapes.module.apply({"params": {"vision_tower": base["vision_tower"]}}, x, method="features"),
@@ -187,10 +190,10 @@ def _feature_flops(shapes: Shapes) -> int:
 
 
 def make_plan(config: Config, **assumptions: int) -> dict[str, Any]:
-    """The whole plan as plain numbers; `assumptions` as in `read_workload`.
+    """Returns the plan that `pilot-jax plan --json` prints; `assumptions` are arguments of `read_workload`.
 
     Raises:
-        InputError: no config.json at model.path, or data that cannot be read.
+        InputError: there is no config.json at model.path, or the data cannot be read.
     """
     run = outline(config)
     work = read_workload(config, run, **assumptions)

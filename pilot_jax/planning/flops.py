@@ -1,4 +1,4 @@
-"""What a function costs, read off its jaxpr: nothing is allocated, compiled or run."""
+"""Counts a function's FLOPs and stored bytes from its jaxpr; nothing is allocated, compiled or run."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ def _flops(jaxpr: Any) -> int:
 
 
 def matmul_flops(function: Callable, *arguments: Any) -> int:
-    """Floating-point operations of the matrix products of `function(*arguments)`, a multiply and an add being two.
+    """Returns the FLOPs of the matrix products of `function(*arguments)`; a multiplication and an addition are two.
 
-    Arguments may be `jax.ShapeDtypeStruct`s. A scan counts as often as it runs; of a cond, the dearest branch. What
-    is no matrix product (norms, softmaxes, activations) is left out, as is usual for model FLOPs.
+    Arguments may be `jax.ShapeDtypeStruct`s. The body of a scan counts once per iteration, and a cond counts as its
+    most expensive branch. All else (norms, softmaxes, activations) is left out, as is usual for model FLOPs.
     """
     return _flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def saved_bytes(function: Callable, differentiated: Any, *rest: Any) -> int:
-    """Bytes that the forward pass of `function(differentiated, *rest)` keeps for its gradient.
+    """Returns the bytes that the forward pass of `function(differentiated, *rest)` stores for the backward pass.
 
-    What is kept but is itself an argument (weights) takes no new memory and is not counted.
+    Arrays that are arguments themselves (such as weights) take no new memory and are not counted.
     """
-    def keep(differentiated, *rest):
+    def residuals(differentiated, *rest):
         return jax.vjp(lambda d: function(d, *rest), differentiated)[1]
 
-    jaxpr = jax.make_jaxpr(keep)(differentiated, *rest).jaxpr
-    kept = {v for v in jaxpr.outvars if not isinstance(v, Literal)} - set(jaxpr.invars)
-    return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in kept)
+    jaxpr = jax.make_jaxpr(residuals)(differentiated, *rest).jaxpr
+    stored = {v for v in jaxpr.outvars if not isinstance(v, Literal)} - set(jaxpr.invars)
+    return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in stored)

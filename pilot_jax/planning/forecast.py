@@ -1,4 +1,4 @@
-"""What a run will need on this machine: floating-point operations, the least time that they take, and memory."""
+"""Forecasts a run on this machine: its floating-point operations, the least time that they take, and its memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pilot_jax.runs.prepare import Outline
 
 
 def product_speed(devices: Sequence[jax.Device], dtype: DTypeLike) -> float:
-    """Floating-point operations a second of square matrix products, on all `devices` at once."""
+    """Measures the speed of square matrix products on all `devices` together, in FLOPs per second."""
     side = 1024 if devices[0].platform == "cpu" else 8192
     product = jax.jit(lambda x: x @ x)
     factors = [jax.device_put(jnp.ones((side, side), dtype), device) for device in devices]
-    jax.block_until_ready([product(x) for x in factors])  # compiled
+    jax.block_until_ready([product(x) for x in factors])  # compiles, which is not timed
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
@@ -30,9 +30,10 @@ def product_speed(devices: Sequence[jax.Device], dtype: DTypeLike) -> float:
 
 
 def forecast(fed: Federation, run: Outline) -> dict[str, float]:
-    """`flops` of all training; `seconds`: these at the speed of matrix products here; `bytes` on each device.
+    """Returns `flops` of all training, the `seconds` that they take as matrix products, and `bytes` on each device.
 
-    Training takes longer than `seconds`, by what is no matrix product; compiling and answers come on top.
+    Training takes longer than `seconds`, since it is not all matrix products. Compilation and evaluation are not
+    counted.
     """
     trained = [c.train for c in fed.clients]
     length, answers = (max(t[name].shape[1] for t in trained) for name in ("input_ids", "target_ids"))
@@ -45,9 +46,9 @@ def forecast(fed: Federation, run: Outline) -> dict[str, float]:
 
 
 def forecast_line(expected: Mapping[str, float]) -> str:
-    """A forecast in one line of text."""
+    """Returns a forecast as one line of text."""
     seconds = expected["seconds"]
     least = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else \
         f"{seconds / 3600:.1f} h"
-    return (f"{expected['flops'] / 1e12:,.1f} TFLOP to train: no less than {least} here, and compiling; "
-            f"{expected['bytes'] / 1e9:.2f} GB on each device")
+    return (f"training needs {expected['flops'] / 1e12:,.1f} TFLOP, which take at least {least} on this machine "
+            f"(compilation not included), and {expected['bytes'] / 1e9:.2f} GB on each device")

@@ -1,4 +1,4 @@
-"""Every program of a run, lowered from shapes for a mesh and a platform that need not exist here: TPU from a laptop."""
+"""Lowers every program of a run from shapes, for a mesh and a platform (such as TPU) that this machine may lack."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ CUDNN_CALLS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function and the shapes it is called with."""
+    """A jitted function and the shapes of the arguments that a run calls it with."""
 
-    function: Any  # jitted
+    function: Any
     arguments: tuple[Any, ...]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -40,7 +40,7 @@ class Program:
         return self.function.lower(*self.arguments, **self.options)
 
     def export(self, platform: str) -> jax.export.Exported:
-        """The portable program (StableHLO) for "tpu", "cuda" or "cpu"; portable but for cuDNN's attention."""
+        """Returns the program as StableHLO for "tpu", "cuda" or "cpu"; portable unless it uses cuDNN attention."""
         allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in CUDNN_CALLS]
         return jax.export.export(self.function, platforms=(platform,), disabled_checks=allowed)(
             *self.arguments, **self.options)
@@ -55,7 +55,7 @@ def _stacked(tree: Tree, count: int) -> Tree:
 
 
 def _local(shapes: Shapes, mesh: Mesh, width: int, stage: str) -> Program:
-    """A phase's local update of `width` clients."""
+    """Returns the program that trains `width` clients for one phase."""
     run, work, roles = shapes.run, shapes.work, shapes.run.strategy.roles()
     received, train, settings = roles.names(scope="received"), run.train, run.settings
     steps = max(num_steps(n, train.batch_size, settings.local_epochs, settings.local_steps) for n in work.sizes)
@@ -75,7 +75,7 @@ def _local(shapes: Shapes, mesh: Mesh, width: int, stage: str) -> Program:
 
 
 def _generation(shapes: Shapes, mesh: Mesh, width: int) -> Program:
-    """The answers of `width` clients' models to a batch of prompts each."""
+    """Returns the program with which the models of `width` clients answer a batch of prompts each."""
     run, roles, stage = shapes.run, shapes.run.strategy.roles(), shapes.run.strategy.first_stages[-1]
     rows, settings = run.eval.batch_size, run.eval
     used = roles.names(stage=stage, mode="trained") + roles.names(stage=stage, mode="frozen")
@@ -91,7 +91,9 @@ def _generation(shapes: Shapes, mesh: Mesh, width: int) -> Program:
 
 
 def _server(shapes: Shapes, mesh: Mesh, cohort: int) -> dict[str, Program]:
-    """Mixed adapters of a cohort, its uploads spread over the mesh; and, for ATA, distances and weights."""
+    """Returns the server's programs for a cohort whose uploads are spread over the mesh.
+
+    They are the mixing and, for ATA, the distances and the weights."""
     strategy = shapes.run.strategy
     uploads = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(
@@ -118,10 +120,10 @@ def _server(shapes: Shapes, mesh: Mesh, cohort: int) -> dict[str, Program]:
 
 
 def programs(config: Config, **assumptions: int) -> dict[str, Program]:
-    """What a run of `config` compiles, by name: each stage's local update, the server's programs, generation.
+    """Returns the programs that a run of `config` compiles, by name: local updates by stage, the server's, generation.
 
     Args:
-        assumptions: as in `estimate.read_workload`.
+        assumptions: arguments of `estimate.read_workload`.
 
     Raises:
         InputError: the mesh needs more devices than there are, or the config chooses cuDNN where it cannot run.

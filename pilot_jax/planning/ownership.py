@@ -1,4 +1,4 @@
-"""The ownership table of a config with sizes, from shapes alone: nothing is allocated, no weights are read."""
+"""Builds a config's ownership table, with sizes, from shapes. No arrays are allocated and no weights are read."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pilot_jax.models.checkpoints.tensor_names import base_shapes
 from pilot_jax.planning.estimate import adapter_shapes
 from pilot_jax.runs.prepare import count_tasks, outline
 
-# The paper's names of the frozen parts, and this package's.
+# The frozen parts of the base model by their names in the ownership table, with their names in the base's tree.
 BASE_SUBTREES = {"vision_tower": "vision_tower", "language_model": "decoder"}
 
 
 def ownership_table(config: Config) -> list[dict[str, Any]]:
-    """One dict per subtree: subtree, a column per stage, scope, aggregated by, parameters, bytes."""
+    """Returns one dict per subtree, with its name, its mode in each stage, scope, aggregation, parameters and bytes."""
     run = outline(config)
     base = base_shapes(run.spec)
     adapters = adapter_shapes(run, base["projector"], count_tasks(config))

@@ -1,4 +1,4 @@
-"""One run: from a config to its federation, its rounds, its folder, and back from the folder to its models.
+"""Runs: from a config over its federation and its rounds to a run directory, and from a run directory back to models.
 
-The only place that reads a whole config (`prepare`). Imports evaluation and what lies below it.
+Only `prepare.py` reads a whole config. This folder imports `evaluation` and the layers below it.
 """

@@ -1,4 +1,4 @@
-"""Run state on disk, with orbax: `checkpoints/server` (shared scope only) and `checkpoints/clients/<id>` (the rest)."""
+"""Writes and reads adapters with orbax: shared ones in `checkpoints/server`, others in `checkpoints/clients/<id>`."""
 
 from __future__ import annotations
 
@@ -23,33 +23,34 @@ from pilot_jax.storage import atomic_write
 
 
 def over_processes(tree: Any) -> bool:
-    """Whether an array lies, in part, on another process's devices."""
+    """Returns whether a part of some array of the tree lies on another process's devices."""
     return any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(tree))
 
 
 def write_arrays(path: Path, tree: dict[str, Any]) -> None:
-    """A dict of arrays as an orbax checkpoint. What lies over several processes' devices is written by all of them,
-    each its part; then every process calls this.
+    """Writes a dict of arrays as an orbax checkpoint, in place of one that is already there.
+
+    If arrays are spread over the devices of several processes, every process must call this, and each writes its part.
 
     Raises:
-        OSError: it could not be written.
+        OSError: the checkpoint could not be written.
     """
     import orbax.checkpoint as ocp
 
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # errors come as exceptions too
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax also raises the errors that it logs
     if over_processes(tree):
         _save(path, tree, ocp.options.MultiprocessingOptions())
         return
     needed, free = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree)), shutil.disk_usage(path.parent).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free", str(path))
-    # Orbax renames a finished temporary folder into place; the old checkpoint goes only when that has happened.
+    # The old checkpoint is removed only after orbax has renamed the finished temporary folder to its final name.
     aside = path.with_name(path.name + ".old")
     if aside.exists():
         shutil.rmtree(aside)
     if path.exists():
         path.rename(aside)
-    # Of several processes only this one writes: the others are not waited for.
+    # With several processes, only this one writes, so orbax must not wait for the others.
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="writer",
     ) if jax.process_count() > 1 else ocp.options.MultiprocessingOptions()
@@ -59,22 +60,22 @@ def write_arrays(path: Path, tree: dict[str, Any]) -> None:
 
 
 def _save(path: Path, tree: dict[str, Any], processes: Any) -> None:
-    """To a path where nothing is; `processes`: orbax's options of who takes part."""
+    """Writes a checkpoint to a path that does not exist; `processes` are orbax's options for several processes."""
     import orbax.checkpoint as ocp
 
     try:
         with ocp.StandardCheckpointer(multiprocessing_options=processes) as checkpointer:
             checkpointer.save(path.absolute(), tree | {"%": np.zeros(1)})  # orbax refuses an empty tree
             checkpointer.wait_until_finished()
-    except (ValueError, RuntimeError) as error:  # what tensorstore makes of a full disk
+    except (ValueError, RuntimeError) as error:  # tensorstore raises these when the disk is full
         raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
 
 
 def read_arrays(path: Path) -> dict[str, Any]:
-    """What `write_arrays` wrote, as NumPy arrays, whichever devices of how many processes it lay on.
+    """Returns the arrays that `write_arrays` wrote, as NumPy arrays, whichever devices and processes had them.
 
     Raises:
-        InputError: there is no such checkpoint.
+        InputError: the checkpoint does not exist or cannot be read.
     """
     import orbax.checkpoint as ocp
 
@@ -88,18 +89,18 @@ def read_arrays(path: Path) -> dict[str, Any]:
             tree = checkpointer.restore(path.absolute(), restore_args=plain)
         except Exception as error:  # orbax and tensorstore raise many kinds
             why = " ".join(str(error).split())[:300]
-            raise InputError(f"{path}: damaged, or no checkpoint of a run ({why}).") from None
-    tree.pop("%", None)  # no client's `file_name`
+            raise InputError(f"{path}: damaged, or not a checkpoint of a run ({why}).") from None
+    tree.pop("%", None)  # the placeholder of `_save`; no `file_name` of a client is "%"
     return tree
 
 
 def file_name(client: str) -> str:
-    """A client's id as a folder name: no separators, no way out of the folder."""
+    """Returns a client's id as a folder name without separators or dots, so that it cannot point out of the folder."""
     return quote(client, safe="").replace(".", "%2E")
 
 
 def save_population(folder: Path, names: Iterable[str], population: Iterable[AnyState], roles: Roles) -> None:
-    """Write the adapters of every client that has trained: the shared scope to `server`, the rest to `clients/<id>`."""
+    """Writes the adapters of all clients that have trained: shared ones to `server`, the others to `clients/<id>`."""
     names, population = list(names), list(population)
     folder.mkdir(parents=True, exist_ok=True)
     trained = [(n, c) for n, c in zip(names, population, strict=True) if c.stage != "none"]
@@ -113,7 +114,14 @@ def save_population(folder: Path, names: Iterable[str], population: Iterable[Any
 
 
 def load_population(folder: Path, names: Iterable[str], initial: dict[str, Any]) -> Population:
-    """What `save_population` wrote, for `names` in order; clients that have not trained have the `initial` adapters."""
+    """Returns the states of the clients `names`, in this order, that `save_population` wrote.
+
+    Args:
+        initial: the adapters that clients without any training get.
+
+    Raises:
+        InputError: the folder has no checkpoints, they are damaged, or they were written for another config.
+    """
     index_file = folder / "population.json"
     if not index_file.is_file():
         raise InputError(f"{index_file} does not exist. Give the directory of a finished run.")
@@ -134,13 +142,13 @@ def load_population(folder: Path, names: Iterable[str], initial: dict[str, Any])
         adapters = {**server.get(file_name(name), {}), **rest}
         fault = misfit(adapters, initial) or not_finite(adapters)
         if fault:
-            raise InputError(f"{folder}: what is there of client {name!r} {fault}. Was it written by another config?")
+            raise InputError(f"{folder}: the checkpoint of client {name!r} {fault}. Was it written by another config?")
         out.append(ClientState(adapters, index[name]["stage"], index[name]["rounds"]))
     return tuple(out)
 
 
 def adapters_sha256(names: Iterable[str], population: Iterable[AnyState]) -> str:
-    """One hash over every client's final adapters, in a fixed order: equal hashes mean equal runs."""
+    """Returns one SHA-256 over the adapters of all clients, in a fixed order. Equal hashes mean equal adapters."""
     digest = hashlib.sha256()
     for name, client in sorted(zip(names, population, strict=True), key=lambda pair: pair[0]):
         digest.update(name.encode())

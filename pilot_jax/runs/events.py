@@ -1,4 +1,4 @@
-"""What a run writes while it goes on: `metrics.jsonl`, `mixing/*.npz`; and the clock of compilation."""
+"""Observers that write `metrics.jsonl` and `mixing/*.npz` during a run, and a clock for XLA compilation."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pilot_jax.storage import atomic_write
 
 
 class MetricsFile(RunObserver):
-    """Keeps the run's records, and appends each to a file as a line of JSON that is complete before the next begins.
+    """Collects the run's records in memory and appends each of them to a file, as a line of JSON.
 
     Args:
-        path: None keeps them in memory alone.
-        keep: bytes of an earlier attempt's file that count; what comes after them is cut off.
+        path: the file; None writes no file.
+        keep: how many bytes of an earlier attempt's file are valid. The rest of the file is cut off.
 
     Raises:
-        InputError: the file is shorter than that.
+        InputError: the file has fewer than `keep` bytes.
     """
 
     def __init__(self, path: Path | None, keep: int = 0) -> None:
@@ -35,8 +35,8 @@ class MetricsFile(RunObserver):
             return
         self._file = path.open("ab")
         if self._file.tell() < keep:
-            raise InputError(f"{path}: {keep} bytes were written to it, {self._file.tell()} are there. Start the run "
-                             "anew, with another --out.")
+            raise InputError(f"{path}: the file has {self._file.tell()} bytes, but the run had written {keep}. Start a "
+                             "new run, with another --out.")
         self._file.truncate(keep)
         self.records = [json.loads(line) for line in path.read_bytes().splitlines()]
 
@@ -57,7 +57,7 @@ class MetricsFile(RunObserver):
             self._file.flush()
 
     def synced(self) -> int:
-        """Bytes of the file, when they are on disk for good."""
+        """Flushes the file to disk (fsync) and returns its size in bytes; 0 without a file."""
         if self._file is None:
             return 0
         os.fsync(self._file.fileno())
@@ -69,7 +69,7 @@ class MetricsFile(RunObserver):
 
 
 class MixingFiles(RunObserver):
-    """Writes each phase's mixing as `round_0001_stage1.npz` into a folder."""
+    """Writes each phase's mixing matrix and distances into a folder, as files like `round_0001_stage1.npz`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -89,7 +89,7 @@ class MixingFiles(RunObserver):
 
 
 class CompileClock:
-    """Seconds spent in XLA compilation, and how many programs it made, since its creation."""
+    """Counts the seconds of XLA compilation and the compiled programs since the clock was created."""
 
     def __init__(self) -> None:
         self.seconds, self.programs = 0.0, 0

@@ -1,4 +1,4 @@
-"""A client's adapters out of a run, with a model card that says where they come from."""
+"""Exports one client's adapters from a run, with a model card that says how they were trained."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def _model_card(run: Run, client: str, base: str, stage: str) -> str:
 
 
 def export_client(run: Run, client: str, out: Path) -> None:
-    """Write a client's adapters into the new folder `out`.
+    """Writes a client's adapters into the new folder `out`.
 
     Raises:
-        InputError: no such client, one that never took part, or a folder that exists.
+        InputError: the run has no such client, the client took part in no round, or the folder exists already.
     """
     index, state, fed, model = run.client(client), run.state(client), run.federation, run.setup.model
     if out.exists():

@@ -1,4 +1,4 @@
-"""The run directory while a run writes to it: whether it may, that nobody else does, and what it goes on from."""
+"""Opens a run directory: refuses a folder of something else or in use, locks it, and finds an earlier run in it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,25 @@ from pilot_jax.errors import InputError
 from pilot_jax.storage import atomic_write
 
 LOCK = ".lock"
-# What a run may be given otherwise when it goes on: where and how it is computed, not what.
+# Keys that may differ when a run is resumed: they say where and how results are computed, not what is computed.
 ROUNDED = ("system.mesh.", "system.client_chunk", "system.client_devices", "system.steps_at_once",
-           "system.length_spread", "system.unroll", "system.attention")  # sums are taken in another order
+           "system.length_spread", "system.unroll", "system.attention")  # these change the order of sums
 FREE = (*ROUNDED, "system.store", "system.tensorboard", "system.compilation_cache", "system.save_every",
         "system.keep_saved")
 
 
 class RunFolder:
-    """`writes`: whether this process leaves the files. Made before anything is loaded, it only looks; `begin` writes.
+    """A run directory that is new, or that has a run to go on with.
+
+    The constructor is called before data and model are loaded. It checks the folder and changes nothing in it, except
+    that it locks the folder of an earlier run. `begin` writes.
+
+    Args:
+        resume: whether the folder may have a run, of the same config, to go on with.
+        writes: whether this process writes the files.
 
     Raises:
-        InputError: the folder is in use, is something else, or another run's.
+        InputError: the folder is in use, is not a run directory, or is that of another run.
     """
 
     def __init__(self, path: str | Path, config: Config, resume: bool, writes: bool = True) -> None:
@@ -36,14 +43,14 @@ class RunFolder:
         if there and not self.path.is_dir():
             raise InputError(f"--out: {self.path} is a file. Give a folder; nothing was written.")
         if inside - {LOCK} and not resume:
-            raise InputError(f"--out: {self.path} exists and is not empty. Choose another, or add --resume to go on "
-                             "with the run that is there; nothing was written.")
+            raise InputError(f"--out: {self.path} exists and is not empty. Choose another folder, or add --resume to "
+                             "go on with the run in it; nothing was written.")
         self.resumes = bool(inside - {LOCK, "config.yaml.partial"})
         self.finished = self.resumes and (self.path / "summary.json").is_file()
         if self.resumes:
             if not (self.path / "config.yaml").is_file():
-                raise InputError(f"--out: {self.path} is not a run directory (no config.yaml). Choose another; nothing "
-                                 "was written.")
+                raise InputError(f"--out: {self.path} is not a run directory (no config.yaml). Choose another folder; "
+                                 "nothing was written.")
             self._compare(load_config(self.path / "config.yaml"))
             self._acquire()
 
@@ -52,10 +59,11 @@ class RunFolder:
         for line in differences(earlier, self._config):
             (free if line.startswith(FREE) else bound).append(line)
         if bound:
-            raise InputError(f"{self.path}: a run goes on with the config that it began with. Different are (there → "
-                             "now):\n  " + "\n  ".join(bound) + "\nUndo that, or start another run with another --out.")
+            raise InputError(f"{self.path}: a run can only be resumed with the config that it began with. These keys "
+                             "differ (old → new):\n  " + "\n  ".join(bound) + "\nUndo these changes, or start another "
+                             "run with another --out.")
         if free := [line for line in free if line.startswith(ROUNDED)]:
-            self.notes.append(f"note: {'; '.join(free)}: results agree to rounding with those of an undisturbed run, "
+            self.notes.append(f"note: {'; '.join(free)}: results agree to rounding with those of an uninterrupted run, "
                               "not bit for bit.")
 
     def _acquire(self) -> None:
@@ -71,20 +79,21 @@ class RunFolder:
                              "folder.") from None
 
     def begin(self) -> None:
-        """Everything is checked: make the folder, if it is not there yet."""
+        """Creates the folder if it does not exist, and writes the config; called once data and model are checked."""
         if not self._writes:
             return
         if not self._lock.is_locked:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise InputError(f"--out: {self.path} cannot be made ({error.strerror}). Choose another "
-                                 "folder.") from None
+                raise InputError(f"--out: {self.path} cannot be made ({error.strerror}). Choose another folder."
+                                 ) from None
             self._acquire()
         atomic_write(self.path / "config.yaml", self._config.to_yaml())
         (self.path / "mixing").mkdir(exist_ok=True)
 
     def end(self, summary: dict[str, Any]) -> None:
+        """Writes `summary.json`, which marks the run as finished."""
         if self._writes:
             atomic_write(self.path / "summary.json", json.dumps(summary, indent=1))
 

@@ -1,4 +1,4 @@
-"""Trees of arrays as JSON beside flat arrays, for what a snapshot holds of the server's state."""
+"""Turns trees of arrays into JSON and flat arrays, and back: the form in which a snapshot has the server's state."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pilot_jax.errors import InputError
 
 
 def packed(tree: Any, arrays: dict[str, list[np.ndarray]]) -> Any:
-    """What JSON can hold of a tree of dicts, tuples, lists, numbers, strings and arrays; the arrays' entries go to
-    `arrays`, by dtype. See `unpacked`."""
+    """Returns a tree of dicts, tuples, lists, numbers, strings and arrays as a JSON value, the inverse of `unpacked`.
+
+    The entries of each array are appended to `arrays`, by dtype. The JSON value has the array's shape and position."""
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree
     if isinstance(tree, Mapping):
@@ -29,7 +30,7 @@ def packed(tree: Any, arrays: dict[str, list[np.ndarray]]) -> Any:
 
 
 def unpacked(node: Any, arrays: Mapping[str, np.ndarray], like: Any = None) -> Any:
-    """The inverse of `packed`. `like`: a tree that has the named tuples (optax states) at the same places."""
+    """Returns the tree that `packed` was given; `like` is a tree with the same named tuples (optax states) in it."""
     if not isinstance(node, dict):
         return node
     if "dict" in node:

@@ -1,6 +1,6 @@
-"""From a config to what a run starts with: data, model, and every client's first state.
+"""Prepares a run from its config: data, model, federation, and the first state of every client.
 
-The only file that reads a whole config: everything else gets the sections, or the values, that it needs.
+This is the only file that reads a whole config. All others are given the sections, or the values, that they need.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ from pilot_jax.storage import Store
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run starts with."""
+    """All parts of a run before its first round."""
 
-    config: Config  # passed on, and read here alone
+    config: Config  # others pass it on; only this file reads it
     federation: Federation
     evaluation: Evaluation
     executor: Executor
@@ -67,19 +67,19 @@ class Setup:
 
 
 def with_own_strategy(config: Config, strategy: Strategy) -> tuple[Config, Strategy]:
-    """The config that names a strategy object, as `config.yaml` will, and the object on the config's schedule."""
+    """Returns the config with the object's class as its strategy, and the object with the config's schedule."""
     use(strategy)
     strategy = dataclasses.replace(strategy, schedule=config.federation.schedule)
     return config.model_copy(update={"strategy": strategy.params}), strategy
 
 
 def strategy_name(config: Config) -> str:
-    """The name of the strategy that a config chooses."""
+    """Returns the name of the config's strategy."""
     return config.strategy.name
 
 
 def configure(config: Config) -> None:
-    """What a run asks of JAX, before JAX has started; refuses what is not installed.
+    """Sets the JAX options of a config, which must happen before JAX starts, and checks that libraries are installed.
 
     Raises:
         InputError: see `parallel.devices.ask_for_determinism` and `runs.tensorboard.check_installed`.
@@ -91,13 +91,14 @@ def configure(config: Config) -> None:
 
 
 def split_cpu_for(config: Config, processes: int = 1) -> None:
-    """Has JAX see the CPU as the devices that a config asks for, before JAX has started."""
+    """Makes JAX divide the CPU into as many devices as a config needs; must be called before JAX starts."""
     split_cpu(config.system, processes)
 
 
 def prepare_restored(config: Config) -> Setup:
-    """`prepare` of a run that is to answer: without what only training needs, and on one device where its mesh is not
-    there."""
+    """Prepares a run whose models shall answer prompts, not train.
+
+    Attention is the package's own, and one device is used if this machine has fewer devices than the run's mesh."""
     overrides = ["system.attention=own"]
     if config.system.mesh.devices > jax.device_count():
         overrides += [f"system.mesh.{axis}=1" for axis in AXES]
@@ -105,7 +106,7 @@ def prepare_restored(config: Config) -> Setup:
 
 
 def load_samples(config: Config) -> list[Sample]:
-    """The samples of `data.path`, each with its client."""
+    """Returns the samples of `data.path`, each assigned to a client."""
     data = config.data
     if data.path == "digits":
         d = data.digits
@@ -117,11 +118,11 @@ def load_samples(config: Config) -> list[Sample]:
 
 
 def _check_names(config: Config, names: list[str], tasks: list[str]) -> None:
-    """Refuses, before anything is trained, what does not fit the data's clients and tasks."""
+    """Checks the config's clients, tasks and metrics against those of the data, before anything is trained."""
     wanted, metrics = config.federation.clients, config.eval.metrics
     if config.data.partition == "given" and wanted is not None and wanted != len(names):
         raise InputError(f"federation.clients: {wanted}, but data.path {config.data.path} has {len(names)} clients. "
-                         "Drop the key or set data.partition.")
+                         "Remove the key or set data.partition.")
     check_metrics([metrics.get(task, "exact") for task in tasks])
     unknown = sorted(set(metrics) - set(tasks) - {"grounding"})
     if unknown:
@@ -131,9 +132,9 @@ def _check_names(config: Config, names: list[str], tasks: list[str]) -> None:
 
 
 def load_model(config: Config) -> PretrainedModel:
-    """The base on the devices that train."""
+    """Returns the base model, on the devices that train."""
     system, lora = config.system, config.model.lora
-    if system.attention == "cudnn":  # before gigabytes are loaded
+    if system.attention == "cudnn":  # checked before gigabytes of weights are loaded
         text = read_shapes(config.model)[0].text
         check_cudnn(text.head_dim, text.layers_see_alike, config.model.dtype)
     options: dict[str, Any] = {
@@ -149,10 +150,10 @@ def prepare(config: Config, strategy: Strategy | None = None) -> Setup:
     """Loads model and data, and checks them against the config. Nothing is written.
 
     Args:
-        strategy: an object instead of the one that the config names.
+        strategy: a strategy object, used instead of the config's strategy.
 
     Raises:
-        InputError: bad config, data or checkpoint.
+        InputError: config, data or checkpoint are wrong; the message says what.
     """
     if strategy is None:
         strategy = make_strategy(config.strategy, schedule=config.federation.schedule)
@@ -163,7 +164,7 @@ def prepare(config: Config, strategy: Strategy | None = None) -> Setup:
     _check_names(config, names, tasks)
     model, system = load_model(config), config.system
     tokenizer = model.tokenizer()
-    stop_tokens(tokenizer, config.data.template)  # refuses a template the tokenizer cannot end
+    stop_tokens(tokenizer, config.data.template)  # raises if the tokenizer lacks the template's stop token
     store = None if system.store is None else Store(system.store)
     clients = tuple(build_clients(model, tokenizer, samples, config.data, system.length_spread,
                                   None if store is None else store.folder))
@@ -179,8 +180,9 @@ def prepare(config: Config, strategy: Strategy | None = None) -> Setup:
 
 
 def with_strategy(setup: Setup, strategy: Strategy, config: Config | None = None) -> Setup:
-    """The same data and model under another strategy (and, if given, a config that differs in `strategy`, `train`,
-    `federation` or `eval` alone)."""
+    """Returns the setup with the same data and model, but another strategy.
+
+    `config`, if given, replaces the setup's. It may differ in `strategy`, `train`, `federation` and `eval` only."""
     config = config or setup.config
     clients, settings = setup.evaluation.clients, config.federation
     models = tuple(range(len(clients)))
@@ -191,7 +193,7 @@ def with_strategy(setup: Setup, strategy: Strategy, config: Config | None = None
         clients=(pooled(list(clients)),) if strategy.pools_data else clients)
     if settings.privacy.clip is not None:
         fed = dataclasses.replace(fed, most_uploads=most_uploads(fed))
-        _ = fed.noise_multiplier  # refuses, before anything is trained, where the accountant is not installed
+        _ = fed.noise_multiplier  # raises before anything is trained if the privacy accountant is not installed
     decoder = make_decoder(setup.tokenizer, config.data.template, config.eval, config.system.seed)
     evaluation = dataclasses.replace(setup.evaluation, fed=fed, model_of_client=models, decoder=decoder,
                                      metrics=config.eval.metrics)
@@ -199,22 +201,23 @@ def with_strategy(setup: Setup, strategy: Strategy, config: Config | None = None
 
 
 def _pooled_settings(settings: FederationConfig, clients: int) -> FederationConfig:
-    """Settings of the one client that has the data of `clients`: it is always there, and takes all their steps."""
+    """Returns the settings of one client with the data of all: it joins every round and takes `clients` × the steps."""
     steps = None if settings.local_steps is None else settings.local_steps * clients
     return settings.model_copy(update={"participation": "uniform", "clients_per_round": None, "joins": {},
                                        "dropout": 0.0, "local_steps": steps})
 
 
 def compute_all_features(setup: Setup) -> None:
-    """Every image through the tower, so that one that cannot be read stops nothing that has begun. Of populations on
-    disk, and with several processes, they are seen when a client is drawn, and where it is trained."""
+    """Computes the features of all images before the run begins, so that an unreadable image is found at once.
+
+    With client states on disk (`system.store`) or several processes, features are computed when a client trains."""
     if setup.federation.store is None and jax.process_count() == 1:
         compute_features([f for c in setup.evaluation.clients
                           for f in (*(p.features for p in c.evaluation.values()), c.features)], 1)
 
 
 def initial_adapters(fed: Federation) -> dict[str, Tree]:
-    """What every client starts from; LoRA's A from fold_in(root, "init"), one for all."""
+    """Returns the adapters that every client starts with; all clients have the same random LoRA matrix A."""
     key = jax.random.fold_in(jax.random.key(fed.seed), 0x696E6974)  # "init"
     adapters = fed.strategy.initial_adapters(key, to_host(fed.model.base["projector"]), fed.model.config, fed.rank,
                                              len(fed.tasks))
@@ -223,7 +226,7 @@ def initial_adapters(fed: Federation) -> dict[str, Tree]:
 
 
 def initial_state(fed: Federation) -> State:
-    """The state before the first round."""
+    """Returns the state of a federation before its first round."""
     adapters = initial_adapters(fed)
     roles = fed.strategy.roles()
     server = to_host(fed.strategy.initial_server_state(
@@ -234,10 +237,10 @@ def initial_state(fed: Federation) -> State:
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """What planning needs of a config: the model's shapes, the strategy, and the sections."""
+    """The parts of a run that planning needs: the model's shapes, the strategy, and sections of the config."""
 
-    spec: VlmSpec  # of the base
-    text_directory: Path  # of the tokenizer
+    spec: VlmSpec  # shapes of the base model
+    text_directory: Path  # folder of the tokenizer
     strategy: Strategy
     model: ModelConfig
     data: DataConfig
@@ -248,10 +251,10 @@ class Outline:
 
 
 def outline(config: Config) -> Outline:
-    """The outline of a run; nothing is allocated and no weights are read.
+    """Returns the outline of a run. Nothing is allocated and no weights are read.
 
     Raises:
-        InputError: no config.json at model.path.
+        InputError: there is no config.json at model.path.
     """
     spec, text_directory = read_shapes(config.model)
     strategy = make_strategy(config.strategy, schedule=config.federation.schedule)
@@ -260,7 +263,7 @@ def outline(config: Config) -> Outline:
 
 
 def count_tasks(config: Config) -> int:
-    """How many tasks the data have; images are not read."""
+    """Returns the number of tasks in the data; images are not read."""
     data = config.data
     if data.path == "digits":
         return len(SCENARIOS[data.digits.scenario][0])
@@ -268,18 +271,18 @@ def count_tasks(config: Config) -> int:
 
 
 def seeded(config: Config, seed: int) -> Config:
-    """The config with `seed` added to its seeds: initialisation, sampling, batches, and the digit scenes."""
+    """Returns the config with `seed` added to its seeds (initialisation, cohorts, batches; and the digit scenes)."""
     return apply_overrides(config, [f"system.seed={config.system.seed + seed}",
                                     f"data.digits.seed={config.data.digits.seed + seed}"])
 
 
 def rate_changes(config: Config, factor: float) -> list[str]:
-    """Overrides that multiply the config's learning rates by `factor`."""
+    """Returns overrides that multiply the config's learning rates by `factor`."""
     return [f"train.{name}={getattr(config.train, name) * factor!r}"
             for name in ("lr_connector", "lr_lora_stage1", "lr_lora_stage2")]
 
 
 def with_overrides(setup: Setup, overrides: Sequence[str]) -> Setup:
-    """The same data and model with other values of keys of `strategy`, `train`, `federation` and `eval`."""
+    """Returns the setup with the same data and model, but other `strategy`, `train`, `federation` or `eval` keys."""
     config = apply_overrides(setup.config, list(overrides))
     return with_strategy(setup, make_strategy(config.strategy, schedule=config.federation.schedule), config)

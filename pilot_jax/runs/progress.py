@@ -1,4 +1,4 @@
-"""A run on the terminal: bars where there is one, else a line a phase, or lines of JSON."""
+"""Shows a run's progress on the terminal, as bars, as one line per phase, or as lines of JSON."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pilot_jax.federation.state import Federation, State, steps_by_stage
 
 
 class ProgressDisplay(RunObserver):
-    """Run, phase and client, losses, scores, client steps a second and time left.
+    """Shows round, phase, clients, losses, scores, client steps per second and the remaining time.
 
     Args:
-        folder: of the run, for the first line.
-        mode: auto (bars on terminals, else a line a phase), json (each event a line of JSON) or quiet (warnings).
+        folder: the run directory, which the first line names.
+        mode: auto (bars on a terminal, else a line per phase), json (each event a line of JSON) or quiet (warnings).
     """
 
     def __init__(self, folder: Path | None = None, console: Console | None = None, mode: str = "auto") -> None:
@@ -40,7 +40,7 @@ class ProgressDisplay(RunObserver):
                   + (f" → {self._folder}" if self._folder else ""))
 
     def begin(self, total_steps: int, rounds: int) -> None:
-        """Shows the bars of a run of so many client steps, on a terminal."""
+        """Starts the clock of a run of `total_steps` client steps and, on a terminal, shows its bars."""
         self._total, self._rounds, self._started = total_steps, rounds, time.perf_counter()
         if self.console.is_terminal and self._mode == "auto":
             self._bar = Progress(TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(),

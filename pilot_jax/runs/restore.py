@@ -1,4 +1,4 @@
-"""A run from its directory, and what its models answer."""
+"""Loads a run from its directory, and lets its models answer prompts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pilot_jax.storage import read_json
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished (or restored) run."""
+    """A run that has ended or was restored: its setup, the clients' final states, its summary and its records."""
 
     setup: Setup
     population: Population
@@ -47,10 +47,10 @@ class Run:
         return self.setup.tokenizer
 
     def client(self, name: str) -> int:
-        """Index of a client by name.
+        """Returns the index of a client.
 
         Raises:
-            InputError: there is none of this name.
+            InputError: the run has no client of this name.
         """
         names = [c.name for c in self.evaluation.clients]
         if name not in names:
@@ -58,29 +58,31 @@ class Run:
         return names.index(name)
 
     def state(self, name: str) -> AnyState:
-        """The state of the model that answers for a client."""
+        """Returns the state of a client's model; all clients of a run on pooled data have one model."""
         return self.population[self.evaluation.model_of_client[self.client(name)]]
 
 
 def restore(folder: str | Path, strategy: str | type[Strategy] | Strategy | None = None) -> Run:
-    """A run from its directory, finished or as of its last snapshot, to ask its models: on one device where its mesh is
-    not there, and without what only training needs.
+    """Loads a run from its directory so that its models can answer prompts; an unfinished run as of its last snapshot.
+
+    One device is used if this machine has fewer devices than the run's mesh.
 
     Args:
-        strategy: the run's strategy, where it is not of this package: class, object or "module:Class". A folder alone
-            has no code imported.
+        strategy: the run's strategy, if it is not one of this package: a class, an object or "module:Class". No module
+            is imported only because a run's config.yaml names it.
 
     Raises:
-        InputError: not a run directory, damaged, or of a strategy that is not known here.
+        InputError: the folder is not a run directory, is damaged, or has a strategy that is not known.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file() or not (folder / "checkpoints").is_dir():
-        raise InputError(f"{folder}: not a run directory (no config.yaml or checkpoints). Give what `run` wrote.")
+        raise InputError(f"{folder}: not a run directory (no config.yaml or checkpoints). Give a folder that "
+                         "`pilot-jax run` wrote.")
     name = None if strategy is None else use(strategy)
     config = load_config(folder / "config.yaml")
     if name is not None and strategy_name(config) != name:
-        raise InputError(f"--strategy: {name}, but {folder} is a run of {strategy_name(config)}. Name that, or "
-                         "nothing.")
+        raise InputError(f"--strategy: {name}, but {folder} is a run of {strategy_name(config)}. Give that strategy, "
+                         "or leave the option out.")
     setup = prepare_restored(config)
     fed = setup.federation
     if (folder / "checkpoints" / "population.json").is_file():
@@ -89,7 +91,8 @@ def restore(folder: str | Path, strategy: str | type[Strategy] | Strategy | None
         snapshots = Snapshots(folder / "checkpoints" / "resume", fed.names, fed.strategy.roles())
         found = snapshots.load(initial_state(fed), None, lambda text: None, writing=False)
         if found is None:
-            raise InputError(f"{folder}: the run has not saved anything yet. Go on with it: run … --resume.")
+            raise InputError(f"{folder}: the run has not saved anything yet. Continue it with `pilot-jax run … "
+                             "--resume`.")
         population = found[0].population
     summary_file = folder / "summary.json"
     summary = read_json(summary_file, "") if summary_file.is_file() else {}
@@ -98,7 +101,7 @@ def restore(folder: str | Path, strategy: str | type[Strategy] | Strategy | None
 
 def answer(run: Run, client: str, image: Path | None, prompt: str, settings: EvalConfig | None = None,
            seed: int = 0) -> str:
-    """What `client`'s personalised model says to a prompt, about an image if one is given."""
+    """Returns the answer of `client`'s personalised model to a prompt, and to an image if one is given."""
     fed, index, data = run.federation, run.client(client), run.evaluation.data
     one = run.evaluation.clients[index]
     turns = (("human", prompt if image is None else f"<image>\n{prompt}"), ("gpt", ""))

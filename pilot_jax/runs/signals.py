@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while a run trains: the running chunk is finished and saved first."""
+"""Handles SIGINT and SIGTERM during a run: the current chunk of clients is finished and saved before the run stops."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals(RunObserver):
-    """Inside `with`, and in the main thread, a signal is remembered until `stop_requested` is asked; a second
-    one, or one while `waits` is False, ends what is running at once.
+    """A context manager that delays SIGINT and SIGTERM until `stop_requested` reports them; main thread only.
+
+    A second signal, or a signal while `waits` is False, stops the run at once.
 
     Raises:
         Interrupted: from the signal's handler.
@@ -31,7 +32,7 @@ class StopSignals(RunObserver):
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._hear) for number in SIGNALS
-                            if signal.getsignal(number) is not signal.SIG_IGN}  # as of a job in the background
+                            if signal.getsignal(number) is not signal.SIG_IGN}  # background jobs ignore SIGINT
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -42,8 +43,8 @@ class StopSignals(RunObserver):
         if self._heard or not self.waits:
             raise Interrupted(number)
         self._heard = number
-        self._say("stopping after the clients that are being trained, and saving; once more to stop at once")
+        self._say("stopping after the clients that are now training, then saving; a second signal stops at once")
 
     def stop_requested(self) -> int:
-        """The signal that was heard, by any process; else 0."""
+        """Returns the number of the signal that some process has received, or 0."""
         return processes.largest(self._heard)

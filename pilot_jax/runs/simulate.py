@@ -1,4 +1,4 @@
-"""A whole run: prepare, train all rounds, evaluate, write the run directory."""
+"""Runs a federation from start to end: prepares it, trains all rounds, evaluates, and writes the run directory."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def simulate(config: Config, *, out: str | Path | None = None, resume: bool = Fa
     """Runs a federation.
 
     Args:
-        out: the run directory, which must not exist or be empty; None writes nothing.
-        resume: whether to go on with the run that is in `out`; if none is, this is its start.
-        strategy: an object of your own instead of `config.strategy`; `config.yaml` names its class.
-        tamper: (client, round, upload, start) -> upload: what simulated attackers make of theirs; `start` is the same
-            subtrees at the start of the phase.
-        observers: called while the run goes on.
+        out: the run directory, which must be new or empty unless `resume` is set; None writes nothing.
+        resume: whether to go on with the run in `out`; if there is none, the run starts from its beginning.
+        strategy: a strategy object, used instead of `config.strategy`; `config.yaml` will have its class.
+        tamper: a function (client, round, upload, start) -> upload that simulates attackers: it replaces each upload.
+            `start` has the same subtrees as they were at the start of the phase.
+        observers: objects whose methods are called during the run.
 
     Raises:
-        InputError: bad config, data or checkpoint, or another run's folder; nothing has been written then.
-        Interrupted: SIGINT, SIGTERM or an observer; what was trained is saved, and `resume` goes on from there.
-        FloatingPointError: see `federation.on_bad_client`.
-        OSError: something could not be written; what was saved before is intact.
+        InputError: config, data or checkpoint are wrong, or `out` is another run's; nothing has been written then.
+        Interrupted: SIGINT, SIGTERM or an observer stopped the run; its state is saved, and `resume` goes on from it.
+        FloatingPointError: an upload was refused and `federation.on_bad_client` is "stop".
+        OSError: a file could not be written; what was saved before is intact.
     """
     began, clock, folder = time.perf_counter(), CompileClock(), None
     try:
@@ -61,9 +61,9 @@ def simulate(config: Config, *, out: str | Path | None = None, resume: bool = Fa
             config, strategy = with_own_strategy(config, strategy)
         configure(config)
         if resume and out is None:
-            raise InputError("--resume: which run? Give its folder as --out.")
+            raise InputError("--resume: no run directory. Give its folder as --out.")
         folder = None if out is None else RunFolder(out, config, resume, is_writer())
-        wait("run directory")  # until all have seen it as it was
+        wait("run directory")  # no process may write to it before all have checked it
         if folder is not None and folder.finished:
             return restore(folder.path)
         setup = prepare(config, strategy)
@@ -85,9 +85,9 @@ def _tampered(setup: Setup, tamper: Tamper | None) -> Setup:
 
 
 class RunLoop(RunObserver):
-    """A run from its start, or from its last snapshot, to its summary.
+    """Trains a run from its start, or from its last snapshot, to its summary.
 
-    As an observer of its own rounds it follows the state from phase to phase, and saves it.
+    It is also an observer of its own rounds: after each phase it takes over the new state, and saves it.
     """
 
     def __init__(self, setup: Setup, folder: RunFolder | None, clock: CompileClock, began: float,
@@ -106,7 +106,7 @@ class RunLoop(RunObserver):
         self.observer = Observers(self.outside, self, self.signals)
 
     def run(self) -> Run:
-        """Trains what is left to train, evaluates, writes."""
+        """Trains the remaining rounds, evaluates, and writes the results."""
         try:
             self.resume()
             with self.signals:
@@ -121,11 +121,11 @@ class RunLoop(RunObserver):
             raise
         finally:
             self.observer.close()
-        wait("end of run")  # the writer is done
+        wait("end of run")  # until the writer has written everything
         return Run(self.setup, self.state.population, summary, self.metrics.records)
 
     def resume(self) -> None:
-        """Takes up the last snapshot, if the folder has one, and opens the run's files."""
+        """Loads the last snapshot, if the folder has one, and opens the run's files."""
         kept = 0
         if self.folder is not None and self.folder.resumes:
             assert self.snapshots is not None
@@ -150,25 +150,26 @@ class RunLoop(RunObserver):
         self.observer = Observers(*files, self.metrics, self.outside, self, self.signals)
 
     def _check_same(self, saved: Mapping[str, Any]) -> None:
-        """That what a snapshot has `saved` beside the state can be gone on from, with these data."""
+        """Checks that the training data are those of the snapshot; `saved` is the snapshot's `extra`."""
         assert self.folder is not None
         if not {"data", "versions", "clocks", "metrics"} <= set(saved):
-            raise InputError(f"{self.folder.path}: its snapshots were not written by this version. Start another run.")
+            raise InputError(f"{self.folder.path}: its snapshots were not written by this version of pilot_jax. Start "
+                             "another run.")
         if saved["data"] != self.data:
             raise InputError(f"data.path: {self.setup.evaluation.data.path} has other training samples than when the "
                              f"run in {self.folder.path} began. Give the same data, or start another run.")
         if saved["versions"] != versions():
-            self.outside.note(f"note: begun with {saved['versions']}, now {versions()}: results agree to rounding, not "
-                           "bit for bit.")
+            self.outside.note(f"note: the run began with {saved['versions']} and goes on with {versions()}: results "
+                              "agree to rounding, not bit for bit.")
 
     def round(self) -> None:
-        """Trains what is left of a round; scores the validation split if it is its turn."""
+        """Trains what is left of a round, and scores the validation split if `eval.every` says so."""
         round_, self.compiled = self.state.round, self.clock.seconds
         after, = run_round([self.fed], [self.state], self.setup.executor, [self.observer])
         assert after is not None
         if self.fed.store is not None:
             prune(self.fed.store, after.population)
-        # Until the scores are there, `state` is as of the last phase: who goes on from there scores again.
+        # `state` stays that of the last phase until the scores are known, so that a resumed run computes them again.
         if self.setup.eval.every and round_ % self.setup.eval.every == 0:
             self.signals.waits = False
             self._validate(after, round_)
@@ -199,11 +200,12 @@ class RunLoop(RunObserver):
         give_back()
 
     def clocks(self) -> Clocks:
+        """Returns the seconds of the run so far, earlier attempts included."""
         return Clocks(self.earlier.wall + time.perf_counter() - self.began, self.earlier.compile + self.clock.seconds,
                       self.train_compile)
 
     def save(self) -> None:
-        """Writes a snapshot of a state that has none yet."""
+        """Writes a snapshot, unless the current state has been saved already."""
         if self.snapshots is not None and self.saved is not self.state:
             self.snapshots.save(self.state, {
                 "metrics": self.metrics.synced(), "clocks": dataclasses.asdict(self.clocks()), "data": self.data,
@@ -211,13 +213,13 @@ class RunLoop(RunObserver):
         self.saved = self.state
 
     def finish(self) -> dict[str, Any]:
-        """Scores the test split and writes the results; the summary."""
+        """Scores the test split, writes the results, and returns the summary."""
         self.observer.note("evaluating on the test split …")
         self.signals.waits = False
         summary = summarise(self.setup.evaluation, self.state, self.clocks())
         self.signals.waits = True
         if self.fed.store is not None:
-            self.fed.store.flush()  # had anything not been written, the run would end here
+            self.fed.store.flush()  # raises if something could not be written
         if self.writes:
             assert self.folder is not None and self.snapshots is not None
             save_population(self.folder.path / "checkpoints", self.fed.names, self.state.population,

@@ -1,4 +1,4 @@
-"""What a run comes to: the numbers of `summary.json`."""
+"""Computes the numbers of `summary.json`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pilot_jax.runs.checkpoint import adapters_sha256
 
 @dataclasses.dataclass
 class Clocks:
-    """Seconds, those of earlier attempts at the run included."""
+    """Seconds of a run, earlier attempts included: in total, of all compilation, and of compilation in training."""
 
     wall: float = 0.0
     compile: float = 0.0
@@ -31,13 +31,13 @@ class Clocks:
 
 
 def versions() -> dict[str, str]:
-    """What decides whether the same program gives the same bits."""
+    """Returns the versions and the device that decide whether a resumed run can agree bit for bit."""
     device = jax.devices()[0]
     return {"jax": jax.__version__, "device": device.device_kind, "numpy": np.__version__}
 
 
 def data_sha256(clients: Sequence[ClientData]) -> str:
-    """Of the clients' names, tasks and training tokens: whether a run that goes on has the data it began with."""
+    """Returns a SHA-256 of the clients' names, tasks and training tokens; a resumed run must have the same one."""
     digest = hashlib.sha256()
     for client in clients:
         digest.update(json.dumps([client.name, client.task, client.size]).encode())
@@ -46,7 +46,7 @@ def data_sha256(clients: Sequence[ClientData]) -> str:
 
 
 def _scores(evaluation: Evaluation, state: State) -> dict[str, Any]:
-    """Scores on the test split, of the clients' models and of the base."""
+    """Returns the scores of the clients' models and of the base model on the test split."""
     by_client, base = evaluate(evaluation, state.population), evaluate(evaluation, None)
     return {
         "score_mean": mean_score(list(by_client.values())), "score_by_task": score_by_task(evaluation, by_client),
@@ -56,7 +56,7 @@ def _scores(evaluation: Evaluation, state: State) -> dict[str, Any]:
 
 
 def summarise(evaluation: Evaluation, state: State, clocks: Clocks) -> dict[str, Any]:
-    """Scores, bytes, speed and memory of a run that has trained."""
+    """Returns the summary of a trained run: scores, bytes, speed and memory."""
     fed, clients, scores = evaluation.fed, evaluation.clients, _scores(evaluation, state)
     device = jax.local_devices()[0].memory_stats() or {}
     host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -65,10 +65,10 @@ def summarise(evaluation: Evaluation, state: State, clocks: Clocks) -> dict[str,
         "clients": [c.name for c in clients], "tasks": list(fed.tasks),
         "task_by_client": {c.name: c.task for c in clients}, **scores,
         "bytes_up": state.bytes_up, "bytes_down": state.bytes_down, "client_steps": state.client_steps,
-        # Compilation apart: it is reported beside, and would otherwise hide the speed of long runs.
+        # Without compilation, which has a key of its own and would hide the speed of a long run.
         "client_steps_per_second": state.client_steps / max(state.train_seconds - clocks.train_compile, 1e-9),
         "quarantined": state.quarantined,
-        # What the uploads of the client with most of them cost in privacy; None where nothing is promised.
+        # ε of the client with the most uploads; None without differential privacy.
         "epsilon": epsilon(fed.noise_multiplier, max(state.uploads), fed.settings.privacy.delta)
         if fed.noise_multiplier else None,
         "wall_seconds": clocks.wall, "compile_seconds": clocks.compile,

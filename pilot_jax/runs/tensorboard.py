@@ -1,4 +1,4 @@
-"""A run's losses and scores as TensorBoard event files, in its `tensorboard` folder."""
+"""Writes a run's losses and scores as TensorBoard event files, into its folder `tensorboard`."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from pilot_jax.errors import InputError
 from pilot_jax.federation.observer import Record, RunObserver
 from pilot_jax.federation.state import State
 
-SHOWN = ("loss", "effective_neighbors", "product_gap", "bytes_up", "bytes_down", "seconds")  # of a phase
+SHOWN = ("loss", "effective_neighbors", "product_gap", "bytes_up", "bytes_down", "seconds")  # keys of a phase's record
 
 
 def check_installed() -> None:
-    """Raises an `InputError` where tensorboardX is not installed."""
+    """Raises an `InputError` if tensorboardX is not installed."""
     if importlib.util.find_spec("tensorboardX") is None:
-        raise InputError("system.tensorboard: needs the extra 'tensorboard'. Run: pip install tensorboardX")
+        raise InputError("system.tensorboard: needs tensorboardX, which is not installed (it is in the extra "
+                         "'tensorboard'). Run: pip install tensorboardX")
 
 
 class EventFiles(RunObserver):
-    """Losses over the run's client steps, scores over rounds.
+    """Writes losses over the run's client steps, and scores over rounds.
 
     Args:
-        earlier: records of the run before it was interrupted; files of then are replaced.
+        earlier: records of the run before it was interrupted; the event files of that time are replaced.
     """
 
     def __init__(self, folder: Path, earlier: Iterable[Record] = ()) -> None:

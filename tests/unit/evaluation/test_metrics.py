@@ -1,4 +1,4 @@
-"""Metrics against published worked examples and the field's own scorers."""
+"""Tests the metrics against published worked examples and values of independent implementations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def score(name, answer, *references):
 
 def test_exact():
     assert score("exact", " It  is Red", "it is red") == 1 and score("exact", "red", "blue") == 0
-    assert score("exact", "two", "2", "two") == 1  # any reference
+    assert score("exact", "two", "2", "two") == 1  # one matching reference is enough
 
 
 def test_iou():
@@ -46,7 +46,7 @@ def test_vqa_single_reference_counts_as_agreement():
 
 
 def test_rouge_l():
-    """Lin (2004), §3: against "police killed the gunman", 3/4 and 2/4."""
+    """Lin (2004), §3: these answers score 3/4 and 2/4 against "police killed the gunman"."""
     assert score("rouge_l", "police kill the gunman", "police killed the gunman") == pytest.approx(0.75)
     assert score("rouge_l", "the gunman kill police", "police killed the gunman") == pytest.approx(0.5)
 
@@ -66,7 +66,7 @@ def test_edit_distance(a, b, distance):
 
 
 def test_anls():
-    """Biten et al. (2019), eq. 1: 1 − NL, and 0 from one half on; the best reference counts."""
+    """Biten et al. (2019), eq. 1: the score is 1 − NL, or 0 if NL ≥ 0.5; the best reference counts."""
     assert score("anls", "Coca Cola", "coca-cola", "pepsi") == pytest.approx(1 - 1 / 9)
     assert score("anls", "abcd", "abxy") == 0 and score("anls", "abcde", "abxye") == pytest.approx(0.6)
 
@@ -77,7 +77,7 @@ CIDER = [
     (["A red cat, sits!", "two dogs run", "Nobody here", ""],
      [["a red cat sits on the mat", "The cat: red."], ["Two dogs run by the blue house."],
       ["nobody is here at this time", "no one"], ["an empty answer"]], 1.937353262640228),
-    (["a cat"], [["a cat"]], 0.0),  # in a corpus of one, no n-gram is rarer than another
+    (["a cat"], [["a cat"]], 0.0),  # in a corpus of one sample, every n-gram has the weight log(1) = 0
     (["a b c d", "a b c d"], [["a b c d"], ["e"]], 5.0),
     (["ω έα", "x"], [["Ω έα"], ["", "y"]], 2.5),
     (["a", "b"], [[""], ["!"]], 0.0),  # no reference has a word
@@ -90,7 +90,7 @@ def test_cider(answers, references, expected):
 
 
 def test_cider_on_random_sentences():
-    """Twelve random sentences with one to four references each; the value's origin is that of `CIDER`."""
+    """Twelve random sentences with one to four references each; the expected value has the same origin as `CIDER`."""
     rng = random.Random(0)
     words = ["a", "cat", "dog", "sits", "on", "the", "mat", "red", "blue", "runs", "fast", "house"]
 

@@ -1,4 +1,4 @@
-"""What a run says it will ask of the machine."""
+"""Tests the forecast of time and memory that a run prints when it begins."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def test_forecast_is_the_plan_of_the_data_that_are_there(federation, monkeypatch
     assert got["flops"] == plan["flops"]["round_1"] and got["seconds"] == got["flops"] / 1e9
     assert got["bytes"] == max(kinds["total"] for kinds in plan["memory_per_device"].values())
     steps = steps_by_stage(fed)
-    assert steps == {"stage1": 18, "stage2": 18}  # nine clients, two steps each
-    assert "no less than 45 s here" in forecast.forecast_line({"flops": 1e12, "seconds": 45.0, "bytes": 1e8})
+    assert steps == {"stage1": 18, "stage2": 18}  # 9 clients with 2 steps each
+    assert "at least 45 s on this" in forecast.forecast_line({"flops": 1e12, "seconds": 45.0, "bytes": 1e8})
     assert "2.0 h" in forecast.forecast_line({"flops": 1e15, "seconds": 7200.0, "bytes": 1e8})
 
 

@@ -1,4 +1,4 @@
-"""TensorBoard's files hold what metrics.jsonl holds."""
+"""Tests that the TensorBoard event files have the same numbers as metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from pilot_jax.runs import simulate, tensorboard
 
 
 def scalars(folder):
-    """{(tag, step): value} of the one event file in a folder: records of length, checksum, message, checksum."""
+    """Returns {(tag, step): value} from the only event file in a folder.
+
+    A record of that file is its length, a checksum, the message, and another checksum."""
     (file,) = folder.glob("events.*")
     data, at, found = file.read_bytes(), 0, {}
     while at < len(data):
@@ -43,7 +45,7 @@ def test_losses_and_scores_of_a_run(tmp_path):
 def test_a_run_that_goes_on_has_one_line(tmp_path):
     records = [{"round": 1, "client": "a", "step": 3, "loss": 2.0}, {"round": 1, "client": "a", "step": 3, "loss": 1.0}]
     files = tensorboard.EventFiles(tmp_path / "tensorboard")
-    for record in (*records, {"round": 1, "client": "a", "step": 3, "loss": 9.0}):  # the last was not saved
+    for record in (*records, {"round": 1, "client": "a", "step": 3, "loss": 9.0}):  # the last is in no snapshot
         files.client_trained(record)
     files.close()
     files = tensorboard.EventFiles(tmp_path / "tensorboard", records)
@@ -54,6 +56,6 @@ def test_a_run_that_goes_on_has_one_line(tmp_path):
 
 def test_without_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(tensorboard.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"extra 'tensorboard'. Run: pip install tensorboardX"):
+    with pytest.raises(InputError, match=r"needs tensorboardX.*Run: pip install tensorboardX"):
         simulate.simulate(small_config(system={"tensorboard": True}), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
