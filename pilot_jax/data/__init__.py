@@ -1,4 +1,5 @@
 """Data: LLaVA-format files, conversations as token ids, images and their features, and every client's arrays.
 
-Nothing here knows of strategies. It may import `models` (for the vision tower) and what lies below.
+The code in this folder does not depend on the strategy. It may import `models` (for the vision tower) and the folders
+below.
 """

@@ -1,4 +1,4 @@
-"""Clients' samples as arrays of few shapes, and the order in which a client's steps visit them."""
+"""The clients' samples as arrays of a few shapes, and the order in which a client's steps visit them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pilot_jax.data.features import FeatureRows, concatenate_features
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """n prompts for generation, padded at the right, and the references of each."""
+    """A batch of n prompts for generation, padded at the right, and the reference answers of each."""
 
     input_ids: np.ndarray  # int32 [n, L]
     attention_mask: np.ndarray  # int32 [n, L]
@@ -26,15 +26,15 @@ class Prompts:
 class ClientData:
     """One client's private data, as token ids and image features.
 
-    `train` holds input_ids, attention_mask int32 [n, L]; target_positions, target_ids int32 [n, A] and target_weights
-    float32 [n, A] (the logits at a target position predict the target id; weight 0 pads); has_image float32 [n];
-    features [n, N, D].
+    `train` holds input_ids and attention_mask, int32 [n, L]; target_positions and target_ids, int32 [n, A], and
+    target_weights, float32 [n, A] (the logits at a target position predict the target id; padding has weight 0);
+    has_image, float32 [n]; and features [n, N, D]. A is the number of supervised tokens.
     """
 
     name: str
     task: str
-    train: dict[str, Any]  # arrays; or `Rows` and `FeatureRows`, which are read when a chunk is loaded
-    evaluation: dict[str, Prompts]  # by split
+    train: dict[str, Any]  # arrays, or `Rows` and `FeatureRows`, which are read when the client is trained
+    evaluation: dict[str, Prompts]  # the prompts of each held-out split
 
     @property
     def size(self) -> int:
@@ -48,23 +48,26 @@ class ClientData:
 
 
 def round_up(n: int, multiple: int) -> int:
-    """Returns the least multiple that is no less than n."""
+    """Returns n rounded up to a multiple of `multiple`."""
     return -(-n // multiple) * multiple
 
 
 def training_length(encoded: Sequence[Encoded]) -> tuple[int, int]:
-    """Returns (L, A): the most tokens, and the most supervised tokens, of a conversation, rounded up to 8 and to 4."""
+    """Returns (L, A), the largest numbers of tokens and of supervised tokens of a conversation.
+
+    They are rounded up to multiples of 8 and 4.
+    """
     return (round_up(max((len(e.input_ids) for e in encoded), default=8), 8),
             round_up(max((int(e.supervised.sum()) for e in encoded), default=4), 4))
 
 
 def bucket_shapes(longest: Mapping[str, tuple[int, int]], spread: float) -> dict[str, tuple[int, int]]:
-    """Returns (L, A) of each client's arrays: the largest in the client's bucket.
+    """Returns the (L, A) to which each client's arrays are padded: the largest of the clients in the same bucket.
 
     Args:
         longest: each client's own (L, A).
-        spread: a bucket holds lengths L up to `spread` times its shortest. With 1.2, lengths from 64 to 2,048 make at
-            most twenty buckets, and usual tasks make two or three.
+        spread: the largest ratio of two lengths L in one bucket. With 1.2, lengths from 64 to 2,048 make at most twenty
+            buckets, and usual tasks make two or three.
     """
     out: dict[str, tuple[int, int]] = {}
     bucket: list[str] = []
@@ -79,7 +82,7 @@ def bucket_shapes(longest: Mapping[str, tuple[int, int]], spread: float) -> dict
 
 def training_arrays(encoded: Sequence[Encoded], has_image: np.ndarray, length: int,
                     answers: int) -> dict[str, np.ndarray]:
-    """Returns what `ClientData.train` holds, except the features, with L = `length` and A = `answers`."""
+    """Returns the arrays of `ClientData.train`, except the features, padded to L = `length` and A = `answers`."""
     n = len(encoded)
     ids, mask = np.zeros((n, length), np.int32), np.zeros((n, length), np.int32)
     positions, targets = np.zeros((n, answers), np.int32), np.zeros((n, answers), np.int32)
@@ -96,7 +99,7 @@ def training_arrays(encoded: Sequence[Encoded], has_image: np.ndarray, length: i
 
 
 def _padded(array: np.ndarray, length: int) -> np.ndarray:
-    """Returns an array [n, m] as [n, length], with zeros at the end."""
+    """Returns an array [n, m] padded with zeros to [n, length]."""
     return np.pad(array, ((0, 0), (0, length - array.shape[1])))
 
 
@@ -105,13 +108,13 @@ _ANSWERS = ("target_positions", "target_ids", "target_weights")
 
 
 def _lengthened(train: Mapping[str, Any], length: int, answers: int) -> dict[str, Any]:
-    """Returns a client's training data, padded to L = `length` and A = `answers`."""
+    """Returns a client's training arrays, padded further to L = `length` and A = `answers`."""
     to = dict.fromkeys(_LENGTHS, length) | dict.fromkeys(_ANSWERS, answers)
     return {name: _padded(array, to[name]) if name in to else array for name, array in train.items()}
 
 
 def pooled(clients: Sequence[ClientData]) -> ClientData:
-    """Returns one client with the training data of all, and without evaluation data."""
+    """Returns one client that has the training data of all clients, and no evaluation data."""
     length, answers = (max(c.train[n].shape[1] for c in clients) for n in ("input_ids", "target_ids"))
     parts = [_lengthened(c.train, length, answers) for c in clients]
     joint = {n: np.concatenate([p[n] for p in parts]) for n in parts[0] if n != "features"}
@@ -119,7 +122,10 @@ def pooled(clients: Sequence[ClientData]) -> ClientData:
 
 
 def aligned(groups: Sequence[Sequence[ClientData]]) -> list[list[ClientData]]:
-    """Returns several federations' clients, padded so that one program trains those of one name in all federations."""
+    """Returns the clients of several federations, padded so that clients of the same name have arrays of one shape.
+
+    One compiled program then trains a client in all federations.
+    """
     lengths: dict[str, list[int]] = {}
     prompt_length = 8
     for client in (c for group in groups for c in group):
@@ -137,14 +143,14 @@ def aligned(groups: Sequence[Sequence[ClientData]]) -> list[list[ClientData]]:
 
 
 def num_steps(size: int, batch_size: int, epochs: int, local_steps: int | None) -> int:
-    """Returns S_k, a client's own number of steps in a phase: `local_steps` if given, else that of whole epochs."""
+    """Returns S_k, a client's number of steps in a phase: `local_steps` if given, else the steps of all epochs."""
     return local_steps if local_steps is not None else epochs * -(-size // batch_size)
 
 
 def visiting_order(rng: np.random.Generator, size: int, batch_size: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the sample indices of each step, int32 [steps, B], and which of them are real, bool [steps, B].
+    """Returns the sample indices of each step, int32 [steps, B], and which of them are no padding, bool [steps, B].
 
-    Each epoch is a fresh shuffle; its last batch is short rather than filled from the next epoch, and padded.
+    Each epoch is a new shuffle. Its last batch is padded where samples run out, rather than filled from the next epoch.
     """
     per_epoch = -(-size // batch_size)
     order = np.zeros((-(-steps // per_epoch) * per_epoch, batch_size), np.int32)

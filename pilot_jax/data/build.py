@@ -1,4 +1,4 @@
-"""Builds every client's data from samples: partitioned among clients, encoded, padded to few shapes."""
+"""Builds every client's data from samples: divides them among clients, encodes them and pads them to a few shapes."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ logger = logging.getLogger("pilot_jax")
 
 def encode_prompts(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample],
                    data: DataConfig) -> list[np.ndarray]:
-    """Returns the token ids, int32 [length], of each conversation up to its last answer.
+    """Returns the token ids, int32 [length], of each conversation without its last answer.
 
     Raises:
-        InputError: a prompt is longer than `data.max_length`; it is not cut, for it would ask something else then.
+        InputError: a prompt is longer than `data.max_length`. It is not cut, because it would then ask something else.
     """
     n_image, prompts = model.config.num_image_tokens, []
     for sample in samples:
@@ -45,7 +45,7 @@ def encode_prompts(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, s
 
 def build_prompts(samples: Sequence[Sample], encoded: Sequence[np.ndarray], features: np.ndarray | FeatureRows,
                   length: int | None = None) -> Prompts:
-    """Returns the prompts in arrays, padded to `length`, or to a multiple of 8."""
+    """Returns the prompts as arrays, padded to `length`, or by default to a multiple of 8."""
     length = round_up(max(len(e) for e in encoded), 8) if length is None else length
     ids, mask = np.zeros((len(samples), length), np.int32), np.zeros((len(samples), length), np.int32)
     for row, item in enumerate(encoded):
@@ -55,7 +55,9 @@ def build_prompts(samples: Sequence[Sample], encoded: Sequence[np.ndarray], feat
 
 def encode_samples(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample],
                    data: DataConfig) -> list[Encoded]:
-    """Returns each conversation with its answers marked, cut to `data.max_length`; logs how many answers were cut.
+    """Returns each conversation's token ids with its answers marked, cut to `data.max_length`.
+
+    A warning is logged that says how many answers were cut.
 
     Raises:
         InputError: the limit would cut an image, or leave a sample without an answer token.
@@ -81,16 +83,16 @@ def build_clients(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, sa
                   data: DataConfig, length_spread: float, folder: Path | None = None) -> list[ClientData]:
     """Returns every client's data, ordered by the clients' names. No image is read yet.
 
-    Clients of similar lengths share L and A, so that few programs train all of them and none is padded far.
+    Clients with samples of similar lengths share L and A, so that few programs train all of them, with little padding.
 
     Args:
         length_spread: see `bucket_shapes`.
-        folder: where the training arrays and the features are stored; None: in memory.
+        folder: the folder in which the training arrays and the features are stored; None: in memory.
 
     Raises:
-        InputError: a client has no training sample or several tasks; a sample is too long or has no answer token.
+        InputError: a client has no training sample or several tasks, or a sample is too long or has no answer token.
     """
-    samples = sorted(samples, key=lambda s: (s.client, s.split))  # a client's split is then one slice of all features
+    samples = sorted(samples, key=lambda s: (s.client, s.split))  # each client's split is one slice of the features
     rows_by_client = _rows_by_client(samples)
     is_train = [sample.split == "train" for sample in samples]
     train_rows = [i for i, train in enumerate(is_train) if train]
@@ -132,13 +134,13 @@ def _rows_by_client(samples: Sequence[Sample]) -> dict[str, list[int]]:
             raise InputError(f"client {name!r} has samples of several tasks ({', '.join(tasks)}). "
                              "Pilot gives each client one task: split it into one client per task.")
         if all(samples[i].split != "train" for i in rows):
-            raise InputError(f"client {name!r} has no training sample. Give it some or remove it from data.path.")
+            raise InputError(f"client {name!r} has no training sample. Add some, or remove the client from data.path.")
     return rows_by_client
 
 
 def _evaluation_prompts(samples: Sequence[Sample], rows: Sequence[int], prompts: Mapping[int, np.ndarray],
                         features: Features, length: int) -> dict[str, Prompts]:
-    """Returns the prompts of a client, whose samples are `rows`, by split; a split without samples is left out."""
+    """Returns the prompts of each held-out split of a client, whose samples are `rows`; empty splits are left out."""
     out = {}
     for split in ("validation", "test"):
         if own := [i for i in rows if samples[i].split == split]:
@@ -147,20 +149,21 @@ def _evaluation_prompts(samples: Sequence[Sample], rows: Sequence[int], prompts:
 
 
 def partition(samples: list[Sample], how: str, clients: int | None, alpha: float, seed: int) -> list[Sample]:
-    """Returns the samples with `client` filled in, as `data.partition` asks.
+    """Returns the samples with the key `client` set according to `data.partition`.
 
     Args:
         how: "given": every sample names its client. "equal", "dirichlet": each task's samples of each split are
             shuffled and divided among clients / T clients, in equal or Dirichlet(alpha) shares of at least one sample.
-        clients: the number of clients, a multiple of the number of tasks T; None if they are given.
+        clients: the number of clients, a multiple of the number of tasks T; unused with "given".
 
     Raises:
-        InputError: a sample names no client, `clients` is no multiple of T, or a task has too few samples.
+        InputError: a sample names no client, `clients` is not a multiple of T, or a task has too few samples.
     """
     if how == "given":
         for sample in samples:
             if not sample.client:
-                raise InputError(f"{sample.source}: client: missing. Name it, or set data.partition: equal.")
+                raise InputError(f"{sample.source}: client: missing. Name the sample's client, or set data.partition: "
+                                 "equal.")
         return samples
     tasks = sorted({s.task for s in samples})
     if clients is None or clients % len(tasks):
@@ -175,13 +178,13 @@ def partition(samples: list[Sample], how: str, clients: int | None, alpha: float
         for split in SPLITS:
             of_split = [s for s in samples if s.task == task and s.split == split]
             if of_split:
-                # Evaluation splits are divided evenly: a score from three samples says nothing.
+                # Evaluation splits are divided evenly, because a score of only a few samples says little.
                 out += _divided(of_split, shares if split == "train" else equal, rng)
     return out
 
 
 def _divided(samples: Sequence[Sample], shares: np.ndarray, rng: np.random.Generator) -> list[Sample]:
-    """Returns a task's samples, shuffled, with clients `<task>_<number>` in these shares.
+    """Returns a task's samples, shuffled and divided among clients `<task>_<number>` in the given shares.
 
     Raises:
         InputError: there are fewer samples than clients.
@@ -189,7 +192,7 @@ def _divided(samples: Sequence[Sample], shares: np.ndarray, rng: np.random.Gener
     task, clients = samples[0].task, len(shares)
     if len(samples) < clients:
         raise InputError(f"data.path: task {task!r} has {len(samples)} {samples[0].split} samples for {clients} "
-                         "clients.")
+                         "clients. Lower federation.clients, or add samples.")
     counts = 1 + np.floor(shares * (len(samples) - clients)).astype(int)
     counts[np.argmax(shares)] += len(samples) - counts.sum()
     order = rng.permutation(len(samples))

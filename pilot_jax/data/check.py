@@ -1,4 +1,4 @@
-"""Checks a LLaVA-format data set and reports all problems, not the first alone."""
+"""Checks a LLaVA-format data set and reports all of its problems at once."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 class Report:
     """The findings on a data set: `errors` would stop a run, `warnings` would not."""
 
-    counts: dict[tuple[str, str, str], int]  # (task, client, split) → samples
+    counts: dict[tuple[str, str, str], int]  # number of samples of each (task, client, split)
     length_unit: str  # "tokens" or "characters"
-    lengths: list[tuple[int, int, int]]  # (from, to, samples)
+    lengths: list[tuple[int, int, int]]  # histogram of the samples' lengths: (from, to, number of samples)
     errors: list[str]
     warnings: list[str]
 
 
 def _histogram(lengths: list[int], bins: int = 8) -> list[tuple[int, int, int]]:
-    """Returns (from, to, count) of each bin."""
+    """Returns (from, to, count) of each bin of a histogram; both bounds belong to the bin."""
     if not lengths:
         return []
     low, high = min(lengths), max(lengths)
@@ -43,7 +43,7 @@ def _histogram(lengths: list[int], bins: int = 8) -> list[tuple[int, int, int]]:
 
 
 def _fingerprint(sample: Sample, limits: LimitsConfig) -> str:
-    """Returns a hash that is equal for samples with the same image and the same conversation."""
+    """Returns a hash that two samples share if they have the same image and the same conversation."""
     digest = hashlib.sha256(repr(sample.turns).encode())
     if isinstance(sample.image, Path):
         digest.update(sample.image.read_bytes())
@@ -58,8 +58,8 @@ def _duplicates(samples: list[Sample], limits: LimitsConfig) -> list[str]:
     for sample in samples:
         same[_fingerprint(sample, limits)].append(sample)
     out = []
-    for what, key in (("splits: the held-out score will flatter", "split"),
-                      ("clients: their data are not private", "client")):
+    for what, key in (("splits, so the scores on held-out data are too high", "split"),
+                      ("clients, so their data are not private", "client")):
         shared = [group for group in same.values() if len({getattr(s, key) for s in group}) > 1]
         if shared:
             first = shared[0]
@@ -74,16 +74,16 @@ def _client_errors(samples: list[Sample]) -> list[str]:
     trained = {s.client for s in samples if s.split == "train"}
     for sample in samples:
         tasks[sample.client].add(sample.task)
-    several = [f"client {c!r} has samples of several tasks ({', '.join(sorted(t))}): one client, one task"
+    several = [f"client {c!r} has samples of several tasks ({', '.join(sorted(t))}); a client must have one"
                for c, t in sorted(tasks.items()) if c and len(t) > 1]
     return several + [f"client {c!r} has no training sample" for c in sorted(tasks) if c and c not in trained]
 
 
 def check_data(path: str | Path, data: DataConfig, model: PretrainedModel | None = None) -> Report:
-    """Reads a data set as `run` would, images included, and returns what is wrong with it.
+    """Reads a data set as a run would, images included, and returns a report of its problems.
 
     Args:
-        model: its tokenizer measures lengths in tokens and finds answers that `data.max_length` cuts; without a model,
+        model: a model whose tokenizer measures lengths in tokens and finds answers that `data.max_length` cuts. None:
             lengths are in characters.
 
     Raises:

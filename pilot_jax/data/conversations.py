@@ -18,46 +18,46 @@ Turns = tuple[tuple[str, str], ...]  # ("human" | "gpt", text)
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How a conversation is written as text. An answer and the end token after it are supervised."""
+    """The form in which a conversation is written as text. Answers, and the end token after each, are supervised."""
 
-    human: str  # "{}" is the turn's text
-    answer: str  # "{}" is the turn's text
-    system: str = ""  # opens the conversation
-    end: str | None = None  # the end token; None: the tokenizer's eos_token
-    between: str = ""  # after the end token, not supervised; "{bos}" is the tokenizer's bos_token
+    human: str  # form of a human turn; "{}" stands for its text
+    answer: str  # form of an answer; "{}" stands for its text
+    system: str = ""  # text before the first turn
+    end: str | None = None  # end token after an answer; None: the tokenizer's eos_token
+    between: str = ""  # text between an end token and the next turn; "{bos}" stands for the tokenizer's bos_token
 
 
 TEMPLATES = {
-    # Vicuna v1.1, with which LLaVA-1.5 and the paper train.
+    # Vicuna v1.1, as in LLaVA-1.5 and the paper.
     "vicuna_v1": Template(
         "USER: {} ASSISTANT:", " {}",
         system="A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
                "detailed, and polite answers to the user's questions. "),
-    # The same turns without the system sentence: short, for the embedded base.
+    # The same turns without the system sentence, so that prompts for the embedded base are short.
     "vicuna_short": Template("USER: {} ASSISTANT:", " {}"),
     # Llama-2-chat, without a system prompt.
     "llama2": Template("[INST] {} [/INST]", " {} ", between="{bos}"),
-    # ChatML, as Qwen writes it.
+    # ChatML in Qwen's form.
     "chatml": Template("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "{}",
                        system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", end="<|im_end|>",
                        between="\n"),
-    # No roles at all: image, text, end. Projectors are pretrained with it.
+    # Image, text and end token without roles, as in the pretraining of LLaVA's projectors.
     "plain": Template("{}", "{}"),
 }
-TOKENIZER = "tokenizer"  # stands for the tokenizer's own chat template
+TOKENIZER = "tokenizer"  # the value of `data.template` that means the tokenizer's own chat template
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """One conversation of L tokens, image tokens expanded."""
+    """One conversation of L tokens, with all N image tokens of its image."""
 
     input_ids: np.ndarray  # int32 [L]
     supervised: np.ndarray  # bool [L]: whether a token belongs to an answer, its end token included
-    cut: int = 0  # supervised tokens lost to the length limit
+    cut: int = 0  # number of supervised tokens beyond the length limit
 
 
 def expand_image(turns: Turns, num_image_tokens: int) -> Turns:
-    """Returns the turns with the image as N tokens at the start of its turn, wherever `<image>` stood in it (LLaVA)."""
+    """Returns the turns with `<image>` replaced by N image tokens at the start of its turn, as LLaVA does."""
 
     def one(value: str) -> str:
         if IMAGE not in value:
@@ -68,9 +68,9 @@ def expand_image(turns: Turns, num_image_tokens: int) -> Turns:
 
 
 def _render(turns: Turns, template: Template, eos: str, bos: str) -> tuple[str, list[tuple[int, int]]]:
-    """Returns the whole conversation as text, and the character spans of its answers.
+    """Returns the whole conversation as text, and the (start, end) characters of its answers.
 
-    A last human turn without an answer ends in the assistant's cue, as a prompt for generation does.
+    If the last turn is a human one, the text ends in the template's cue for the answer, as prompts for generation do.
     """
     text, spans = template.system, []
     between = template.between.replace("{bos}", bos)
@@ -88,7 +88,7 @@ def _render(turns: Turns, template: Template, eos: str, bos: str) -> tuple[str, 
 
 
 def _render_by_tokenizer(turns: Turns, tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[tuple[int, int]]]:
-    """Does what `_render` does by the tokenizer's chat template; an answer is what its turn adds after the cue."""
+    """Returns the same as `_render`, by the tokenizer's chat template; an answer is the text that follows its cue."""
     messages = [{"role": "user" if who == "human" else "assistant", "content": value} for who, value in turns]
 
     def text_of(count: int, cue: bool) -> str:
@@ -115,14 +115,14 @@ def encode(tokenizer: PreTrainedTokenizerFast, turns: Turns, template: str, num_
            max_length: int | None = None) -> Encoded:
     """Returns the token ids of a conversation, with the answers marked.
 
-    The text is tokenised as a whole, exactly as `LlavaProcessor` does it; character offsets then tell which tokens lie
-    in an answer. (To tokenise pieces and join them gives other ids wherever a merge crosses a seam.)
+    The text is tokenised as a whole, exactly as transformers' `LlavaProcessor` does; character offsets then show which
+    tokens belong to an answer. (Tokenising pieces and joining them gives other ids where a token spans two pieces.)
 
     Args:
-        turns: ("human" | "gpt", text), alternating.
+        turns: the turns, ("human" | "gpt", text), alternating.
         template: a name in `TEMPLATES`, or `TOKENIZER`.
-        num_image_tokens: N.
-        max_length: tokens beyond it are dropped, and counted in `cut` if they were supervised.
+        num_image_tokens: N, the number of tokens of an image.
+        max_length: the largest number of tokens; those beyond it are dropped, and the supervised ones counted in `cut`.
 
     Raises:
         InputError: image tokens lie beyond `max_length`, or the tokenizer's chat template cannot be used.
@@ -132,7 +132,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, turns: Turns, template: str, num_
         text, spans = _render_by_tokenizer(turns, tokenizer)
     else:
         text, spans = _render(turns, TEMPLATES[template], tokenizer.eos_token, tokenizer.bos_token or "")
-    # A chat template writes the tokens that open a text itself.
+    # A chat template itself writes the special tokens at the start of a text.
     out = tokenizer(text, return_offsets_mapping=True, add_special_tokens=template != TOKENIZER)
     ids = np.asarray(out["input_ids"], np.int32)
     starts, ends = np.asarray(out["offset_mapping"], np.int64).reshape(-1, 2).T
@@ -143,7 +143,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, turns: Turns, template: str, num_
         return Encoded(ids, supervised)
     if (ids[max_length:] == tokenizer.convert_tokens_to_ids(IMAGE)).any():
         raise InputError(f"data.max_length: {max_length} would cut the image ({num_image_tokens} tokens) of a "
-                         f"conversation of {len(ids)}. Raise it.")
+                         f"conversation of {len(ids)} tokens. Raise the limit.")
     return Encoded(ids[:max_length], supervised[:max_length], int(supervised[max_length:].sum()))
 
 
@@ -151,7 +151,7 @@ def stop_tokens(tokenizer: PreTrainedTokenizerFast, template: str) -> tuple[int,
     """Returns the ids of the tokens that end an answer: the template's end token and the tokenizer's own.
 
     Raises:
-        InputError: there is no such template, or the tokenizer does not have its end token.
+        InputError: there is no such template, or the tokenizer does not have the template's end token.
     """
     if template == TOKENIZER:
         if not tokenizer.chat_template:

@@ -1,4 +1,4 @@
-"""Image features H_v, the output of the frozen vision tower: computed once, when needed, in memory or in a file."""
+"""Image features H_v, the output of the frozen vision tower: computed once, when needed, and stored."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ if TYPE_CHECKING:
     from pilot_jax.models.pretrained import PretrainedModel
 
 BATCH = 64  # images in a full batch, on all devices together
-LEAST_ON_DEVICE = 16  # images in a full batch on each device, even where that makes the batch larger
+LEAST_ON_DEVICE = 16  # images of a full batch on each device at least, even if the batch exceeds BATCH then
 
 
 class Features:
-    """H_v of samples' images, [n, N, D] in the model's dtype; zeros for a sample without an image.
+    """The features H_v of samples' images, [n, N, D] in the model's dtype; zeros for a sample without an image.
 
-    Of several processes, each computes and stores the features that the models on its own devices read; see `compute`.
+    With several processes, each one computes and stores the features that the models on its own devices read; see
+    `compute`.
     """
 
     def __init__(self, model: PretrainedModel, samples: Sequence[Sample], data: DataConfig | None = None,
                  file: Path | None = None) -> None:
-        """Computes nothing yet.
+        """Prepares the storage of the features, which are computed later.
 
         Args:
-            file: where the features are stored; None: in memory.
+            file: the file in which the features are stored; None: in memory.
         """
         self._model, self._data = model, data or DataConfig()
         self._samples: list[Sample | None] = [sample if sample.image is not None else None for sample in samples]
@@ -50,10 +51,10 @@ class Features:
         else:
             self._store = RowsWriter(file, self.shape, self.dtype)
             self._values = self._store.rows
-        # [processes, n], the same in every process: which process has stored which features.
+        # Whether each process has stored each sample's features, [processes, n]; all processes have the same table.
         self._computed = np.zeros((jax.process_count(), len(samples)), bool)
         self._computed[:, [sample is None for sample in self._samples]] = True
-        self._batch_sizes: set[int] = set()  # on one device: those for which a program has been compiled
+        self._batch_sizes: set[int] = set()  # images on one device, for which a program has been compiled
 
     @property
     def places(self) -> int:
@@ -65,14 +66,14 @@ class Features:
         return FeatureRows(self, np.asarray(list(indices), np.int64))
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Returns the features of `indices`, [len(indices), N, D], and computes those that are missing.
+        """Returns the features of the samples `indices`, [len(indices), N, D], and computes those that are missing.
 
         Raises:
-            RuntimeError: features are missing and there are several processes, which must compute them together.
+            RuntimeError: features are missing, and there are several processes, which must compute them together.
         """
         if not self._computed[jax.process_index(), indices].all():
             if jax.process_count() > 1:
-                raise RuntimeError("Features are read that `compute_features` was not called for.")
+                raise RuntimeError("Features are read for which `compute_features` was not called.")
             self.compute([indices])
         first, stop = (indices[0], indices[-1] + 1) if len(indices) else (0, 0)
         if stop - first == len(indices) and (np.diff(indices) == 1).all():  # consecutive: no copy
@@ -81,14 +82,14 @@ class Features:
         return self._values[indices]
 
     def compute(self, by_place: Sequence[np.ndarray]) -> None:
-        """Computes the features that are missing. With several processes, all call this with the same arguments.
+        """Computes the features that are missing. With several processes, all must call this with the same arguments.
 
         Args:
-            by_place: the indices that are read at each place along the mesh's `clients` axis. With one process it does
-                not matter which index is given for which place.
+            by_place: the indices of the samples that are read at each place along the mesh's axis `clients`. With one
+                process, the features are the same whichever place an index is given for.
 
         Raises:
-            InputError: an image cannot be read; in every process.
+            InputError: an image cannot be read; every process raises it.
         """
         mesh = mesh_of(self._model.base)
         owners = [sorted(processes) for processes in places(mesh)]
@@ -102,7 +103,7 @@ class Features:
             size = self._batch_size(-(-longest // devices_at_place), devices) * devices_at_place
             batch, queues = [queue[:size] for queue in queues], [queue[size:] for queue in queues]
             computed = self._model.features(self._pixels(batch, size, devices_at_place, mesh))
-            if running is not None:  # the devices worked on it while the images above were read
+            if running is not None:  # the devices computed it while the images of this batch were read
                 self._store_batch(devices_at_place, *running)
             running = batch, computed
         if running is not None:
@@ -111,10 +112,10 @@ class Features:
             self._computed[np.ix_(np.asarray(own), np.asarray(indices, np.int64))] = True
 
     def _missing(self, owners: list[list[int]], by_place: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns, for each place, the indices to compute there.
+        """Returns the indices of the samples to compute at each place.
 
-        With one process the missing indices are shared out evenly. With several, a place computes what its owners, the
-        processes that have a device there, lack.
+        With one process, the missing samples are divided evenly. With several, each place computes the samples that its
+        owners, the processes that have a device there, have not stored yet.
         """
         if jax.process_count() == 1:
             missing = np.unique(by_place[0])
@@ -129,10 +130,10 @@ class Features:
         return queues
 
     def _batch_size(self, needed: int, devices: int) -> int:
-        """Returns how many images each device gets.
+        """Returns the number of images on each device: at least `needed`, but no more than those of a full batch.
 
-        There are few sizes, so that few programs are compiled, and small ones, so that a single image is not padded to
-        a full batch.
+        There are only a few sizes, so that few programs are compiled. Some of them are small, so that a single image is
+        not padded to a full batch.
         """
         full = max(BATCH // devices, LEAST_ON_DEVICE)
         fitting = [size for size in self._batch_sizes if size >= needed]
@@ -142,9 +143,9 @@ class Features:
 
     def _pixels(self, batch: list[np.ndarray], size: int, devices_at_place: int,
                 mesh: jax.sharding.Mesh | None) -> np.ndarray:
-        """Returns the images of a batch, float32 [places · size, 3, H, W].
+        """Returns the pixel values of a batch, float32 [places · size, 3, H, W].
 
-        Rows that lie on other processes' devices, and rows that pad, are zeros.
+        Rows on other processes' devices, and padding rows, are zeros.
         """
         side, fault = self._model.config.vision.image_size, None
         out = np.zeros((len(batch) * size, 3, side, side), np.float32)
@@ -163,7 +164,7 @@ class Features:
         return out
 
     def _store_batch(self, devices_at_place: int, batch: list[np.ndarray], computed: jax.Array) -> None:
-        """Stores the rows of `computed`, [places · size, N, D], that lie on this process's devices."""
+        """Stores those rows of `computed`, [places · size, N, D], that are on this process's devices."""
         size = computed.shape[0] // len(batch)
         for start, part in own_parts(computed):
             for place in range(start // size, (start + len(part)) // size):
@@ -172,13 +173,13 @@ class Features:
 
 
 def _positions(count: int, size: int, devices: int) -> np.ndarray:
-    """Returns where `count` images lie among `size` rows that `devices` share: each device gets about as many."""
+    """Returns the rows, out of `size`, for `count` images, such that all `devices` get about equally many."""
     images = np.arange(count)
     return images % devices * (size // devices) + images // devices
 
 
 class FeatureRows:
-    """Rows `indices` of a `Features`, as an array [n, N, D] that is read on access."""
+    """An array-like [n, N, D] of the features of some samples, which are read or computed on access."""
 
     def __init__(self, source: Features, indices: np.ndarray) -> None:
         self.source, self.indices = source, indices
@@ -189,7 +190,7 @@ class FeatureRows:
 
     @property
     def nbytes(self) -> int:
-        """The size of these rows as an array."""
+        """The size in bytes of these rows as an array."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
@@ -197,7 +198,7 @@ class FeatureRows:
         return values if dtype is None else values.astype(dtype)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """Indexes as an array does; a one-dimensional integer array reads the rows it names and no others."""
+        """Indexes as an array does; with a one-dimensional integer array, only the rows that it names are read."""
         if isinstance(index, np.ndarray) and index.ndim == 1 and index.dtype.kind == "i":
             return self.source.read(self.indices[index])
         return np.asarray(self)[index]
@@ -208,7 +209,7 @@ class FeatureRows:
 
 
 def concatenate_features(parts: Sequence[np.ndarray | FeatureRows]) -> np.ndarray | FeatureRows:
-    """Returns the features of several clients as those of one; nothing is read where all have one source."""
+    """Returns the features of several clients, one after another; nothing is read if all have the same source."""
     rows = [part for part in parts if isinstance(part, FeatureRows)]
     if len(rows) == len(parts) and all(part.source is rows[0].source for part in rows):
         return FeatureRows(rows[0].source, np.concatenate([part.indices for part in rows]))
@@ -216,14 +217,14 @@ def concatenate_features(parts: Sequence[np.ndarray | FeatureRows]) -> np.ndarra
 
 
 def compute_features(features: Sequence[np.ndarray | FeatureRows], width: int) -> None:
-    """Computes, if they are missing, the features that models are about to read, `width` of them side by side.
+    """Computes the features that models are about to read, as far as they are missing.
 
-    With several processes, all call this with the same arguments, before any of the features is read.
+    With several processes, all must call this with the same arguments before they read any of the features.
 
     Args:
-        features: of each model, in the order in which they are stacked, `width` at a time, along the mesh's `clients`
-            axis. Plain arrays need no computing and are passed over.
-        width: how many models lie side by side.
+        features: the features that each model reads, in the order in which the models are stacked, `width` at a time,
+            along the mesh's axis `clients`. Plain arrays are skipped, because they need no computing.
+        width: the number of models that run side by side.
 
     Raises:
         InputError: an image cannot be read.
@@ -241,7 +242,7 @@ def compute_features(features: Sequence[np.ndarray | FeatureRows], width: int) -
 def image_features(model: PretrainedModel, samples: Sequence[Sample], data: DataConfig | None = None) -> FeatureRows:
     """Returns H_v of each sample's image, [len(samples), N, D] in the model's dtype; zeros for one without an image.
 
-    With several processes, every one of them has all features.
+    With several processes, each of them computes all features.
     """
     rows = Features(model, samples, data).rows(range(len(samples)))
     rows.source.compute([rows.indices] * rows.source.places)

@@ -1,4 +1,4 @@
-"""Reads images and turns them into the pixel values that the vision tower takes."""
+"""Reads images and converts them to the pixel values that the vision tower takes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pilot_jax.models.checkpoints.processors import load_image_processor
 if TYPE_CHECKING:
     from pilot_jax.models.pretrained import PretrainedModel
 
-# Other formats are not decoded: Pillow hands some to other programs, and the decoders of some are little reviewed.
+# Other formats are refused: Pillow passes some of them to other programs, and some decoders are little reviewed.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "MPO")
 
 
 def read_image(sample: Sample, limits: LimitsConfig = LIMITS) -> Image.Image:
-    """Returns the sample's image in RGB; of an animated one, the first frame.
+    """Returns the sample's image in RGB; for an animated image, its first frame.
 
     Args:
-        sample: it must have an image.
+        sample: a sample that has an image.
 
     Raises:
-        InputError: the image cannot be decoded, or is larger than `limits` allow.
+        InputError: the image cannot be decoded, or has more pixels than `limits` allow.
     """
     if isinstance(sample.image, Image.Image):
         return sample.image
@@ -36,7 +36,7 @@ def read_image(sample: Sample, limits: LimitsConfig = LIMITS) -> Image.Image:
     name = sample.image if isinstance(sample.image, Path) else "the stored image"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow: its own limit, and oddities of a file
+            warnings.simplefilter("ignore")  # Pillow warns of its own limit, and of oddities in a file
             with Image.open(sample.image.open() if isinstance(sample.image, StoredImage) else sample.image,
                             formats=FORMATS) as image:
                 if image.width * image.height > limits.image_pixels:
@@ -44,15 +44,18 @@ def read_image(sample: Sample, limits: LimitsConfig = LIMITS) -> Image.Image:
                 return _eight_bit(image).convert("RGB")
     except Image.DecompressionBombError:
         raise InputError(f"{sample.source}: image: {name} has more pixels than data.limits.image_pixels, "
-                         f"{limits.image_pixels}. Shrink it or raise the limit.") from None
+                         f"{limits.image_pixels}. Shrink the image or raise the limit.") from None
     except Exception as error:  # Pillow's decoders raise whatever their formats' parsers do
         why = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{sample.source}: image: {name} cannot be decoded ({why}). "
-                         "Replace the file or drop the entry.") from None
+                         "Replace the file or remove the entry.") from None
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Returns an image of 16-bit greys as one of 8-bit greys; `convert` would clip it at 255 instead."""
+    """Returns a 16-bit grey image scaled to 8 bits, and other images unchanged.
+
+    Pillow's `convert` would clip 16-bit values at 255 instead.
+    """
     if image.mode == "F":
         raise ValueError("floating-point pixels")
     if image.mode != "I" and not image.mode.startswith("I;16"):
@@ -61,7 +64,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
-    """Returns the image in the middle of the smallest square that holds it, as LLaVA-1.5 is trained."""
+    """Returns the image in the middle of the smallest square that contains it, as in the training of LLaVA-1.5."""
     width, height = image.size
     if width == height:
         return image
@@ -72,13 +75,13 @@ def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Imag
 
 
 def pixel_values(model: PretrainedModel, images: list[Image.Image], fit: str = "processor") -> np.ndarray:
-    """Returns what the vision tower takes, float32 [len(images), 3, H, W].
+    """Returns the vision tower's input for these images, float32 [len(images), 3, H, W].
 
     Args:
-        fit: `data.image_fit`: "processor", or "pad" to pad images to squares first.
+        fit: the value of `data.image_fit`: "processor", or "pad", with which images are padded to squares first.
 
     Raises:
-        InputError: the checkpoint's image processor fails, or gives another size than its tower takes.
+        InputError: the checkpoint's image processor fails, or its output has another size than the tower takes.
     """
     processor = load_image_processor(model.image_directory, model.config.vision.family)
     if fit == "pad":
@@ -87,10 +90,10 @@ def pixel_values(model: PretrainedModel, images: list[Image.Image], fit: str = "
     try:
         pixels = processor(images=images, return_tensors="np")["pixel_values"]
     except Exception as error:  # the processor's checks of its own settings raise many kinds
-        raise InputError(f"{model.image_directory}: the image processor fails ({error}). Mend "
+        raise InputError(f"{model.image_directory}: the image processor fails ({error}). Correct "
                          "preprocessor_config.json.") from None
     side = model.config.vision.image_size
     if pixels.shape[1:] != (3, side, side):
         raise InputError(f"{model.image_directory}: the image processor gives {pixels.shape[1:]}, the tower takes "
-                         f"{(3, side, side)}. Mend preprocessor_config.json or set data.image_fit: pad.")
+                         f"{(3, side, side)}. Correct preprocessor_config.json or set data.image_fit: pad.")
     return pixels

@@ -1,1 +1,1 @@
-"""LLaVA-format instruction data: one sample, JSON files of samples, tables of samples."""
+"""Reads and writes LLaVA-format instruction data: single samples, JSON files, tables."""

@@ -1,6 +1,6 @@
-"""Reads and writes LLaVA-format data: JSON, JSONL, Parquet or a Hugging Face `datasets` folder.
+"""Reads and writes LLaVA-format data: JSON, JSONL, Parquet, or a Hugging Face `datasets` folder.
 
-The last two need the extra `data`.
+Reading Parquet and `datasets` folders needs the extra `data`.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
 def _lines(file: Path, limits: LimitsConfig) -> Iterator[tuple[str, object]]:
-    """Yields (place, object) of each line of a JSONL file, which is never in memory as a whole."""
+    """Yields (place for messages, object) of each line of a JSONL file, which is never in memory as a whole."""
     number, most = 0, 100 * limits.text_characters
     with file.open(encoding="utf-8", newline="\n") as lines:
         while line := lines.readline(most):
             number += 1
             if len(line) == most:
-                raise InputError(f"{file}:{number}: the line has {most} or more characters. Raise "
-                                 "data.limits.text_characters if that is meant.")
+                raise InputError(f"{file}:{number}: the line has {most} or more characters. If that is right, raise "
+                                 "data.limits.text_characters.")
             if line.strip():
                 try:
                     yield f"{file}:{number}", json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise InputError(f"{file}:{number}: not valid JSON ({error}). One object per line.") from None
+                    raise InputError(f"{file}:{number}: not valid JSON ({error}). Write one object per line.") from None
 
 
 def _json_values(file: Path, limits: LimitsConfig) -> Iterator[tuple[str, object]]:
-    """Yields (place, object) of each sample of a JSON or JSONL file."""
+    """Yields (place for messages, object) of each sample of a JSON or JSONL file."""
     try:
         if file.suffix == ".jsonl":
             yield from _lines(file, limits)
             return
         if file.stat().st_size > limits.file_bytes:
             raise InputError(f"{file}: {file.stat().st_size} bytes, data.limits.file_bytes is {limits.file_bytes}. "
-                             "Raise it, or write JSONL, which is read line by line.")
+                             "Raise the limit, or convert the file to JSONL, which is read line by line.")
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read ({error}). data.path needs UTF-8 JSON or JSONL.") from None
     try:
         loaded = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not valid JSON ({error}).") from None
+        raise InputError(f"{file}: not valid JSON ({error}). Correct the file.") from None
     if not isinstance(loaded, list):
         raise InputError(f"{file}: a LLaVA file is a JSON list of samples, this is a {type(loaded).__name__}.")
     for index, entry in enumerate(loaded):
@@ -60,11 +60,12 @@ def _json_values(file: Path, limits: LimitsConfig) -> Iterator[tuple[str, object
 
 
 def _is_dataset(folder: Path) -> bool:
+    """Returns whether the folder was saved by Hugging Face's `datasets`."""
     return any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
 
 
 def _files(path: Path) -> list[tuple[Path, str]]:
-    """Returns (file, task that its folder names or "") of everything that `path` names, in order."""
+    """Returns (file, task) of every data file of `path`, in order; the task is that of a folder per task, else ""."""
     if path.is_file() or _is_dataset(path):
         return [(path, "")]
     if not path.is_dir():
@@ -77,9 +78,12 @@ def _files(path: Path) -> list[tuple[Path, str]]:
 
 
 def _defaults(file: Path, folder_task: str, names: str) -> tuple[str, str, str]:
-    """Returns (task, client, split) as a file's name gives them, "" where it gives none.
+    """Returns (task, client, split) as a file's name says them, with "" for a task or client that it does not say.
 
-    Such names are `vqa.json`, `vqa_test.json`, `vqa/clinic.json` and `test.json`. `names` is `data.file_names`.
+    Such names are `vqa.json`, `vqa_test.json`, `vqa/clinic.json` and `test.json`; the split is "train" by default.
+
+    Args:
+        names: the value of `data.file_names`.
     """
     match = re.fullmatch(r"(?:(.+)[._-])?(train|validation|val|test)", file.stem)
     stem = (match[1] or "") if match else file.stem
@@ -90,7 +94,7 @@ def _defaults(file: Path, folder_task: str, names: str) -> tuple[str, str, str]:
 
 
 def read_entries(path: str | Path, file_names: str = "task", limits: LimitsConfig = LIMITS) -> Iterator[Entry]:
-    """Yields the raw samples of a file, of every data file in a folder, or of its `<task>/<client>` files.
+    """Yields the raw samples of a file, or of all data files in a folder and in its folders per task.
 
     Raises:
         InputError: there is no data file, or a file cannot be parsed.
@@ -111,7 +115,9 @@ def read_entries(path: str | Path, file_names: str = "task", limits: LimitsConfi
 
 
 def find_image_root(path: str | Path, image_root: str | Path | None) -> Path:
-    """Returns `image_root`; if it is None, the folder `images` beside the data if it exists, else the data's folder.
+    """Returns the folder from which image paths start.
+
+    It is `image_root` or, if that is None, the folder `images` beside the data if it exists, else the data's folder.
 
     Raises:
         InputError: `image_root` is not a folder.
@@ -122,16 +128,16 @@ def find_image_root(path: str | Path, image_root: str | Path | None) -> Path:
         return folder / "images" if (folder / "images").is_dir() else folder
     root = Path(image_root).expanduser()
     if not root.is_dir():
-        raise InputError(f"data.image_root: {root} is not a folder.")
+        raise InputError(f"data.image_root: {root} is not a folder. Give the folder that holds the images.")
     return root
 
 
 def read_samples(path: str | Path, image_root: str | Path | None = None, file_names: str = "task",
                  limits: LimitsConfig = LIMITS) -> list[Sample]:
-    """Returns all samples that `path` names (see `read_entries`), with their images (see `find_image_root`).
+    """Returns all samples of a data file or folder (see `read_entries`); images are found by `find_image_root`.
 
     Raises:
-        InputError: a sample is wrong, and the message names file, entry and key; or there is none.
+        InputError: a sample is wrong (the message names file, entry and key), or there is no sample.
     """
     root = find_image_root(path, image_root)
     samples = [parse_sample(entry, root, limits) for entry in read_entries(path, file_names, limits)]
@@ -143,7 +149,7 @@ def read_samples(path: str | Path, image_root: str | Path | None = None, file_na
 def write_samples(samples: Iterable[Sample], out: Path) -> int:
     """Writes `data.json` and `images/*.png` into the new folder `out` and returns the number of samples.
 
-    The folder appears when it is complete, never before.
+    The folder appears under its name only when it is complete.
 
     Raises:
         InputError: `out` exists.

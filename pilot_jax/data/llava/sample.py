@@ -1,4 +1,4 @@
-"""One LLaVA-format sample, checked key by key: `id`, `image`, `conversations`, `answers`, `task`, `client`, `split`."""
+"""Checks a LLaVA-format sample key by key: `id`, `image`, `conversations`, `answers`, `task`, `client`, `split`."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from PIL import Image
 from pilot_jax.config import LimitsConfig
 from pilot_jax.errors import InputError
 
-MOST_NAME = 80  # bytes of a task's or client's name: as a file name it is up to three times as long
+MOST_NAME = 80  # bytes of a task's or client's name, which becomes up to three times as long as a file name
 LIMITS = LimitsConfig()
 SPLITS = ("train", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredImage:
-    """An encoded image in a row of a table, which is read when it is needed."""
+    """An encoded image in a row of a table; it is read when it is needed."""
 
     table: Any  # datasets.Dataset
     row: int
 
     def open(self) -> io.BytesIO:
-        """Returns the encoded image as a file."""
+        """Returns the encoded image as an open file."""
         return io.BytesIO(self.table[self.row]["image"]["bytes"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One checked sample: a conversation about an image, or about none."""
+    """A checked sample: a conversation, with or without an image."""
 
     id: str
     image: Path | Image.Image | StoredImage | None  # None: text only
@@ -41,17 +41,17 @@ class Sample:
     client: str
     split: str
     source: str  # file and entry, for messages
-    answers: tuple[str, ...] = ()  # the references, such as VQA's ten; empty: the last answer is the only one
+    answers: tuple[str, ...] = ()  # reference answers, such as VQA's ten; empty: the last turn is the only one
 
     @property
     def references(self) -> tuple[str, ...]:
-        """The texts that an answer is scored against."""
+        """The reference answers, against which a model's answer is scored."""
         return self.answers or (self.turns[-1][1].strip(),)
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One raw sample, and the task, client and split that its file's name gives where the sample names none."""
+    """A raw sample, with the task, client and split from its file's name, which apply where the sample names none."""
 
     where: str  # file and entry, for messages
     value: object
@@ -61,20 +61,20 @@ class Entry:
 
 
 def _text(where: str, key: str, value: str, limits: LimitsConfig) -> str:
-    """Returns the text, if a tokenizer can take it."""
+    """Returns `value`, after checking that it is not too long and that it can be encoded as UTF-8."""
     if len(value) > limits.text_characters:
         raise InputError(f"{where}: {key}: {len(value)} characters, data.limits.text_characters is "
-                         f"{limits.text_characters}. Shorten it or raise the limit.")
+                         f"{limits.text_characters}. Shorten the text or raise the limit.")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: {key}: a lone surrogate (half a character) at {error.start}. Mend the "
-                         "text.") from None
+        raise InputError(f"{where}: {key}: a lone surrogate (half a character) at {error.start}. Correct "
+                         "the text.") from None
     return value
 
 
 def _turns(where: str, raw: object, limits: LimitsConfig) -> tuple[tuple[str, str], ...]:
-    """Returns the checked turns of `conversations`: (who, text), alternating, human first, an answer last."""
+    """Returns the checked turns of `conversations` as (who, text): alternating, the first human, the last an answer."""
     if not isinstance(raw, list) or not raw:
         raise InputError(f"{where}: conversations: expected a non-empty list of {{from, value}}.")
     turns = []
@@ -84,7 +84,7 @@ def _turns(where: str, raw: object, limits: LimitsConfig) -> tuple[tuple[str, st
             raise InputError(f"{where}: conversations[{number}]: expected {{from, value}} with a text value.")
         if turn.get("from") != expected:
             raise InputError(f"{where}: conversations[{number}].from: {reprlib.repr(turn.get('from'))}, expected "
-                             f"{expected!r}. Turns alternate, human first.")
+                             f"{expected!r}. Turns must alternate, starting with human.")
         turns.append((expected, _text(where, f"conversations[{number}]", turn["value"], limits)))
     if turns[-1][0] != "gpt":
         raise InputError(f"{where}: conversations: the last turn must be an answer (from: gpt).")
@@ -92,7 +92,7 @@ def _turns(where: str, raw: object, limits: LimitsConfig) -> tuple[tuple[str, st
 
 
 def _image(where: str, name: object, image_root: Path, limits: LimitsConfig) -> Path | StoredImage:
-    """Returns the image's file, which must lie inside `image_root`."""
+    """Returns the image, after checking that its file exists inside `image_root`."""
     if isinstance(name, StoredImage):
         return name
     if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
@@ -101,18 +101,18 @@ def _image(where: str, name: object, image_root: Path, limits: LimitsConfig) -> 
     try:
         exists = image.is_file()
         inside = limits.follow_links or image.resolve().is_relative_to(image_root.resolve())
-    except (OSError, ValueError, RuntimeError) as error:  # a NUL, a name too long, links in a circle
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL, a name that is too long, or links in a circle
         raise InputError(f"{where}: image: {name!r} cannot be a file ({error}).") from None
     if not exists:
-        raise InputError(f"{where}: image: {image} does not exist. Mend the entry or set data.image_root.")
+        raise InputError(f"{where}: image: {image} does not exist. Correct the entry or set data.image_root.")
     if not inside:
-        raise InputError(f"{where}: image: {image} is a link out of data.image_root ({image_root}). Set "
-                         "data.limits.follow_links: true if that is meant.")
+        raise InputError(f"{where}: image: {image} is a link out of data.image_root ({image_root}). If that is "
+                         "right, set data.limits.follow_links: true.")
     return image
 
 
 def _name(where: str, key: str, value: object) -> str:
-    """Returns the name of a task or client; it becomes part of file names and is shown in terminals."""
+    """Returns a task's or client's checked name, which becomes part of file names and is shown in terminals."""
     if value is not None and (not isinstance(value, str | int) or isinstance(value, bool)):
         raise InputError(f"{where}: {key}: {value!r} must be a text.")
     name = "" if value is None else str(value)
@@ -126,7 +126,7 @@ def parse_sample(entry: Entry, image_root: Path, limits: LimitsConfig = LIMITS) 
     """Returns the checked sample.
 
     Args:
-        image_root: the folder that the samples' image paths start from.
+        image_root: the folder from which the samples' image paths start.
 
     Raises:
         InputError: something is wrong with the sample; the message names file, entry and key.
@@ -140,7 +140,8 @@ def parse_sample(entry: Entry, image_root: Path, limits: LimitsConfig = LIMITS) 
     if image is not None and marks != ["human"]:
         raise InputError(f"{where}: conversations: <image> must stand once, in a human turn.")
     if image is None and marks:
-        raise InputError(f"{where}: the conversation has <image> but the entry has no image.")
+        raise InputError(f"{where}: the conversation has <image> but the entry has no image. Add the key image, or "
+                         "remove <image>.")
     split = raw.get("split") or entry.split
     if not isinstance(split, str) or split not in SPLITS:
         raise InputError(f"{where}: split: {reprlib.repr(split)}, expected one of {', '.join(SPLITS)}.")

@@ -13,12 +13,12 @@ from pilot_jax.errors import InputError
 
 
 def _tables(path: Path) -> dict[str, Any]:
-    """Returns `datasets` tables by split; "" is the split of a single table."""
+    """Returns the tables in a file or folder by split; the split of a single table is ""."""
     try:
         import datasets
     except ImportError:
-        raise InputError(f"{path}: reading it needs a library that is not installed (of the extra 'data'). "
-                         "Run: pip install datasets") from None
+        raise InputError(f"{path}: reading it needs the library datasets (of the extra 'data'), which is not "
+                         "installed. Run: pip install datasets") from None
     datasets.disable_progress_bars()
     try:
         if path.is_dir():
@@ -27,8 +27,8 @@ def _tables(path: Path) -> dict[str, Any]:
             cache = tempfile.TemporaryDirectory(prefix="pilot-jax-")
             atexit.register(cache.cleanup)
             loaded = datasets.Dataset.from_parquet(str(path), cache_dir=cache.name)
-    except Exception as error:  # datasets wraps pyarrow's and its own errors in many kinds
-        raise InputError(f"{path}: cannot be read as a table ({error}).") from None
+    except Exception as error:  # datasets raises many kinds, pyarrow's among them
+        raise InputError(f"{path}: cannot be read as a table ({error}). Write the file again.") from None
     return dict(loaded) if isinstance(loaded, dict) else {"": loaded}
 
 
@@ -40,7 +40,7 @@ def _conversations(raw: Any) -> Any:
 
 
 def table_values(path: Path) -> Iterator[tuple[str, object, str]]:
-    """Yields (place for messages, sample as a dict, split or "") of each row.
+    """Yields (place for messages, sample as a dict, split or "") of each row of all tables in a file or folder.
 
     Raises:
         InputError: `datasets` is not installed, or cannot read the file.
