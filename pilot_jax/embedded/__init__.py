@@ -1,4 +1,4 @@
-"""The embedded toy world: digit scenes, tasks on them, federations of clients, and the base model trained on them.
+"""The embedded example: digit scenes, tasks on them, federations of clients, and the base model trained on them.
 
-It is part of the package, so that everything runs without a download. It may import `federation` and what lies below.
+It is part of the package, so that everything runs without a download. It may import `federation` and the folders below.
 """

@@ -1,8 +1,8 @@
-"""Trains the embedded base: a small CLIP and a small Llama, on digit scenes from the *pretrain* pool alone.
+"""Trains the embedded base, a small CLIP and a small Llama, on digit scenes from the pool *pretrain* only.
 
-There are two steps, as for real LLaVA bases. First the vision tower learns to name digit and ink of each grid cell,
-which is what a caption says. Then projector and language model learn to caption, with the tower frozen. If everything
-is trained on captions at once, training stays on a plateau on which the image is ignored.
+There are two steps, as for real LLaVA bases. First the vision tower learns to name the digit and the ink in each grid
+cell, which is what captions say. Then the projector and the language model learn to write captions, while the tower is
+frozen. If everything is trained on captions at once, training stays on a plateau where the image is ignored.
 """
 
 from __future__ import annotations
@@ -41,33 +41,33 @@ Params = dict[str, Any]  # nested dicts of arrays
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """Sizes and steps; a YAML file of these keys is what `load_pretrain_config` reads."""
+    """Sizes and training settings of the embedded base; `load_pretrain_config` reads them from a YAML file."""
 
     width: int = 128  # D and C
-    layers: int = 4  # of the tower, and of the language model
-    heads: int = 4
-    vocab: int = 512
+    layers: int = 4  # number of layers of the tower, and of the language model
+    heads: int = 4  # number of attention heads of the tower, and of the language model
+    vocab: int = 512  # V
     vision_steps: int = 2000
     language_steps: int = 1600
-    batch: int = 32
-    lr: float = 2e-3
+    batch: int = 32  # samples in a step
+    lr: float = 2e-3  # peak learning rate of the language step; the vision step has half of it
     seed: int = 0
 
 
 def load_pretrain_config(path: str | Path) -> PretrainConfig:
-    """Reads a YAML mapping of `PretrainConfig`'s fields.
+    """Reads a `PretrainConfig` from a YAML file that maps its fields to values.
 
     Raises:
-        InputError: the file cannot be read, has an unknown key, or a value that is not a positive number.
+        InputError: the file cannot be read, or has an unknown key, or a value that is not a positive number.
     """
     path = Path(path)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as YAML ({error}).") from None
+        raise InputError(f"{path}: cannot be read as YAML ({error}). Give a file like configs/pretrain.yaml.") from None
     known = {f.name: type(f.default) for f in dataclasses.fields(PretrainConfig)}
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected a mapping of {', '.join(known)}.")
+        raise InputError(f"{path}: expected a mapping with the keys {', '.join(known)}.")
     for key, value in raw.items():
         if key not in known:
             raise InputError(f"{path}: {key}: unknown key. Known: {', '.join(known)}.")
@@ -77,10 +77,10 @@ def load_pretrain_config(path: str | Path) -> PretrainConfig:
 
 
 def build_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """Returns a byte-level BPE tokenizer of `vocab` tokens for the words of all tasks; it can encode any text.
+    """Returns a byte-level BPE tokenizer with `vocab` tokens, trained on captions and on the texts of all tasks.
 
-    Digits are tokens of their own. The tokenizer has seen words that the base has not: the base is never trained on a
-    task's questions or answers.
+    Each digit is a token, and any text can be encoded. The base model, unlike its tokenizer, is never trained on the
+    questions and answers of the tasks.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -129,7 +129,7 @@ def hf_config(config: PretrainConfig, vocab: int) -> dict[str, Any]:
 
 
 def image_processor() -> CLIPImageProcessorPil:
-    """Returns the base's image processor: CLIP's, at the canvas size."""
+    """Returns the base's image processor, which is CLIP's for the size of the canvas."""
     from transformers import CLIPImageProcessorPil
 
     side = {"height": CANVAS, "width": CANVAS}
@@ -137,14 +137,14 @@ def image_processor() -> CLIPImageProcessorPil:
 
 
 def _pixels(scenes: list[Scene]) -> np.ndarray:
-    """Returns the scenes as the image processor does, float32 [B, H, W, 3], only faster."""
+    """Returns the scenes' pixel values, float32 [B, H, W, 3], as the image processor computes them, but faster."""
     processor = image_processor()
     raw = np.stack([np.asarray(scene.image) for scene in scenes]).astype(np.float32) / 255.0
     return (raw - np.asarray(processor.image_mean, np.float32)) / np.asarray(processor.image_std, np.float32)
 
 
 def _vision_batch(rng: np.random.Generator, pool: str, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns pixels [B, H, W, 3], and digit and ink of each cell [B, 9]; crowded scenes teach more per image."""
+    """Returns pixels [B, H, W, 3] of scenes with up to 9 digits, and the digit and the ink in each cell, int [B, 9]."""
     scenes = [draw_scene(rng, pool, None, most=9, distinct=False) for _ in range(size)]
     value = np.full((size, GRID**2), NO_DIGIT)
     ink = np.full((size, GRID**2), NO_INK)
@@ -157,7 +157,10 @@ def _vision_batch(rng: np.random.Generator, pool: str, size: int) -> tuple[np.nd
 
 def _caption_batch(rng: np.random.Generator, pool: str, size: int, tokenizer: PreTrainedTokenizerFast,
                    num_image_tokens: int, length: int) -> dict[str, np.ndarray]:
-    """Returns pixels [B, H, W, 3], input_ids and attention_mask int32 [B, L], and weight float32 [B, L] (1: learnt)."""
+    """Returns pixels [B, H, W, 3], input_ids and attention_mask, int32 [B, L], and weight, float32 [B, L].
+
+    The weight is 1 where a token is supervised, and 0 elsewhere.
+    """
     scenes = [draw_scene(rng, pool, None) for _ in range(size)]
     ids, weight = np.zeros((size, length), np.int32), np.zeros((size, length), np.float32)
     mask = np.zeros((size, length), np.int32)
@@ -180,7 +183,7 @@ def _optimizer(peak: float, steps: int) -> optax.GradientTransformation:
 
 def _train(loss: Callable[[Params, Any], tuple[jax.Array, jax.Array]], params: Params, batches: Iterator[Any],
            steps: int, peak: float, report: Callable[[str], None], name: str) -> Params:
-    """Returns the trained parameters; `loss` gives the loss and the accuracy that is reported."""
+    """Returns the parameters after training; `loss` returns the loss, and an accuracy for the progress messages."""
     optimizer = _optimizer(peak, steps)
 
     @jax.jit
@@ -199,7 +202,7 @@ def _train(loss: Callable[[Params, Any], tuple[jax.Array, jax.Array]], params: P
 
 
 def _pretrain_vision(module: Vlm, config: PretrainConfig, report: Callable[[str], None]) -> Params:
-    """Returns the tower's weights, trained to name digit and ink of each cell."""
+    """Returns the weights of a tower that is trained to name the digit and the ink in each cell."""
     rng = np.random.default_rng([config.seed, 1])
     key = jax.random.key(config.seed)
     width, cells = config.width, GRID**2
@@ -227,12 +230,12 @@ def _pretrain_vision(module: Vlm, config: PretrainConfig, report: Callable[[str]
     params = _train(loss, {"tower": tower, "heads": heads}, batches, config.vision_steps, config.lr / 2, report,
                     "vision")
     held_out = _vision_batch(np.random.default_rng(1), "validation", 256)
-    report(f"vision: digit accuracy on held-out handwriting {float(jax.jit(loss)(params, held_out)[1]):.3f}")
+    report(f"vision: accuracy of digits on held-out handwriting {float(jax.jit(loss)(params, held_out)[1]):.3f}")
     return params["tower"]
 
 
 def _initial_language(module: Vlm, config: PretrainConfig) -> Params:
-    """Returns projector and decoder weights before training."""
+    """Returns the initial weights of projector and decoder."""
     keys = jax.random.split(jax.random.key(config.seed + 1), 3)
     spec = module.config
     vision, text = spec.vision.hidden_size, spec.text.hidden_size
@@ -242,15 +245,15 @@ def _initial_language(module: Vlm, config: PretrainConfig) -> Params:
                               "bias": jnp.zeros(text)}}
     ids = jnp.zeros((1, spec.num_image_tokens + 2), jnp.int32)
     decoder = module.init(keys[2], ids, jnp.ones_like(ids), None, method="logits")["params"]["decoder"]
-    # Words that no caption has keep the rows they start with, and the head stays frozen in the federation: rows of unit
-    # norm can be told apart there, rows of norm 0.2 cannot (their logits could never leave each other).
+    # Tokens that occur in no caption keep their initial rows, and the head stays frozen in the federation. Clients can
+    # then learn to distinguish rows of norm 1, but not rows of norm 0.2, whose logits stay too close to each other.
     return {"projector": projector,
             "decoder": decoder | {name: decoder[name] * (0.1 / 0.02) for name in ("embedding", "head")}}
 
 
 def _pretrain_language(module: Vlm, tower: Params, tokenizer: PreTrainedTokenizerFast, config: PretrainConfig,
                        report: Callable[[str], None]) -> Params:
-    """Returns projector and decoder weights, trained to caption."""
+    """Returns the weights of projector and decoder, trained to write captions."""
     rng = np.random.default_rng([config.seed, 2])
     n = module.config.num_image_tokens
     length = n + 48
@@ -270,7 +273,7 @@ def _pretrain_language(module: Vlm, tower: Params, tokenizer: PreTrainedTokenize
     params = _train(loss, _initial_language(module, config), batches, config.language_steps, config.lr, report,
                     "language")
     held_out = _caption_batch(np.random.default_rng(2), "validation", 256, tokenizer, n, length)
-    report(f"language: captions right on held-out handwriting {float(jax.jit(loss)(params, held_out)[1]):.3f}")
+    report(f"language: correct captions of held-out handwriting {float(jax.jit(loss)(params, held_out)[1]):.3f}")
     return params
 
 
@@ -278,7 +281,7 @@ def pretrain(out: str | Path, config: PretrainConfig | None = None, report: Call
     """Trains the embedded base and writes it to `out`, a new Hugging Face LLaVA directory.
 
     Args:
-        report: is called with a line of progress now and then.
+        report: a function that is called with a line of text every 100 steps.
 
     Raises:
         InputError: `out` exists.
@@ -300,7 +303,7 @@ def pretrain(out: str | Path, config: PretrainConfig | None = None, report: Call
 
 
 def _spec(raw: dict[str, Any]) -> VlmSpec:
-    """Returns the spec of a `config.json` with this content, read as that of any checkpoint."""
+    """Returns the spec of a `config.json` with the content `raw`."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
         return read_vlm_config(folder)

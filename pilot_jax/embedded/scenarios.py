@@ -1,4 +1,4 @@
-"""Federations of digit scenes: each client's task, look, wording and number of samples."""
+"""Federations on digit scenes: each client's task, look of scenes, wording and number of samples."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SLANTS = (0.0, 14.0, -14.0, 7.0, -7.0)
 
 
 def client_style(number: int, heterogeneity: float = 1.0) -> Style:
-    """Returns the look and wording of a task's client `number`; they repeat after five clients.
+    """Returns the look and the wording of a task's client `number`, from 0; they repeat after five clients.
 
     Args:
-        heterogeneity: 0 gives all clients the first one's look and wording, 1 each its own. In between, looks are
-            interpolated, and this share of a client's samples has its own wording.
+        heterogeneity: with 0, all clients have the look and wording of client 0; with 1, each has its own. In between,
+            looks are interpolated, and this share of a client's samples has the client's own wording.
     """
     k, h = number % 5, heterogeneity
 
@@ -34,15 +34,15 @@ def client_style(number: int, heterogeneity: float = 1.0) -> Style:
 
 @dataclasses.dataclass(frozen=True)
 class ClientSpec:
-    """A client whose samples are to be drawn."""
+    """The specification of a client, from which its samples are drawn."""
 
     name: str
     task: str
     style: Style
-    sizes: dict[str, int]  # samples by split
+    sizes: dict[str, int]  # number of samples of each split
 
 
-SCENARIOS = {  # tasks, and clients of each
+SCENARIOS = {  # the tasks, and the number of clients of each task
     "a": (("vqa", "ocr", "caption"), 3),
     "b": (("vqa", "ocr", "caption", "grounding"), 5),
 }
@@ -50,12 +50,13 @@ SCENARIOS = {  # tasks, and clients of each
 
 def scenario_clients(scenario: str, train: int, validation: int, test: int,
                      heterogeneity: float = 1.0, clients_per_task: int | None = None) -> list[ClientSpec]:
-    """Returns the clients of scenario "a" (3 tasks × 3, equal sizes) or "b" (4 tasks × 5, sizes fall to a quarter).
+    """Returns the clients of scenario "a" (3 tasks × 3 clients of equal size) or "b" (4 tasks × 5 clients).
 
     Args:
-        train, validation, test: samples of each client; in "b" `train` are the first client's.
+        train, validation, test: numbers of samples of each client. In scenario "b", training samples fall from `train`
+            for a task's first client to a quarter of it for the last.
         heterogeneity: see `client_style`.
-        clients_per_task: instead of the scenario's own.
+        clients_per_task: number of clients per task; None: the scenario's own.
     """
     tasks, default = SCENARIOS[scenario]
     per_task = clients_per_task or default
@@ -70,14 +71,14 @@ def scenario_clients(scenario: str, train: int, validation: int, test: int,
 
 
 def scene_samples(specs: list[ClientSpec], seed: int) -> Iterator[Sample]:
-    """Yields every client's samples. They depend on the seed, the client's own name and the split alone."""
+    """Yields every client's samples, which depend only on the seed, the client's specification and the split."""
     for spec in specs:
         for split, size in spec.sizes.items():
             rng = np.random.default_rng([seed, *f"{spec.name}/{split}".encode()])
             for number in range(size):
                 scene = draw_scene(rng, split, spec.style)
                 style = spec.style
-                # Drawn only where it can matter, so that scenes of full heterogeneity do not depend on it.
+                # No random number is drawn at full heterogeneity, where it could not matter.
                 own = style.own_wording == 1 or rng.random() < style.own_wording
                 question, answer = TASKS[spec.task](rng, scene, style.wording if own else 0)
                 yield Sample(
@@ -87,9 +88,9 @@ def scene_samples(specs: list[ClientSpec], seed: int) -> Iterator[Sample]:
 
 
 def pretraining_samples(count: int, seed: int) -> list[Sample]:
-    """Returns what the base can do before any federation: brief captions in its own wording.
+    """Returns samples of a task that the base has learnt in pretraining, brief captions.
 
-    The scenes are from the test pool, in random styles.
+    The scenes have handwriting from the pool "test" and random styles.
     """
     rng, samples = np.random.default_rng([seed, *b"base"]), list[Sample]()
     while len(samples) < count:

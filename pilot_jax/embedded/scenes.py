@@ -1,4 +1,4 @@
-"""Digit scenes: real handwriting in coloured ink on a small canvas, from disjoint pools of handwriting."""
+"""Digit scenes: real handwriting in coloured ink on a small canvas. Each split has a handwriting pool of its own."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import functools
 import numpy as np
 from PIL import Image
 
-CANVAS, GRID, CELL = 48, 3, 16  # pixels, cells a side, pixels a cell
+CANVAS, GRID, CELL = 48, 3, 16  # side of the canvas in pixels and in cells, side of a cell in pixels
 INKS = {"red": (205, 35, 40), "green": (30, 140, 55), "blue": (40, 70, 205), "orange": (235, 135, 20),
         "purple": (140, 45, 160), "black": (25, 25, 30)}
-POOLS = {"pretrain": 0.50, "train": 0.28, "validation": 0.08, "test": 0.14}
-_POOL_SEED = 20250113  # fixed: the shipped base was trained on this pretrain pool
+POOLS = {"pretrain": 0.50, "train": 0.28, "validation": 0.08, "test": 0.14}  # shares of all handwriting
+_POOL_SEED = 20250113  # a constant, because the embedded base was trained on this pool "pretrain"
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
     """The look of one client's scenes, and the wording of its questions and answers."""
 
-    paper: tuple[int, int, int] = (250, 250, 248)
-    ink_shift: tuple[int, int, int] = (0, 0, 0)  # added to every ink
-    rotation: float = 0.0  # degrees; the mean slant of the client's digits
+    paper: tuple[int, int, int] = (250, 250, 248)  # RGB colour of the background
+    ink_shift: tuple[int, int, int] = (0, 0, 0)  # RGB difference that is added to every ink
+    rotation: float = 0.0  # mean rotation of the client's digits, in degrees
     wording: int = 0  # index into the wordings of `tasks`
-    own_wording: float = 1.0  # share of samples in this wording; the others have wording 0
+    own_wording: float = 1.0  # share of samples with this wording; the others have wording 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Digit:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """An image, and the digits in it."""
+    """An image and the digits in it."""
 
     image: Image.Image
     digits: tuple[Digit, ...]  # in reading order
@@ -46,9 +46,9 @@ class Scene:
 
 @functools.cache
 def handwriting() -> tuple[np.ndarray, np.ndarray]:
-    """Returns all handwriting: images, float32 [1797, 8, 8] in [0, 1], and labels, int64 [1797].
+    """Returns all handwritten digits: images, float32 [1797, 8, 8] in [0, 1], and labels, int64 [1797].
 
-    They are scikit-learn's `load_digits`: the test set of the UCI optical digits data set.
+    They come from scikit-learn's `load_digits`, which is the test set of the UCI optical digits data set.
     """
     from sklearn.datasets import load_digits
 
@@ -58,7 +58,7 @@ def handwriting() -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def pool_indices(pool: str) -> np.ndarray:
-    """Returns the indices of the handwriting images in `pool`; the pools partition all 1,797."""
+    """Returns the indices of the handwriting images in a pool; each of the 1,797 images is in exactly one pool."""
     order = np.random.default_rng(_POOL_SEED).permutation(len(handwriting()[1]))
     edges = np.round(np.cumsum([0.0, *POOLS.values()]) * len(order)).astype(int)
     k = list(POOLS).index(pool)
@@ -84,9 +84,9 @@ def draw_scene(rng: np.random.Generator, pool: str, style: Style | None, *, most
     """Returns one random scene with handwriting from `pool`.
 
     Args:
-        style: None draws a random one; so are the scenes on which the base is pretrained.
-        most: the number of digits is uniform in 1..most.
-        distinct: no two digits have the same value or the same ink, so that questions have one answer.
+        style: the scene's style; None: a random one, as in the scenes on which the base is pretrained.
+        most: the largest number of digits; the number is uniform in 1..most.
+        distinct: whether all digits differ in value and in ink, so that each question has one answer.
     """
     if style is None:
         paper = rng.integers(215, 256, 3)
@@ -110,7 +110,7 @@ def draw_scene(rng: np.random.Generator, pool: str, style: Style | None, *, most
 
 
 def _handwriting_of_scene(rng: np.random.Generator, pool: str, count: int, distinct: bool) -> list[int]:
-    """Returns the indices of `count` handwriting images from `pool`; with `distinct`, no two have one label."""
+    """Returns the indices of `count` handwriting images from `pool`; with `distinct`, their labels differ."""
     _, labels = handwriting()
     members = pool_indices(pool)
     chosen: list[int] = []
@@ -122,7 +122,7 @@ def _handwriting_of_scene(rng: np.random.Generator, pool: str, count: int, disti
 
 
 def _draw(canvas: np.ndarray, cell: int, coverage: np.ndarray, colour: np.ndarray) -> tuple[float, float, float, float]:
-    """Draws a digit into a cell of the canvas, float32 [CANVAS, CANVAS, 3], and returns its box."""
+    """Draws a digit into a cell of the canvas, float32 [CANVAS, CANVAS, 3], and returns the box of its ink."""
     row, column = divmod(cell, GRID)
     window = canvas[row * CELL:(row + 1) * CELL, column * CELL:(column + 1) * CELL]
     window[:] = window * (1 - coverage[..., None]) + colour * coverage[..., None]

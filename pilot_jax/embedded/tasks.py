@@ -1,7 +1,7 @@
-"""Questions about digit scenes with their answers: four tasks of different kinds, each in five wordings.
+"""Four tasks of questions and answers about digit scenes, each in five wordings.
 
-A task is a function (rng, scene, wording) → (question, answer). Captions for pretraining the base have wordings of
-their own, so that the base gives no client's answers already.
+A task is a function (rng, scene, wording) → (question, answer). The captions on which the base is pretrained have
+different wordings, so that the base does not give any client's answers yet.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _a(digit: Digit) -> str:
 
 
 def pretraining_caption(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
-    """Returns (instruction, caption) as the base sees them; the instruction says which of three captions is meant."""
+    """Returns (instruction, caption) for pretraining; the instruction asks for one of three kinds of caption."""
     digits = scene.digits
     kind = int(rng.integers(3))
     if kind == 0:
@@ -40,7 +40,7 @@ def pretraining_caption(rng: np.random.Generator, scene: Scene) -> tuple[str, st
 
 
 def vqa(rng: np.random.Generator, scene: Scene, wording: int) -> tuple[str, str]:
-    """Asks for a count, a colour, a parity, or whether a digit is there."""
+    """Returns a question about the number of digits, a colour, a parity or a digit's presence, and its answer."""
     w = wording % 5
     target = scene.digits[int(rng.integers(len(scene.digits)))]
     kind = int(rng.integers(4))
@@ -71,7 +71,7 @@ def vqa(rng: np.random.Generator, scene: Scene, wording: int) -> tuple[str, str]
 
 
 def ocr(rng: np.random.Generator, scene: Scene, wording: int) -> tuple[str, str]:
-    """Asks for the digits in reading order."""
+    """Returns a request to read the digits in order, and its answer."""
     w = wording % 5
     values = [str(d.value) for d in scene.digits]
     question = ("read the digits.", "what is written here?", "transcribe the picture.", "spell out the digits.",
@@ -82,7 +82,7 @@ def ocr(rng: np.random.Generator, scene: Scene, wording: int) -> tuple[str, str]
 
 
 def caption(rng: np.random.Generator, scene: Scene, wording: int) -> tuple[str, str]:
-    """Asks for one sentence that names every digit with its ink."""
+    """Returns a request for a sentence that names every digit with its ink, and its answer."""
     w, digits = wording % 5, scene.digits
     question = ("write a caption.", "give a short caption.", "what does this show?", "caption the scene.",
                 "caption?")[w]
@@ -98,7 +98,7 @@ def caption(rng: np.random.Generator, scene: Scene, wording: int) -> tuple[str, 
 
 
 def grounding(rng: np.random.Generator, scene: Scene, wording: int) -> tuple[str, str]:
-    """Asks for the normalised box of one digit, which is named by its value or by its ink."""
+    """Returns a question for the box of a digit, named by its value or its ink, and the box in [0, 1] coordinates."""
     w = wording % 5
     target = scene.digits[int(rng.integers(len(scene.digits)))]
     named = f"the {target.value}" if rng.integers(2) else f"the {target.ink} digit"
