@@ -1,8 +1,9 @@
-"""Fuzzing of everything that is read from outside: `python tests/fuzz/fuzz.py TARGET SECONDS`, or `all`.
+"""Fuzzes the readers of all input files: `python tests/fuzz/fuzz.py TARGET SECONDS`, or `all` for every target.
 
-Targets: config (YAML), llava (JSON), jsonl, image, safetensors, shapes (a checkpoint's config.json), manifest (a
-snapshot's). Anything but an InputError is a finding, and so is what takes over 20 s or 4 GB; the input then lies beside
-this file as `crash-…`. Seeds: corpus/<target>. Needs `pip install atheris` (Linux; not among the test extras).
+The targets are config (YAML), llava (JSON), jsonl, image, safetensors, shapes (a checkpoint's config.json) and manifest
+(a snapshot's). Any exception but an InputError is a finding, and so is a read that takes over 20 s or 4 GB; its input is
+then saved beside this file as `crash-…`. The first inputs are in corpus/<target>. It needs `pip install atheris`, which
+runs on Linux and is not among the test extras.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ TARGETS = ("config", "llava", "jsonl", "image", "safetensors", "shapes", "manife
 
 
 def target(name: str, folder: Path):
-    """A function of bytes that may raise InputError alone."""
+    """Returns a function that reads an input, given as bytes, as target `name` does."""
     import atheris
 
     with atheris.instrument_imports(include=["pilot_jax.config", "pilot_jax.data", "pilot_jax.models.checkpoints",
@@ -52,7 +53,7 @@ def target(name: str, folder: Path):
     nothing = State((ClientState({}), ClientState({})), {})
 
     def signed(data: bytes) -> bytes:
-        """The manifest with a checksum that fits, as one who means harm would write it."""
+        """Returns the manifest with a matching checksum, which an attacker could also write."""
         try:
             manifest = json.loads(data)
         except (ValueError, RecursionError):

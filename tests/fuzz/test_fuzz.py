@@ -1,4 +1,4 @@
-"""A little of tests/fuzz/ in every test run: objects made of the right keys and wrong values."""
+"""A short fuzz test that runs with all other tests: samples and configs with known keys and random values."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_samples(tmp_path, entries):
     try:
         samples = read_samples(file)
     except InputError as error:
-        assert str(error).startswith((f"{file}", "data."))  # names the culprit
+        assert str(error).startswith((f"{file}", "data."))  # the message begins with the file or the key
         return
     assert len(samples) == len(entries)
     for sample in samples:
@@ -58,4 +58,4 @@ def test_configs(pairs):
     except InputError as error:
         assert len(str(error)) < 20_000
         return
-    assert parse_config(yaml.safe_load(config.to_yaml())) == config  # what is written is what is read
+    assert parse_config(yaml.safe_load(config.to_yaml())) == config  # writing and reading a config changes nothing

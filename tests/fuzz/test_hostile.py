@@ -1,5 +1,8 @@
-"""Config, data, images, checkpoints and run directories that mean harm, or are merely broken: one message that names
-the culprit, exit code 2, no traceback, nothing written. More of them in test_cli.py and test_own_data.py."""
+"""Tests with malicious or damaged configs, data, images, checkpoints and run directories.
+
+Each ends with one message that names the cause, exit code 2 and no traceback, and nothing is written. test_cli.py and
+test_own_data.py have more such cases.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +141,7 @@ def test_links_may_lead_out_if_asked(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "y.png")
     entry = Entry("d.json[0]", with_image("x.png"), "t", "c", "train")
     assert parse_sample(entry, tmp_path / "root", LimitsConfig(follow_links=True)).image.is_file()
-    # The root itself may be a link.
+    # The image root itself may always be a link.
     (tmp_path / "linked").symlink_to(tmp_path)
     entry = Entry("d.json[0]", with_image("y.png"), "t", "c", "train")
     assert parse_sample(entry, tmp_path / "linked").image.is_file()
@@ -154,7 +157,7 @@ def test_sizes_of_files(call, tmp_path):
 
 
 def png(width, height):
-    """A PNG of any claimed size, with next to nothing in it."""
+    """Returns a PNG whose header claims the given size, with almost no pixel data."""
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -202,7 +205,7 @@ def read(path):
 
 
 def test_unusual_images_are_read_for_what_they_show(tmp_path):
-    """Greys of 16 bits are scaled, not cut off at white; of an animation the first frame; CMYK, palettes, alpha."""
+    """16-bit greys are scaled to 8 bits, animations give their first frame; CMYK, palettes and alpha are converted."""
     ramp = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
     Image.fromarray(ramp).save(tmp_path / "grey.png")
     assert (read(tmp_path / "grey.png")[..., 0] == ramp >> 8).all()
@@ -244,7 +247,7 @@ def lying(header: dict, size: int | None = None, body: bytes = b"\0" * 64) -> by
 
 
 def spoil(tensor):
-    """One NaN in one tensor of the weights."""
+    """Returns a function that writes one NaN into one tensor of a checkpoint."""
     def do(folder):
         from safetensors.numpy import load_file, save_file
 
@@ -344,7 +347,7 @@ def test_run_directories(call, finished, tmp_path, name):
 
 
 def test_names_that_are_markup_are_shown_as_they_are(call, tmp_path):
-    """Rich would take "[/x]" for a tag, and fail."""
+    """Names such as "[/x]", which Rich would read as markup and fail on, are printed unchanged."""
     entries = [llava_entry(id=f"{c}{i}", client=f"[/{c}]", task="[bold]|t", split=s)
                for c in "xy" for i, s in enumerate(("train", "train", "test"))]
     write(tmp_path, "d.json", entries)
@@ -360,7 +363,7 @@ def test_names_that_are_markup_are_shown_as_they_are(call, tmp_path):
 
 
 def test_nothing_is_unpickled():
-    """No pickle, no `allow_pickle`, no torch.load that runs code."""
+    """The package uses no pickle, no `allow_pickle`, and no torch.load that can run code."""
     root = Path(simulate.__file__).parent.parent
     source = {p: p.read_text(encoding="utf-8") for p in root.rglob("*.py")}
     assert not [p for p, text in source.items() if "import pickle" in text or "allow_pickle" in text]

@@ -1,4 +1,4 @@
-"""Checkpoints as they come: shards, dtypes, key layouts, old configs, separate parts; and broken ones."""
+"""Tests of reading checkpoints: shards, dtypes, layouts of tensor names, old configs, separate parts, damaged files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def torch_logits(reference, ids, mask, pixels):
 
 
 def rewrite(folder, change):
-    """Apply `change` to the tensors of the one shard in `folder`."""
+    """Applies `change` to the tensors of the only weights file in `folder`."""
     file = folder / "model.safetensors"
     tensors = {k: v.clone() for k, v in load_file(file).items()}
     save_file(change(tensors), file, metadata={"format": "pt"})
@@ -51,7 +51,7 @@ def test_shards_of_any_dtype(tmp_path, dtype):
 
 
 def test_bfloat16_computation_is_close(tmp_path):
-    """Stated, not exact: logits of standard deviation about 1 differ by a few hundredths, as torch's own do."""
+    """In bfloat16, the logits' mean error is at most 1.5 times torch's. Both are a few hundredths."""
     reference = write_llava(tmp_path)
     model = pilot_jax.load(tmp_path, dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(model.base["decoder"])} == {"bfloat16"}
@@ -101,7 +101,7 @@ def test_key_layouts(tmp_path, tiny, layout):
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64}])
 def test_older_rope_fields(tmp_path, scaling):
-    """`rope_theta` and `rope_scaling`, as transformers 4 wrote them."""
+    """The keys `rope_theta` and `rope_scaling`, which transformers 4 wrote, give the same model."""
     from transformers import LlavaForConditionalGeneration
 
     write_llava(tmp_path)
@@ -133,7 +133,8 @@ def nan_in(name):
 BROKEN = {
     "missing": (drop("layers.1.mlp.up_proj.weight"), "1 tensors are missing: language_model.layers.1.mlp.up_proj"),
     "unknown": (lambda t: t | {"language_model.model.layers.0.self_attn.q_norm.weight": torch.ones(8)},
-                "belong to no part of the model that config.json describes: language_model.model.layers.0.self_attn.q_norm.weight"),
+                "belong to no part of the model that config.json describes: "
+                "language_model.model.layers.0.self_attn.q_norm.weight"),
     "misshapen": (lambda t: {k: v[:, :-1].contiguous() if k.endswith("down_proj.weight") else v for k, v in t.items()},
                   "has shape (32, 47), config.json asks for (32, 48)"),
     "NaN": (nan_in("layers.0.mlp.gate_proj.weight"), "holds NaN or Inf"),
@@ -189,7 +190,7 @@ import resource, sys
 import jax, jax.numpy as jnp
 import pilot_jax
 from transformers import LlavaConfig
-pilot_jax.load(sys.argv[2])  # code and compiler are in memory now
+pilot_jax.load(sys.argv[2])  # loads code and compiler into memory
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 base = pilot_jax.load(sys.argv[1], dtype="float32").base
 jax.block_until_ready(base)
@@ -200,7 +201,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before * 1024 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
 def test_loading_streams(tmp_path):
-    """Beyond the placed arrays, peak memory stays under the largest shard and some slack, far below the checkpoint."""
+    """While loading, peak memory beyond the loaded arrays is little more than the largest shard."""
     write_llava(tmp_path / "small")
     write_llava(tmp_path / "large", text={"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 16,
                                           "vocab_size": 4000}, save={"max_shard_size": "50MB"})
@@ -210,11 +211,11 @@ def test_loading_streams(tmp_path):
                           text=True, check=True)
     extra, placed = map(int, done.stdout.split())
     assert placed > 400e6
-    assert extra < max(shards) + 150e6  # the slack is for XLA's own buffers; the whole checkpoint would be 450 MB
+    assert extra < max(shards) + 150e6  # 150 MB for XLA's own buffers; the whole checkpoint has 450 MB
 
 
 def write_parts(folder, *, siglip=False, projector="safetensors"):
-    """A tower, a language model and LLaVA's mm_projector as three checkpoints; returns the same model as one LLaVA."""
+    """Writes tower, language model and mm_projector as three checkpoints; returns them as one LLaVA model of torch."""
     from transformers import CLIPVisionModel, LlamaForCausalLM, SiglipVisionModel
 
     vision = {"model_type": "siglip_vision_model"} if siglip else {}
@@ -243,7 +244,7 @@ def write_parts(folder, *, siglip=False, projector="safetensors"):
 def test_separate_parts_equal_the_whole(tmp_path, siglip, projector):
     whole, tokenizer = write_parts(tmp_path, siglip=siglip, projector=projector)
     model = pilot_jax.load_from_parts(tmp_path / "tower", tmp_path / "language", tmp_path / f"mm_projector.{projector}")
-    assert model.config.image_token_id == len(tokenizer)  # <image> is added behind the vocabulary
+    assert model.config.image_token_id == len(tokenizer)  # <image> is added at the end of the vocabulary
     assert model.tokenizer().convert_tokens_to_ids("<image>") == len(tokenizer)
     ids, mask, pixels = probe(model, 300)
     theirs = np.where(ids == model.config.image_token_id, IMAGE_TOKEN, ids)
@@ -251,7 +252,7 @@ def test_separate_parts_equal_the_whole(tmp_path, siglip, projector):
 
 
 def test_whole_contrastive_models_lend_their_tower(tmp_path):
-    """A CLIP directory with both halves: the text half is left alone."""
+    """From a CLIP directory with both towers, only the vision tower is used."""
     from transformers import CLIPConfig, CLIPModel
 
     whole, _ = write_parts(tmp_path)

@@ -1,4 +1,4 @@
-"""Exported clients load in peft and through the loader that docs/exported-adapters.md shows."""
+"""Tests that exported clients can be loaded in peft, and by the code on the page docs/exported-adapters.md."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def finished():
-    """A finished run whose adapters are moved off their start, so that a part left out would show."""
+    """A finished run with random numbers added to all adapters, so that a missing one would change the logits."""
     run = pilot_jax.simulate(small_config())
     rng = np.random.default_rng(0)
     moved = [dataclasses.replace(c, adapters=jax.tree.map(
@@ -39,7 +39,7 @@ def code_blocks():
 
 
 def in_torch(folder, base):
-    """What the two blocks of the documentation make."""
+    """Returns the model that the two code blocks of the page make."""
     scope: dict = {}
     loader, use = code_blocks()
     exec(loader, scope)

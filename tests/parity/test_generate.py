@@ -1,4 +1,4 @@
-"""Sampling and stopping; greedy decoding is held against transformers in test_models.py."""
+"""Tests of sampling and of stop tokens. Greedy decoding is compared with transformers in test_models.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pilot_jax.models.generate import Decoding, choose, generate, nucleus
 
 
 def numpy_nucleus(logits, top_p):
-    """Keep the most probable tokens until they have top_p together."""
+    """Returns the most probable tokens, as many as are needed to have probability top_p together."""
     probs = np.exp(logits - logits.max())
     probs /= probs.sum()
     kept, total = set(), 0.0
@@ -37,8 +37,8 @@ def test_sampled_frequencies_follow_temperature_and_top_p():
     logits = jnp.log(jnp.asarray([0.5, 0.3, 0.15, 0.05]))
     keys = jax.random.split(jax.random.key(0), (1, 20_000))
     drawn = choose(jnp.broadcast_to(logits, (1, 20_000, 4)), keys, 0, Decoding(1, (0,), temperature=2.0, top_p=0.8))
-    weights = np.sqrt([0.5, 0.3, 0.15, 0.05])  # temperature 2
-    weights /= weights.sum()  # 0.379, 0.293, 0.207, 0.120: the first three pass 0.8
+    weights = np.sqrt([0.5, 0.3, 0.15, 0.05])  # probabilities at temperature 2, before normalisation
+    weights /= weights.sum()  # 0.379, 0.293, 0.207, 0.120: the first three exceed 0.8
     expected = np.append(weights[:3] / weights[:3].sum(), 0)
     np.testing.assert_allclose(np.bincount(np.asarray(drawn[0]), minlength=4) / 20_000, expected, atol=0.02)
 
@@ -77,7 +77,7 @@ def test_any_stop_token_ends_a_row(tiny):
 
 
 def test_one_program_serves_many_clients(tiny):
-    """Clients with different connectors, decoded together, say what each alone says; one compilation for all."""
+    """Clients with different connectors get the same answers together as one by one, and share one compilation."""
     model = tiny[1]
     ids, mask, pixels = prompts(model)
     rng = np.random.default_rng(0)

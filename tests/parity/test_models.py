@@ -1,4 +1,4 @@
-"""Models against transformers and peft, float32, ≤ 1e-4 (the issue's bound; seen: about 1e-6)."""
+"""Tests of the models against transformers and peft in float32: differences are at most 1e-4 (typically 1e-6)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def torch_logits(model, ids, mask, pixels):
 
 
 def check_greedy_tokens(reference, model, ids, mask, pixels):
-    """20 greedy tokens equal transformers' own."""
+    """Asserts that 20 greedily decoded tokens equal those of transformers."""
     with torch.no_grad():
         tokens = reference.generate(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask),
                                     pixel_values=torch.tensor(pixels), max_new_tokens=20, do_sample=False,
@@ -88,7 +88,7 @@ def test_llava_logits_and_greedy_tokens(tmp_path, name):
     ours = mlp(model.base["projector"], model.features(pixels))
     np.testing.assert_allclose(ours, projected.reshape(ours.shape), atol=TOLERANCE)
     expected = torch_logits(reference, ids, mask, pixels)
-    assert np.ptp(expected) > 0.5  # logits that differ, or agreement would mean nothing
+    assert np.ptp(expected) > 0.5  # the logits are not all alike, in which case agreement would mean little
     np.testing.assert_allclose(model.logits(ids, mask, pixels), expected, atol=TOLERANCE)
     check_greedy_tokens(reference, model, ids, mask, pixels)
 
@@ -96,7 +96,7 @@ def test_llava_logits_and_greedy_tokens(tmp_path, name):
 @pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("tower", ["clip_vision_model", "siglip_vision_model"])
 def test_ladder(tmp_path, text, tower):
-    """Patch embedding, tower, projector, decoder block, logits, 20 greedy tokens: the first rung that differs fails."""
+    """Each part agrees by itself, in order: patch embedding, tower, projector, decoder block, logits, greedy tokens."""
     select = "default" if tower == "clip_vision_model" else "full"
     reference = write_llava(tmp_path, text={"model_type": text}, vision={"model_type": tower},
                             vision_feature_select_strategy=select, vision_feature_layer=[0, -2])
@@ -117,7 +117,7 @@ def test_ladder(tmp_path, text, tower):
     np.testing.assert_allclose(mlp(model.base["projector"], features), projected, atol=TOLERANCE)
     one = dataclasses.replace(model.config.text, num_layers=1, sliding_layers=model.config.text.sliding_layers[:1])
     params = model.base["decoder"] | {"layers": jax.tree.map(lambda leaf: leaf[:1], model.base["decoder"]["layers"])}
-    params = params | {"norm": jnp.ones_like(params["norm"])}  # the block's output itself, but for its scale
+    params = params | {"norm": jnp.ones_like(params["norm"])}  # the block's output, normalised without a weight
     block, _ = Decoder(one).apply({"params": params}, jnp.asarray(embedded.numpy()), positions_of(jnp.asarray(mask)),
                                   causal_mask(jnp.asarray(mask)), method="hidden")
     expected = rms_norm(jnp.asarray(hidden[1].numpy()), jnp.ones(32), model.config.text.rms_norm_eps)
@@ -202,7 +202,7 @@ def test_shipped_base_is_what_transformers_loads():
 
 
 def test_remat_and_unroll_change_nothing(tiny):
-    """Gradients of the decoder with and without rematerialisation and unrolling."""
+    """The decoder's gradients are the same with and without rematerialisation and unrolling."""
     _, model = tiny
     lora = init_lora(jax.random.key(0), model.config.text, 2)
     ids, mask, _ = inputs(0)
@@ -224,7 +224,7 @@ def test_remat_and_unroll_change_nothing(tiny):
 
 
 def test_logits_are_causal(tiny):
-    """The gradient of a position's logits to later embeddings is exactly zero."""
+    """The gradient of a position's output with respect to later embeddings is exactly zero."""
     _, model = tiny
     ids, mask, _ = inputs(0)
     decoder = Decoder(model.config.text)

@@ -1,4 +1,4 @@
-"""A user's own checkpoint and photographs: every form of data set, a whole run, and what may be wrong with them."""
+"""Tests with a checkpoint and photographs of the user's own: all forms of data sets, a whole run, and broken data."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ CLIENTS = {"north": "vqa", "south": "vqa", "clinic": "caption", "museum": "capti
 
 
 def photograph(rng, width, height):
-    """Smooth colours with noise, like a photograph: no two alike, not square."""
+    """Returns an image of smooth random colours with noise, like a photograph."""
     coarse = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8)).resize((width, height), Image.BICUBIC)
     return Image.fromarray((np.asarray(coarse) * 0.9 + rng.integers(0, 25, (height, width, 3))).astype(np.uint8))
 
 
 def photo_entries(folder, per_client=5):
-    """Entries of LLaVA JSON, the photographs beside them as JPEG and PNG of many sizes."""
+    """Returns entries of LLaVA JSON and writes their images, JPEG and PNG of many sizes, into `folder`/images."""
     rng = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
     entries = []
@@ -58,7 +58,7 @@ def photos(tmp_path):
 
 
 def test_check_run_evaluate_ask_and_export(call, checkpoint, photos, tmp_path):
-    """The README's section on one's own checkpoint and data, command by command."""
+    """The README's commands for a checkpoint and data of the reader's own, one after another."""
     code, out, _ = call("data", "check", photos, "--model", checkpoint)
     assert code == 0 and "20 samples, all readable" in out and "tokens" in out
     settings = [f"model.path={checkpoint}", f"data.path={photos}", "data.partition=given", "federation.clients=null",
@@ -111,9 +111,9 @@ def write_form(folder, entries, form):
         for client, task in CLIENTS.items():
             (folder / task).mkdir(exist_ok=True)
             for split in ("train", "test"):
-                mine = [without(e, "client", "task", "split") for e in entries
-                        if e["client"] == client and e["split"] == split]
-                (folder / task / f"{client}_{split}.jsonl").write_text(lines(mine))
+                own = [without(e, "client", "task", "split") for e in entries
+                       if e["client"] == client and e["split"] == split]
+                (folder / task / f"{client}_{split}.jsonl").write_text(lines(own))
     else:
         import datasets
 
@@ -221,7 +221,7 @@ def test_check_reports_every_problem_at_once(photos):
     assert [any(word in error for error in report.errors) for word in (
         "gone.png", "must be an answer", "split: 'dev'", "'south' has samples of several tasks")] == [True] * 4
     assert len(report.errors) == 4
-    # The copy is in another split of the same client; the odd one has the same words and picture, too.
+    # Both added samples have the conversation and the image of another sample; the copy is in another split.
     assert any("several splits" in w for w in report.warnings)
     assert report.counts["caption", "clinic", "train"] == 4 and report.length_unit == "characters"
     assert sum(n for _, _, n in report.lengths) == 19
@@ -262,7 +262,7 @@ def test_pad_to_square_keeps_everything_in_the_middle():
 
 
 def test_pixels_are_the_processors(checkpoint):
-    """`processor`: what transformers makes of the file. `pad`: what it makes of LLaVA-1.5's padded square."""
+    """The pixels are those of transformers' image processor: of the image, or with `pad` of its padded square."""
     from transformers import CLIPImageProcessorPil
 
     model = pilot_jax.load(checkpoint)

@@ -1,4 +1,4 @@
-"""Buckets of lengths: few, and with little padding."""
+"""Tests of the buckets of lengths: there are few, and padding is small."""
 
 from __future__ import annotations
 

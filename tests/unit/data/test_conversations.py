@@ -1,4 +1,4 @@
-"""Token ids against transformers' processor and chat templates; labels against character offsets."""
+"""Tests of token ids against transformers' processor and chat templates, and of labels against character offsets."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory):
 
 
 def vicuna_text(turns, image):
-    """The conversation as a user of LlavaProcessor writes it, and the character span of each answer."""
+    """Returns the conversation as text for LlavaProcessor, and the (start, end) characters of each answer."""
     text, spans = SYSTEM, []
     for who, value in turns:
         if who == "human":
@@ -66,7 +66,7 @@ def test_ids_equal_llava_processors(checkpoint, name):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("drop", [0, 6])
 def test_labels_equal_character_offsets(checkpoint, name, drop):
-    """A token is supervised when any of its characters lies in an answer; the limit drops tokens from the end."""
+    """A token is supervised if any of its characters belongs to an answer; the limit drops tokens at the end."""
     tokenizer = load_tokenizer(checkpoint)
     text, spans = vicuna_text(CASES[name], "<image>" * N)
     offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
@@ -79,7 +79,7 @@ def test_labels_equal_character_offsets(checkpoint, name, drop):
     assert encoded.supervised.tolist() == expected[:limit]
     assert encoded.cut == sum(expected[limit:]) and (encoded.cut > 0) == (drop > 0)
     ends = encoded.input_ids[encoded.supervised] == tokenizer.eos_token_id
-    assert drop or ends.sum() == text.count("</s>")  # the end token of every answer is learnt
+    assert drop or ends.sum() == text.count("</s>")  # the end token of every answer is supervised
 
 
 def test_the_limit_never_cuts_an_image(checkpoint):
@@ -111,11 +111,11 @@ def by_chat_template(tokenizer, template, turns, **options):
 @pytest.mark.parametrize(("name", "jinja"), [("llama2", LLAMA2), ("chatml", CHATML)])
 @pytest.mark.parametrize("case", ["one turn", "several turns", "unicode", "no image"])
 def test_named_templates_equal_the_published_jinja(checkpoint, name, jinja, case):
-    """Llama-2-chat's and Qwen's chat templates as their tokenizers carry them (without a system prompt for Llama)."""
+    """The templates llama2 (without a system prompt) and chatml equal the chat templates of Llama-2-chat and Qwen."""
     tokenizer = load_tokenizer(checkpoint)
     encoded = encode(tokenizer, CASES[case], name, N)
     expected = by_chat_template(tokenizer, jinja, CASES[case])
-    if name == "chatml":  # Qwen's tokenizers put no BOS; the published template ends in a line break, unlearnt
+    if name == "chatml":  # Qwen's tokenizers add no BOS, and its template ends in a line break, which is not supervised
         expected = [tokenizer.bos_token_id, *expected[:-1]]
     np.testing.assert_array_equal(encoded.input_ids, expected)
     learnt = tokenizer.decode(encoded.input_ids[encoded.supervised])
@@ -152,14 +152,14 @@ def test_prompts_end_in_the_cue(checkpoint):
     for name, cue in cues.items():
         whole, prompt = (encode(tokenizer, CASES["one turn"][:n], name, N) for n in (2, 1))
         assert tokenizer.decode(prompt.input_ids).endswith(cue) and not prompt.supervised.any()
-        if name not in ("plain", "chatml"):  # there the answer's first characters may join the cue's last token
+        if name not in ("plain", "chatml"):  # in these, the cue's last token may extend into the answer
             np.testing.assert_array_equal(whole.input_ids[:len(prompt.input_ids)], prompt.input_ids)
 
 
 def test_stop_tokens(checkpoint, tmp_path):
     tokenizer = load_tokenizer(checkpoint)
     assert stop_tokens(tokenizer, "vicuna_v1") == (2,)
-    assert stop_tokens(tokenizer, "chatml") == (6, 2)  # <|im_end|> first: it fills finished rows
+    assert stop_tokens(tokenizer, "chatml") == (6, 2)  # <|im_end|> is first: it fills finished rows
     with pytest.raises(InputError, match="no chat template"):
         stop_tokens(tokenizer, "tokenizer")
     with pytest.raises(InputError, match="'vicuna' is not known"):

@@ -1,4 +1,4 @@
-"""Images pass the tower once, when they are first needed, and what is read is what the tower gives."""
+"""Tests that each image passes the vision tower once, when first needed, and that its features are the tower's."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def samples():
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Ids of the samples whose images are read, in order."""
+    """The ids of the samples whose images have been read, in order."""
     ids, read = [], features_module.read_image
 
     def reading(sample, limits):
@@ -53,7 +53,7 @@ def test_once_and_only_what_is_asked_for(model, samples, seen, tmp_path, on_disk
     features = Features(model, samples, file=tmp_path / "features" if on_disk else None)
     first, second = features.rows(range(2, 9)), features.rows([12, 5, 3])
     assert not seen
-    np.asarray(features.rows([15]))  # nobody called for it: computed all the same
+    np.asarray(features.rows([15]))  # computed on access, without a call of `compute_features`
     assert seen == [samples[15].id] and not compute_features([features.rows([15])], 1) and seen.pop()
     compute_features([first], 1)
     assert seen == [samples[i].id for i in (2, 4, 5, 6, 7, 8)]  # 3 has no image
@@ -72,7 +72,7 @@ def test_once_and_only_what_is_asked_for(model, samples, seen, tmp_path, on_disk
 
 
 def test_one_image_is_a_batch_of_one(model, samples):
-    """A single question does not pay for 64 images, and many do not compile a program for every remainder."""
+    """A single image is not padded to a batch of 64, and remainders do not compile programs of their own."""
     features = Features(model, samples * 5)
     compute_features([features.rows([7])], 1)
     assert features._batch_sizes == {1}
@@ -82,7 +82,7 @@ def test_one_image_is_a_batch_of_one(model, samples):
 
 
 def test_a_broken_image(model, samples, tmp_path):
-    """Is named; what is there already stays."""
+    """The error names the image, and features that were computed before remain."""
     (tmp_path / "broken.png").write_bytes(b"\x89PNG not really")
     bad = dataclasses.replace(samples[1], image=tmp_path / "broken.png")
     features = Features(model, [samples[0], bad])
@@ -93,7 +93,7 @@ def test_a_broken_image(model, samples, tmp_path):
 
 
 def test_a_population_on_disk_is_seen_when_drawn(tmp_path, seen):
-    """In round 1, two of nine clients: their training images and nobody else's; a run in memory sees all at once."""
+    """With clients on disk, a round reads only its cohort's training images. In memory, all images are read at once."""
     config = small_config(federation={"rounds": 1, "clients_per_round": 2}, system={"store": str(tmp_path)})
     setup = prepare.prepare(config)
     fed = setup.federation

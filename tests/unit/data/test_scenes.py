@@ -1,4 +1,4 @@
-"""Conversations, LLaVA files, partitions, and the digit scenes."""
+"""Tests of the digit scenes, of partitions, and of reading and writing LLaVA files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_handwriting_pools_partition_all_images():
 
 
 def test_scenes_say_what_they_show():
-    """Boxes hold ink, positions match cells, and a split draws from its own pool alone."""
+    """Boxes hold ink, boxes lie in their digits' cells, and no two digits of a scene have the same value or ink."""
     rng = np.random.default_rng(0)
     for _ in range(20):
         scene = scenes.draw_scene(rng, "test", scenarios.client_style(1))
