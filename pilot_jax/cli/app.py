@@ -1,4 +1,4 @@
-"""The command line. Commands only: the work is in the modules they call. Exit 0 done, 1 failed run, 2 bad input."""
+"""Collects all commands into one application, and sets its exit codes: 0 done, 1 failed run, 2 wrong input."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from pilot_jax.cli.tables import printable
 from pilot_jax.errors import InputError
 
 app = typer.Typer(name="pilot-jax", no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="Federated multimodal instruction tuning in JAX: Pilot, its baselines, its ablations.")
+                  help="Federated multimodal instruction tuning in JAX: Pilot, its baselines and its ablations.")
 COMMANDS: tuple[Callable[..., None], ...] = (
     run, comparisons.report, inspect.schema, inspect.roles, inspect.plan, models.evaluate, comparisons.compare,
     models.generate, models.export, models.pretrain)
 DATA_COMMANDS: tuple[Callable[..., None], ...] = (data.digits, data.check)
 for command in COMMANDS:
     app.command()(command)
-data_app = typer.Typer(no_args_is_help=True, help="Make or check data sets.")
+data_app = typer.Typer(no_args_is_help=True, help="Create or check data sets.")
 app.add_typer(data_app, name="data")
 for command in DATA_COMMANDS:
     data_app.command()(command)
 
 
 def main() -> None:
-    """Entry point: bad input ends in one message and exit code 2."""
+    """Runs the command line. Wrong input ends it with one message and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,4 +1,4 @@
-"""Commands over several runs: compare, report."""
+"""The commands `compare` and `report`."""
 
 from __future__ import annotations
 
@@ -20,20 +20,23 @@ if TYPE_CHECKING:
 
 def compare(config: ConfigPath,
             strategies: Annotated[str, typer.Option(
-                help="Comma-separated: strategies, groups (all, ablations, ata), pilot-<ablation>, "
-                     "name+section.key=value; module:Class for one of your own.")],
-            seeds: Annotated[int, typer.Option(min=1, help="Trained together, as more clients.")] = 3,
+                help="Variants to compare, separated by commas. Each is a strategy's name, a group (all, ablations, "
+                     "ata), an ablation such as pilot-text_mean, or module:Class for a strategy of your own. Append "
+                     "+key=value to change the config of a variant, with key as in --set.")],
+            seeds: Annotated[int, typer.Option(min=1, help="Number of seeds per variant; they train together.")] = 3,
             rates: Annotated[str, typer.Option(
-                help="Factors on the learning rates to choose from by validation score, for each strategy: 0.1,0.3,1. "
-                     "Default: no tuning.")] = "",
-            split: Annotated[str, typer.Option(help="Scored: test, or validation to choose by.")] = "test",
+                help="Factors on the learning rates, such as 0.1,0.3,1. Each strategy gets the factor with its best "
+                     "validation score. Default: the config's learning rates.")] = "",
+            split: Annotated[str, typer.Option(help="Split that is scored: test or validation.")] = "test",
             vary: Annotated[str, typer.Option(
-                help="section.key=v1,v2,…: one comparison for each value, in a folder of its own, and a table of all."
-            )] = "",
+                help="key=v1,v2,… with key as in --set: one comparison for each value, in separate folders, and one "
+                     "table of all.")] = "",
             overrides: Overrides = None,
-            out: Annotated[Path | None, typer.Option(help="Folder; what is done there is not done again.")] = None,
+            out: Annotated[Path | None, typer.Option(
+                help="Folder for results; finished variants in it are not run again. Default: a folder in runs/, named "
+                     "after the config.")] = None,
             as_json: AsJson = False) -> None:
-    """Strategies and ablations × seeds, on the same data and steps: a table with paired differences to Pilot."""
+    """Compare strategies and ablations over several seeds, on the same data, with paired differences to Pilot."""
     from pilot_jax.compare.runner import Options
     from pilot_jax.compare.tables import table
     from pilot_jax.compare.variants import read_variants
@@ -61,7 +64,7 @@ def compare(config: ConfigPath,
 
 def _compare_each(comparisons: Sequence[tuple[str, Config, Path]], variants: Sequence[Variant], options: Options,
                   as_json: bool) -> list[dict[str, Any]]:
-    """The results of each comparison (title, config, folder), one after another."""
+    """Runs comparisons (title, config, folder) one after another, and returns their results."""
     from pilot_jax.compare.runner import compare as run_comparison
 
     def say(text: str) -> None:
@@ -74,14 +77,14 @@ def _compare_each(comparisons: Sequence[tuple[str, Config, Path]], variants: Seq
         try:
             done.append(run_comparison(config, variants, options, folder, say))
         except KeyboardInterrupt:
-            typer.echo(f"\nInterrupted. Finished variants are in {folder}; the same command goes on from there.",
+            typer.echo(f"\nInterrupted. Finished variants are in {folder}; give the same command again to go on.",
                        err=True)
             raise typer.Exit(130) from None
     return done
 
 
 def _read_values(vary: str) -> tuple[str, list[str]]:
-    """The key and the values of --vary; no value where it is empty."""
+    """Returns the key and the values of --vary; no values if it is empty."""
     key, _, listed = vary.partition("=")
     values = [value.strip() for value in listed.split(",") if value.strip()]
     if vary and not values:
@@ -90,7 +93,7 @@ def _read_values(vary: str) -> tuple[str, list[str]]:
 
 
 def _read_factors(rates: str) -> tuple[float, ...]:
-    """The factors of --rates."""
+    """Returns the factors of --rates."""
     try:
         factors = tuple(float(x) for x in rates.split(",") if x.strip())
     except ValueError:
@@ -101,21 +104,23 @@ def _read_factors(rates: str) -> tuple[float, ...]:
 
 
 def _folder_of(value: str) -> str:
-    """A value of --vary as a folder's name: no way out of the folder."""
+    """Returns a value of --vary as a folder name that cannot point out of the results' folder."""
     name = value.replace("/", "_")
     return name if name.strip(".") else name.replace(".", "_")
 
 
 def report(runs: Annotated[list[Path], typer.Argument(
-               help="Run directories, several side by side; or a comparison's folder or results.json.")],
-           out: Annotated[Path | None, typer.Option(help="The page; default report.html in the first of them.")] = None,
+               help="One or several run directories, or the folder or results.json of one comparison.")],
+           out: Annotated[Path | None, typer.Option(
+               help="HTML file. Default: report.html in the first run directory.")] = None,
            answers: Annotated[int, typer.Option(
-               min=0, help="Answers shown of each task; 0: no model is loaded.")] = 2,
-           prompts: Annotated[int, typer.Option(
-               "--asked", min=0,
-               help="Of each client's prompts, how many every model answers, for what each can do.")] = 8,
+               min=0, help="Number of answers shown per task. With 0 no model is loaded.")] = 2,
+           questions: Annotated[int, typer.Option(
+               min=0, help="Number of each client's test prompts that every model answers, to score each model on "
+                           "every task. With 0 these scores are left out.")] = 8,
+           asked: Annotated[int | None, typer.Option(min=0, hidden=True, help="Old name of --questions.")] = None,
            strategy: RunStrategy = None) -> None:
-    """One HTML page of runs, finished or not, or of what `compare` wrote, and every figure as PNG beside it."""
+    """Write an HTML page about runs (also unfinished ones) or about a comparison, and its figures as PNG files."""
     from pilot_jax.compare.page import is_comparison, write_comparison_report
     from pilot_jax.config import SystemConfig
     from pilot_jax.federation.strategies import use
@@ -124,11 +129,11 @@ def report(runs: Annotated[list[Path], typer.Argument(
 
     comparisons = sum(map(is_comparison, runs))
     if comparisons and len(runs) > 1:
-        raise InputError("report: a comparison has a page of its own. Give one, or runs alone.")
+        raise InputError("report: a comparison has a page of its own. Give one comparison alone, or only runs.")
     split_cpu(SystemConfig())
     if strategy is not None:
         use(strategy)
     out = out or (runs[0].with_suffix(".html") if runs[0].is_file() else runs[0] / "report.html")
     page, *pictures = (write_comparison_report(runs[0], out) if comparisons
-                       else write_report(runs, out, answers, prompts))
-    typer.echo(f"{page}, and {len(pictures)} figures in {page.with_suffix('')}")
+                       else write_report(runs, out, answers, questions if asked is None else asked))
+    typer.echo(f"Report: {page}, and {len(pictures)} figures in {page.with_suffix('')}")

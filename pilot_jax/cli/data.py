@@ -1,4 +1,4 @@
-"""Commands that make or check data sets."""
+"""The commands `data digits` and `data check`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from pilot_jax.cli.tables import printable
 from pilot_jax.errors import InputError
 
 
-def digits(out: Annotated[Path, typer.Argument(help="New folder.")],
-                scenario: Annotated[str, typer.Option(help="a: 3 tasks × 3 clients; b: 4 × 5.")] = "a",
-                train: Annotated[int, typer.Option(min=1)] = 480, validation: Annotated[int, typer.Option(min=1)] = 16,
-                test: Annotated[int, typer.Option(min=1)] = 48, seed: Annotated[int, typer.Option(min=0)] = 0) -> None:
+def digits(out: Annotated[Path, typer.Argument(help="New folder for data.json and the images.")],
+           scenario: Annotated[str, typer.Option(
+               help="a: 3 tasks with 3 clients each; b: 4 tasks with 5 clients each.")] = "a",
+           train: Annotated[int, typer.Option(min=1, help="Number of training samples per client.")] = 480,
+           validation: Annotated[int, typer.Option(min=1, help="Number of validation samples per client.")] = 16,
+           test: Annotated[int, typer.Option(min=1, help="Number of test samples per client.")] = 48,
+           seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 0) -> None:
     """Write the embedded digit scenes as a LLaVA data set."""
     from pilot_jax.data.llava.reading import write_samples
     from pilot_jax.embedded.scenarios import SCENARIOS, scenario_clients, scene_samples
@@ -25,14 +28,17 @@ def digits(out: Annotated[Path, typer.Argument(help="New folder.")],
     typer.echo(f"{count} samples in {out / 'data.json'}, images in {out / 'images'}")
 
 
-def check(path: Annotated[Path, typer.Argument(help="Data file or folder.")],
-               image_root: Annotated[Path | None, typer.Option(help="Folder that `image` is relative to.")] = None,
-               model: Annotated[str | None, typer.Option(help="LLaVA directory whose tokens count lengths.")] = None,
-               template: Annotated[str, typer.Option(help="Conversation template.")] = "vicuna_v1",
-               max_length: Annotated[int, typer.Option(min=8, help="Tokens a run would keep.")] = 2048,
-               file_names: Annotated[str, typer.Option(help="What a file's name says: task | client.")] = "task",
-               ) -> None:
-    """Read a data set as `run` would, images included: counts, lengths, and everything that is wrong with it."""
+def check(path: Annotated[Path, typer.Argument(help="Data file or folder of data files.")],
+          image_root: Annotated[Path | None, typer.Option(help="Folder that image paths are relative to.")] = None,
+          model: Annotated[str | None, typer.Option(
+              help="LLaVA directory whose tokenizer measures lengths in tokens. Default: in characters.")] = None,
+          template: Annotated[str, typer.Option(help="Conversation template.")] = "vicuna_v1",
+          max_length: Annotated[int, typer.Option(
+              min=8, help="Number of tokens after which a run would cut a sample.")] = 2048,
+          file_names: Annotated[str, typer.Option(
+              help="What the names of data files stand for, if samples do not say it: task or client.")] = "task",
+          ) -> None:
+    """Read a data set as `run` would, images included, and report its counts, its lengths and all errors in it."""
     from pilot_jax.config import parse_config
     from pilot_jax.data.check import check_data
 

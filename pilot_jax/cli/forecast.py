@@ -1,4 +1,4 @@
-"""The line about a run's cost that `pilot-jax run` shows while the first program is compiled."""
+"""The line about a run's time and memory that `pilot-jax run` prints while the first program is compiled."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pilot_jax.runs.prepare import outline
 
 
 class Forecast(RunObserver):
-    """Computes the forecast in a thread, and gives the display a note of it; nothing on several processes."""
+    """Computes the forecast in a thread and passes it to the display as a note; does nothing with several processes."""
 
     def __init__(self, config: Config, display: RunObserver) -> None:
         self._config, self._display = config, display
@@ -28,7 +28,7 @@ class Forecast(RunObserver):
     def _note(self, fed: Federation) -> None:
         try:
             text = forecast_line(forecast(fed, outline(self._config)))
-        except Exception as error:  # the run does not depend on it
+        except Exception as error:  # a failed forecast must not end the run
             text = f"warning: no forecast: {type(error).__name__}: {error}"
         self._display.note(text)
 

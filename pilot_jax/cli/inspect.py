@@ -1,4 +1,4 @@
-"""Commands that describe configs and allocate nothing: schema, roles, plan."""
+"""The commands `schema`, `roles` and `plan`, which describe a config and load no weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pilot_jax.cli.tables import print_plan
 
 
 def schema() -> None:
-    """The config's JSON schema, for editors: pilot-jax schema > schema.json."""
+    """Print the JSON schema of configs, with which editors can check them: pilot-jax schema > schema.json."""
     from pilot_jax.config import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=1, ensure_ascii=False))
@@ -21,7 +21,7 @@ def schema() -> None:
 
 def roles(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName = None,
           as_json: AsJson = False) -> None:
-    """Who owns which parameter: trained, frozen, sent, aggregated; with sizes. Allocates nothing."""
+    """Print which parameters are trained, frozen, uploaded and aggregated, and their sizes. No weights are loaded."""
     from pilot_jax.planning.ownership import ownership_table
 
     rows = ownership_table(read_config(config, overrides, strategy))
@@ -40,14 +40,20 @@ def roles(config: ConfigPath, overrides: Overrides = None, strategy: StrategyNam
 
 
 def plan(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName = None,
-         samples: Annotated[int, typer.Option(min=1, help="Samples per client, if the data are not there.")] = 1000,
-         tasks: Annotated[int, typer.Option(min=1, help="Tasks, if the data are not there.")] = 3,
-         text_tokens: Annotated[int, typer.Option(min=8, help="Text tokens of the longest sample, likewise.")] = 128,
-         lower: Annotated[bool, typer.Option(help="Also lower every program for the mesh.")] = False,
+         samples: Annotated[int, typer.Option(
+             min=1, help="Number of training samples per client to assume if the data do not exist.")] = 1000,
+         tasks: Annotated[int, typer.Option(
+             min=1, help="Number of tasks to assume if the data do not exist.")] = 3,
+         text_tokens: Annotated[int, typer.Option(
+             min=8, help="Number of text tokens of the longest sample to assume if data or tokenizer do not exist."
+         )] = 128,
+         lower: Annotated[bool, typer.Option(
+             help="Also lower every program for the config's mesh, to find errors before a run.")] = False,
          platform: Annotated[str, typer.Option(
-             help="With --lower: cpu, cuda or tpu; this machine need not have one. Default: its own.")] = "",
+             help="With --lower: cpu, cuda or tpu, which this machine need not have. Default: this machine's platform."
+         )] = "",
          as_json: AsJson = False) -> None:
-    """Memory per device, FLOPs and bytes per round, before anything is loaded or allocated."""
+    """Print memory per device, FLOPs and bytes per round that a run will need. No weights are loaded."""
     from pilot_jax.planning.estimate import make_plan
     from pilot_jax.runs.prepare import split_cpu_for
 
@@ -55,7 +61,7 @@ def plan(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName
         check_choice("--platform", platform, "cpu", "cuda", "tpu")
     settings = read_config(config, overrides, strategy)
     if lower:
-        split_cpu_for(settings)  # programs are lowered for a mesh of any size, on CPU devices that JAX makes up
+        split_cpu_for(settings)  # JAX then has as many CPU devices as the mesh, of any size, needs
     assumed = {"samples": samples, "tasks": tasks, "text_tokens": text_tokens}
     result = make_plan(settings, **assumed)
     if lower:

@@ -1,4 +1,4 @@
-"""Commands that evaluate, export or train models: evaluate, generate, export, pretrain."""
+"""The commands `evaluate`, `generate`, `export` and `pretrain`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from pilot_jax.cli.tables import print_matrix
 from pilot_jax.errors import InputError
 
 
-def evaluate(run_dir: RunPath, split: Annotated[str, typer.Option(help="test or validation.")] = "test",
-             matrix: Annotated[bool, typer.Option(help="Also on every other client's data, and on the base's own "
-                                                  "captions (embedded base).")] = False,
-             samples: Annotated[int | None, typer.Option(min=1, help="With --matrix: of each client.")] = None,
+def evaluate(run_dir: RunPath,
+             split: Annotated[str, typer.Option(help="Split that is scored: test or validation.")] = "test",
+             matrix: Annotated[bool, typer.Option(
+                 help="Also score each model on every other client's data and, with the embedded base model, on the "
+                      "captions that it was pretrained on.")] = False,
+             samples: Annotated[int | None, typer.Option(
+                 min=1, help="With --matrix: number of each client's samples to use. Default: all.")] = None,
              strategy: RunStrategy = None, as_json: AsJson = False) -> None:
-    """Score every client's personalised model on its own data; with --matrix on everybody's."""
+    """Score every client's personalised model on its own held-out data, or with --matrix on all clients' data."""
     from pilot_jax.evaluation.personalised import evaluate as score
     from pilot_jax.evaluation.personalised import evaluation_matrix
     from pilot_jax.runs.restore import restore
@@ -44,15 +47,16 @@ def evaluate(run_dir: RunPath, split: Annotated[str, typer.Option(help="test or 
     typer.echo(f"{'mean':<24} {mean:.3f}")
 
 
-def generate(run_dir: RunPath, client: Annotated[str, typer.Option(help="Whose model answers.")],
-             prompt: Annotated[str, typer.Option(help="The question.")],
-             image: Annotated[Path | None, typer.Option(help="Image file; without it, text only.")] = None,
-             max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-             temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
-             top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 1.0,
-             seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
+def generate(run_dir: RunPath, client: Annotated[str, typer.Option(help="Client whose model answers.")],
+             prompt: Annotated[str, typer.Option(help="Question to answer.")],
+             image: Annotated[Path | None, typer.Option(help="Image file. Default: no image.")] = None,
+             max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of the answer.")] = 64,
+             temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 decodes greedily.")] = 0.0,
+             top_p: Annotated[float, typer.Option(
+                 min=0.01, max=1, help="Probability mass from which tokens are sampled.")] = 1.0,
+             seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
              strategy: RunStrategy = None) -> None:
-    """Answer a question, about an image, with one client's model."""
+    """Answer a question, with or without an image, with the personalised model of one client."""
     from pilot_jax.runs.restore import answer, restore
 
     if image is not None and not image.is_file():
@@ -63,8 +67,9 @@ def generate(run_dir: RunPath, client: Annotated[str, typer.Option(help="Whose m
     typer.echo(answer(done, client, image, prompt, settings, seed))
 
 
-def export(run_dir: RunPath, client: Annotated[str, typer.Option(help="Whose adapters.")],
-           out: Annotated[Path, typer.Option(help="New folder.")], strategy: RunStrategy = None) -> None:
+def export(run_dir: RunPath, client: Annotated[str, typer.Option(help="Client whose adapters are exported.")],
+           out: Annotated[Path, typer.Option(help="New folder for the adapters.")],
+           strategy: RunStrategy = None) -> None:
     """Write a client's LoRA as a PEFT adapter and its connector as safetensors, with a model card."""
     from pilot_jax.runs.export import export_client
     from pilot_jax.runs.restore import restore
@@ -74,8 +79,9 @@ def export(run_dir: RunPath, client: Annotated[str, typer.Option(help="Whose ada
 
 
 def pretrain(config: ConfigPath,
-             out: Annotated[Path, typer.Argument(help="New Hugging Face LLaVA directory.")]) -> None:
-    """Train the embedded base on captions of digit scenes."""
+             out: Annotated[Path, typer.Argument(help="New folder for the base model, in Hugging Face's LLaVA layout.")]
+             ) -> None:
+    """Train the embedded base model from random weights on captions of digit scenes."""
     from pilot_jax.embedded.pretrain import load_pretrain_config
     from pilot_jax.embedded.pretrain import pretrain as train
 

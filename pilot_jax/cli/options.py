@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and how they become a config."""
+"""Arguments and options that several commands share, and the function that makes a config of them."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ if TYPE_CHECKING:
 
 
 def complete_key(incomplete: str) -> list[tuple[str, str]]:
-    """Config keys that begin so, for shells."""
+    """Returns the config keys that begin with `incomplete`, for completion in the shell."""
     from pilot_jax.config import known_keys
 
     return [(f"{key}=", text) for key, text in known_keys().items() if text and key.startswith(incomplete)]
 
 
-ConfigPath = Annotated[Path, typer.Argument(help="YAML config, see configs/.")]
+ConfigPath = Annotated[Path, typer.Argument(help="YAML config; the folder configs/ has examples.")]
 Overrides = Annotated[list[str] | None, typer.Option(
-    "--set", help="Override a key: section.key=value. Repeatable.", autocompletion=complete_key)]
-RunPath = Annotated[Path, typer.Argument(help="A run directory.")]
+    "--set", help="Config key to set, such as eval.every=2 (section.key=value). Can be repeated.",
+    autocompletion=complete_key)]
+RunPath = Annotated[Path, typer.Argument(help="Run directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 StrategyName = Annotated[str | None, typer.Option(
-    "--strategy", help="Instead of --set strategy.name=…: a strategy's name, or module:Class for one of your own, "
-                       "whose module is imported.")]
+    "--strategy", help="Strategy to use instead of the config's: a name, or module:Class for a class of your own. That "
+                       "module is imported.")]
 RunStrategy = Annotated[str | None, typer.Option(
-    "--strategy", help="For a run whose strategy is your own: module:Class, whose module is imported.")]
+    "--strategy", help="Strategy of the run, as module:Class, if it is a class of your own. Its module is imported.")]
 
 
 def read_config(path: Path, overrides: list[str] | None, strategy: str | None = None) -> Config:
-    """The config that a command's arguments describe.
+    """Returns the config in the file `path`, with the keys of `--set` and the strategy of `--strategy`.
 
     Raises:
-        InputError: the file, a key, a value or the strategy is not known.
+        InputError: the file cannot be read, or a key, a value or the strategy is wrong.
     """
     from pilot_jax.config import load_config
 
@@ -44,7 +45,7 @@ def read_config(path: Path, overrides: list[str] | None, strategy: str | None = 
 
 
 def check_choice(option: str, value: str, *choices: str) -> None:
-    """Raises an `InputError` where the value of an option is none of the choices."""
+    """Raises an `InputError` if the value of an option is none of the choices."""
     if value not in choices:
         *most, last = choices
         raise InputError(f"{option}: {value!r}, expected {', '.join(most)} or {last}.")

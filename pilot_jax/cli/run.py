@@ -1,4 +1,4 @@
-"""`pilot-jax run`: simulate a federation."""
+"""The command `run`."""
 
 from __future__ import annotations
 
@@ -21,17 +21,22 @@ if TYPE_CHECKING:
 
 
 def run(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName = None,
-        out: Annotated[Path | None, typer.Option(help="New run directory; default runs/<config>-<time>.")] = None,
+        out: Annotated[Path | None, typer.Option(
+            help="New run directory. Default: a folder in runs/, named after config and time.")] = None,
         resume: Annotated[bool, typer.Option(
-            "--resume", help="Go on with the run in --out; if none is there, begin it.")] = False,
+            "--resume", help="Continue the run in --out from its last snapshot. If there is none, start it.")] = False,
         progress: Annotated[str, typer.Option(
-            help="auto; json: events and the summary, a line each; quiet: warnings alone.")] = "auto",
+            help="auto: progress bars or lines; json: events and the summary as lines of JSON; quiet: only warnings."
+        )] = "auto",
         coordinator: Annotated[str | None, typer.Option(
-            help="host:port of process 0, where several processes run one federation.")] = None,
-        num_processes: Annotated[int | None, typer.Option(min=1, help="With --coordinator: how many.")] = None,
-        process_id: Annotated[int | None, typer.Option(min=0, help="With --coordinator: which this is.")] = None,
+            help="Address host:port of process 0, if several processes run one federation.")] = None,
+        num_processes: Annotated[int | None, typer.Option(
+            min=1, help="Number of processes, if there is a coordinator.")] = None,
+        process_id: Annotated[int | None, typer.Option(
+            min=0, help="Number of this process, counted from 0, if there is a coordinator.")] = None,
         distributed: Annotated[bool, typer.Option(
-            help="Several processes, described by Slurm, a TPU pod or MPI.")] = False) -> None:
+            help="Join the processes that Slurm, a TPU pod or MPI has started, to run one federation.")] = False
+        ) -> None:
     """Simulate a federation and write its run directory."""
     from pilot_jax.parallel import processes
     from pilot_jax.runs.prepare import configure, split_cpu_for
@@ -39,7 +44,7 @@ def run(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName 
     check_choice("--progress", progress, "auto", "json", "quiet")
     settings = read_config(config, overrides, strategy)
     if resume and out is None:
-        raise InputError("--resume: which run? Give its folder as --out.")
+        raise InputError("--resume: no run directory. Give its folder as --out.")
     configure(settings)
     split_cpu_for(settings, num_processes or 1)
     if distributed or coordinator is not None or num_processes is not None or process_id is not None:
@@ -54,14 +59,14 @@ def run(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName 
 
 
 def _simulate(config: Config, folder: Path, resume: bool, progress: str) -> Run:
-    """The run, with its progress on the terminal; what ends it early ends the command, with a message."""
+    """Simulates with progress on the terminal. An interruption or an error ends the command with a message."""
     from pilot_jax.parallel import processes
     from pilot_jax.runs.simulate import simulate
 
     try:
         return simulate(config, out=folder, resume=resume,
                         observers=_observers(config, folder, progress) if processes.is_writer() else ())
-    except (Interrupted, KeyboardInterrupt) as stop:  # the second before anything is trained
+    except (Interrupted, KeyboardInterrupt) as stop:  # KeyboardInterrupt: before training, while data are loaded
         if processes.is_writer():
             typer.echo(f"\nInterrupted. {_how_to_go_on(config, folder)}", err=True)
         raise typer.Exit(128 + getattr(stop, "signum", signal.SIGINT)) from None
@@ -74,7 +79,7 @@ def _simulate(config: Config, folder: Path, resume: bool, progress: str) -> Run:
 
 
 def _observers(config: Config, folder: Path, progress: str) -> list[RunObserver]:
-    """What follows the run on the terminal."""
+    """Returns the observers that show the run on the terminal."""
     from pilot_jax.cli.forecast import Forecast
     from pilot_jax.runs.progress import ProgressDisplay
 

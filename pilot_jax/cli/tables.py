@@ -1,4 +1,4 @@
-"""What the commands print: tables of scores, plans and matrices."""
+"""Prints the tables of scores, plans and score matrices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from rich.table import Table
 
 
 def printable(text: str) -> str:
-    """Without control characters that a file's name or content could send to the terminal; lines stay lines."""
+    """Returns a text with its control characters escaped, so that a file's name cannot control the terminal.
+
+    Line breaks stay."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -39,16 +41,16 @@ def print_scores(summary: dict) -> None:
                f"{summary['wall_seconds']:.0f} s, of which compiling {summary['compile_seconds']:.0f} s; "
                f"peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
     if summary.get("quarantined"):
-        typer.echo(f"{summary['quarantined']} uploads refused, see `fault` and `quarantined` in metrics.jsonl")
+        typer.echo(f"{summary['quarantined']} uploads were refused; metrics.jsonl says why (key `fault`)")
     if summary.get("epsilon") is not None:
-        typer.echo(f"Differential privacy of a client's uploads: ε = {summary['epsilon']:.3g}")
+        typer.echo(f"Differential privacy of one client's uploads: ε = {summary['epsilon']:.3g}")
 
 
 def print_plan(plan: dict) -> None:
     devices = f"{plan['devices']} device{'s' * (plan['devices'] > 1)}"
     rounds = f"{plan['rounds']} round{'s' * (plan['rounds'] > 1)}"
-    typer.echo(f"{plan['clients']} clients, {plan['tasks']} tasks, {rounds}, {devices}; longest sequence "
-               f"{plan['longest_sequence']} tokens, {plan['image_tokens']} of them image")
+    typer.echo(f"{plan['clients']} clients, {plan['tasks']} tasks, {rounds}, {devices}; the longest sequence has "
+               f"{plan['longest_sequence']} tokens, {plan['image_tokens']} of them for the image")
     if plan["assumed"]:
         typer.echo(f"Assumed: {plan['assumed']}")
     memory = plan["memory_per_device"]
@@ -61,7 +63,7 @@ def print_plan(plan: dict) -> None:
     for kind in [*kinds, "total"]:
         table.add_row(kind, *(f"{row[kind] / size:.2f}" if kind in row else "–" for row in memory.values()),
                       style="bold" if kind == "total" else None)
-    by_round = Table(title="Per round")
+    by_round = Table(title="Per round, all clients together")
     for column in ("", "round 1", "later rounds"):
         by_round.add_column(column, justify="right" if column else "left")
     for key, unit, divisor in (("client_steps", "", 1), ("flops", "TFLOP", 1e12), ("bytes_up", "MB", 1e6),
@@ -72,13 +74,13 @@ def print_plan(plan: dict) -> None:
     console.print(table, by_round)
     typer.echo("Parameters: " + ", ".join(f"{n} {v:,}" for n, v in plan["parameters"].items()))
     for stage, size in plan.get("lowered", {}).items():
-        typer.echo(f"{stage} lowers for {devices}: {size:,} characters")
+        typer.echo(f"The program {stage} can be lowered for {devices} ({size:,} characters).")
 
 
 def print_matrix(result: dict) -> None:
-    table = Table(title=f"Model of (row) on the {result['split']} data of (column)")
+    table = Table(title=f"Score of the row's model on the column's {result['split']} data")
     base = result["base_captions"]
-    columns = [*result["clients"], *result["tasks"], *(["base's captions"] if base else [])]
+    columns = [*result["clients"], *result["tasks"], *(["pretraining captions"] if base else [])]
     for name in ("", *columns):
         table.add_column(escape(name), justify="right" if name else "left")
     for i, client in enumerate(result["clients"]):
@@ -87,4 +89,4 @@ def print_matrix(result: dict) -> None:
         table.add_row(escape(client), *own, *([f"{base['clients'][i]:.2f}"] if base else []))
     Console(width=None if sys.stdout.isatty() else 20 + 11 * len(columns)).print(table)
     if base:
-        typer.echo(f"The base itself on its captions: {base['base']:.2f}")
+        typer.echo(f"Score of the base model on the pretraining captions: {base['base']:.2f}")

@@ -1,4 +1,4 @@
-"""Several strategies on the same base, data and steps: variants, their runs, statistics, pages of results.
+"""Compares strategies on the same base model, data and steps: variants, their runs, statistics, and pages of results.
 
-Imports `report`, `runs` and what lies below; it passes configs on and reads none.
+It imports `report`, `runs` and the layers below them. It passes configs on without reading them.
 """

@@ -1,4 +1,4 @@
-"""The figures of a comparison and of a sweep, for the report's page and as PNG files."""
+"""Draws the figures of a comparison and of a sweep, for the HTML page and as PNG files."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROW = 0.2  # inches of a variant's row; a figure of rows has 0.7 more
+ROW = 0.2  # height of a variant's row in inches; a figure is 0.7 inches higher than its rows
 
 
 def _colour(line: Record) -> str:
-    """Returns Pilot's colour, or that of all others."""
+    """Returns the colour of a variant: one for `pilot`, and another for all others."""
     return charts.COLOURS[1] if line["name"] == "pilot" else charts.COLOURS[0]
 
 
 def _draw_scores(axes: Axes, results: Record, lines: Sequence[Record]) -> None:
-    """Draws the mean score of each variant with its standard error, and the base's."""
+    """Draws the mean score of each variant with its standard error, and a line at the base model's score."""
     rows = np.arange(len(lines))
     axes.barh(rows, [line["score"] for line in lines], xerr=[line["standard_error"] or 0 for line in lines],
               height=0.62, color=[_colour(line) for line in lines], alpha=0.85,
               error_kw={"ecolor": charts.INK, "lw": 0.8})
     if results["base"]["score"] is not None:
-        axes.axvline(results["base"]["score"], color=charts.INK, lw=0.8, ls=":", label="base")
+        axes.axvline(results["base"]["score"], color=charts.INK, lw=0.8, ls=":", label="base model")
         axes.legend(loc="lower right")
     axes.set_yticks(rows, [line["name"] for line in lines])
     axes.set_xlim(0, 1)
@@ -37,7 +37,7 @@ def _draw_scores(axes: Axes, results: Record, lines: Sequence[Record]) -> None:
 
 
 def _draw_tasks(axes: Axes, results: Record, lines: Sequence[Record]) -> None:
-    """Marks each variant's score on each task."""
+    """Draws a mark at each variant's score on each task."""
     for task, marker in zip(tasks_of(results), "osD^v<>", strict=False):
         axes.scatter([line["by_task"].get(task, np.nan) for line in lines], range(len(lines)), marker=marker, s=12,
                      zorder=3, facecolor="white", edgecolor=charts.INK, lw=0.7, label=task)
@@ -45,7 +45,7 @@ def _draw_tasks(axes: Axes, results: Record, lines: Sequence[Record]) -> None:
 
 
 def _draw_differences(axes: Axes, lines: Sequence[Record]) -> None:
-    """Draws Pilot − variant with the 95 % interval; the mark is filled where that excludes 0."""
+    """Draws the difference Pilot − variant with its 95 % interval; the mark is filled if the interval excludes 0."""
     for row, line in enumerate(lines):
         d = line.get("difference")
         if d is None:
@@ -56,12 +56,12 @@ def _draw_differences(axes: Axes, lines: Sequence[Record]) -> None:
                   markerfacecolor=charts.COLOURS[1] if d["significant"] else "none")
     axes.axvline(0, color=charts.INK, lw=0.6, alpha=0.6)
     axes.set_yticks(range(len(lines)), [line["name"] for line in lines])
-    axes.set_xlabel("Pilot − it, paired by seed")
+    axes.set_xlabel("score of Pilot − score of variant, paired by seed")
     axes.grid(axis="x", color=charts.INK, alpha=0.12, lw=0.5)
 
 
 def scores(results: Record) -> Figure:
-    """Draws the variants' mean scores, the best on top."""
+    """Draws the variants' mean scores, with the best variant on top."""
     lines = by_score(results)
     figure, axes = charts.new_axes(0.7 + ROW * len(lines))
     _draw_scores(axes, results, lines)
@@ -69,7 +69,7 @@ def scores(results: Record) -> Figure:
 
 
 def differences(results: Record) -> Figure:
-    """Draws Pilot's lead over each other variant."""
+    """Draws the difference of Pilot's score to that of each other variant."""
     lines = [line for line in by_score(results) if line.get("difference")]
     figure, axes = charts.new_axes(0.7 + ROW * len(lines))
     _draw_differences(axes, lines)
@@ -77,7 +77,7 @@ def differences(results: Record) -> Figure:
 
 
 def overview(results: Record) -> Figure:
-    """Draws scores, with the tasks' scores as marks, and differences side by side."""
+    """Draws the scores, with a mark for each task, and the differences to Pilot side by side."""
     lines = by_score(results)
     figure, (left, right) = charts.pyplot().subplots(
         1, 2, figsize=(2 * charts.WIDTH, 0.7 + ROW * len(lines)), sharey=True, layout="constrained",
@@ -89,18 +89,18 @@ def overview(results: Record) -> Figure:
 
 
 def traffic(results: Record) -> Figure:
-    """Draws each variant's score against the bytes sent up and down in one seed's run."""
+    """Draws each variant's score against the bytes uploaded and downloaded in the run of one seed."""
     figure, axes = charts.new_axes(2.6)
     for line in results["variants"]:
         if line["bytes_up"] is None:
             continue
-        sent = (line["bytes_up"] + line["bytes_down"]) / 1e6
-        axes.scatter(sent, line["score"], color=_colour(line), s=22, alpha=0.85)
+        megabytes = (line["bytes_up"] + line["bytes_down"]) / 1e6
+        axes.scatter(megabytes, line["score"], color=_colour(line), s=22, alpha=0.85)
         if line["name"] == "pilot":
-            axes.annotate("pilot", (sent, line["score"]), textcoords="offset points", xytext=(5, 3), fontsize=7)
+            axes.annotate("pilot", (megabytes, line["score"]), textcoords="offset points", xytext=(5, 3), fontsize=7)
     axes.set_ylim(0, 1)
-    axes.set_xlabel("MB sent, up and down")
-    axes.set_ylabel("score")
+    axes.set_xlabel("MB uploaded and downloaded, all clients and rounds")
+    axes.set_ylabel("score: mean over clients and seeds")
     axes.grid(color=charts.INK, alpha=0.12, lw=0.5)
     return figure
 

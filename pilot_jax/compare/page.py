@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: `results.json`, its tables as Markdown, its figures, and the report's page."""
+"""Writes the results of a comparison: `results.json`, tables as Markdown, figures, and an HTML page."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pilot_jax.compare import figures
 from pilot_jax.compare.tables import (
     Record,
     by_score,
+    explanations,
     score_rows,
     sweep_table,
     table,
@@ -44,14 +45,13 @@ def write_results(results: Record, out: Path) -> None:
     """Writes `results.json`, `results.md` and, if matplotlib is installed, `results.png` into the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "results.json", json.dumps(results, indent=1))
-    text = [f"Scores on the {results['split']} split, {results['seeds']} seeds, ± standard error; the interval is "
-            "Student's t over seeds, paired; * excludes 0. neighbours: effective ones, oneself included, in the last "
-            "phase.", "", table(results), ""]
+    text = [f"Scores on the {results['split']} split: mean over {results['seeds']} seeds ± standard error.", "",
+            *(f"- {line}" for line in explanations(results)), "", table(results), ""]
     if results["rates"]:
-        text += ["Validation score by factor on the config's learning rates (a seed of its own):", "",
-                 tuning_table(results), ""]
-    text.append(f"{results['seconds_of_all']:.0f} s for the variants, {results['seconds_of_tuning']:.0f} s for tuning, "
-                f"on {results['devices']} device(s) of kind {results['device']}.")
+        text += ["Mean validation score of each strategy by the factor on the config's learning rates, on data of a "
+                 "separate seed. The score of the chosen factor is bold.", "", tuning_table(results), ""]
+    text.append(f"The variants took {results['seconds_of_all']:.0f} s and the tuning "
+                f"{results['seconds_of_tuning']:.0f} s, on {results['devices']} device(s) of kind {results['device']}.")
     atomic_write(out / "results.md", "\n".join(text) + "\n")
     if _plots_installed():
         _write_png(figures.overview(results), out / "results.png")
@@ -61,10 +61,10 @@ def write_sweep(key: str, values: Sequence[str], compared: Sequence[Record], out
     """Writes `sweep.json`, `sweep.md` and, if matplotlib is installed, `sweep.png`; returns the table.
 
     Args:
-        key: the config key in which the comparisons differ.
-        values: its values.
-        compared: the results of `compare` at each value.
-        out: a folder.
+        key: the config key that differs between the comparisons.
+        values: the values of that key.
+        compared: the results of `compare` for each value.
+        out: an existing folder.
     """
     lines = [{"value": value, "variants": results["variants"], "rates": results["rates"], "base": results["base"],
               "seconds_of_all": results["seconds_of_all"], "seconds_of_tuning": results["seconds_of_tuning"]}
@@ -73,82 +73,92 @@ def write_sweep(key: str, values: Sequence[str], compared: Sequence[Record], out
     text = sweep_table(key, values, compared)
     seconds = sum(line["seconds_of_all"] + line["seconds_of_tuning"] for line in lines)
     atomic_write(out / "sweep.md", (
-        f"Scores on the {compared[0]['split']} split, {compared[0]['seeds']} seeds, ± standard error; *: the paired "
-        f"difference to Pilot excludes 0 (95 %).\n\n{text}\n\n{seconds:.0f} s with tuning.\n"))
+        f"Scores on the {compared[0]['split']} split: mean over {compared[0]['seeds']} seeds ± standard error. A * "
+        "marks a score whose difference to Pilot, paired by seed, has a 95 % interval that excludes 0."
+        f"\n\n{text}\n\nIt took {seconds:.0f} s, tuning included.\n"))
     if _plots_installed():
         _write_png(figures.sweep(key, values, compared), out / "sweep.png")
     return text
 
 
 def is_comparison(path: str | Path) -> bool:
-    """Whether a path is the folder of a comparison, or a JSON file, and not a run directory."""
+    """Returns whether a path is a comparison's folder or a JSON file, and not a run directory."""
     path = Path(path)
     return path.suffix == ".json" or ((path / "results.json").is_file() and not (path / "metrics.jsonl").is_file())
 
 
 def read_comparison(path: str | Path) -> Record:
-    """Returns `results.json` of a comparison's folder, or a JSON file like it, with the comparison's `name`.
+    """Returns the content of a comparison's `results.json`, with the comparison's `name` added.
+
+    Args:
+        path: the comparison's folder, or its JSON file under any name.
 
     Raises:
-        InputError: it is not what `compare` writes.
+        InputError: the file is not one that `compare` writes.
     """
     path = Path(path)
     file = path if path.suffix == ".json" else path / "results.json"
     found = read_json(file, "Give the folder of a comparison, or its results.json.")
     needed = {"variants", "base", "seeds", "split", "config", "seconds_of_all", "seconds_of_tuning"}
     if not needed <= set(found) or not found["variants"]:
-        raise InputError(f"{file}: not what `compare` writes (one comparison, not a sweep's sweep.json).")
+        raise InputError(f"{file}: not what `compare` writes. Give the results.json of one comparison, not the "
+                         "sweep.json of several.")
     return found | {"name": file.resolve().parent.name if file.name == "results.json" else file.stem}
 
 
 def _cards(results: Record) -> list[Card]:
-    """Returns the figures; those for which there is nothing to show are left out."""
+    """Returns the figures in cards; a figure without data is left out."""
     lines, tasks = by_score(results)[::-1], tasks_of(results)
-    cards = [figure_card("scores", "Score of each variant, ± standard error",
+    cards = [figure_card("scores", "Mean score of each variant, with its standard error over seeds",
                          f"Scores of {len(lines)} variants, from {decimal(lines[-1]['score'])} to "
                          f"{decimal(lines[0]['score'])}.", figures.scores(results))]
     paired = sum(1 for line in lines if line.get("difference"))
     if paired:
-        cards.append(figure_card("differences", "Pilot's lead, with its 95 % interval; filled where that excludes 0",
+        cards.append(figure_card("differences", "Difference of Pilot to each other variant, with its 95 % interval. A "
+                                 "filled mark means that the interval excludes 0.",
                                  f"Paired differences of Pilot to {paired} variants.", figures.differences(results)))
     by_task = np.asarray([[line["by_task"].get(t, np.nan) for t in tasks] for line in lines], np.float64)
-    cards.append(figure_card("tasks", "Score by task", f"Scores of {len(lines)} variants on {len(tasks)} tasks.",
+    cards.append(figure_card("tasks", "Mean score of each variant on each task",
+                             f"Scores of {len(lines)} variants on {len(tasks)} tasks.",
                              charts.cells(by_task, [line["name"] for line in lines], tasks, "task", "")))
     if any(line["bytes_up"] for line in lines):
-        cards.append(figure_card("traffic", "What a score costs in bytes", "Score against megabytes sent.",
-                                 figures.traffic(results)))
+        cards.append(figure_card("traffic", "Score against the megabytes that the run of one seed transfers",
+                                 "Score against megabytes uploaded and downloaded.", figures.traffic(results)))
     return cards
 
 
 def comparison_page(results: Record) -> Page:
-    """Returns the page of a comparison; `results` are those of `read_comparison`."""
+    """Returns the HTML page of a comparison; `results` is the result of `read_comparison`."""
     lines, cards = by_score(results)[::-1], _cards(results)
     best, pilot = lines[0], next((line for line in lines if line["name"] == "pilot"), None)
-    tiles = {f"best: {best['name']}": decimal(best["score"]), "of the base": decimal(results["base"]["score"])}
+    tiles = {f"score of the best variant ({best['name']})": decimal(best["score"]),
+             "score of the base model": decimal(results["base"]["score"])}
     if pilot is not None:
-        tiles["pilot"] = decimal(pilot["score"])
-    tiles |= {"s for the variants": f"{results['seconds_of_all']:.0f}",
-              "s for tuning": f"{results['seconds_of_tuning']:.0f}"}
-    description = (f"{len(lines)} variants × {results['seeds']} seeds on the {results['split']} split, tasks "
-                   f"{', '.join(tasks_of(results))}; {results['config']['federation']['rounds']} rounds")
+        tiles["score of Pilot"] = decimal(pilot["score"])
+    tiles |= {"seconds for all variants": f"{results['seconds_of_all']:.0f}",
+              "seconds for tuning": f"{results['seconds_of_tuning']:.0f}"}
+    description = (f"{len(lines)} variants with {results['seeds']} seeds each, "
+                   f"{results['config']['federation']['rounds']} rounds, scored on the {results['split']} split of the "
+                   f"tasks {', '.join(tasks_of(results))}")
     head, *rows = score_rows(results)
     rates = None
     if results.get("rates"):
         rates_head, *rates_rows = tuning_rows(results)
         rates = Table(rates_head, rates_rows)
     return render("comparison.html.jinja", cards, title=results["name"], description=description, tiles=tiles,
-                  cards=cards, numbers=Table(head, rows), rates=rates,
+                  cards=cards, numbers=Table(head, rows), explanations=explanations(results), rates=rates,
                   config_text=yaml.safe_dump(results["config"], sort_keys=False))
 
 
 def write_comparison_report(path: str | Path, out: Path) -> list[Path]:
-    """Writes a comparison's page and, in a folder of its name, its figures as PNG files; returns the files, page first.
+    """Writes a comparison's HTML page and its figures as PNG files; returns the files, the page first.
 
     Args:
         path: the folder of a comparison, or its `results.json`.
+        out: the HTML file; the figures are written into the folder `out` without its suffix.
 
     Raises:
-        InputError: it is not what `compare` writes, or matplotlib is not installed.
+        InputError: `path` is not what `compare` writes, or matplotlib is not installed.
     """
     charts.pyplot()
     return write_page(out, comparison_page(read_comparison(path)))

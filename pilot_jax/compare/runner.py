@@ -1,7 +1,7 @@
-"""Strategies × seeds on the same base, data, steps and batches: the table, and the differences to Pilot.
+"""Runs a comparison: several variants with several seeds on the same base model, data, steps and batches.
 
-All seeds of a strategy (and all learning rates, when they are tuned) are trained together, as more clients of the same
-program. Each variant's results are written as soon as it ends; the same command goes on where it stopped.
+All seeds of a variant (and all learning rates, when they are tuned) are trained together, as more clients of the same
+program. Each variant's results are written as soon as it ends, so that a second call runs only what is missing.
 """
 
 from __future__ import annotations
@@ -31,22 +31,23 @@ from pilot_jax.runs.prepare import Setup, initial_state, prepare, rate_changes, 
 from pilot_jax.storage import atomic_write
 
 Record = dict[str, Any]  # a JSON object
-TUNING_SEED = 1000  # added to the config's seeds: no seed that is compared is tuned on
+TUNING_SEED = 1000  # added to the config's seeds for tuning, so that no compared seed is tuned on
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """What every variant is given alike: a setup per seed, whose data are padded to common shapes."""
+    """The data and models that all variants share: one setup per seed, with data padded to common shapes."""
 
     setups: tuple[Setup, ...]
-    base_prompts: tuple[Prompts, ...]  # by seed; empty where the base is not the embedded one
+    base_prompts: tuple[Prompts, ...]  # by seed; empty if the base model is not the embedded one
 
 
 def make_field(config: Config, seeds: Sequence[int], base_samples: int = 0) -> Field:
-    """The field of these seeds, each added to the config's own.
+    """Prepares the field of several seeds, each of which is added to the config's seeds.
 
     Args:
-        base_samples: captions of the embedded base's own kind that every model answers, for what it has forgotten.
+        base_samples: number of prompts of the embedded base model's pretraining task that every model answers, which
+            shows how much of that task it has forgotten.
     """
     separate = [prepare(seeded(config, seed)) for seed in seeds]
     groups, model = aligned([setup.evaluation.clients for setup in separate]), separate[0].federation.model
@@ -56,19 +57,21 @@ def make_field(config: Config, seeds: Sequence[int], base_samples: int = 0) -> F
 
 
 def _with_data(setup: Setup, clients: Sequence[ClientData], model: PretrainedModel) -> Setup:
-    """The setup with other clients' data, and with the model object that all setups share."""
+    """Returns the setup with the given client data, and with the model object that all setups share."""
     fed = dataclasses.replace(setup.federation, model=model)
     evaluation = dataclasses.replace(setup.evaluation, clients=tuple(clients))
     return with_strategy(dataclasses.replace(setup, federation=fed, evaluation=evaluation), fed.strategy)
 
 
 def setups_of(field: Field, variant: Variant, changes: Sequence[str]) -> list[Setup]:
-    """The field's setups under a variant."""
+    """Returns the field's setups with a variant's strategy and config changes."""
     return [with_overrides(setup, [*variant.overrides, *changes]) for setup in field.setups]
 
 
 def run_all(setups: Sequence[Setup], observers: Sequence[RunObserver] | None = None) -> list[State | None]:
-    """All rounds of setups that train alike, together; None for one that diverged."""
+    """Trains all rounds of several setups of the same program together.
+
+    Returns the final state of each setup, or None if it diverged."""
     feds = [setup.federation for setup in setups]
     observers = observers or [RunObserver() for _ in feds]
     states: list[State | None] = [initial_state(fed) for fed in feds]
@@ -83,7 +86,7 @@ def run_all(setups: Sequence[Setup], observers: Sequence[RunObserver] | None = N
 
 
 def _scores(setups: Sequence[Setup], states: Sequence[State | None], split: str) -> list[dict[str, float]]:
-    """Scores by client of each setup; none of one that diverged."""
+    """Returns each setup's scores by client; an empty dict for a setup that diverged."""
     alive = {i: state.population for i, state in enumerate(states) if state is not None}
     found = evaluate_together([setups[i].evaluation for i in alive], list(alive.values()), split) if alive else []
     by_setup = dict(zip(alive, found, strict=True))
@@ -92,7 +95,9 @@ def _scores(setups: Sequence[Setup], states: Sequence[State | None], split: str)
 
 def _captions(setups: Sequence[Setup], states: Sequence[State | None],
               prompts: Sequence[Prompts]) -> list[list[float]]:
-    """Scores of each setup's models on the base's own captions; none of one that diverged, or without `prompts`."""
+    """Returns each setup's scores by client on the base model's pretraining captions.
+
+    The list is empty for a setup that diverged, and if there are no `prompts`."""
     alive = {i: state.population for i, state in enumerate(states) if state is not None and prompts}
     found = forgetting([setups[i].evaluation for i in alive], list(alive.values()),
                        [prompts[i] for i in alive]) if alive else []
@@ -101,13 +106,15 @@ def _captions(setups: Sequence[Setup], states: Sequence[State | None],
 
 
 def tune(field: Field, variant: Variant, factors: Sequence[float], config: Config) -> Record:
-    """Validation score of each factor on the config's learning rates, all trained together; the best one."""
+    """Trains a variant with each factor on the config's learning rates, all together.
+
+    Returns the mean validation score of each factor, and the best factor."""
     setups, factor_of = list[Setup](), list[float]()
     for factor in factors:
         setups += setups_of(field, variant, rate_changes(config, factor))
         factor_of += [factor] * len(field.setups)
     states = run_all(setups)
-    total = dict.fromkeys(factors, 0.0)  # of a seed that diverged: 0
+    total = dict.fromkeys(factors, 0.0)  # a seed that diverged adds 0
     for factor, by_client in zip(factor_of, _scores(setups, states, "validation"), strict=True):
         total[factor] += mean_score(list(by_client.values())) or 0.0
     score = {factor: value / len(field.setups) for factor, value in total.items()}
@@ -115,7 +122,7 @@ def tune(field: Field, variant: Variant, factors: Sequence[float], config: Confi
 
 
 def run_variant(field: Field, variant: Variant, changes: Sequence[str] = (), split: str = "test") -> Record:
-    """One variant with all seeds; plain numbers."""
+    """Trains and scores one variant with all seeds; returns its results as a JSON object."""
     began, clock = time.perf_counter(), CompileClock()
     setups = setups_of(field, variant, changes)
     logs = [MetricsFile(None) for _ in setups]
@@ -132,7 +139,7 @@ def run_variant(field: Field, variant: Variant, changes: Sequence[str] = (), spl
 
 def _seed_record(setup: Setup, state: State | None, by_client: dict[str, float], captions: Sequence[float],
                  records: Sequence[Record]) -> Record:
-    """The numbers of one seed."""
+    """Returns the results of one seed."""
     record: Record = {
         "seed": setup.federation.seed, "diverged": state is None, "score_mean": mean_score(list(by_client.values())),
         "score_by_client": by_client,
@@ -146,7 +153,7 @@ def _seed_record(setup: Setup, state: State | None, by_client: dict[str, float],
 
 
 def _score_base(field: Field, split: str) -> Record:
-    """Mean scores of the untouched base on the clients' data and on its own captions."""
+    """Returns the base model's mean scores on the clients' data and on its pretraining captions."""
     evaluations, nobody = [setup.evaluation for setup in field.setups], [None] * len(field.setups)
     values = evaluate_together(evaluations, nobody, split)
     captions = forgetting(evaluations, nobody, field.base_prompts) if field.base_prompts else []
@@ -155,50 +162,51 @@ def _score_base(field: Field, split: str) -> Record:
 
 
 def _finished(path: Path, fingerprint: str) -> Record | None:
-    """What an earlier call wrote, if it was given the same."""
+    """Returns the result that an earlier call with the same inputs wrote, or None."""
     if not path.is_file():
         return None
     try:
         done = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):  # damaged: is done again
+    except (ValueError, RecursionError):  # a damaged file is computed again
         return None
     return done if isinstance(done, dict) and done.get("fingerprint") == fingerprint else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How variants are compared.
+    """How variants are compared."""
 
-    factors: if given, each strategy's learning rates are the config's times the factor with the best validation score
-    on data of a seed of its own; ablations take Pilot's. split: what is scored: "test", or "validation" where the
-    comparison is to decide something. base_samples: see `make_field`.
-    """
-
-    seeds: int
+    seeds: int  # number of seeds
+    # Factors on the config's learning rates. Each strategy gets the one with the best validation score on data of a
+    # separate seed, and ablations get Pilot's. Without factors, all have the config's learning rates.
     factors: tuple[float, ...] = ()
-    split: str = "test"
-    base_samples: int = 16
+    split: str = "test"  # split that is scored; "validation" if the comparison decides about settings
+    base_samples: int = 16  # see `make_field`
 
 
 class Comparison:
-    """A comparison while it goes on: what is finished is in files, data are prepared when something is left to do."""
+    """A running comparison. Finished results are read from files, and data are prepared only if some are missing."""
 
     def __init__(self, config: Config, options: Options, out: Path, say: Callable[[str], None]) -> None:
         self.config, self.options, self.out, self.say = config, options, out, say
         self._fields: dict[str, Field] = {}
 
     def _field(self, kind: str) -> Field:
-        """The field "tune", of the tuning seed, or "compare", of all others; the other one is let go."""
+        """Returns the field "tune" (the tuning seed) or "compare" (all other seeds); only the last one is in memory."""
         if kind not in self._fields:
             seeds, samples = list(range(self.options.seeds)), self.options.base_samples
-            self.say(f"preparing data of {'the tuning seed' if kind == 'tune' else f'{len(seeds)} seeds'} …")
+            self.say(f"preparing the data of {'the tuning seed' if kind == 'tune' else f'{len(seeds)} seeds'} …")
             self._fields.clear()
             self._fields[kind] = (make_field(self.config, [TUNING_SEED]) if kind == "tune"
                                   else make_field(self.config, seeds, samples))
         return self._fields[kind]
 
     def _once(self, name: str, given: Sequence[object], make: Callable[[], Record]) -> tuple[Record, bool]:
-        """(the record in the file `name`, whether `make` has just made it); `given`: all that it depends on."""
+        """Returns (record, whether it is new): from the file `name` if that has the same inputs, else from `make`.
+
+        Args:
+            given: all inputs of the record except the config.
+        """
         text = json.dumps([self.config.model_dump(mode="json"), *given])
         mark, path = hashlib.sha256(text.encode()).hexdigest(), self.out / f"{name}.json"
         done = _finished(path, mark)
@@ -210,7 +218,7 @@ class Comparison:
         return done, True
 
     def rates(self, family: str) -> Record:
-        """A strategy's best factor on the learning rates."""
+        """Returns the result of `tune` for a strategy, with its best factor on the learning rates."""
         variant, factors = Variant(family, family, (f"strategy.name={family}",)), self.options.factors
 
         def make() -> Record:
@@ -220,12 +228,12 @@ class Comparison:
 
         done, new = self._once(f"rates/{family}", [dataclasses.astuple(variant), factors, TUNING_SEED], make)
         if new:
-            self.say(f"{family}: rates × {done['factor']:g}, validation {done['validation']} "
+            self.say(f"{family}: learning rates × {done['factor']:g}, validation scores by factor {done['validation']} "
                      f"({done['wall_seconds']:.0f} s)")
         return done
 
     def variant(self, variant: Variant, factor: float) -> Record:
-        """A variant's numbers, its learning rates the config's times `factor`."""
+        """Returns the results of a variant whose learning rates are the config's times `factor`."""
         changes, split = rate_changes(self.config, factor) if factor != 1 else [], self.options.split
         done, _ = self._once(
             f"variants/{variant.name.replace('/', '_')}",
@@ -234,12 +242,12 @@ class Comparison:
         return done
 
     def base(self) -> Record:
-        """The untouched base's numbers."""
+        """Returns the scores of the base model without training."""
         given = ["base", self.options.split, self.options.seeds, self.options.base_samples]
         return self._once("base", given, lambda: _score_base(self._field("compare"), self.options.split))[0]
 
     def rows(self, variants: Sequence[Variant], rates: dict[str, Record]) -> dict[str, Record]:
-        """Every variant's numbers, by name."""
+        """Returns the results of every variant, by name, and reports each score as soon as it is known."""
         rows: dict[str, Record] = {}
         for number, variant in enumerate(variants, 1):
             done = rows[variant.name] = self.variant(variant, rates.get(variant.family, {}).get("factor", 1.0))
@@ -252,7 +260,7 @@ class Comparison:
 
 def compare(config: Config, variants: Sequence[Variant], options: Options, out: Path,
             say: Callable[[str], None] = print) -> Record:
-    """Runs what is not yet done, and writes `results.json`, `results.md` and the plots into `out`."""
+    """Runs the missing variants, writes `results.json`, `results.md` and a figure into `out`; returns the results."""
     began, comparison = time.perf_counter(), Comparison(config, options, out, say)
     families = dict.fromkeys(v.family for v in variants) if options.factors else {}
     rates = {family: comparison.rates(family) for family in families}

@@ -1,4 +1,4 @@
-"""Means, standard errors and paired differences over seeds."""
+"""Computes means, standard errors and paired differences over seeds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Record = dict[str, Any]  # a JSON object
 
 
 class Difference(TypedDict):
-    """A paired difference over seeds; with a single seed there is only its mean."""
+    """A paired difference over seeds with its 95 % interval; with a single seed only `mean` is not None."""
 
     mean: float
     low: float | None
@@ -27,9 +27,9 @@ def summarise(name: str, rows: Mapping[str, Record], reference: str = "pilot") -
     """Returns a variant's mean, standard error and paired difference to `reference`, as `results.json` holds them.
 
     Args:
-        name: the variant.
-        rows: what `runner.run_variant` returned for each variant; all have the same seeds in the same order.
-        reference: a variant; if it is not in `rows`, there is no difference.
+        name: the name of the variant.
+        rows: the result of `runner.run_variant` for each variant; all have the same seeds in the same order.
+        reference: the name of the variant to compare with; if it is not in `rows`, the difference is left out.
     """
     seeds = rows[name]["seeds"]
     values = _mean_scores(rows[name])
@@ -47,7 +47,7 @@ def summarise(name: str, rows: Mapping[str, Record], reference: str = "pilot") -
 
 
 def _mean_scores(row: Record) -> np.ndarray:
-    """Returns the mean score of each seed, float64 [seeds]; 0 for one that diverged."""
+    """Returns the mean score of each seed, float64 [seeds]; 0 for a seed whose run diverged."""
     return np.asarray([s["score_mean"] if s["score_mean"] is not None else 0.0 for s in row["seeds"]])
 
 
@@ -61,12 +61,12 @@ def paired(reference: np.ndarray, values: np.ndarray) -> Difference:
 
     Args:
         reference: float [seeds].
-        values: float [seeds], of the same seeds.
+        values: float [seeds], for the same seeds in the same order.
     """
     apart = reference - values
     mean, error = float(apart.mean()), standard_error(apart)
     if error is None:
         return {"mean": mean, "low": None, "high": None, "significant": None}
-    # Where all differences are equal, SciPy's interval is [nan, nan]; it is the point itself.
+    # If all differences are equal, SciPy returns [nan, nan]; the interval is then that single value.
     low, high = map(float, stats.t.interval(0.95, len(apart) - 1, mean, error)) if error else (mean, mean)
     return {"mean": mean, "low": low, "high": high, "significant": low > 0 or high < 0}

@@ -1,4 +1,4 @@
-"""The tables of a comparison and of a sweep: rows of cells for the report's page, and as Markdown."""
+"""Makes the tables of a comparison and of a sweep, as rows of cells for the HTML page and as Markdown."""
 
 from __future__ import annotations
 
@@ -33,11 +33,22 @@ def _score(line: Record) -> str:
     return decimal(line["score"]) + ("" if line["standard_error"] is None else f" ± {line['standard_error']:.3f}")
 
 
+def explanations(results: Record) -> list[str]:
+    """Returns one sentence for each column of `score_rows` that is not plain from its name."""
+    return [
+        "Pilot − variant: mean difference of the scores, paired by seed, with its 95 % interval by Student's t. A * "
+        "marks an interval that excludes 0.",
+        "effective neighbours: mean over clients in the last phase; the client itself counts as one.",
+        "pretraining captions: score on captions like those that the embedded base model was pretrained on.",
+        "rates ×: factor on the config's learning rates.",
+        "MB up, MB down: uploaded and downloaded by all clients in the run of one seed."]
+
+
 def score_rows(results: Record) -> list[list[str]]:
-    """Returns the head, the variants from best to worst, and the base."""
+    """Returns the header row, the variants from best to worst, and the base model."""
     tasks = tasks_of(results)
-    rows = [["", "score", *tasks, "Pilot − it [95 %]", "neighbours", "base's captions", "rates ×", "MB up", "MB down",
-             "s"]]
+    rows = [["", "score", *tasks, "Pilot − variant [95 %]", "effective neighbours", "pretraining captions", "rates ×",
+             "MB up", "MB down", "seconds"]]
     for line in sorted(results["variants"], key=lambda one: -one["score"]):
         name = line["name"] + (f" ({line['diverged']} diverged)" if line["diverged"] else "")
         name += f" ({line['quarantined']} uploads refused)" if line.get("quarantined") else ""
@@ -51,9 +62,11 @@ def score_rows(results: Record) -> list[list[str]]:
 
 
 def tuning_rows(results: Record) -> list[list[str]]:
-    """Returns the head, and each strategy's validation score by factor on the learning rates, the factor taken last."""
+    """Returns the header row, and each strategy's validation score by factor on the learning rates.
+
+    The last column has the chosen factor."""
     factors = [f"{f:g}" for f in results["factors"]]
-    rows = [["", *(f"× {f}" for f in factors), "taken"]]
+    rows = [["", *(f"× {f}" for f in factors), "chosen"]]
     for family, rate in results["rates"].items():
         rows.append([family, *(decimal(rate["validation"].get(f)) for f in factors), f"× {rate['factor']:g}"])
     return rows
@@ -71,10 +84,10 @@ def table(results: Record) -> str:
 
 
 def tuning_table(results: Record) -> str:
-    """Returns `tuning_rows` as Markdown, the score of the factor taken in bold."""
+    """Returns `tuning_rows` as Markdown, with the score of the chosen factor in bold."""
     (*head, _), *lines = tuning_rows(results)
-    return _markdown([head, *([f"**{cell}**" if name == taken else cell for name, cell in zip(head, cells, strict=True)]
-                              for *cells, taken in lines)])
+    return _markdown([head, *([f"**{cell}**" if name == best else cell for name, cell in zip(head, cells, strict=True)]
+                              for *cells, best in lines)])
 
 
 def of_variant(name: str, compared: Sequence[Record]) -> list[Record]:
@@ -85,7 +98,7 @@ def of_variant(name: str, compared: Sequence[Record]) -> list[Record]:
 def sweep_table(key: str, values: Sequence[str], compared: Sequence[Record]) -> str:
     """Returns, as Markdown, the score of each variant (rows) at each value of a config key (columns).
 
-    A star says that the paired difference to Pilot excludes 0.
+    A star means that the 95 % interval of the paired difference to Pilot excludes 0.
     """
     rows = [["", *(f"{key} = {value}" for value in values)]]
     for name in (line["name"] for line in compared[0]["variants"]):

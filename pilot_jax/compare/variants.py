@@ -1,4 +1,4 @@
-"""What is compared: strategies, Pilot's ablations, ATA's settings, and the names for them."""
+"""Names the variants that can be compared: strategies, Pilot's ablations, and settings of ATA."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 from pilot_jax.errors import InputError
 from pilot_jax.federation.strategies import STRATEGIES, use
 
-# Pilot without one of its parts, or with it otherwise.
+# Overrides that remove or change one part of Pilot.
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "no_difference_loss": ("train.lambda_d=0",),
     "no_client_adapter": ("strategy.client_adapter=none",),
@@ -18,7 +18,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "text_per_task_mean": ("strategy.text_aggregation=per_task_mean",),
     "copy_init": ("strategy.init=copy",),
 }
-# ATA's own settings: neighbours, weighting, temperature, space, and the preset `notes`.
+# Overrides of ATA's settings: neighbours, weighting, temperature, space, and the preset `notes`.
 ATA_SWEEP: dict[str, tuple[str, ...]] = {
     "ata_notes": ("strategy.ata.preset=notes",),
     "ata_auto": ("strategy.ata.temperature=auto", "strategy.ata.auto_factor=1"),
@@ -41,7 +41,7 @@ GROUPS = {"all": tuple(STRATEGIES), "ablations": tuple(f"pilot-{n}" for n in ABL
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A strategy with its changes to the config; `family` is the strategy whose learning rates it takes."""
+    """A strategy with changes to the config; `family` is the strategy whose tuned learning rates it gets."""
 
     name: str
     family: str
@@ -49,12 +49,13 @@ class Variant:
 
 
 def read_variants(text: str) -> list[Variant]:
-    """"a,b,…": strategies, "pilot-<ablation>", groups (all, ablations, ata), and "name+key=value+…" for anything else.
+    """Returns the variants that a text such as "fedavg,ablations,pilot+train.lambda_d=0" names.
 
-    A name "module:Class" is a strategy of the user's own, whose module is imported.
+    A name is a strategy, "pilot-<ablation>", a group (all, ablations, ata) or "module:Class", a strategy class whose
+    module is then imported. "+key=value" after a name changes the config of that variant.
 
     Raises:
-        InputError: a name that is not known.
+        InputError: a name is not known.
     """
     out: dict[str, Variant] = {}
     for item in (name for part in text.split(",") for name in GROUPS.get(part.strip(), (part.strip(),))):

@@ -116,7 +116,7 @@ def _bytes(tree: Tree) -> int:
 
 
 def stage_loss_of(shapes: Shapes, stage: str) -> tuple[Callable[..., Any], dict[str, Tree], dict[str, Tree]]:
-    """Returns (loss, trained, frozen): the loss as a function of (trained, frozen, base, batch), and both shape trees."""
+    """Returns (loss, trained, frozen): the loss as a function of (trained, frozen, base, batch), and both as shapes."""
     spec = phase_spec(shapes.module, shapes.run.strategy.roles(), stage, shapes.run.train)
     trained, frozen = spec.split(shapes.adapters)
 

@@ -1,5 +1,5 @@
-"""The page of runs: run directories, finished or not, as one HTML file that loads nothing from elsewhere.
+"""Writes one HTML file about run directories, finished or not, that loads nothing from the network.
 
-It reads what `runs` has written, and can load a run's models to show what they answer. It may import `runs` and what
-lies below. `compare` builds the page of a comparison from the parts here.
+It reads the files that `runs` has written, and can load a run's models to show their answers. It may import `runs` and
+the layers below it. `compare` makes the page of a comparison from the same parts.
 """

@@ -1,7 +1,7 @@
 """Draws the figures of the reports.
 
-All lines and texts have one colour, `INK`, which the page replaces by its own, and fills are translucent, so that a
-figure is legible on a light page and on a dark one.
+All lines and texts have the colour `INK`, which the HTML page replaces by its text colour, and fills are translucent,
+so that a figure is legible on a light and on a dark page.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 INK = "#1b1f24"
 COLOURS = ("#2a78d6", "#d9622b", "#159a6c", "#a45bd0", "#b8860b", "#d6457f", "#4c8a8f", "#7d7d7d")
-WIDTH = 4.4  # inches; at 72 points an inch a phone shows all of it
-MOST_NAMES = 24  # clients whose names and numbers fit into a figure
-MOST_ROWS = 60  # of a figure of cells with text
+WIDTH = 4.4  # width of a figure in inches; at 72 points per inch it fits on a phone
+MOST_NAMES = 24  # most clients whose names and numbers fit into a figure
+MOST_ROWS = 60  # most rows of a figure of cells that has names and numbers
 
 
 def pyplot() -> Any:
-    """Returns `matplotlib.pyplot`, set up for the report's figures, without a display.
+    """Returns `matplotlib.pyplot` with the style of the report's figures; no display is needed.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -37,7 +37,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise InputError("report: figures need matplotlib, which is not installed (of the extra 'plots'). Run: "
+        raise InputError("report: figures need matplotlib, which is not installed (it is in the extra 'plots'). Run: "
                          "pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -51,7 +51,7 @@ def pyplot() -> Any:
 
 
 def new_axes(height: float) -> tuple[Figure, Axes]:
-    """Returns a figure of this height in inches, and its axes."""
+    """Returns a new figure of the given height in inches, and its axes."""
     return pyplot().subplots(figsize=(WIDTH, height), layout="constrained")
 
 
@@ -59,17 +59,17 @@ def svg(figure: Figure, name: str, text: str) -> str:
     """Returns the figure as an `<svg>` element for an HTML page.
 
     Args:
-        name: tells the ids of this figure from those of the page's other figures.
-        text: says what the figure shows to those who cannot see it.
+        name: prefix of the element ids in this figure, different for each figure of a page.
+        text: description of the figure for screen readers.
     """
     import matplotlib
 
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):  # the same ids in every report
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # makes the ids the same each time a report is written
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     body = out.getvalue()
     body = body[body.index("<svg"):].replace(INK, "currentColor")
-    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", body)  # and different ones in every figure of a page
+    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", body)  # makes the ids unique on the page
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", body, count=1)
     body = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", body, count=1)
@@ -77,21 +77,21 @@ def svg(figure: Figure, name: str, text: str) -> str:
 
 
 def png(figure: Figure) -> bytes:
-    """Returns the figure as a PNG file on white."""
+    """Returns the figure as a PNG file with a white background."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=160, facecolor="white")
     return out.getvalue()
 
 
 def scores(runs: Sequence[RunRecord]) -> Figure:
-    """Draws every client's score in each run, and the base's."""
+    """Draws every client's score in each run, and the base model's score on the client's data."""
     task_of = {c: t for r in runs for c, t in r.task_of.items()}
     clients = sorted({c for r in runs for c in r.summary["score_by_client"]}, key=lambda c: (task_of[c], c))
     figure, axes = new_axes(min(0.9 + 0.2 * len(clients), 9))
     base: dict[str, float] = next((r.summary["score_base_by_client"] for r in runs), {})
     height = {c: len(clients) - 1 - i for i, c in enumerate(clients)}
     axes.scatter([base.get(c, np.nan) for c in clients], list(height.values()), marker="|", s=60, color=INK,
-                 label="base", linewidths=1.2)
+                 label="base model", linewidths=1.2)
     for number, run in enumerate(runs):
         values = run.summary["score_by_client"]
         axes.scatter(list(values.values()), [height[c] for c in values], s=26, color=COLOURS[number % len(COLOURS)],
@@ -99,7 +99,7 @@ def scores(runs: Sequence[RunRecord]) -> Figure:
     axes.set_yticks(list(height.values()) if len(clients) <= MOST_NAMES else [],
                     clients if len(clients) <= MOST_NAMES else [])
     axes.set_xlim(-0.03, 1.03)
-    axes.set_xlabel("score on held-out data")
+    axes.set_xlabel("score on test data")
     axes.grid(axis="both", color=INK, alpha=0.12, lw=0.5)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
     return figure
@@ -110,7 +110,7 @@ def _phase_name(line: Record) -> str:
 
 
 def losses(run: RunRecord) -> Figure:
-    """Draws the mean loss of each client's steps over the phases, a line for each client in its task's colour."""
+    """Draws each client's mean training loss in each phase, as one line per client in its task's colour."""
     figure, axes = new_axes(2.6)
     names, tasks = list(dict.fromkeys(map(_phase_name, run.updates))), run.tasks
     for client, task in sorted(run.task_of.items(), key=lambda pair: (pair[1], pair[0])):
@@ -123,15 +123,15 @@ def losses(run: RunRecord) -> Figure:
         axes.plot([], [], color=COLOURS[number % len(COLOURS)], label=task)
     step = max(1, len(names) // 12)
     axes.set_xticks(range(0, len(names), step), names[::step])
-    axes.set_xlabel("round·stage")
-    axes.set_ylabel("loss")
+    axes.set_xlabel("phase: round·stage")
+    axes.set_ylabel("training loss")
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper right", ncols=2)
     return figure
 
 
 def over_rounds(runs: Sequence[RunRecord]) -> Figure:
-    """Draws the mean validation score after each round that has one; of a single run, that of each task too."""
+    """Draws the mean validation score of each scored round; for a single run, also the mean of each task."""
     figure, axes = new_axes(2.4)
 
     def line(values: Sequence[Record], **style: Any) -> None:
@@ -163,7 +163,7 @@ def _show_cells(axes: Axes, opacity: np.ndarray) -> None:
 
 
 def heat_map(mixing: Mixing) -> Figure:
-    """Draws the mixing matrix; a cell's opacity is the square root of the weight, since most weights are small."""
+    """Draws the mixing matrix. A cell's opacity is the square root of its weight, since most weights are small."""
     count = len(mixing.clients)
     figure, axes = new_axes(WIDTH * 0.86)
     _show_cells(axes, np.sqrt(np.clip(mixing.weights, 0, 1)))
@@ -173,8 +173,8 @@ def heat_map(mixing: Mixing) -> Figure:
     if count <= 12:
         for i, j in zip(*np.nonzero(mixing.weights >= 0.005), strict=True):
             axes.text(j, i, f"{mixing.weights[i, j]:.2f}".lstrip("0"), ha="center", va="center", fontsize=6)
-    axes.set_xlabel("from")
-    axes.set_ylabel("client")
+    axes.set_xlabel("client whose upload is mixed in")
+    axes.set_ylabel("client that receives the mixture")
     return figure
 
 
@@ -182,9 +182,9 @@ def cells(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], acros
     """Draws numbers in [0, 1] as a table of more or less opaque cells.
 
     Args:
-        values: float [rows, columns]; nan is an empty cell.
-        rows, columns: their names. With more than MOST_ROWS rows there is no text.
-        across, down: what the columns are, and the rows.
+        values: float [rows, columns]; nan makes an empty cell.
+        rows, columns: the names of rows and columns. With more than MOST_ROWS rows no names or numbers are drawn.
+        across, down: axis titles, of the columns and of the rows.
     """
     named = len(rows) <= MOST_ROWS
     figure, axes = new_axes(0.9 + 0.22 * len(rows) if named else 9)
@@ -200,7 +200,7 @@ def cells(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], acros
 
 
 def positions(distances: np.ndarray) -> np.ndarray:
-    """Returns points [S, 2] whose distances come near `distances` [S, S], by classical multidimensional scaling."""
+    """Returns points [S, 2] whose distances approximate `distances` [S, S], by classical multidimensional scaling."""
     squared = np.where(np.isfinite(distances), distances, 0.0) ** 2
     centre = np.eye(len(squared)) - 1 / len(squared)
     values, vectors = np.linalg.eigh(-0.5 * centre @ squared @ centre)
@@ -209,7 +209,7 @@ def positions(distances: np.ndarray) -> np.ndarray:
 
 
 def client_map(run: RunRecord, mixing: Mixing) -> Figure:
-    """Draws the clients as points whose distances are like those of their adapters, in their tasks' colours."""
+    """Draws the clients as points, in their tasks' colours, at distances that approximate those of their uploads."""
     figure, axes = new_axes(WIDTH * 0.8)
     assert mixing.distances is not None
     points = positions(mixing.distances)
@@ -227,7 +227,7 @@ def client_map(run: RunRecord, mixing: Mixing) -> Figure:
 
 
 def traffic(run: RunRecord) -> Figure:
-    """Draws the megabytes sent up and down in the whole run, by subtree."""
+    """Draws the megabytes uploaded and downloaded in the whole run, by subtree of the adapters."""
     totals: dict[str, dict[str, int]] = {}
     for way in ("up", "down"):
         for phase in run.phases:
@@ -235,9 +235,9 @@ def traffic(run: RunRecord) -> Figure:
                 totals.setdefault(name, {}).setdefault(way, 0)
                 totals[name][way] += size
     figure, axes = new_axes(0.8 + 0.45 * len(totals))
-    for number, way in enumerate(("up", "down")):
+    for number, (way, label) in enumerate((("up", "uploaded"), ("down", "downloaded"))):
         axes.barh(np.arange(len(totals)) + (0.2 - 0.4 * number),
-                  [t.get(way, 0) / 1e6 for t in totals.values()], 0.36, color=COLOURS[number], label=way)
+                  [t.get(way, 0) / 1e6 for t in totals.values()], 0.36, color=COLOURS[number], label=label)
     axes.set_yticks(range(len(totals)), list(totals))
     axes.set_xlabel("MB, all clients and rounds")
     axes.legend()
@@ -245,19 +245,19 @@ def traffic(run: RunRecord) -> Figure:
 
 
 def times(run: RunRecord) -> Figure:
-    """Draws the seconds of each phase: local updates, and image features."""
+    """Draws the seconds of each phase, divided into local training and image features."""
     figure, axes = new_axes(2.2)
     names = [_phase_name(p) for p in run.phases]
     bottom = np.zeros(len(names))
-    for number, (key, label) in enumerate((("seconds", "local updates, with compiling"),
-                                           ("feature_seconds", "images"))):
+    for number, (key, label) in enumerate((("seconds", "local training, compilation included"),
+                                           ("feature_seconds", "image features"))):
         values = np.asarray([p.get(key, 0.0) for p in run.phases])
         if values.max(initial=0) > 0.05:
             axes.bar(range(len(names)), values, 0.7, bottom=bottom, color=COLOURS[number], label=label)
             bottom += values
     step = max(1, len(names) // 12)
     axes.set_xticks(range(0, len(names), step), names[::step])
-    axes.set_xlabel("round·stage")
-    axes.set_ylabel("s")
+    axes.set_xlabel("phase: round·stage")
+    axes.set_ylabel("seconds")
     axes.legend()
     return figure

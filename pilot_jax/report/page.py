@@ -1,4 +1,4 @@
-"""The page of runs: what they have written and, of those that have ended, what their models do."""
+"""Makes the HTML page about one or several runs: what they have written and what the models of finished runs answer."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from pilot_jax.report.run_cards import inside_cards, run_cards
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """What the page shows of one run."""
+    """The part of the page about one run."""
 
     name: str
     description: str
-    tiles: dict[str, str]  # value by label; empty if the run has not ended
+    tiles: dict[str, str]  # main numbers by label; empty if the run has not ended
     cards: Sequence[Card]
     examples: Sequence[Example]
     config: str
 
 
 def _score_table(runs: Sequence[RunRecord]) -> Table:
-    """Returns every client's score by run, and each task's mean."""
+    """Returns the table of every client's score in each run, with the mean of each task."""
     task_of = {c: t for r in runs for c, t in r.task_of.items()}
     base = runs[0].summary["score_base_by_client"]
     rows = []
@@ -37,23 +37,23 @@ def _score_table(runs: Sequence[RunRecord]) -> Table:
                  for c in clients]
         rows.append([f"{task}: mean", task, decimal(runs[0].summary["score_base_by_task"].get(task)),
                      *(decimal(r.summary["score_by_task"].get(task)) for r in runs)])
-    return Table(["client", "task", "base", *(r.name for r in runs)], rows)
+    return Table(["client", "task", "base model", *(r.name for r in runs)], rows)
 
 
 def _score_cards(runs: Sequence[RunRecord]) -> list[Card]:
-    """Returns the figures that show all runs side by side."""
+    """Returns the figures that show all runs together."""
     cards, ended = [], [r for r in runs if r.summary]
     if ended:
         means = ", ".join(f"{decimal(mean_score(list(r.summary['score_by_client'].values())))} ({r.name})"
                           for r in ended)
         cards.append(figure_card(
-            "scores", "Score of each client's own model, on its held-out data",
+            "scores", "Score of each client's personalised model on its own test data",
             f"Scores of {len(ended[0].summary['score_by_client'])} clients; mean {means}", charts.scores(ended),
             _score_table(ended)))
     validated = [r for r in runs if r.validation]
     if validated:
-        cards.append(figure_card("validation", "Validation score over rounds", "Mean validation score by round.",
-                                 charts.over_rounds(validated)))
+        cards.append(figure_card("validation", "Mean validation score after each scored round",
+                                 "Mean validation score by round.", charts.over_rounds(validated)))
     return cards
 
 
@@ -63,35 +63,37 @@ def _description(run: RunRecord) -> str:
 
 
 def _tiles(run: RunRecord) -> dict[str, str]:
-    """Returns the summary's main numbers by label; nothing if the run has not ended."""
+    """Returns the main numbers of the summary by label; an empty dict if the run has not ended."""
     s = run.summary
     if not s:
         return {}
-    values = {"score, mean over clients": decimal(s["score_mean"]), "of the base": decimal(s["score_base"]),
-              "client steps": f"{s['client_steps']:,}", "client steps a second": f"{s['client_steps_per_second']:.1f}",
-              "sent up / down, MB": f"{s['bytes_up'] / 1e6:.1f} / {s['bytes_down'] / 1e6:.1f}",
-              "s in all / compiling": f"{s['wall_seconds']:.0f} / {s['compile_seconds']:.0f}",
+    values = {"test score, mean over clients": decimal(s["score_mean"]),
+              "test score of the base model": decimal(s["score_base"]),
+              "client steps": f"{s['client_steps']:,}",
+              "client steps per second": f"{s['client_steps_per_second']:.1f}",
+              "MB uploaded / downloaded": f"{s['bytes_up'] / 1e6:.1f} / {s['bytes_down'] / 1e6:.1f}",
+              "seconds in total / of compilation": f"{s['wall_seconds']:.0f} / {s['compile_seconds']:.0f}",
               "peak memory": f"{s['peak_memory_bytes'] / 1e9:.2f} GB"}
     if s.get("quarantined"):
-        values["uploads refused"] = str(s["quarantined"])
+        values["refused uploads"] = str(s["quarantined"])
     if s.get("epsilon"):
-        values["ε of the uploads"] = f"{s['epsilon']:.3g}"
+        values["ε of a client's uploads (differential privacy)"] = f"{s['epsilon']:.3g}"
     return values
 
 
 def _overview(runs: Sequence[RunRecord]) -> Table:
-    """Returns one line for each run."""
+    """Returns the table with one row for each run."""
     rows = []
     for run in runs:
         s = run.summary
         cost = (f"{s['bytes_up'] / 1e6:.1f}", f"{s['bytes_down'] / 1e6:.1f}", f"{s['wall_seconds']:.0f}") if s else (
             "–", "–", "–")
         rows.append([run.name, run.strategy, decimal(s.get("score_mean")), decimal(s.get("score_base")), *cost])
-    return Table(["run", "strategy", "score", "base", "MB up", "MB down", "s"], rows)
+    return Table(["run", "strategy", "test score", "base model", "MB uploaded", "MB downloaded", "seconds"], rows)
 
 
 def runs_page(runs: Sequence[RunRecord], look: Callable[[RunRecord], Inside] = lambda run: Inside()) -> Page:
-    """Returns the page of one run or several; `look` gives what the models of a run do."""
+    """Returns the HTML page of one or several runs; `look` returns what the models of a run answer."""
     several, shared, sections = len(runs) > 1, _score_cards(runs), []
     for number, run in enumerate(runs, 1):
         inside, prefix = look(run), f"{number}-" if several else ""
@@ -104,12 +106,13 @@ def runs_page(runs: Sequence[RunRecord], look: Callable[[RunRecord], Inside] = l
 
 
 def write_report(folders: Sequence[str | Path], out: Path, examples: int, prompts: int = 8) -> list[Path]:
-    """Writes the page of runs and, in a folder of its name, its figures as PNG files; returns the files, page first.
+    """Writes the HTML page about runs and its figures as PNG files; returns the files, the page first.
 
     Args:
         folders: run directories, finished or not.
-        examples: how many answers of each task are shown; 0 loads no model.
-        prompts: how many of each client's prompts every model answers, to show what each can do.
+        out: the HTML file; the figures are written into the folder `out` without its suffix.
+        examples: number of answers shown per task; with 0 no model is loaded.
+        prompts: number of each client's test prompts that every model answers, to score each model on every task.
 
     Raises:
         InputError: a folder is not a run directory, or matplotlib is not installed.

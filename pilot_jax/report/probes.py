@@ -1,4 +1,4 @@
-"""Shows what a run's personalised models do: answers, scores on every task's data, whom their routers consult."""
+"""Lets a run's personalised models answer prompts: examples, scores on every task's data, and router weights."""
 
 from __future__ import annotations
 
@@ -21,34 +21,35 @@ from pilot_jax.report.charts import MOST_NAMES
 from pilot_jax.runs.prepare import load_samples
 from pilot_jax.runs.restore import Run, restore
 
-THUMBNAIL = 192  # pixels a side, at most
-ROUTER_IMAGES = 8  # of each client, whose router weights are averaged
+THUMBNAIL = 192  # largest width and height of an image on the page, in pixels
+ROUTER_IMAGES = 8  # number of each client's test images over which router weights are averaged
+CAPTIONS = "pretraining captions"  # column of the scores on captions that the embedded base was pretrained on
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A test prompt and what the client's own model answers."""
+    """A test prompt and the answer of the client's personalised model."""
 
     client: str
     question: str
     answer: str
     references: tuple[str, ...]
-    image: str  # a data URI; "" without an image
+    image: str  # as a data URI; "" without an image
 
 
 @dataclasses.dataclass(frozen=True)
 class Abilities:
-    """Scores of models on every task's test data, and on the captions that the embedded base was taught."""
+    """Scores of models on every task's test data and, for the embedded base, on the captions of its pretraining."""
 
-    models: tuple[str, ...]
-    columns: tuple[str, ...]
-    scores: np.ndarray  # float64 [models + 1, columns]; the last row is that of the untouched base
-    prompts: int  # of each client, that every model answers; the base has answered all
+    models: tuple[str, ...]  # the clients
+    columns: tuple[str, ...]  # the tasks, and perhaps CAPTIONS
+    scores: np.ndarray  # float64 [models + 1, columns]; the last row has the scores of the base model
+    prompts: int  # number of each client's test prompts that every model answers; the base model answers all
 
 
 @dataclasses.dataclass(frozen=True)
 class Inside:
-    """What a run's models do; everything is empty if no model was loaded."""
+    """All that a report shows of a run's models; everything is empty if no model was loaded."""
 
     examples: tuple[Example, ...] = ()
     abilities: Abilities | None = None
@@ -56,12 +57,12 @@ class Inside:
 
 
 def look_inside(folder: str | Path, examples: int, prompts: int) -> Inside:
-    """Loads a run that has ended, with its data, and returns what its models do.
+    """Loads a finished run with its data, and returns examples, scores and router weights of its models.
 
     Args:
-        examples: how many answers of each task are shown.
-        prompts: how many of each client's prompts every model answers; that is left out if there are many clients, or
-            some have no test data.
+        examples: number of example answers per task.
+        prompts: number of each client's test prompts that every model answers. The scores are left out with 0, with
+            more than MOST_NAMES clients, or if a client has no test data.
     """
     run = restore(folder)
     clients = run.evaluation.clients
@@ -71,26 +72,29 @@ def look_inside(folder: str | Path, examples: int, prompts: int) -> Inside:
 
 
 def _abilities(run: Run, prompts: int) -> Abilities:
+    """Scores every client's model on every task's test data."""
     found = evaluation_matrix(run.evaluation, run.population, "test", prompts)
     scores = [list(found["by_task"][name].values()) for name in found["clients"]]
     scores.append([run.summary["score_base_by_task"][task] for task in found["tasks"]])
     columns, captions = list(found["tasks"]), found["base_captions"]
     if captions:
-        columns.append("base's captions")
+        columns.append(CAPTIONS)
         for row, value in zip(scores, [*captions["clients"], captions["base"]], strict=True):
             row.append(value)
     return Abilities(tuple(found["clients"]), tuple(columns), np.asarray(scores, np.float64), prompts)
 
 
 def router_weights(fed: Federation, population: Population) -> dict[str, np.ndarray]:
-    """Returns the mean over image tokens of P = softmax(H_v·W_φ), [T], of each client with a router and test images."""
+    """Returns each client's router weights P = softmax(H_v·W_φ), averaged over image tokens, [T].
+
+    Clients without a router, or without test images, are left out."""
     out = {}
     for client, state in zip(fed.clients, population, strict=True):
         if state.stage != "stage2" or "router" not in state.adapters or "test" not in client.evaluation:
             continue
         prompts = first_prompts(client.evaluation["test"], ROUTER_IMAGES)
         features = np.asarray(prompts.features, np.float32)  # [n, N, D]
-        features = features[np.any(features != 0, axis=(1, 2))]  # those of prompts without an image are zeros
+        features = features[np.any(features != 0, axis=(1, 2))]  # prompts without an image have zeros
         if len(features):
             logits = features @ np.asarray(state.adapters["router"]["kernel"], np.float32)
             out[client.name] = np.asarray(jax.nn.softmax(logits, axis=-1)).mean((0, 1))
@@ -98,7 +102,7 @@ def router_weights(fed: Federation, population: Population) -> dict[str, np.ndar
 
 
 def _examples(run: Run, count: int) -> list[Example]:
-    """Returns what the model of each task's first client answers to that client's first `count` test prompts."""
+    """Returns the answers of the model of each task's first client to that client's first `count` test prompts."""
     fed, clients = run.federation, run.evaluation.clients
     first = {client.task: i for i, client in reversed(list(enumerate(clients))) if "test" in client.evaluation}
     chosen = sorted(first.values())

@@ -1,4 +1,4 @@
-"""Reads a run directory. No model is loaded, and an unfinished run is read as far as it has been written."""
+"""Reads a run directory without loading a model; an unfinished run is read as far as it has been written."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Record = dict[str, Any]  # a JSON object
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-    """One phase's aggregation among S clients: row k of `weights` says how much of each upload client k received."""
+    """One phase of S clients; row k of `weights` has the weight of each upload in what client k receives."""
 
-    name: str  # "round 1, stage1"
+    name: str  # such as "round 1, stage1"
     clients: list[str]
     weights: np.ndarray  # float64 [S, S]
     distances: np.ndarray | None  # float64 [S, S]
@@ -29,36 +29,36 @@ class Mixing:
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What a run has written: its config, its summary if it has ended, and the lines of metrics.jsonl by kind."""
+    """All that a run has written: its config, its summary if it has ended, and the lines of metrics.jsonl by kind."""
 
     name: str
     folder: Path
     config: Record  # config.yaml, with every default filled in
-    config_text: str  # the same as YAML
+    config_text: str  # config.yaml as text
     summary: Record  # empty if the run has not ended
-    updates: list[Record]  # one for each client in each phase
-    phases: list[Record]  # one for each phase
-    validation: list[Record]  # one for each client in each round that is scored
+    updates: list[Record]  # one record for each client in each phase
+    phases: list[Record]  # one record for each phase
+    validation: list[Record]  # one record for each client in each scored round
     mixing: list[Mixing]
 
     @property
     def strategy(self) -> str:
-        """The name of the strategy."""
+        """Name of the strategy."""
         return self.config["strategy"]["name"]
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks in the order of the run's task indices; of an unfinished run, those seen so far."""
+        """Tasks in the order of their indices; for an unfinished run, the tasks of clients that have trained."""
         return self.summary.get("tasks") or sorted({u["task"] for u in self.updates})
 
     @property
     def task_of(self) -> dict[str, str]:
-        """Each client's task; of an unfinished run, of the clients seen so far."""
+        """Task by client; for an unfinished run, only clients that have trained."""
         return self.summary.get("task_by_client") or {u["client"]: u["task"] for u in self.updates}
 
 
 def _lines(file: Path) -> list[Record]:
-    """Returns the objects of metrics.jsonl, without a last line that a killed run has not finished."""
+    """Returns the objects of metrics.jsonl; lines that a killed run has written only in part are left out."""
     out = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -66,7 +66,8 @@ def _lines(file: Path) -> list[Record]:
         except ValueError:
             continue
         if not isinstance(value, dict) or "round" not in value:
-            raise InputError(f"{file}:{number}: not a line that `run` writes. Give what `run` wrote.")
+            raise InputError(f"{file}:{number}: not a line that `run` writes. Give a folder that `pilot-jax run` "
+                             "wrote.")
         out.append(value)
     return out
 
@@ -84,14 +85,15 @@ def _mixing(file: Path) -> Mixing:
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """Returns what a run has written so far.
+    """Returns all that a run has written so far.
 
     Raises:
         InputError: the folder is not a run directory, or one of its files is damaged.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file() or not (folder / "metrics.jsonl").is_file():
-        raise InputError(f"{folder}: not a run directory (no config.yaml or metrics.jsonl). Give what `run` wrote.")
+        raise InputError(f"{folder}: not a run directory (no config.yaml or metrics.jsonl). Give a folder that "
+                         "`pilot-jax run` wrote.")
     lines, config = _lines(folder / "metrics.jsonl"), load_config(folder / "config.yaml")
     summary = read_json(folder / "summary.json", "") if (folder / "summary.json").is_file() else {}
     return RunRecord(

@@ -1,4 +1,4 @@
-"""Renders pages from Jinja templates: tables, figures in cards, one HTML file and the figures as PNG files."""
+"""Renders HTML pages from Jinja templates, with tables and figures, and writes them with the figures as PNG files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def decimal(value: float | None, digits: int = 3) -> str:
-    """Returns a number with so many decimals; a dash for None."""
+    """Returns a number with the given number of decimals; a dash for None."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Cells as they are shown; templates escape them."""
+    """A table of texts; the templates escape them for HTML."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -33,9 +33,9 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """A figure with its title and, where there is one, a table of its numbers."""
+    """A figure with its title and perhaps a table of its numbers."""
 
-    name: str  # of the PNG file
+    name: str  # name of the PNG file
     title: str
     svg: Markup
     png: bytes
@@ -44,14 +44,14 @@ class Card:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """A page, and its figures as PNG files by name."""
+    """The HTML of a page, and its figures as PNG files by name."""
 
     html: str
     pngs: dict[str, bytes]
 
 
 def figure_card(name: str, title: str, alt: str, figure: Figure, table: Table | None = None) -> Card:
-    """Returns a card with the figure, and closes the figure; `alt` says what it shows to those who cannot see it."""
+    """Returns a card with the figure, and closes the figure; `alt` describes it for screen readers."""
     card = Card(name, title, Markup(charts.svg(figure, name, alt)), charts.png(figure), table)
     charts.pyplot().close(figure)
     return card
@@ -64,13 +64,15 @@ def _environment() -> Environment:
 
 
 def render(template: str, figures: Iterable[Card], **values: Any) -> Page:
-    """Returns the page that a template makes of `values`; `figures` are all cards of the page."""
+    """Returns the page of a template filled with `values`; `figures` are all cards of the page."""
     html = _environment().get_template(template).render(**values)
     return Page(html, {card.name: card.png for card in figures})
 
 
 def write_page(out: Path, page: Page) -> list[Path]:
-    """Writes the page to `out` and its figures into the folder `out` without its suffix; returns the files, page first.
+    """Writes the page to `out` and its figures into the folder `out` without its suffix.
+
+    Returns the files that were written, the page first.
 
     Raises:
         OSError: a file could not be written.

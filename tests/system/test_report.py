@@ -77,7 +77,7 @@ def test_the_page_says_what_the_run_wrote(run, tmp_path):
         assert client in page.text and f"{score:.3f}" in page.text
     mixing = read_run(run).mixing[-1]
     assert f"{float(np.mean(mixing.effective_neighbors)):.2f} effective neighbours" in page.text
-    assert f"{mixing.weights[0, 0]:.2f}" in page.text and "What the models say" in page.text
+    assert f"{mixing.weights[0, 0]:.2f}" in page.text and "Answers of the personalised models" in page.text
     assert "max_new_tokens: 4" in page.text  # the config
 
 
@@ -91,7 +91,7 @@ def test_abilities_and_routing_are_the_models_own(run):
         e = np.exp(features @ np.asarray(state.adapters["router"]["kernel"], np.float64))
         np.testing.assert_allclose(inside.routing[client.name], (e / e.sum(-1, keepdims=True)).mean((0, 1)), atol=1e-5)
     able = inside.abilities  # two prompts are all that each client has
-    assert able.columns == (*fed.tasks, "base's captions") and able.models == tuple(c.name for c in fed.clients)
+    assert able.columns == (*fed.tasks, "pretraining captions") and able.models == tuple(c.name for c in fed.clients)
     base, matrix = done.summary["score_base_by_task"], evaluation_matrix(evaluation, done.population)
     assert able.scores[-1, :3].tolist() == [base[t] for t in fed.tasks]
     columns = [[i for i, c in enumerate(fed.clients) if c.task == t] for t in fed.tasks]
