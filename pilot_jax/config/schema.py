@@ -120,8 +120,8 @@ class DataConfig(Section):
                                    "`partition: dirichlet`. Smaller values give more uneven shares.")
     max_length: int = Field(
         2048, ge=8, description="Largest number of tokens of a conversation, image tokens included. Longer training "
-        "samples lose their end. A longer evaluation prompt, or a sample whose image tokens or whole answers would be "
-        "lost, is an error.")
+        "samples lose their end. A longer evaluation prompt is an error, and so is a sample that would lose image "
+        "tokens or all of its answers.")
     limits: LimitsConfig = LimitsConfig()
     digits: DigitsConfig = DigitsConfig()
 
@@ -279,11 +279,12 @@ class MeshConfig(Section):
 
     @property
     def devices(self) -> int:
+        """The number of devices of the mesh."""
         return self.clients * self.fsdp * self.tensor
 
 
 class SystemConfig(Section):
-    """Seed, devices, memory and files. But for the seed, results depend on these keys by rounding alone."""
+    """Seed, devices, memory and files. Apart from the seed, these keys change results by rounding errors only."""
 
     seed: int = Field(0, ge=0, description="Seed of everything random in a run: initial adapters, partition, sampling "
                       "of clients, batches, noise and sampled answers. The digit scenes have `data.digits.seed`.")

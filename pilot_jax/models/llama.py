@@ -224,7 +224,7 @@ class Decoder(nn.Module):
         return rms_norm(x, self.norm, c.rms_norm_eps), cache
 
     def _unrolled(self, x: jax.Array, windowed: jax.Array, shared: LayerInputs, rows: jax.Array) -> jax.Array:
-        """Returns the last layer's output at `rows`, whose queries and MLP are computed at these positions only.
+        """Returns the last layer's output at `rows`; the last layer computes queries and MLP at these positions only.
 
         The layers are written out one after another, because a scan over all but the last would copy their weights.
         """

@@ -1,9 +1,9 @@
 """Fuzzes the readers of all input files: `python tests/fuzz/fuzz.py TARGET SECONDS`, or `all` for every target.
 
-The targets are config (YAML), llava (JSON), jsonl, image, safetensors, shapes (a checkpoint's config.json) and manifest
-(a snapshot's). Any exception but an InputError is a finding, and so is a read that takes over 20 s or 4 GB; its input is
-then saved beside this file as `crash-…`. The first inputs are in corpus/<target>. It needs `pip install atheris`, which
-runs on Linux and is not among the test extras.
+The targets are config (YAML), llava (JSON), jsonl, image, safetensors, shapes (a checkpoint's config.json) and
+manifest (a snapshot's). Any exception but an InputError is a finding, and so is an input that takes over 20 s or 4 GB;
+it is saved beside this file as `crash-…`. The first inputs are in corpus/<target>. The program needs `pip install
+atheris`, which runs on Linux and is not among the test extras.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class AtaConfig(Section):
         "(notes): weights ∝ exp(−d), d between the factors A and B, own upload included, no weighting by size. With "
         "notes, all keys below but `neighbors` are ignored.")
     neighbors: int = Field(2, ge=1, description="Number M of nearest other clients that a client's LoRA is mixed with. "
-                           "More than there are others in the cohort means all of them.")
+                           "If the cohort has fewer, all of them.")
     weighting: Literal["softmax", "inverse_distance", "share"] = Field(
         "softmax", description="Rule for the weight of a neighbour at distance d. softmax: ∝ exp(−d/τ), also for the "
         "client's own upload at d = 0. inverse_distance: ∝ 1/d; the own upload weighs as much as the nearest "
@@ -56,9 +56,9 @@ class AtaConfig(Section):
     temperature: Literal["auto"] | float = Field(
         "auto", description="Temperature τ of `weighting: softmax`. auto: `auto_factor` times the client's mean "
         "distance to its M neighbours, so that weights do not depend on the scale of the adapters.")
-    auto_factor: float = Field(0.25, gt=0, description="Factor in `temperature: auto`. Where all M neighbours are "
-                               "equally far, the own upload weighs 1/(1 + M/e) with 1, and 1/(1 + M/e⁴) with 0.25, "
-                               "which docs/results.md supports.")
+    auto_factor: float = Field(0.25, gt=0, description="Factor in `temperature: auto`. With all M neighbours at "
+                               "the same distance, the client's own upload weighs 1/(1 + M/e) at factor 1 and "
+                               "1/(1 + M/e⁴) at 0.25. docs/results.md has scores for several factors.")
     space: Literal["factors", "product"] = Field("factors", description="Vectors between which distances are measured. "
                                                  "factors: all entries of A and B. product: all entries of B·A.")
     include_self: bool = Field(True, description="Whether the client's own upload is part of its mixture.")
