@@ -44,6 +44,7 @@ notebooks: $(VENV)/.test  ## run them again and keep what they show
 	$(VENV)/bin/jupyter execute --inplace notebooks/*.ipynb
 
 docs: $(VENV)/.test  ## the site, into build/site
+	$(PY) docs/generate.py
 	$(PY) -m mkdocs build --strict
 
 clean:
