@@ -1,6 +1,6 @@
-"""Shared fixtures: small random checkpoints written by transformers, a small federation, observers that collect."""
+"""Shared fixtures: small random checkpoints written by transformers, a small federation, and observers of runs."""
 
-# ruff: noqa: E402  # the check of annotations comes before what it checks
+# ruff: noqa: E402  # the import hook must be installed before the package is imported
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of the tests' time, and many files want the same programs: all workers, and the processes that tests
-# start, find them in one folder, which goes when the tests end.
+# Compilation takes most of the tests' time, and many files need the same programs. So all workers, and the processes
+# that tests start, share one compilation cache, which is removed when the tests end.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/pilot-jax-programs-{os.getpid()}")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**31))  # with a limit, JAX locks what it reads and writes
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**31))  # with a limit, JAX locks the files that it uses
 
 import jaxtyping
 
-# Before the first import of the package: shapes and dtypes that annotations promise are checked in every call. Not in
-# modules of dataclasses that stand for more than they say, as a toy model for a model.
+# This must come before the first import of the package. In these modules, every call checks shapes and dtypes against
+# the annotations. Modules whose annotations tests deliberately violate (such as with a toy model) are left out.
 jaxtyping.install_import_hook(
     ["pilot_jax.kernels", "pilot_jax.models.connector", "pilot_jax.models.lora",
      *(f"pilot_jax.federation.{name}" for name in ("client", "cohort", "distances", "losses", "mixing", "privacy"))],
@@ -52,7 +52,7 @@ QUICK = str(ROOT / "configs" / "quickstart.yaml")
 
 
 class Events(RunObserver):
-    """Collects what a person sees of a run, as dicts with "kind": note, chunk, phase (with an aggregation) or score."""
+    """Collects the events of a run as dicts whose "kind" is note, chunk, phase (if uploads were mixed) or score."""
 
     def __init__(self):
         self.events = []
@@ -75,7 +75,7 @@ class Events(RunObserver):
 
 
 class Records(MetricsFile):
-    """Collects the lines of metrics.jsonl in `.records`, and in `.mixing` each phase's arrays, by (round, label)."""
+    """Collects the lines of metrics.jsonl in `records`, and each phase's mixing arrays by (round, phase) in `mixing`."""
 
     def __init__(self):
         super().__init__(None)
@@ -94,7 +94,7 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Compiled programs of one file's tests go with it: hundreds of them exhaust a process' memory maps, and XLA's
+    """Clears JAX's compiled programs after each file, since hundreds of them exhaust a process's memory maps, and XLA's
     compiler then crashes."""
     yield
     jax.clear_caches()
@@ -102,20 +102,20 @@ def forget_programs():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """(torch model, pilot_jax model) of one tiny random checkpoint."""
+    """Returns (torch model, pilot_jax model) of one tiny random checkpoint."""
     folder = tmp_path_factory.mktemp("tiny")
     return write_llava(folder), pilot_jax.load(folder)
 
 
 def small_config(**sections):
-    """A federation of real parts, small enough for a test: the shipped base, few scenes, few steps."""
+    """Returns a config that is small enough for a test: the embedded base model, few scenes, few steps."""
     raw = {
         "model": {"lora": {"rank": 4, "alpha": 8}},
         "data": {"template": "vicuna_short", "digits": {"train": 10, "validation": 2, "test": 2}},
         "federation": {"rounds": 1, "local_steps": 2},
         "train": {"batch_size": 4},
         "eval": {"max_new_tokens": 4, "batch_size": 2},
-        # One program for all tasks, and a short one: compiling is most of a test's time.
+        # One short program for all tasks, since compilation takes most of a test's time.
         "system": {"length_spread": 4.0, "unroll": 1},
     }
     for name, section in sections.items():
@@ -127,18 +127,18 @@ def small_config(**sections):
 
 @pytest.fixture(scope="session")
 def setup():
-    """The `Setup` of `small_config()`."""
+    """Returns the `Setup` of `small_config()`."""
     return prepare.prepare(small_config())
 
 
 @pytest.fixture(scope="session")
 def federation(setup):
-    """(federation, setup, initial state) of `small_config()`."""
+    """Returns (federation, setup, initial state) of `small_config()`."""
     return setup.federation, setup, prepare.initial_state(setup.federation)
 
 
 def llava_entry(**changes):
-    """One entry of LLaVA JSON; a change to None removes the key."""
+    """Returns one entry of LLaVA JSON; a change to None removes the key."""
     entry = {"id": "1", "task": "t", "client": "c",
              "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
     return {k: v for k, v in (entry | changes).items() if v is not None}
@@ -150,7 +150,7 @@ def with_image(name):
 
 
 def write(folder, name, content):
-    """Writes text, or anything else as JSON; returns the path."""
+    """Writes a text as it is, or any other value as JSON, and returns the path."""
     (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
     return folder / name
 
@@ -163,7 +163,7 @@ def tree_max_difference(a, b) -> float:
 
 @pytest.fixture
 def another_process():
-    """Call it to forget which strategies were registered since the test began, as a new process would."""
+    """Returns a function that forgets the strategies registered since the test began, as in a new process."""
     known = dict(STRATEGIES), dict(STRATEGY_PARAMS)
 
     def forget():
@@ -177,7 +177,7 @@ def another_process():
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Run a command; returns (exit code, stdout, stderr)."""
+    """Returns a function that runs a command and returns (exit code, stdout, stderr)."""
     from pilot_jax import cli
 
     def run(*args):

@@ -1,8 +1,8 @@
-"""The layout's rules, measured: which folder may import which, how long files and functions are, who may do what.
+"""Tests the rules of the package's layout: imports between folders, lengths of files and functions, use of JAX options.
 
-`python tests/test_house.py` prints the measured numbers and everything that breaks a rule; exit code 1 where something
-does. `docs/architecture.md` says what the folders are for. All is read from the source (AST, grimp): code that no test
-runs is measured too.
+`python tests/test_house.py` prints the measured numbers and every violation of a rule; its exit code is 1 if there is
+one. `docs/architecture.md` says what the folders are for. The rules read the source (AST, grimp), so that code without
+tests is checked too.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from scipy.sparse.csgraph import connected_components
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
 PACKAGE = ROOT / "pilot_jax"
-MOST_LINES, MEDIAN_LINES, MOST_SHARE = 350, 140, 0.20  # of a file, of all files, a folder's part of the package
+MOST_LINES, MEDIAN_LINES, MOST_SHARE = 350, 140, 0.20  # longest file, median file, a folder's share of all lines
 MOST_FUNCTION_LINES, MOST_PARAMETERS = 45, 7
-SHORT_FUNCTIONS = ("federation", "runs", "models")  # folders in which the last line holds
+SHORT_FUNCTIONS = ("federation", "runs", "models")  # folders whose functions have these limits
 DOCUMENTATION = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-# -- what is measured ------------------------------------------------------------------------------------------------
+# -- measurements ----------------------------------------------------------------------------------------------------
 
 
 @cache
 def sources() -> dict[str, str]:
-    """Path inside the package, as `federation/client.py` → its text."""
+    """Returns the text of each file by its path inside the package, such as `federation/client.py`."""
     files = sorted(PACKAGE.rglob("*.py"))
     return {file.relative_to(PACKAGE).as_posix(): file.read_text(encoding="utf-8") for file in files}
 
@@ -53,7 +53,7 @@ def lines() -> dict[str, int]:
 
 @cache
 def imports() -> list[tuple[str, str]]:
-    """(importer, imported) for every import inside the package, those in functions and under TYPE_CHECKING too."""
+    """Returns (importer, imported) for every import inside the package, also in functions and under TYPE_CHECKING."""
     graph = grimp.build_graph("pilot_jax", cache_dir=None)
     return sorted((importer, imported) for importer in graph.modules
                   for imported in graph.find_modules_directly_imported_by(importer))
@@ -65,7 +65,7 @@ def file_of(module: str) -> str:
 
 
 def circles() -> list[list[str]]:
-    """Sets of files each of which imports, over others, itself."""
+    """Returns the groups of files that import each other in a circle."""
     names = sorted({file_of(module) for pair in imports() for module in pair})
     number = {name: i for i, name in enumerate(names)}
     pairs = [(number[file_of(a)], number[file_of(b)]) for a, b in imports()]
@@ -78,7 +78,7 @@ def circles() -> list[list[str]]:
 
 
 def rooms() -> dict[str, int]:
-    """Lines of each top-level folder, with the folders inside it; the largest first."""
+    """Returns the number of lines of each top-level folder, its subfolders included, the largest first."""
     total: dict[str, int] = {}
     for path, count in lines().items():
         if "/" in path:
@@ -87,16 +87,16 @@ def rooms() -> dict[str, int]:
 
 
 def median_file() -> float:
-    """The median length of a file; `__init__.py` files do not count, since many are a docstring alone."""
+    """Returns the median length of a file, without `__init__.py` files, many of which only have a docstring."""
     return statistics.median(count for path, count in lines().items() if not path.endswith("__init__.py"))
 
 
 def functions(path: str) -> Iterator[tuple[str, int, int]]:
-    """(name, lines, parameters) of every function and method, those inside others too.
+    """Returns (name, lines, parameters) of every function and method, also of functions inside others.
 
-    Lines go from `def` to the end, docstring and inner functions included, decorators not. Parameters are those of
-    `inspect.signature` of the plain function: `self` and `cls` count, `*args` and `**kwargs` count one each. What
-    `dataclass` generates is not counted.
+    Lines are counted from `def` to the end, with docstring and inner functions and without decorators. All parameters
+    of `inspect.signature` count: `self` and `cls` too, and `*args` and `**kwargs` as one each. Methods that `dataclass`
+    generates are not counted.
     """
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -106,13 +106,13 @@ def functions(path: str) -> Iterator[tuple[str, int, int]]:
 
 
 def nodes(path: str) -> list[ast.AST]:
-    """All nodes that have a place in the text, in its order."""
+    """Returns all nodes with a line number, in the order of the text."""
     placed = [node for node in ast.walk(tree(path)) if hasattr(node, "lineno")]
     return sorted(placed, key=lambda node: (node.lineno, node.col_offset))
 
 
 def dotted(node: ast.AST) -> str:
-    """`a.b.c` for a chain of attributes that begins with a name, "" for anything else."""
+    """Returns "a.b.c" for a chain of attributes that begins with a name, and "" for anything else."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute) and dotted(node.value):
@@ -125,7 +125,7 @@ def where(path: str, node: ast.AST, what: str) -> str:
 
 
 def imported_names(path: str) -> Iterator[tuple[ast.AST, str]]:
-    """Every module or name that a file imports, with dots: `threading`, `concurrent.futures.Future`."""
+    """Returns every module or name that a file imports, such as `threading` or `concurrent.futures.Future`."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from ((node, alias.name) for alias in node.names)
@@ -133,11 +133,11 @@ def imported_names(path: str) -> Iterator[tuple[ast.AST, str]]:
             yield from ((node, f"{node.module}.{alias.name}") for alias in node.names)
 
 
-# -- the rules: each returns what breaks it, one line for each place ---------------------------------------------------
+# -- rules: each returns its violations, one line for each place -------------------------------------------------------
 
 
 def import_contracts() -> list[str]:
-    """The contracts of `pyproject.toml` hold: layers, no circle of folders, nothing imports `pilot_jax.testing`."""
+    """The import contracts of `pyproject.toml` hold: layers, no circle of folders, no import of `pilot_jax.testing`."""
     run = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
     done = subprocess.run([sys.executable, "-c", run], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"NO_COLOR": "1", "COLUMNS": "160"})
@@ -151,8 +151,8 @@ def no_circle_of_files() -> list[str]:
 
 
 def no_import_by_name() -> list[str]:
-    """An import that is only a string is one that no contract sees. There are two: `pilot_jax/__init__.py` imports its
-    public names on first use, and `config/` the strategies, whose files register their sections of the config."""
+    """Only two files import by a name in a string, which import contracts cannot see. `pilot_jax/__init__.py` imports
+    its public names on first use, and `config/` imports the strategies, whose files register their config sections."""
     allowed = {("config", "pilot_jax.federation.strategies")}
     found = []
     for path in (path for path in sources() if path != "__init__.py"):
@@ -179,7 +179,7 @@ def the_median_file_is_short() -> list[str]:
 
 
 def functions_are_short() -> list[str]:
-    """Of at most 45 lines and 7 parameters; `functions` says what counts."""
+    """Functions have at most 45 lines and 7 parameters; `functions` says how they are counted."""
     return [f"{path}: {name} has {length} lines and {parameters} parameters"
             for path in sources() if path.split("/")[0] in SHORT_FUNCTIONS
             for name, length, parameters in functions(path)
@@ -187,10 +187,10 @@ def functions_are_short() -> list[str]:
 
 
 def one_file_reads_the_config() -> list[str]:
-    """Only `runs/prepare.py` reads a section of a whole `Config`; everyone else is given the section or the values.
+    """Only `runs/prepare.py` reads a section of a whole `Config`; all others are given the section or its values.
 
-    Read is: `config.<section>` or `<anything>.config.<section>`; the same of a parameter annotated with `Config`
-    whatever its name, and of a name that one of these was assigned to.
+    Found are `config.<section>` and `<anything>.config.<section>`, and the same with a parameter that is annotated with
+    `Config`, or with a name that one of these was assigned to.
     """
     from pilot_jax.config import Config
 
@@ -213,7 +213,7 @@ def one_file_reads_the_config() -> list[str]:
 
 
 def jax_is_told_in_one_place() -> list[str]:
-    """`XLA_FLAGS` as a key, and `jax.config`, stand in `parallel/devices.py` alone. A message may name the flag."""
+    """Only `parallel/devices.py` uses `jax.config` and the variable `XLA_FLAGS`. Messages may name the variable."""
     found = []
     for path in sources():
         if path == "parallel/devices.py":
@@ -229,8 +229,8 @@ def jax_is_told_in_one_place() -> list[str]:
 
 
 def the_platform_is_asked_in_one_place() -> list[str]:
-    """`jax.default_backend` stands in `parallel/devices.py`; its `platform()` is called there and in `kernels/`, so
-    that one function decides what each backend gets."""
+    """Only `parallel/devices.py` calls `jax.default_backend`, and only it and `kernels/` call its `platform()`, so that
+    one place decides what each backend gets."""
     found = []
     for path in sources():
         if path == "parallel/devices.py":
@@ -248,8 +248,8 @@ FILES = {"open", "read_text", "write_text", "read_bytes", "write_bytes", "mkdir"
 
 
 def the_federation_touches_nothing_outside() -> list[str]:
-    """`federation/` opens no file and reads no environment (rows on disk are `pilot_jax.storage`'s); it starts threads
-    in `executor.py` alone."""
+    """`federation/` opens no file, reads no environment variable, and starts threads only in `executor.py`. Rows on
+    disk are read and written by `pilot_jax.storage`."""
     found = []
     for path in (path for path in sources() if path.startswith("federation/")):
         for node in nodes(path):
@@ -267,14 +267,14 @@ def the_federation_touches_nothing_outside() -> list[str]:
 
 
 def every_folder_says_what_it_holds() -> list[str]:
-    """Each folder with Python in it has an `__init__.py` that opens with a docstring."""
+    """Each folder with Python files has an `__init__.py` that begins with a docstring."""
     folders = sorted({path.rsplit("/", 1)[0] for path in sources() if "/" in path})
     return [f"{folder}/__init__.py" for folder in folders
             if f"{folder}/__init__.py" not in sources() or not ast.get_docstring(tree(f"{folder}/__init__.py"))]
 
 
 def strategy_classes() -> set[str]:
-    """The names of all strategies' classes: what inherits, over others of the folder, from `Strategy`."""
+    """Returns the names of all strategy classes, which inherit from `Strategy` directly or through other classes."""
     bases = {node.name: {dotted(base).split(".")[-1] for base in node.bases}
              for path in sources() if path.startswith("federation/strategies/")
              for node in nodes(path) if isinstance(node, ast.ClassDef)}
@@ -285,8 +285,8 @@ def strategy_classes() -> set[str]:
 
 
 def a_strategy_is_one_file() -> list[str]:
-    """Nothing outside `federation/strategies/` names a strategy's class or imports its file: adding one changes no
-    other folder. (`base`, which is not a strategy, and the folder's own functions are for everyone.)"""
+    """No file outside `federation/strategies/` names a strategy's class or imports its file, so that a new strategy
+    changes no other folder. (`base`, which is not a strategy, and the folder's functions may be imported.)"""
     package, classes = "pilot_jax.federation.strategies", strategy_classes()
     found = []
     for path in (path for path in sources() if not path.startswith("federation/strategies/")):
@@ -302,8 +302,8 @@ def a_strategy_is_one_file() -> list[str]:
 
 
 def the_documentation_names_files_that_exist() -> list[str]:
-    """Every `….py` and every `pilot_jax/…` in README, CONTRIBUTING and docs; the package's own may leave out
-    `pilot_jax/`, and a file that the text before it has placed may leave out its folder."""
+    """Every `….py` and every `pilot_jax/…` in README, CONTRIBUTING and docs exists. Files of the package may be named
+    without `pilot_jax/`, and all Python files of package and tests without their folder."""
     known = {file.relative_to(base).as_posix() for base in (ROOT, PACKAGE)
              for file in base.rglob("*") if not {".venv", ".git", "build"} & set(file.parts)}
     known |= {file.name for file in (*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py"))}
@@ -317,7 +317,7 @@ def the_documentation_names_files_that_exist() -> list[str]:
 
 
 def the_documentation_draws_the_contracts_layers() -> list[str]:
-    """The drawing in `docs/architecture.md` has the layers of `pyproject.toml`, in their order."""
+    """The drawing in `docs/architecture.md` has the layers of `pyproject.toml`, in the same order."""
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
     layers = next(one["layers"] for one in tools["importlinter"]["contracts"] if one["type"] == "layers")
     expected = [layer for layer in layers if layer not in ("testing", "__main__")]
@@ -364,7 +364,7 @@ BREAKS = [
 
 @pytest.mark.parametrize(("number", "rule", "folder", "text"), [(i, *case) for i, case in enumerate(BREAKS)])
 def test_a_rule_finds_what_breaks_it(number, rule, folder, text, monkeypatch):
-    """A file with `text` in `folder` is reported, and only it, beside what the rule reports anyway."""
+    """A new file with `text` in `folder` is reported, and nothing else that was not reported before."""
     before, path = rule(), f"{folder}/_broken_{number}.py"
     every = {**sources(), path: text}
     monkeypatch.setattr(sys.modules[__name__], "sources", lambda: every)
@@ -373,7 +373,7 @@ def test_a_rule_finds_what_breaks_it(number, rule, folder, text, monkeypatch):
 
 
 def numbers() -> str:
-    """What the rules measure."""
+    """Returns the measured numbers as text."""
     whole, longest = sum(lines().values()), max(lines(), key=lines().__getitem__)
     parts = [f"{whole} lines in {len(lines())} files; median file {median_file():.0f}, longest {longest} "
              f"({lines()[longest]}); {len(imports())} imports inside the package"]

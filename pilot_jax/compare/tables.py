@@ -56,7 +56,7 @@ def score_rows(results: Record) -> list[list[str]]:
         rows.append([name, _score(line), *(decimal(line["by_task"].get(t)) for t in tasks), _difference(line),
                      decimal(line["effective_neighbors"], 1), decimal(line["base_captions"], 2),
                      f"{line['rate_factor']:g}", decimal(up, 1), decimal(down, 1), f"{line['wall_seconds']:.0f}"])
-    rows.append(["base", decimal(results["base"]["score"]), *[""] * len(tasks), "", "",
+    rows.append(["base model", decimal(results["base"]["score"]), *[""] * len(tasks), "", "",
                  decimal(results["base"]["base_captions"], 2), "", "", "", ""])
     return rows
 

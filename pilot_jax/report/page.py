@@ -58,8 +58,8 @@ def _score_cards(runs: Sequence[RunRecord]) -> list[Card]:
 
 
 def _description(run: RunRecord) -> str:
-    return (f"{run.strategy}: {len(run.task_of)} clients, tasks {', '.join(run.tasks)}; "
-            f"{run.config['federation']['rounds']} rounds, seed {run.config['system']['seed']}")
+    return (f"Strategy {run.strategy}; {len(run.task_of)} clients; tasks: {', '.join(run.tasks)}; "
+            f"rounds: {run.config['federation']['rounds']}; seed: {run.config['system']['seed']}")
 
 
 def _tiles(run: RunRecord) -> dict[str, str]:

@@ -84,7 +84,7 @@ def _ability_card(abilities: Abilities, name: str) -> Card:
     captions = " and on captions like those of the base model's pretraining" if CAPTIONS in abilities.columns else ""
     return figure_card(
         name, f"Score of each client's model on the test data of every task{captions}. Every model answers "
-        f"{abilities.prompts} prompts of each client; the base model answers all.",
+        f"{abilities.prompts} prompt{'s' * (abilities.prompts > 1)} of each client; the base model answers all.",
         f"Scores of {len(models)} models on {', '.join(abilities.columns)}.",
         charts.cells(abilities.scores, models, abilities.columns, "test data", "model"),
         Table(["model", *abilities.columns], rows))

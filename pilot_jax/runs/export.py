@@ -24,7 +24,7 @@ def _model_card(run: Run, client: str, base: str, stage: str) -> str:
         ("adapters_sha256 of the run", summary.get("adapters_sha256", "unknown: the run was not finished")),
         ("written by", f"pilot_jax {__version__}")]
     for label, key in (("score on the client's test data", "score_by_client"),
-                       ("score of the base model there", "score_base_by_client")):
+                       ("score of the base model on the same data", "score_base_by_client")):
         score = summary.get(key, {}).get(client)
         rows.append((label, "not evaluated" if score is None else f"{score:.3f} "
                      f"({run.evaluation.metrics.get(own.task, 'exact')})"))

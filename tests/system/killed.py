@@ -1,7 +1,7 @@
-"""A run that kills itself: `python killed.py CONFIG OUT KIND SEED`. Not a test; test_resume.py starts it.
+"""Runs a federation in a process that kills itself: `python killed.py CONFIG OUT KIND SEED`. test_resume.py starts it.
 
-KIND: never; time, a random moment of training; or a point, such as when a snapshot's arrays are there but not its
-manifest, at one of the times that it is passed. SIGKILL: nothing is cleaned up.
+KIND is "never", "time" (a random moment of training) or a key of `POINTS`, such as "arrays": before or after a
+snapshot's arrays are written, at a random one of these calls. The process kills itself by SIGKILL, without any cleanup.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def kill() -> None:
 
 
 def kill_at(point: str, count: int, before: bool) -> None:
-    """At the `count`-th call of a function: before it, or after it."""
+    """Kills the process before or after the `count`-th call of a function."""
     owner, name = POINTS[point]
     real, calls = getattr(owner, name), []
 
@@ -60,7 +60,7 @@ def main() -> None:
 
     run = simulate.simulate(load_config(config), out=out, resume=True, observers=[Clock()])
     print(run.summary["adapters_sha256"])
-    os._exit(0)  # not waiting for the timer
+    os._exit(0)  # does not wait for the timer
 
 
 if __name__ == "__main__":

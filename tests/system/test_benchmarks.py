@@ -1,4 +1,4 @@
-"""Every benchmark still runs, at the smallest size it takes. What they measure is for `docs/`, not for a test."""
+"""Tests that every benchmark runs, at its smallest size. Their measurements are in `docs/` and are not tested."""
 
 from __future__ import annotations
 

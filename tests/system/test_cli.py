@@ -1,4 +1,4 @@
-"""The command line as a user meets it: exit codes, messages, and what is (not) written."""
+"""Tests the command line: exit codes, messages, and the files that are written or not."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_roles_prints_the_table_of_the_architecture_page(call):
 
 
 def test_run_evaluate_generate_and_check(call, tmp_path):
-    """The commands in a row, on data written by `data digits`, with the images read back from disk."""
+    """Several commands one after another, on data that `data digits` has written."""
     code, out, _ = call("data", "digits", tmp_path / "scenes", "--train", 4, "--validation", 1, "--test", 2)
     assert code == 0 and "63 samples" in out
     code, out, _ = call("data", "check", tmp_path / "scenes")
@@ -143,7 +143,7 @@ def test_run_evaluate_generate_and_check(call, tmp_path):
     code, out, _ = call("run", tmp_path / "c.yaml", "--out", tmp_path / "run")
     assert code == 0 and "client-steps/s" in out and "caption_0" in out and "9 clients" in out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    again = ("run", tmp_path / "c.yaml", "--out", tmp_path / "run", "--resume", "--progress")  # it has ended
+    again = ("run", tmp_path / "c.yaml", "--out", tmp_path / "run", "--resume", "--progress")  # the run has ended
     assert call(*again, "quiet") == (0, "", "")
     code, out, _ = call(*again, "json")
     assert code == 0 and json.loads(out)["score_by_client"] == summary["score_by_client"]
@@ -158,7 +158,7 @@ def test_run_evaluate_generate_and_check(call, tmp_path):
 
 
 def test_pretrain_writes_a_loadable_base(call, tmp_path):
-    """A very short pretraining: the written directory loads, and nothing is left beside it."""
+    """After a very short pretraining, the written directory can be loaded, and no other files are left."""
     (tmp_path / "p.yaml").write_text("{vision_steps: 2, language_steps: 2, batch: 4, width: 32, layers: 1, heads: 2}")
     code, out, _ = call("pretrain", tmp_path / "p.yaml", tmp_path / "base")
     assert code == 0 and "held-out handwriting" in out
@@ -174,21 +174,21 @@ def test_import_and_help_do_not_load_jax():
 
 
 def test_schema_knows_the_configs(call):
-    """What editors are told agrees with what the loader takes."""
+    """The JSON schema accepts and refuses the same configs as the loader."""
     validator = jsonschema.Draft202012Validator(json.loads(call("schema")[1]))
     validator.check_schema(validator.schema)
     for file in sorted((ROOT / "configs").glob("*.yaml")):
-        if file.stem != "pretrain":  # its own command's
+        if file.stem != "pretrain":  # the config of `pilot-jax pretrain` has another schema
             assert not list(validator.iter_errors(yaml.safe_load(file.read_text()))), file
     for wrong in ({"train": {"batchsize": 3}}, {"train": {"batch_size": 0}}, {"strategy": {"name": "fedavgg"}}):
         assert list(validator.iter_errors(wrong)), wrong
 
 
 def test_keys_can_be_completed():
-    asked = {"_PILOT_JAX_COMPLETE": "complete_bash", "COMP_WORDS": "pilot-jax run x.yaml --set train.lr",
-             "COMP_CWORD": "4"}
+    completion = {"_PILOT_JAX_COMPLETE": "complete_bash", "COMP_WORDS": "pilot-jax run x.yaml --set train.lr",
+                  "COMP_CWORD": "4"}
     done = subprocess.run([Path(sys.executable).parent / "pilot-jax"], capture_output=True, text=True,
-                          env=os.environ | asked)
+                          env=os.environ | completion)
     assert done.stdout.split() == ["train.lr_connector=", "train.lr_lora_stage1=", "train.lr_lora_stage2="], done
     sections = {"model", "data", "federation", "strategy", "train", "eval", "system"}
     silent = {key for key, text in known_keys().items() if not text}
@@ -196,7 +196,7 @@ def test_keys_can_be_completed():
 
 
 def test_bars_on_a_terminal():
-    """Run, phase and client one below the other, with what is left and the last score; lines stay above them."""
+    """The display has a bar for the run and one for the phase, with the remaining time and the last score."""
     out = io.StringIO()
     display = ProgressDisplay(console=Console(file=out, force_terminal=True, width=120))
     display.begin(40, rounds=2)
@@ -228,7 +228,7 @@ def test_events_as_lines_of_json(capsys):
         display.round_scored(1, 0.25)
         display.chunk_trained(chunk)
         display.phase_ended(None, phase | {"bytes_up_by_subtree": {"task": 1}}, {}, ())
-        display.phase_ended(None, phase, None, ())  # of which no upload could be used
+        display.phase_ended(None, phase, None, ())  # a phase without a usable upload
         display.close()
         out, err = capsys.readouterr()
         assert [json.loads(line) for line in out.splitlines()] == (events if mode == "json" else [])

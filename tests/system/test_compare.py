@@ -1,4 +1,4 @@
-"""Comparisons: seeds trained together equal separate runs; what is finished is kept; the statistics; who takes part."""
+"""Tests comparisons: seeds that train together, resumed comparisons, statistics, and participation of clients."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def field():
 
 @pytest.mark.parametrize("name", ["pilot", "scaffold"])
 def test_seeds_trained_together_equal_separate_runs(field, name):
-    """Pilot and SCAFFOLD receive what differs from seed to seed; everything else is simpler."""
+    """Pilot and SCAFFOLD are the strategies whose clients receive subtrees that differ from seed to seed."""
     [variant] = variants.read_variants(name)
     setups = runner.setups_of(field, variant, [])
     together = runner.run_all(setups)
@@ -63,7 +63,7 @@ def test_federations_that_train_otherwise_are_refused(field):
 
 
 def test_rates_are_no_part_of_the_program(field):
-    """Learning rates, and everything that only the server does, leave a phase's program as it is."""
+    """Learning rates, and settings that only the server reads, do not change the program of a phase."""
     def phase(text, stage):
         return runner.setups_of(field, variants.read_variants(text)[0], [])[0].federation.phase(stage)
 
@@ -85,7 +85,7 @@ def test_variants_are_read():
     changed = apply_overrides(small_config(), list(own.overrides))
     assert (changed.strategy.ata.neighbors, changed.train.lambda_d) == (1, 0.5) and own.family == "pilot"
     for variant in variants.read_variants("all,ablations,ata"):
-        apply_overrides(small_config(), list(variant.overrides))  # every switch is a key of the config
+        apply_overrides(small_config(), list(variant.overrides))  # raises if an override is not a key of the config
     for bad in ("fedsgd", "pilot-no_such", "fedavg-no_difference_loss"):
         with pytest.raises(InputError, match="--strategies"):
             variants.read_variants(bad)
@@ -120,11 +120,11 @@ def test_compare_writes_its_table_and_goes_on_where_it_stopped(tmp_path, call, m
     assert set(results["rates"]["fedavg"]["validation"]) == {"0.5", "1"}
     assert results["rows"]["local"]["seeds"][0]["bytes_up"] == 0 < results["rows"]["fedavg"]["seeds"][1]["bytes_up"]
     table = (out / "results.md").read_text()
-    assert "| local |" in table and "*base*" in table and "| fedavg |" in text
+    assert "| local |" in table and "*base model*" in table and "| fedavg |" in text
     assert (out / "results.png").stat().st_size > 1000
     (out / "variants" / "local.json").unlink()
     code, _, _ = call("compare", config, *COMMAND, "--out", out)
-    assert code == 0 and calls == ["fedavg", "local", "local"]  # fedavg was there
+    assert code == 0 and calls == ["fedavg", "local", "local"]  # fedavg was not run again
     again = json.loads((out / "results.json").read_text())
     assert again["variants"][1]["score"] == results["variants"][1]["score"]
     for bad in (["--rates", "0.1,x"], ["--rates", "-1"], ["--split", "train"]):
@@ -166,7 +166,7 @@ def test_a_seed_that_diverges_is_reported_and_the_others_go_on(field):
 
 
 def test_evaluation_matrix(field):
-    """The diagonal is the usual score; the base's captions are asked of everyone."""
+    """The diagonal has the usual scores, and every model is scored on the pretraining captions."""
     [variant] = variants.read_variants("fedavg")
     setup = runner.setups_of(field, variant, [])[0]
     state = runner.run_all([setup])[0]
@@ -185,7 +185,7 @@ def test_centralised_has_one_model_for_all(field):
     assert [c.name for c in fed.clients] == ["pooled"] and len(examined) == 9
     assert setup.evaluation.model_of_client == (0,) * 9 and setup.evaluation.fed is fed
     assert fed.clients[0].size == sum(c.size for c in examined)
-    assert fed.full_steps(0) == 9 * 2  # local_steps 2: as many sample visits as nine clients
+    assert fed.full_steps(0) == 9 * 2  # local_steps is 2: as many batches as nine clients take together
     sums = sum(c.train["target_weights"].sum() for c in examined)
     assert fed.clients[0].train["target_weights"].sum() == sums
     back = prepare.with_strategy(setup, make_strategy("local"))
@@ -193,7 +193,7 @@ def test_centralised_has_one_model_for_all(field):
     assert back.federation.full_steps(0) == 2
 
 
-# Who takes part.
+# Participation of clients in rounds.
 
 
 def test_dropouts_newcomers_and_stragglers(setup):
@@ -219,19 +219,19 @@ def test_dropouts_newcomers_and_stragglers(setup):
     steps = [slow.steps(c, r) for c in range(9) for r in range(1, 41)]
     assert set(steps) == {8, 3} and np.mean(np.asarray(steps) == 3) == pytest.approx(0.5, abs=0.1)
     assert slow.full_steps(0) == 8
-    told = Records()
-    rounds.run_round([slow], [prepare.initial_state(slow)], setup.executor, [told])
-    assert {r["step"] for r in told.records if "step" in r} == {8, 3}
+    observer = Records()
+    rounds.run_round([slow], [prepare.initial_state(slow)], setup.executor, [observer])
+    assert {r["step"] for r in observer.records if "step" in r} == {8, 3}
 
 
 def test_heterogeneity_dial():
-    """0: clients of a task look and speak alike; 1: the scenes of always; between: some of both."""
+    """With 0 the clients of a task have the same style and wording, with 1 their own, and in between a mixture."""
     def questions(h):
         specs = [s for s in scenario_clients("a", 40, 1, 1, h) if s.name in ("ocr_0", "ocr_1")]
-        asked = {}
+        by_client = {}
         for sample in scene_samples(specs, 0):
-            asked.setdefault(sample.client, []).append(sample.turns[0][1])
-        return asked
+            by_client.setdefault(sample.client, []).append(sample.turns[0][1])
+        return by_client
 
     first = "<image>\nread the digits."
     assert set(questions(0.0)["ocr_1"]) == {first}

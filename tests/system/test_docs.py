@@ -1,4 +1,4 @@
-"""Commands in README and docs: each can be given as it stands; and is run here, elsewhere, or not, with the reason."""
+"""Tests the commands and code in README and docs: each command exists, and some test runs it or a reason is given."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DIGITS = ["data.digits.train=4", "data.digits.validation=2", "data.digits.test=2
 
 
 def in_code(text: str) -> list[str]:
-    """Commands in fenced sh blocks, a line each, and in backticks, where they say more than a name."""
+    """Returns the commands in fenced sh blocks, one per line, and those in backticks with at least one argument."""
     lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S)
              for line in block.replace("\\\n", "").splitlines()]
     prose = re.sub(r"```.*?```", "", text, flags=re.S)
@@ -34,7 +34,7 @@ def in_code(text: str) -> list[str]:
 
 
 def in_comments(text: str) -> list[str]:
-    """The command with which a config opens."""
+    """Returns the commands in the comment at the top of a config."""
     head = re.sub(r"\\\n#", "", "".join(line + "\n" for line in text.splitlines() if line.startswith("#")))
     lines = re.findall(r"^#  .*?(pilot-jax .*)", head, re.M)
     return [re.sub(r"\s+", " ", line.split("  (")[0]).strip() for line in lines]
@@ -43,7 +43,7 @@ def in_comments(text: str) -> list[str]:
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 COMMANDS = sorted({(page.name, line) for page in PAGES for line in in_code(page.read_text(encoding="utf-8"))}
                   | {(page.name, line) for page in CONFIGS for line in in_comments(page.read_text(encoding="utf-8"))})
-# Which test runs a command, on something small; or why none does.
+# By pattern of a command: the test that runs it at a small size, or the reason why no test does.
 WHERE = [
     (r"pilot-jax (data check|plan|run configs/llava15_7b.yaml|export)", "test_own_data.py: the README's section"),
     (r"pilot-jax plan .*(--lower|fsdp)", "test_estimate.py, at 7B"),
@@ -75,7 +75,7 @@ def is_synopsis(line: str) -> bool:
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
 def test_it_can_be_given(page, line):
-    """The command exists, with these options; its config is there and takes these keys; its strategies are known."""
+    """The command and its options exist, its config exists and has the given keys, and its strategies are known."""
     first, *rest = arguments(line)
     if first == "python" and rest[0].startswith("benchmarks/"):
         source = (ROOT / rest[0]).read_text(encoding="utf-8")
@@ -94,7 +94,7 @@ def test_it_can_be_given(page, line):
     options = {name for parameter in command.params for name in parameter.opts}
     used = {word for word in re.findall(r"--[a-z][a-z-]*", line)}
     assert used <= options, (used - options, line)
-    if is_synopsis(line) or all(word.startswith("-") for word in rest[1:]):  # a name, perhaps with options
+    if is_synopsis(line) or all(word.startswith("-") for word in rest[1:]):  # mentioned without arguments
         return
     context = command.make_context(rest[0], rest[1:], resilient_parsing=False)
     values = context.params
@@ -119,7 +119,7 @@ def test_each_is_run_or_says_why_not():
 
 
 def test_the_site_builds(tmp_path):
-    """Strictly: every page in the table of contents, every link and every documented name is there."""
+    """With --strict, the build fails if a page, a link or a documented name is missing."""
     done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
                           cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -127,11 +127,11 @@ def test_the_site_builds(tmp_path):
     assert "Raises" in api and "ata_weights" in api
     for page in (tmp_path / "site").glob("*.html"):
         text = page.read_text(encoding="utf-8")
-        assert not re.search(r"""<(script|img|link)[^>]+(src|href)=["'](https?:)?//""", text), page  # from elsewhere
+        assert not re.search(r"""<(script|img|link)[^>]+(src|href)=["'](https?:)?//""", text), page  # no network
 
 
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
-    """All of its blocks, one after another in one namespace, on a smaller federation."""
+    """The Python blocks of the README run one after another in one namespace, on a smaller federation."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     assert len(blocks) == 2 and all(sum(map(bool, block.splitlines())) <= 8 for block in blocks)
     monkeypatch.chdir(tmp_path)

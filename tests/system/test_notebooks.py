@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom in a fresh kernel, in its own folder, as who opens it runs it."""
+"""Tests that every notebook runs from top to bottom in a new kernel, in its own folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_they_are_all_here():
 def test_it_runs(name):
     notebook = nbformat.read(FOLDER / name, 4)
     stored = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert stored and not any(output.output_type == "error" for output in stored)  # what a reader sees
-    there = {"metadata": {"path": str(FOLDER)}}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=there).execute()
+    assert stored and not any(output.output_type == "error" for output in stored)  # the outputs that a reader sees
+    resources = {"metadata": {"path": str(FOLDER)}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
     assert not any(output.output_type == "error" for cell in notebook.cells for output in cell.get("outputs", []))

@@ -1,4 +1,4 @@
-"""The report: one page that asks for nothing from anywhere, with what the run wrote in it."""
+"""Tests that a report is one HTML page that loads nothing from the network, and that it shows the run's numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(tmp_path_factory):
 
 
 class Page(html.parser.HTMLParser):
-    """Tags that are open, ids, what is asked for, and the text."""
+    """Parses a page: tags that are not closed, ids, addresses of links and images, descriptions of images, and text."""
 
     def __init__(self, text):
         super().__init__()
@@ -65,7 +65,7 @@ def test_the_page_says_what_the_run_wrote(run, tmp_path):
     text = page_file.read_text()
     page, summary = Page(text), json.loads((run / "summary.json").read_text())
     assert not page.open and len(page.ids) == len(set(page.ids))
-    # Nothing from elsewhere: anchors of the page itself, and data.
+    # All addresses are anchors on the page itself or data URIs.
     assert page.asked and all(x.startswith(("#", "data:")) for x in page.asked)
     assert not re.search(r"url\((?!#)|@import|<script", text)
     assert all(page.pictures) and len(page.pictures) >= 7 + 3
@@ -82,7 +82,7 @@ def test_the_page_says_what_the_run_wrote(run, tmp_path):
 
 
 def test_abilities_and_routing_are_the_models_own(run):
-    """Whom the routers ask, against NumPy float64 from the features; what the models can do, against `evaluate`."""
+    """Router weights equal those computed in NumPy float64, and scores equal those of `evaluation_matrix`."""
     inside, done = look_inside(run, 1, 2), restore.restore(run)
     fed, evaluation = done.federation, done.evaluation
     assert set(inside.routing) == {c.name for c in fed.clients} and len(fed.tasks) == 3
@@ -90,7 +90,7 @@ def test_abilities_and_routing_are_the_models_own(run):
         features = np.asarray(client.evaluation["test"].features, np.float64)
         e = np.exp(features @ np.asarray(state.adapters["router"]["kernel"], np.float64))
         np.testing.assert_allclose(inside.routing[client.name], (e / e.sum(-1, keepdims=True)).mean((0, 1)), atol=1e-5)
-    able = inside.abilities  # two prompts are all that each client has
+    able = inside.abilities  # with two prompts, which are all that each client has
     assert able.columns == (*fed.tasks, "pretraining captions") and able.models == tuple(c.name for c in fed.clients)
     base, matrix = done.summary["score_base_by_task"], evaluation_matrix(evaluation, done.population)
     assert able.scores[-1, :3].tolist() == [base[t] for t in fed.tasks]
@@ -159,7 +159,7 @@ def test_the_map_keeps_distances_of_points_in_a_plane():
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-@pytest.mark.parametrize("width", [500, 1400])  # its window is never narrower than 500
+@pytest.mark.parametrize("width", [500, 1400])  # chromium's window cannot be narrower than 500 pixels
 def test_a_browser_has_no_complaint(run, tmp_path, width):
     page = write_report([run], tmp_path / "page.html", 0)[0]
     done = subprocess.run(

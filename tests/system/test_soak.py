@@ -1,4 +1,4 @@
-"""Many short rounds: what a run holds (memory, files, programs) does not grow. About ten minutes."""
+"""Tests that memory, open files and compiled programs do not grow over many short rounds. Takes about ten minutes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROUNDS = 600
 
 
 def resident() -> int:
-    """Bytes of this process's own memory; Linux."""
+    """Returns the resident memory of this process in bytes (Linux only)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -43,5 +43,5 @@ def test_a_long_run_does_not_grow(tmp_path, store):
           f"{files[half]}, {files[-1]}; programs {programs[half]}, {programs[-1]}")
     assert programs[-1] == programs[2]  # every client has had its first round by then
     assert files[-1] <= files[2]
-    # The metrics of a round, kept for the result, are about 3 kB.
+    # A run collects about 3 kB of records per round for its result.
     assert memory[-1] - memory[half] < 0.02 * memory[half] + (ROUNDS / 2) * 6e3

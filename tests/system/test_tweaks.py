@@ -1,4 +1,4 @@
-"""The examples of docs/tweaks.md: each short, each run as it stands (on a smaller federation)."""
+"""Tests that the examples of docs/tweaks.md are short and that they run, on a smaller federation."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ def examples():
 
 @pytest.fixture
 def run_example(monkeypatch, another_process):
-    """Runs an example of the page: (run, what its observers were told)."""
+    """Returns a function that runs an example of the page and returns (run, its records)."""
     def run(name, **sections):
         shared, blocks = examples()
         assert set(blocks) == {"OverB", "WithinTask", "Ring", "Halfway", "Log"}
         assert len([line for line in blocks[name].splitlines() if line.strip()]) <= 15
-        small, told, real = small_config(**sections), Records(), pilot_jax.simulate
+        small, records, real = small_config(**sections), Records(), pilot_jax.simulate
         monkeypatch.setattr(pilot_jax, "load_config", lambda path: small, raising=False)
         monkeypatch.setattr(pilot_jax, "simulate", lambda config, observers=(), **options: real(
-            config, observers=[told, *observers], **options), raising=False)
+            config, observers=[records, *observers], **options), raising=False)
         scope: dict = {"__name__": "page"}
         exec(shared + blocks[name], scope)
-        return scope["run"], told
+        return scope["run"], records
 
     return run
 
 
 @pytest.mark.parametrize("name", ["OverB", "WithinTask", "Ring", "Halfway"])
 def test_example(name, run_example):
-    run, told = run_example(name, federation={"local_steps": 2}, train={"lr_lora_stage1": 0.01}, strategy={"ata": {
+    run, records = run_example(name, federation={"local_steps": 2}, train={"lr_lora_stage1": 0.01}, strategy={"ata": {
         "temperature": 1.0}})
     assert run.summary["strategy"] == f"page:{name}"
-    first = next(iter(told.mixing.values()))
+    first = next(iter(records.mixing.values()))
     weights, tasks = first["weights"], np.asarray([c.task for c in run.federation.clients])
     if name == "Ring":
         assert np.array_equal(weights, (np.eye(9) + np.roll(np.eye(9), 1, 1)) / 2)
@@ -50,14 +50,14 @@ def test_example(name, run_example):
     elif name == "WithinTask":
         assert np.array_equal(weights > 0, tasks[:, None] == tasks[None])
     else:
-        assert next(iter(told.mixing)) == (1, "stage1")
-        assert np.all(np.count_nonzero(weights, axis=1) == 3)  # itself and M = 2
+        assert next(iter(records.mixing)) == (1, "stage1")
+        assert np.all(np.count_nonzero(weights, axis=1) == 3)  # the client itself and M = 2 neighbours
         near = np.argsort(first["distances"] + 1e9 * np.eye(9), axis=1)[:, :2]
         assert all(set(np.flatnonzero(weights[k])) == {k, *near[k]} for k in range(9))
 
 
 def test_example_of_an_observer(run_example, capsys):
-    run, told = run_example("Log")
-    phases = [r for r in told.records if "bytes_up" in r]
+    run, records = run_example("Log")
+    phases = [r for r in records.records if "bytes_up" in r]
     lines = [f"{r['round']} {r['phase']} {r['loss']}" for r in phases]
     assert lines and capsys.readouterr().out.splitlines() == [*lines, str(run.summary["score_by_task"])]

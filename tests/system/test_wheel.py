@@ -1,4 +1,4 @@
-"""What is installed is all that a run needs: nothing of the repository is looked for."""
+"""Tests that the installed wheel is enough for a run, without any other file of the repository."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from conftest import ROOT, small_config
 
 
 def built(folder: Path) -> Path:
-    # From a copy: setuptools leaves its build folder beside the sources.
+    # The wheel is built from a copy, since setuptools leaves its build folder beside the sources.
     copy = folder / "source"
     shutil.copytree(ROOT / "pilot_jax", copy / "pilot_jax", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -36,7 +36,7 @@ def run_outside(python: list[str], folder: Path, env: dict[str, str]) -> None:
 
 
 def test_the_wheel_runs_outside_the_repository(tmp_path):
-    """Its files alone, with this environment's dependencies."""
+    """Only the wheel's own files are installed; the dependencies are those of this environment."""
     wheel, there = built(tmp_path), tmp_path / "there"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", there, wheel], check=True)
     assert (there / "pilot_jax" / "py.typed").is_file() and not (there / "tests").exists()
@@ -45,7 +45,7 @@ def test_the_wheel_runs_outside_the_repository(tmp_path):
 
 @pytest.mark.long
 def test_the_wheel_runs_in_an_empty_environment(tmp_path):
-    """With nothing installed but it and what it asks for."""
+    """Only the wheel and its dependencies are installed."""
     wheel = built(tmp_path)
     venv.create(tmp_path / "empty", with_pip=True)
     python = tmp_path / "empty" / "bin" / "python"

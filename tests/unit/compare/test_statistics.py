@@ -1,4 +1,4 @@
-"""Paired differences over seeds, against their definition in NumPy."""
+"""Tests paired differences over seeds against their definition, written in NumPy."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 from pilot_jax.compare.statistics import paired, standard_error
 
-# 97.5 % quantiles of Student's t by degrees of freedom: the tables of any textbook; here to all digits, from
-# t = tan(0.475π) for 1 and t = 0.95·√(2 / (1 − 0.95²)) for 2, where the distribution function has a closed form.
+# 97.5 % quantiles of Student's t by degrees of freedom. For 1 and 2 the distribution function has a closed form, from
+# which t = tan(0.475π) and t = 0.95·√(2 / (1 − 0.95²)).
 QUANTILE = {1: math.tan(0.475 * math.pi), 2: 0.95 * math.sqrt(2 / (1 - 0.95**2))}
 
 
@@ -30,7 +30,7 @@ def test_the_interval_is_student_ts(seeds):
 
 
 def test_what_has_no_spread():
-    """Equal differences are an interval of no width; one seed has no interval."""
+    """Equal differences have an interval of width 0, and a single seed has no interval."""
     same = paired(np.asarray([0.75, 0.5]), np.asarray([0.5, 0.25]))
     assert same == {"mean": 0.25, "low": 0.25, "high": 0.25, "significant": True}
     assert paired(np.zeros(3), np.zeros(3)) == {"mean": 0.0, "low": 0.0, "high": 0.0, "significant": False}

@@ -1,4 +1,4 @@
-"""`plan`: counts against known ones, FLOPs against formulas, memory against what XLA and the arrays say."""
+"""Tests `plan`: counts against known ones, FLOPs against formulas, memory against XLA's analysis and real arrays."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def test_data_on_the_device_are_those_of_the_steps_at_once(seven_billion):
 
 
 def test_known_counts_of_llava_7b(seven_billion):
-    """LoRA r = 64 on Vicuna-7B: 159.9 M (LLaVA's own count); one adapter MLP: 20.98 M; 576 tokens of 336 px."""
+    """LoRA with r = 64 on Vicuna-7B has 159.9 M parameters (LLaVA's own count), one adapter MLP has 20.98 M, and an
+    image of 336 pixels has 576 tokens."""
     counts = seven_billion["parameters"]
     assert counts["text_adapter"] == 32 * 64 * (4 * (4096 + 4096) + 3 * (4096 + 11008)) == 159_907_840
     assert counts["task"] == counts["client"] == 1024 * 4096 + 4096 + 4096 * 4096 + 4096 == 20_979_712
@@ -51,16 +52,18 @@ def test_known_counts_of_llava_7b(seven_billion):
 
 
 def test_flops_of_llava_7b(seven_billion):
-    """A step on B·L tokens costs at least 4·P_text per token: forward and backward through frozen weights, 2 each."""
+    """A step costs at least 4·P_text FLOPs per token: 2 in the forward and 2 in the backward pass, as weights are
+    frozen."""
     text = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     least = 4 * text * 8 * seven_billion["longest_sequence"]
     for stage, count in seven_billion["flops_per_client_step"].items():
-        # Rematerialisation runs the forward pass again: 6·P; attention, LoRA and the connector add the rest.
+        # Rematerialisation repeats the forward pass (6·P_text); attention, LoRA and the connector add the rest.
         assert 1.4 * least < count < 2.2 * least, stage
 
 
 def test_steps_and_bytes(seven_billion):
-    """1000 samples by 8: 125 steps, 9 clients, two phases in round 1. LoRA and ψ_t go up, LoRA and the bank down."""
+    """1000 samples in batches of 8 are 125 steps; 9 clients have two phases in round 1. A client uploads LoRA and ψ_t,
+    and downloads LoRA and the ψ_t of all tasks."""
     assert seven_billion["client_steps"] == {"round_1": 2 * 9 * 125, "later_rounds": 9 * 125}
     up, down = 4 * (159_907_840 + 20_979_712), 4 * (159_907_840 + 3 * 20_979_712)
     assert seven_billion["bytes_up"] == {"round_1": 18 * up, "later_rounds": 9 * up}
@@ -68,7 +71,7 @@ def test_steps_and_bytes(seven_billion):
 
 
 def test_plan_agrees_with_the_run():
-    """Steps, bytes and array sizes that a real run has."""
+    """The plan has the steps, bytes and array sizes of a real run."""
     config = small_config(federation={"rounds": 2})
     planned, run = estimate.make_plan(config), simulate.simulate(config)
     assert planned["client_steps"]["round_1"] + planned["client_steps"]["later_rounds"] == run.summary["client_steps"]
@@ -82,12 +85,12 @@ def test_plan_agrees_with_the_run():
 
 
 def test_activations_against_xla():
-    """The plan's activations are what XLA's own memory analysis calls temporaries, within a factor of two."""
+    """The plan's activations equal the temporaries of XLA's own memory analysis within a factor of two."""
     config = small_config(data={"digits": {"train": 64}}, train={"batch_size": 16}, system={"client_chunk": 1})
     planned = estimate.make_plan(config)["memory_per_device"]["stage2"]
     temporary = programs(config)["stage2"].lower().compile().memory_analysis().temp_size_in_bytes
-    kept = planned["activations"] + planned["gradients"] + planned["optimizer"]
-    assert 0.5 < temporary / kept < 2
+    expected = planned["activations"] + planned["gradients"] + planned["optimizer"]
+    assert 0.5 < temporary / expected < 2
 
 
 def test_flops_of_known_functions():
@@ -99,13 +102,13 @@ def test_flops_of_known_functions():
 
     x, w = jnp.zeros((4, 6)), jnp.zeros((9, 6, 6))
     assert flops.matmul_flops(repeated, x, w) == 9 * 2 * 4 * 6 * 6
-    # Two products per layer backward, but none for the gradient of x, which is not asked for, in the first one.
+    # The backward pass has two products per layer. The scan treats all layers alike, so the first one counts both too.
     assert flops.matmul_flops(jax.jit(jax.grad(lambda w: repeated(x, w).sum())), w) == 3 * 9 * 2 * 4 * 6 * 6
     assert flops.matmul_flops(lambda a: jax.vmap(lambda r: r @ b)(a), a) == 2 * 3 * 5 * 7
 
 
 def test_saved_bytes_of_a_known_function():
-    """sin keeps its cosine; a frozen matrix is no new memory, whatever its size."""
+    """For its gradient, sin stores the cosine; a frozen matrix is an argument and takes no new memory."""
     x, w = jnp.zeros(10), jnp.zeros((10, 1000))
     assert flops.saved_bytes(lambda x: jnp.sin(x).sum(), x) == 40
     assert flops.saved_bytes(lambda x, w: jnp.sin(x @ w).sum(), x, w) == 4000
@@ -115,22 +118,22 @@ def test_llava_7b_lowers_for_one_device():
     config = load_config(CONFIGS / "llava15_7b.yaml")
     lowered = programs(config)
     for stage in ("stage1", "stage2", "generation"):
-        assert "32x4096x11008xbf16" in lowered[stage].lower().as_text()  # a gate of 32 layers: the true size
+        assert "32x4096x11008xbf16" in lowered[stage].lower().as_text()  # the gate matrices of all 32 layers
 
 
 def test_llava_7b_lowers_for_eight_devices():
-    """In a process of its own, with eight CPU devices: every program of a run, for TPU."""
+    """Every program of a run is lowered for TPU, in a new process with eight CPU devices."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-m", "pilot_jax", "plan", CONFIGS / "llava15_7b_tpu.yaml", "--lower",
                            "--platform", "tpu", "--json"], capture_output=True, text=True, env=env, check=True)
     planned = json.loads(done.stdout)
     assert planned["devices"] == 8 and set(planned["lowered"]) == PROGRAMS
-    assert planned["memory_per_device"]["stage2"]["base"] < 14.2e9 / 3.9  # over four devices, but for small leaves
-    assert planned["memory_per_device"]["stage2"]["total"] < 16e9  # a v5e core's
+    assert planned["memory_per_device"]["stage2"]["base"] < 14.2e9 / 3.9  # divided among four devices, except for small leaves
+    assert planned["memory_per_device"]["stage2"]["total"] < 16e9  # the memory of a TPU v5e core
 
 
 def test_everything_exports_for_tpu():
-    """At the embedded base's shape and at 7B, in bfloat16: static shapes, no callbacks to the host."""
+    """The programs of the embedded base and of 7B, in bfloat16, have static shapes and no callbacks to the host."""
     cases = [small_config(model={"dtype": "bfloat16"}), load_config(CONFIGS / "llava15_7b.yaml")]
     for config in cases:
         lowered = programs(config)
@@ -144,8 +147,8 @@ def test_everything_exports_for_tpu():
 
 
 def test_cudnn_attention_lowers_for_cuda(monkeypatch):
-    """Both stages at 7B, three clients at once: the layers' scan calls cuDNN forward, again when it recomputes, and
-    backward, for all clients in one batch. JAX is told of a cuDNN that is not here: nothing is run."""
+    """In both stages at 7B, the scan over layers calls cuDNN in the forward pass, in its recomputation, and in the
+    backward pass, with three clients in one batch. Nothing is run, so JAX is made to believe that cuDNN is installed."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     config = load_config(CONFIGS / "llava15_7b.yaml", ["system.attention=cudnn", "system.client_chunk=3",
