@@ -1,12 +1,13 @@
-"""Local steps of both stages at LLaVA-1.5-7B's shape, random bfloat16 weights: speed against the device's own ceiling.
+"""Measures local steps of both stages at LLaVA-1.5-7B's shape against the device's speed of matrix products.
 
     python benchmarks/accelerator.py [--shape 7b] [--clients 1 2 4 8 16] [--batch 8] [--length 704] [--remat]
                                      [--layers N] [--steps 4] [--attention own cudnn] [--json FILE]
 
-"of ceiling": FLOPs of the step's matrix products (from its jaxpr, recomputation not counted) over its time, against
-what a large product in the same dtype reaches on this device in the same run. Memory: the allocator's peak beside what
-`pilot-jax plan` says; the peak is the process's so far, so that each attention's own needs a run of its own. Without an
-accelerator the default is a toy shape, and memory is not measured.
+Weights are random, in bfloat16. "of ceiling" is the speed of the step's matrix products (FLOPs from its jaxpr, without
+recomputation, over its time) divided by that of a large matrix product in the same dtype on the same device. "peak GB"
+is the allocator's peak, and "plan GB" the estimate of `pilot-jax plan`. The peak is that of the process so far, so that
+comparing the memory of two attentions needs two runs. Without an accelerator the default is a toy shape, and memory is
+not measured.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ PHASES = ("stage1", "stage2")
 
 
 def ceiling(dtype, size: int) -> float:
-    """FLOP/s of size³ products, each depending on the last; the best of three."""
+    """Returns the FLOP/s of size × size matrix products, each of which needs the previous one; the best of three."""
     times = 8
 
     @jax.jit
@@ -45,7 +46,7 @@ def ceiling(dtype, size: int) -> float:
 
 
 def random_base(shapes):
-    """Weights of these shapes, made on the device leaf by leaf; norms are one."""
+    """Returns random weights of the given shapes, created on the device leaf by leaf; weights of norms are 1."""
     paths, tree = jax.tree_util.tree_flatten_with_path(shapes)
     make = jax.jit(lambda key, shape, dtype: (0.02 * jax.random.normal(key, shape, jnp.bfloat16)).astype(dtype),
                    static_argnums=(1, 2))
@@ -55,6 +56,7 @@ def random_base(shapes):
 
 
 def random_data(model, work, rows: int, clients: int, dtype) -> dict:
+    """Returns random training arrays [clients, rows, …] with one image per sample."""
     rng, n_image = np.random.default_rng(0), model.num_image_tokens
     ids = rng.integers(10, min(1000, model.text.vocab_size), (clients, rows, work.length))
     ids[..., 4:4 + n_image] = model.image_token_id
@@ -69,7 +71,9 @@ def random_data(model, work, rows: int, clients: int, dtype) -> dict:
 
 
 def seconds_per_step(spec, base, adapters: dict, data: dict, rates: dict[str, float], steps: int) -> float:
-    """Of all clients together: `steps` of them less one, so that what a call costs once is left out."""
+    """Returns the seconds of one step of all clients together, without the fixed cost of a call.
+
+    It is the difference between `steps` steps and one step, divided by `steps` − 1."""
     from pilot_jax.federation.client import Adapters, ClientBatch, local_update
 
     clients, rows = data["has_image"].shape
@@ -96,8 +100,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=("7b", "toy"), default="7b" if accelerated else "toy")
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 2, 4, 8, 16] if accelerated else [1, 2])
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, help="tokens of a sample (default: image + 128, toy: + 28)")
-    parser.add_argument("--layers", type=int, help="decoder layers, fewer than the model's")
+    parser.add_argument("--length", type=int, help="tokens per sample (default: image tokens + 128, toy: + 28)")
+    parser.add_argument("--layers", type=int, help="number of decoder layers, if fewer than the model's")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--attention", nargs="*", choices=("own", "cudnn"), default=["own"])
@@ -140,7 +144,7 @@ def main() -> None:
         data = jax.device_put(random_data(model, work, rows, clients, dtype))
         adapters = run.strategy.initial_adapters(jax.random.key(0), base["projector"], model, run.model.lora.rank, 3)
         for stage, kernel in itertools.product(PHASES, args.attention):
-            # By our own attention's products, whichever is timed: cuDNN's are not in the jaxpr.
+            # FLOPs are those of the package's own attention for both, since cuDNN's are not in the jaxpr.
             flops, total = clients * estimate.step_flops(shapes, stage), planned[stage]["total"]
             spec = phase_spec(shapes.module.clone(kernel=kernel), run.strategy.roles(), stage, run.train)
             try:

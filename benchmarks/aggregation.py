@@ -1,15 +1,15 @@
-"""ATA's distances: this package beside a NumPy loop over pairs and torch.cdist, in one run, alternating.
+"""Compares the speed of ATA's distances with a NumPy loop over pairs and with torch.cdist.
 
     python benchmarks/aggregation.py [--cohort 8 32 128] [--parameters 1e6] [--space factors product]
                                      [--clusters 3] [--repetitions 3] [--json FILE]
 
-Uploads are LoRA trees (rank 8) of clients in `--clusters` clusters, half a tree's own size apart. "ours" has them on
-the device, as a round has; "streamed" has them in host memory, stacked as a round stacks them, and they go to the
-device leaf by leaf. "GB/s" is their size over the time of "ours", beside what copying a large array reaches here (each
-byte counted once, as read).
+Uploads are LoRA trees (rank 8) of clients in `--clusters` clusters, half a tree's own size apart. For "ours" they are
+on the device, as in a round. For "streamed" they are in host memory and are copied to the device leaf by leaf. "GB/s"
+is their size divided by the time of "ours". "of_copy" divides that by the speed of copying a large array on this
+machine (each byte counts once, as read). The systems are timed alternately.
 
-Before anything is timed, the distances to the nearest neighbours are compared with the loop's in float64: a relative
-difference above 1e-5 ends the run. The loop is timed on 64 pairs and scaled to all.
+Before anything is timed, the distances to the nearest neighbours are compared with the loop's in float64. A relative
+difference above 1e-5 ends the run. The loop is timed on 64 pairs, and its time is scaled to all pairs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RANK, NEIGHBORS, TIMED_PAIRS = 8, 3, 64
 
 
 def make_uploads(cohort: int, parameters: int, clusters: int) -> dict:
-    """Trees of 14 leaves (seven targets, A and B) with `parameters` numbers per client, as training leaves them."""
+    """Returns LoRA trees of 14 leaves (7 targets, A and B), [cohort, …], with about `parameters` numbers per client."""
     from pilot_jax.parallel.host_memory import empty
 
     rng = np.random.default_rng(0)
@@ -48,7 +48,7 @@ def make_uploads(cohort: int, parameters: int, clusters: int) -> dict:
 
 
 def loop_pair(tree: dict, space: str, k: int, j: int, dtype: type = np.float32) -> float:
-    """The distance of one pair, as a NumPy user writes it; in `product`, by R×R arrays too."""
+    """Returns the distance of one pair, as a NumPy user would write it; the space `product` also uses R×R matrices."""
     total = 0.0
     for pair in tree["layers"].values():
         a, b = pair["a"], pair["b"]
@@ -89,7 +89,7 @@ def our_seconds(tree: dict, space: str) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes read per second by the fastest of five copies of 1 GB within NumPy."""
+    """Returns the bytes per second that the fastest of five NumPy copies of 1 GB reads."""
     source = np.ones(2**28, np.float32)
     target = np.zeros_like(source)
     best = np.inf
@@ -101,7 +101,7 @@ def copy_bandwidth() -> float:
 
 
 def check(tree: dict, space: str, cohort: int) -> float:
-    """The largest relative error of the distances to the nearest neighbours of three clients."""
+    """Returns the largest relative error of the distances of three clients to their nearest neighbours."""
     from pilot_jax.federation.distances import distances
 
     ours, worst = np.asarray(distances(tree, NEIGHBORS, space), np.float64), 0.0
@@ -118,7 +118,7 @@ COLUMNS = {"space": "", "cohort": "", "parameters": "", "ours_s": ".3f", "stream
 
 
 def measure(tree: dict, space: str, cohort: int, repetitions: int, bandwidth: float) -> dict:
-    worst = check(tree, space, cohort)  # compiles, too
+    worst = check(tree, space, cohort)  # this also compiles
     size, resident, flat = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)), jax.tree.map(jnp.array, tree), None
     jax.block_until_ready(resident)
     if space == "factors" and size < 2e9:
@@ -140,7 +140,7 @@ def measure(tree: dict, space: str, cohort: int, repetitions: int, bandwidth: fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cohort", type=int, nargs="*", default=[8, 32, 128])
-    parser.add_argument("--parameters", type=float, nargs="*", default=[1e6], help="of a client's LoRA tree")
+    parser.add_argument("--parameters", type=float, nargs="*", default=[1e6], help="numbers per LoRA tree")
     parser.add_argument("--space", nargs="*", choices=("factors", "product"), default=["factors", "product"])
     parser.add_argument("--clusters", type=int, default=3)
     parser.add_argument("--repetitions", type=int, default=3)

@@ -1,10 +1,10 @@
-"""ATA over uploads in files: weights and mixed adapters of a cohort that need not fit in memory.
+"""Measures ATA on uploads in files: weights and mixed adapters of a cohort that may be larger than memory.
 
     python benchmarks/aggregation_on_disk.py [--cohort 512 --parameters 1e6] [--folder DIR] [--json FILE]
 
-Uploads are LoRA trees as in `benchmarks/aggregation.py`, one file a leaf, made client by client. Distances and mixing
-then read a leaf at a time. Compared with float64: the distances of three clients to their nearest neighbours, and their
-mixed adapters. Peak memory is the process's, JAX and all.
+Uploads are LoRA trees as in `benchmarks/aggregation.py`, with one file per leaf, written client by client. Distances
+and mixing then read one leaf at a time. The distances of three clients to their nearest neighbours, and their mixed
+adapters, are compared with float64. Peak memory is that of the whole process, JAX included.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RANK, NEIGHBORS, TARGETS = 8, 2, ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def write_uploads(folder: Path, cohort: int, parameters: int, clusters: int = 3) -> dict:
-    """Trees of 14 leaves with about `parameters` numbers per client, in clusters half a tree's size apart."""
+    """Writes trees of 14 leaves with about `parameters` numbers per client, in clusters half a tree's size apart."""
     width = max(8, round((parameters / (14 * RANK)) ** 0.5))
     layers = max(1, round(parameters / (14 * RANK * width)))
     out: dict = {"layers": {}}
@@ -47,7 +47,7 @@ def write_uploads(folder: Path, cohort: int, parameters: int, clusters: int = 3)
 
 
 def check(uploads: dict, mixed: dict, weights: np.ndarray, distances: np.ndarray) -> tuple[float, float]:
-    """Largest relative error of distances that weights depend on, and absolute error of mixed values."""
+    """Returns the largest relative error of distances with a weight above 0, and absolute error of mixed values."""
     worst_distance = worst_value = 0.0
     for k in (0, len(weights) // 2, len(weights) - 1):
         chosen = np.flatnonzero(weights[k])
@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cohort", type=int, default=512)
     parser.add_argument("--parameters", type=float, default=1e6)
-    parser.add_argument("--folder", type=Path, help="for the files; default: the system's temporary folder")
+    parser.add_argument("--folder", type=Path, help="folder for the files; default: the system's temporary folder")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

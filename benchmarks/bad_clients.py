@@ -1,9 +1,9 @@
-"""What refused uploads cost the others: scenario A with bad clients, beside the same without them.
+"""Measures what refused uploads cost the other clients: scenario A with bad clients and without them.
 
     python benchmarks/bad_clients.py [--seeds 1]
 
-One of nine sends NaN, or two of nine send their update times 1e6, in every round. Printed: the mean test score of the
-others. Needs no GPU; about a minute a run on two cores.
+In every round, one of nine clients sends NaN, or two of nine send 1e6 times their update. The table has the mean
+test score of the other clients. No GPU is needed; a run takes about a minute on two cores.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Peak memory of one round of the quickstart, with and without `parallel.host_memory.give_back`.
+"""Measures the peak memory of one round of the quickstart, with and without `parallel.host_memory.give_back`.
 
     python benchmarks/memory.py [--repetitions 3] [--set KEY=VALUE …]
 
-Every run is a process of its own, alternating, with an empty compilation cache; medians.
+Runs alternate, each in a new process with an empty compilation cache. The medians are printed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ONE_ROUND = """
 import sys
 from pilot_jax.parallel import host_memory
 if sys.argv[1] == "without":
-    host_memory.give_back = lambda: None  # before another module imports it from there
+    host_memory.give_back = lambda: None  # must be replaced before other modules import it
 from pilot_jax.config import load_config
 from pilot_jax.runs.prepare import split_cpu_for
 from pilot_jax.runs.simulate import simulate
@@ -32,7 +32,7 @@ print(simulate(config).summary["peak_memory_bytes"])
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--set", dest="overrides", action="append", default=[], help="any key of the config")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], help="config key to set, KEY=VALUE")
     args = parser.parse_args()
     peaks: dict[str, list[int]] = {"with": [], "without": []}
     for _ in range(args.repetitions):

@@ -1,11 +1,12 @@
-"""Client-steps per second of Pilot's local phases: this package beside PyTorch, in one run, alternating.
+"""Compares the client steps per second of Pilot's local phases in this package and in PyTorch.
 
     python benchmarks/peer.py [--repetitions 5] [--steps 10] [--json FILE]        (or: make bench)
 
-Same base, samples, batches, learning rates and losses for all; before anything is timed, the losses of ten steps of
-every client and stage are compared with those of torch in float64, and where ours differ by more than 1e-3, or another
-system's by more than 1e-2 (torch's own float32 reaches 2e-3 on some processors), the run ends. Each system lives in
-processes of its own (their peak memory is reported) and is idle while the others run. Medians over the repetitions.
+All systems have the same base model, samples, batches, learning rates and losses. Before anything is timed, the losses
+of `--steps` steps of every client and stage are compared with those of torch in float64. The run ends if this package's
+differ by more than 1e-3, or another system's by more than 1e-2 (torch's own float32 reaches 2e-3 on some processors).
+Each system has its own processes (their peak memory is reported) and is idle while the others run. The systems
+alternate, and medians over the repetitions are printed.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def settings(steps: int) -> list[str]:
 
 
 def prepared(steps: int) -> tuple[Setup, dict[str, Any]]:
-    """The quickstart's setup, cut to `steps` steps a phase, and the adapters that every client starts from."""
+    """Returns the quickstart's setup with `steps` steps per phase, and the adapters that every client starts with."""
     from pilot_jax.config import load_config
     from pilot_jax.runs import prepare
 
@@ -62,7 +63,7 @@ class JaxWorker:
         self.setup, self.adapters = prepared(steps)
 
     def phase(self, stage: str) -> dict[str, tuple[float, float]]:
-        """(mean, last) loss by client."""
+        """Trains all clients for one phase; returns (mean loss, loss of the last step) by client."""
         from pilot_jax.testing.phases import train_phase
 
         fed = self.setup.federation
@@ -78,7 +79,7 @@ class TorchWorker:
         sys.path.insert(0, str(Path(__file__).parent))
         from torch_peer import TorchPeer
 
-        given = pickle.loads(Path(work).read_bytes())  # written by this script a moment ago
+        given = pickle.loads(Path(work).read_bytes())  # safe, since this script has written it
         self.share = list(range(len(given["clients"])))[share]
         self.orders, self.names = given["orders"], [c["name"] for c in given["clients"]]
         self.peer = TorchPeer(given["base"], given["clients"], given["rates"], rank=given["rank"],
@@ -93,7 +94,7 @@ class TorchWorker:
 
 
 def serve(pipe, kind: str, threads: int, steps: int, work: str, share: slice, tuned: bool) -> None:
-    """A system's process: builds it, then runs a phase for each stage that comes through the pipe."""
+    """Runs in a system's process: builds its worker, then trains a phase for each stage that the pipe delivers."""
     if kind == "torch":
         import torch
 
@@ -106,7 +107,7 @@ def serve(pipe, kind: str, threads: int, steps: int, work: str, share: slice, tu
 
 
 def write_work(file: Path, steps: int) -> dict:
-    """What the torch processes need: data, pixels, batches, start. Returns sizes for the report."""
+    """Writes data, pixels, batches and initial adapters for the torch processes; returns the amount of work."""
     import numpy as np
 
     from pilot_jax.data.arrays import visiting_order
@@ -143,18 +144,19 @@ class System:
         context = multiprocessing.get_context("spawn")
         self.pipes, self.processes = [], []
         for i in range(processes):
-            here, there = context.Pipe()
+            own_end, other_end = context.Pipe()
             share = slice(i, None, processes)
-            process = context.Process(target=serve, args=(there, kind, threads, steps, work, share, tuned), daemon=True)
+            process = context.Process(target=serve, args=(other_end, kind, threads, steps, work, share, tuned),
+                                      daemon=True)
             process.start()
-            self.pipes.append(here)
+            self.pipes.append(own_end)
             self.processes.append(process)
         for pipe in self.pipes:
             pipe.recv()
         self.memory = 0
 
     def phases(self) -> tuple[float, dict]:
-        """Seconds of both stages, and the losses by stage and client."""
+        """Returns the seconds of both stages together, and the losses by stage and client."""
         began, losses = time.perf_counter(), {}
         for stage in STAGES:
             for pipe in self.pipes:
@@ -171,13 +173,13 @@ class System:
 
 
 def exact_losses(steps: int, work: str) -> dict[str, dict]:
-    """The losses that all are compared with."""
+    """Returns the losses of torch in float64, with which those of all systems are compared."""
     worker = TorchWorker(steps, work, slice(None), tuned=True, dtype="float64")
     return {stage: worker.phase(stage) for stage in STAGES}
 
 
 def check_losses(losses: dict[str, dict], exact: dict[str, dict]) -> dict[str, float]:
-    """Every system's largest difference to `exact`; too large ends the run."""
+    """Returns every system's largest difference to `exact`; ends the run if one is too large."""
     worst = {}
     for name, theirs in losses.items():
         differences = {(stage, client): max(abs(a - b) for a, b in zip(pair, theirs[stage][client], strict=True))
@@ -186,20 +188,20 @@ def check_losses(losses: dict[str, dict], exact: dict[str, dict]) -> dict[str, f
         worst[name] = differences[stage, client]
         if worst[name] > MOST_DIFFERENCE.get(name, 1e-2):
             raise SystemExit(f"{name}, {stage} of {client}: losses {theirs[stage][client]}, {EXACT} "
-                             f"{exact[stage][client]}: not the same work")
+                             f"{exact[stage][client]}; the systems do not do the same work")
     return worst
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10, help="of a client in a phase")
+    parser.add_argument("--steps", type=int, default=10, help="number of steps per client and phase")
     parser.add_argument("--only", nargs="*", choices=SYSTEMS, default=list(SYSTEMS), help="systems to run")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder) / "work.pickle"
-        # In a process of its own: this one stays small and holds no threads of either library.
+        # In another process, so that this one stays small and has no threads of either library.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             sizes = pool.apply(write_work, (work, args.steps))
             exact = pool.apply(exact_losses, (args.steps, str(work)))
@@ -230,7 +232,7 @@ def main() -> None:
     for key in ("ratio_torch", "ratio_torch_tuned", "ratio_best_torch"):
         if key in result:
             print(f"{key:<26} {result[key]:7.2f}")
-    print(f"losses beside {EXACT}; {args.repetitions} repetitions, medians; {os.cpu_count()} CPUs")
+    print(f"losses are compared with {EXACT}; medians of {args.repetitions} repetitions; {os.cpu_count()} CPUs")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

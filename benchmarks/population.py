@@ -1,10 +1,10 @@
-"""A population on disk: the same two rounds with 128 and with 1,024 clients, 64 in a round.
+"""Measures a population with client states on disk: two rounds with 128 and with 1,024 clients, 64 in each round.
 
     python benchmarks/population.py [--clients 128 1024] [--json FILE]
 
-Each size runs in a process of its own (`configs/scale_1024.yaml`). Peak memory is the process's; prepare: seconds spent
-on reading and padding the chunks' inputs, waited: how long the devices waited for them; written: seconds of writing
-clients' adapters, write wait: how long anyone waited for that.
+Each size runs in a new process, with `configs/scale_1024.yaml`. Peak memory is that of the process. "prepare" is the
+time of reading and padding the inputs of chunks, and "waited" how long devices waited for them. "written" is the time
+of writing clients' adapters, and "write wait" how long training waited for that.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What a round costs as a function of the population K, the cohort S and the model: a cost model from few measurements.
+"""Predicts the cost of a round from the population K, the cohort S and the model, with a few measurements.
 
     python benchmarks/projection.py [--json FILE]
 
-Measured here: a client step, image features, the Gram of a cohort's uploads, mixing, and the store's reading and
-writing. From these: each term of a round, up to a million clients and cohorts of thousands; then two points that the
-constants were not fitted on, measured and predicted.
+It measures a client step, image features, the Gram matrix of a cohort's uploads, mixing, and reading and writing of the
+store. From these it computes each term of a round, up to a million clients and cohorts of thousands. Then it compares
+predictions with measurements at sizes that the constants were not fitted on.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FITTED, CHECKED = (128, 512), 1024  # cohorts
-CLIENTS = 8  # of the fitted training phase; the check has four times as many
+FITTED, CHECKED = (128, 512), 1024  # cohort sizes
+CLIENTS = 8  # number of clients in the fitted training phase; the check has four times as many
 
 
 def best(function: Callable[[], object], times: int = 3) -> float:
-    """Seconds of the fastest of `times` calls, after one that compiles."""
+    """Returns the seconds of the fastest of `times` calls, after a first call that compiles."""
     import jax
 
     jax.block_until_ready(function())
@@ -62,7 +62,7 @@ def main() -> None:
     state, lora = num_bytes(adapters), num_bytes(adapters["text_adapter"]) // 4
 
     def phase(count: int) -> float:
-        """Seconds of one stage-2 phase of `count` clients."""
+        """Returns the seconds of one stage-2 phase of `count` clients."""
         everyone = dict.fromkeys(range(count), adapters)
         return best(lambda: train_phase(fed, everyone, 1, "stage2", "stage2", setup.executor)[0][0])
 
@@ -78,14 +78,14 @@ def main() -> None:
                             adapters["text_adapter"])
 
     def server(cohort: int) -> tuple[float, float]:
-        """Seconds of distances and of mixing."""
+        """Returns the seconds of distances and of mixing."""
         tree = jax.device_put(uploads(cohort))
         weights = jax.numpy.full((cohort, cohort), 1 / cohort)
         mix = jax.jit(mixing.apply)
         neighbors = fed.strategy.params.ata.neighbors
         return best(lambda: distances(tree, neighbors)), best(lambda: mix(weights, tree))
 
-    # Gram and mixing are 2·S²·P operations each; what is read once, and a client's few subtracted pairs, grow with S.
+    # Gram matrix and mixing take 2·S²·P FLOPs each. Reading uploads, and subtracting each client's few pairs, grow as S.
     (small, large), times = FITTED, [server(cohort) for cohort in FITTED]
     curves = []  # (seconds per S², seconds per S)
     for low, high in zip(*times, strict=True):
@@ -101,7 +101,7 @@ def main() -> None:
         written, read = (64 * state / seconds for seconds in (store.write_seconds, store.read_seconds))
 
     def terms(cohort: int) -> dict[str, float]:
-        """Seconds of a later round."""
+        """Returns the seconds of each part of a round after the first."""
         distances_, mixing_ = (square * cohort**2 + linear * cohort for square, linear in curves)
         return {"training": cohort * steps * step, "distances": distances_, "mixing": mixing_,
                 "disk": cohort * state * (1 / written + 1 / read)}
@@ -114,7 +114,7 @@ def main() -> None:
     rows = []
     print(f"{'K':>9} {'S':>6} {'features':>11} {'on disk, GB':>12} {'training':>9} {'distances':>10} "
           f"{'mixing':>8} {'disk':>6} {'MB up+down':>11}")
-    per_client = 22 * fed.clients[0].train["features"][0].nbytes  # scale_1024's average of 20 + 2 scenes
+    per_client = 22 * fed.clients[0].train["features"][0].nbytes  # a client of scale_1024 has 20 + 2 scenes on average
     for population, cohort in ((128, 64), (1024, 64), (10**4, 64), (10**5, 256), (10**6, 256), (10**6, 4096)):
         t = terms(cohort)
         rows.append({"clients": population, "cohort": cohort, "features_s": cohort * 20 * feature,

@@ -1,10 +1,10 @@
-"""How the time of a client step, and memory, grow: with clients, chunk, sequence length and LoRA rank.
+"""Measures how the time of a client step, and memory, grow with clients, chunk size, sequence length and LoRA rank.
 
     python benchmarks/scaling.py [--only clients chunk length rank] [--clients 4 8 16 32 64 128 256] [--json FILE]
 
-Each line is a process of its own: stage-1 phases of the quickstart's task `ocr`, four steps a client; one to compile,
-then the fastest of two or three. "growth" is its peak memory beyond what the process held before training. `chunk` also
-has "map": clients one after another in one program, which is what `vmap` is measured against.
+Each line is measured in a new process, with stage-1 phases of the quickstart's task `ocr` and four steps per client:
+one phase to compile, then the fastest of two or three. "growth" is the peak memory minus that before training. `chunk`
+also has lines marked "map", in which one program trains the clients one after another, for comparison with `vmap`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STEPS = 4
 
 @partial(jax.jit, static_argnames=("spec", "mesh"))
 def one_by_one(spec: PhaseSpec, base: Tree, adapters: Adapters, batch: ClientBatch, mesh: None = None) -> Any:
-    """`local_update` of one client after another in one program, instead of side by side."""
+    """Computes `local_update` for one client after another in one program, instead of all at once by `vmap`."""
     def one(client: tuple[Tree, ClientBatch]) -> Any:
         own, its_batch = jax.tree.map(lambda leaf: leaf[None], client)
         return jax.tree.map(lambda leaf: leaf[0],
@@ -62,7 +62,7 @@ def measure(case: dict) -> dict:
                for n, v in one.train.items()}
     clients = tuple(dataclasses.replace(one, name=f"ocr_{i:04d}", train=widened) for i in range(case["clients"]))
     fed = dataclasses.replace(fed, clients=clients, tasks=("ocr",))
-    if spare > 0:  # real tokens, not padding that attention skips
+    if spare > 0:  # the added tokens count as real ones, so that attention does not skip them
         widened["attention_mask"][:] = 1
     if case["map"]:
         executor.local_update = one_by_one  # the executor calls it by this name
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=("clients", "chunk", "length", "rank"),
                         default=["clients", "chunk", "length", "rank"])
     parser.add_argument("--clients", type=int, nargs="*", default=[4, 8, 16, 32, 64, 128, 256])
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)  # a line's own process
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)  # the case that this process measures
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.case:

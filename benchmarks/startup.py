@@ -1,9 +1,9 @@
-"""Seconds from starting Python to the first training step, with an empty and with a warm compilation cache.
+"""Measures the seconds from the start of Python to the first training step, with an empty and a warm compilation cache.
 
     python benchmarks/startup.py [--json FILE]
 
-Every line is a process of its own, on the quickstart: `import pilot_jax`, `pilot-jax --help`, and a run up to the end
-of its first chunk of training (one step a client): data and features, compiling, step.
+Every line is measured in a new process: `import pilot_jax`, `pilot-jax --help`, and the quickstart up to the end of its
+first chunk of clients with one step each, divided into imports, data and features, and the chunk with compilation.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
     python, out = sys.executable, {}
     for name, command in {"import pilot_jax": (python, "-c", "import pilot_jax"),
                           "pilot-jax --help": (python, "-m", "pilot_jax", "--help")}.items():
-        timed(*command)  # reads the files into memory
+        timed(*command)  # brings the files into the disk cache
         out[name] = min(timed(*command)[0] for _ in range(3))
         print(f"{name:<34} {out[name]:6.1f} s")
     with tempfile.TemporaryDirectory() as cache:

@@ -1,9 +1,10 @@
-"""Where one client's training step spends its time: one device, one core, XLA's own trace.
+"""Shows where one client's training step spends its time, on one device and one core, from XLA's own trace.
 
     taskset -c 0 python benchmarks/step.py [--stage stage1] [--client caption_0] [--top 30]
 
-Prints milliseconds a step (four runs of ten steps), then what the trace adds up to by kind and shape of operation, with
-the speed of the matrix products. Operations that run side by side are counted whole: the sum exceeds the step a little.
+Prints the milliseconds per step in four runs of ten steps. Then it prints the time of each kind and shape of operation,
+with the speed of matrix products. Operations that run at the same time count fully, so that the sum is a little above
+the time of the step.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def dims(shape: str) -> list[int]:
 
 
 def instructions(text: str) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """(line of each instruction, lines of each computation) of an HLO module."""
+    """Returns (line of each instruction, lines of each computation) of an HLO module."""
     lines, bodies, body = {}, {}, []
     for line in text.splitlines():
         if head := re.match(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{", line):
@@ -41,7 +42,7 @@ def instructions(text: str) -> tuple[dict[str, str], dict[str, list[str]]]:
 
 
 def describe(line: str, lines: dict[str, str], bodies: dict[str, list[str]]) -> tuple[str, int]:
-    """(kind and shapes, FLOPs of its matrix products)."""
+    """Returns (kind and shapes, FLOPs of its matrix products) of an instruction."""
     def shape_of(name: str) -> str:
         found = re.match(rf"\(?{SHAPE}", lines.get(name, ""))
         return found.group(1) if found else "?"
@@ -99,7 +100,7 @@ def main() -> None:
     spent: collections.Counter = collections.Counter()
     for event in events:
         if event.get("ph") == "X" and "hlo_op" in event.get("args", {}):
-            spent[event["args"]["hlo_op"]] += event["dur"] / 1e3 / STEPS  # µs of all steps → ms of one
+            spent[event["args"]["hlo_op"]] += event["dur"] / 1e3 / STEPS  # from µs of all steps to ms per step
     module = max(glob.glob(f"{dump}/*after_optimizations.txt"), key=os.path.getsize)
     lines, bodies = instructions(Path(module).read_text(encoding="utf-8"))
     kinds: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0, 0.0])

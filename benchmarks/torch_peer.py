@@ -1,8 +1,8 @@
-"""The same federated work in PyTorch: transformers' LLaVA, PEFT LoRA, Pilot's connector; clients one after another.
+"""Pilot's local phases in PyTorch, with LLaVA of transformers and LoRA of PEFT; clients train one after another.
 
-`tuned=False` is what a PyTorch user does today: the tower in every step, logits at every position, a new optimizer
-per client and phase. `tuned=True` is the same by a careful hand: cached image features, logits on answers alone, one
-optimizer whose state is cleared, fused AdamW.
+`tuned=False` is a straightforward implementation: the vision tower runs in every step, logits are computed at every
+position, and each client and phase has a new optimizer. `tuned=True` is optimised: image features are cached, logits
+are computed for answer tokens only, AdamW is fused, and one optimizer is used whose state is cleared.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Mlp(nn.Module):
 
 
 class Connector(nn.Module):
-    """Pilot's connector as a torch user would write it; `outputs` keeps what the losses need."""
+    """Pilot's connector as a torch user would write it; `outputs` has the arrays that the losses need."""
 
     def __init__(self, d: int, c: int, tasks: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def balance_loss(logits: torch.Tensor) -> torch.Tensor:
 
 
 class TorchPeer:
-    """A federation's local phases; see the module's docstring for `tuned`."""
+    """The local phases of a federation; the module's docstring says what `tuned` changes."""
 
     def __init__(self, base: str, clients: list[dict[str, Any]], rates: dict[str, tuple[float, float]], *, rank: int,
                  alpha: int, tasks: int, batch: int, tuned: bool, dtype: torch.dtype = torch.float32) -> None:
@@ -79,7 +79,7 @@ class TorchPeer:
         self.connector = Connector(projector.linear_1.in_features, projector.linear_1.out_features, tasks)
         for mlp in (self.connector.task, *self.connector.bank, self.connector.client, *self.connector.cross):
             mlp.load_state_dict({k: v for k, v in projector.state_dict().items() if k.startswith("linear")})
-        for mlp in (self.connector.client, *self.connector.cross):  # preserve
+        for mlp in (self.connector.client, *self.connector.cross):  # as with `strategy.init: preserve`
             nn.init.zeros_(mlp.linear_2.weight)
             nn.init.zeros_(mlp.linear_2.bias)
         self.model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern))
@@ -100,7 +100,7 @@ class TorchPeer:
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
 
     def load(self, lora: dict[str, np.ndarray], router: np.ndarray) -> None:
-        """Start from the same LoRA and router as the other systems."""
+        """Makes clients start with the same LoRA and router as in the other systems."""
         for name in self.start:
             if "lora_" in name:
                 self.start[name] = torch.tensor(lora[name.replace(".default", "")], dtype=self.dtype)
@@ -168,7 +168,7 @@ class TorchPeer:
         return loss + 0.1 * balance_loss(logits) + 0.01 * logits.logsumexp(-1).square().mean()
 
     def phase(self, stage: str, orders: dict[int, np.ndarray]) -> dict[int, list[float]]:
-        """Local updates of the clients in `orders` (rows [steps, B] each); returns every step's loss."""
+        """Trains the clients in `orders`, whose arrays [steps, B] have the rows of each batch; returns all losses."""
         losses: dict[int, list[float]] = {}
         self.connector.stage = stage
         for client, order in orders.items():

@@ -75,7 +75,7 @@ class Events(RunObserver):
 
 
 class Records(MetricsFile):
-    """Collects the lines of metrics.jsonl in `records`, and each phase's mixing arrays by (round, phase) in `mixing`."""
+    """Collects the lines of metrics.jsonl in `records`, and the phases' mixing arrays by (round, phase) in `mixing`."""
 
     def __init__(self):
         super().__init__(None)

@@ -128,7 +128,7 @@ def test_llava_7b_lowers_for_eight_devices():
                            "--platform", "tpu", "--json"], capture_output=True, text=True, env=env, check=True)
     planned = json.loads(done.stdout)
     assert planned["devices"] == 8 and set(planned["lowered"]) == PROGRAMS
-    assert planned["memory_per_device"]["stage2"]["base"] < 14.2e9 / 3.9  # divided among four devices, except for small leaves
+    assert planned["memory_per_device"]["stage2"]["base"] < 14.2e9 / 3.9  # over 4 devices, except small leaves
     assert planned["memory_per_device"]["stage2"]["total"] < 16e9  # the memory of a TPU v5e core
 
 
@@ -148,7 +148,7 @@ def test_everything_exports_for_tpu():
 
 def test_cudnn_attention_lowers_for_cuda(monkeypatch):
     """In both stages at 7B, the scan over layers calls cuDNN in the forward pass, in its recomputation, and in the
-    backward pass, with three clients in one batch. Nothing is run, so JAX is made to believe that cuDNN is installed."""
+    backward pass, with three clients in one batch. Nothing is run; JAX is made to believe that cuDNN is installed."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     config = load_config(CONFIGS / "llava15_7b.yaml", ["system.attention=cudnn", "system.client_chunk=3",
