@@ -85,7 +85,7 @@ def main() -> None:
         neighbors = fed.strategy.params.ata.neighbors
         return best(lambda: distances(tree, neighbors)), best(lambda: mix(weights, tree))
 
-    # Gram matrix and mixing take 2·S²·P FLOPs each. Reading uploads, and subtracting each client's few pairs, grow as S.
+    # Gram matrix and mixing take 2·S²·P FLOPs each. Reading uploads, and subtracting a few pairs per client, grow as S.
     (small, large), times = FITTED, [server(cohort) for cohort in FITTED]
     curves = []  # (seconds per S², seconds per S)
     for low, high in zip(*times, strict=True):

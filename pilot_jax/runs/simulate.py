@@ -126,7 +126,7 @@ class RunLoop(RunObserver):
 
     def resume(self) -> None:
         """Loads the last snapshot, if the folder has one, and opens the run's files."""
-        kept = 0
+        valid = 0
         if self.folder is not None and self.folder.resumes:
             assert self.snapshots is not None
             found = self.snapshots.load(self.state, self.fed.store, self.outside.note, self.writes)
@@ -135,7 +135,7 @@ class RunLoop(RunObserver):
             if found is not None:
                 self.state, extra = found
                 self._check_same(extra)
-                self.saved, self.earlier, kept = self.state, Clocks(**extra["clocks"]), extra["metrics"]
+                self.saved, self.earlier, valid = self.state, Clocks(**extra["clocks"]), extra["metrics"]
                 self.train_compile = self.earlier.train_compile
                 self.outside.note(f"going on in round {self.state.round} after {self.state.client_steps} client steps")
         if warning := self.fed.strategy.warning():
@@ -143,7 +143,7 @@ class RunLoop(RunObserver):
         files: list[RunObserver] = []
         if self.writes:
             assert self.folder is not None
-            self.metrics = MetricsFile(self.folder.path / "metrics.jsonl", kept)
+            self.metrics = MetricsFile(self.folder.path / "metrics.jsonl", valid)
             files.append(MixingFiles(self.folder.path / "mixing"))
             if self.setup.system.tensorboard:
                 files.append(EventFiles(self.folder.path / "tensorboard", self.metrics.records))

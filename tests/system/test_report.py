@@ -35,7 +35,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.ids, self.asked, self.pictures, self.text = [], [], [], [], ""
+        self.open, self.ids, self.addresses, self.pictures, self.text = [], [], [], [], ""
         self.feed(text)
         self.close()
 
@@ -44,7 +44,7 @@ class Page(html.parser.HTMLParser):
         if tag not in ("meta", "link", "img", "br"):
             self.open.append(tag)
         self.ids += [named["id"]] if "id" in named else []
-        self.asked += [named[k] for k in ("src", "href", "xlink:href") if k in named]
+        self.addresses += [named[k] for k in ("src", "href", "xlink:href") if k in named]
         if tag == "img" or (tag == "svg" and named.get("role")):
             self.pictures.append(named.get("alt") or named.get("aria-label"))
 
@@ -66,7 +66,7 @@ def test_the_page_says_what_the_run_wrote(run, tmp_path):
     page, summary = Page(text), json.loads((run / "summary.json").read_text())
     assert not page.open and len(page.ids) == len(set(page.ids))
     # All addresses are anchors on the page itself or data URIs.
-    assert page.asked and all(x.startswith(("#", "data:")) for x in page.asked)
+    assert page.addresses and all(x.startswith(("#", "data:")) for x in page.addresses)
     assert not re.search(r"url\((?!#)|@import|<script", text)
     assert all(page.pictures) and len(page.pictures) >= 7 + 3
     assert {p.stem for p in pictures} >= {"scores", "validation", "losses", "mixing-1", "mixing-2", "map", "traffic",
@@ -107,7 +107,8 @@ def test_the_page_of_a_comparison(tmp_path, call):
     text, results = (tmp_path / "page.html").read_text(), json.loads(RESULTS.read_text())
     page = Page(text)
     assert code == 0 and not page.open and len(page.ids) == len(set(page.ids)) and all(page.pictures)
-    assert all(x.startswith(("#", "data:")) for x in page.asked) and not re.search(r"url\((?!#)|@import|<script", text)
+    assert all(x.startswith(("#", "data:")) for x in page.addresses)
+    assert not re.search(r"url\((?!#)|@import|<script", text)
     for line in results["variants"]:
         assert line["name"] in page.text and f"{line['score']:.3f} ± {line['standard_error']:.3f}" in page.text
         assert "difference" not in line or f"{line['difference']['mean']:+.3f}" in page.text
@@ -135,7 +136,7 @@ def test_several_runs_and_unfinished_ones(run, tmp_path, call):
     text = (tmp_path / "both.html").read_text()
     page = Page(text)
     assert code == 0 and "figures in" in said and len(page.ids) == len(set(page.ids))
-    assert "This run has not ended yet" in page.text and {"#run-0", "#run-1"} <= set(page.asked)
+    assert "This run has not ended yet" in page.text and {"#run-0", "#run-1"} <= set(page.addresses)
     assert (tmp_path / "both" / "2-losses.png").is_file()
 
 
