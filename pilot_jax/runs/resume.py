@@ -128,13 +128,13 @@ class Snapshots:
         for name, members in (("changed", [state.population[c].adapters for c in changed]),
                               ("partial", [partial.adapters[c] for c in unfinished] if partial is not None else [])):
             if members:
-                server[name] = self._shared_out([self._roles.select(m, "shared") for m in members])
+                server[name] = self._stacked([self._roles.select(m, "shared") for m in members])
                 # The received subtrees are the same for all clients of a phase, so they are written once.
-                clients[name] = {"local": self._shared_out([self._roles.select(m, "local") for m in members]),
+                clients[name] = {"local": self._stacked([self._roles.select(m, "local") for m in members]),
                                  "received": self._roles.select(members[0], "received")}
         return manifest, server, clients
 
-    def _shared_out(self, members: list[dict[str, Any]]) -> dict[str, Any]:
+    def _stacked(self, members: list[dict[str, Any]]) -> dict[str, Any]:
         """Stacks n clients' adapters, [n, …]. With several processes the result is spread over the devices of all of
         them, so that each writes its own rows, and n is rounded up to a multiple of the mesh's `clients` axis."""
         if jax.process_count() == 1:
