@@ -1,4 +1,4 @@
-"""A hook of mkdocs: the formulas of a page, LaTeX between dollar signs, become MathML, which browsers show by themselves.
+"""A hook of mkdocs that turns the formulas of a page, LaTeX between dollar signs, into MathML, which browsers show.
 
 `pymdownx.arithmatex` finds the formulas (`$…$` in a line, `$$…$$` as a paragraph); no script and no font is loaded.
 """
@@ -17,5 +17,6 @@ BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.S)
 
 def on_page_content(content: str, **_: Any) -> str:
     """Returns the page's HTML with MathML in place of LaTeX."""
-    content = BLOCK.sub(lambda m: f'<div class="formula">{convert(html.unescape(m[1]), display="block")}</div>', content)
+    content = BLOCK.sub(
+        lambda m: f'<div class="formula">{convert(html.unescape(m[1]), display="block")}</div>', content)
     return INLINE.sub(lambda m: convert(html.unescape(m[1])), content)

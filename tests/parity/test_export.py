@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import re
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, small_config
+from PIL import Image
 
 import pilot_jax
+from pilot_jax.data.conversations import TEMPLATES
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.personalised import used_adapters
 from pilot_jax.models.pretrained import model_directory
@@ -38,14 +41,17 @@ def code_blocks():
     return re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S)
 
 
+def page_in_torch(folder, base):
+    """Returns the names that the three code blocks of the page define."""
+    scope: dict = {"folder": str(folder), "base": base}
+    for block in code_blocks():
+        exec(block, scope)
+    return scope
+
+
 def in_torch(folder, base):
-    """Returns the model that the two code blocks of the page make."""
-    scope: dict = {}
-    loader, use = code_blocks()
-    exec(loader, scope)
-    scope |= {"folder": str(folder), "base": base}
-    exec(use, scope)
-    return scope["model"]
+    """Returns the torch model that the page builds."""
+    return page_in_torch(folder, base)["model"]
 
 
 def inputs(model, tokenizer):
@@ -74,6 +80,22 @@ def test_exported_client_gives_the_same_logits_in_torch(finished, tmp_path, stag
     plain = fed.model.logits(ids, mask, pixels)
     assert np.abs(np.asarray(plain) - expected).max() > 0.1  # the adapters matter
     np.testing.assert_allclose(ours, expected, atol=TOLERANCE)
+
+
+def test_the_answer_of_the_page_is_that_of_pilot_jax(finished, tmp_path):
+    export_client(finished, "ocr_1", tmp_path / "out")
+    image = tmp_path / "scene.png"
+    Image.fromarray(np.random.default_rng(2).integers(0, 256, (48, 48, 3), np.uint8)).save(image)
+    scope = page_in_torch(tmp_path / "out", str(model_directory("embedded")))
+    assert finished.evaluation.data.template == "vicuna_short"
+    settings = finished.setup.eval.model_copy(update={"max_new_tokens": 12})
+    ours = pilot_jax.answer(finished, "ocr_1", image, "which digits are there?", settings)
+    assert ours and scope["answer"](image, "which digits are there?", max_new_tokens=12) == ours
+
+
+def test_the_prompts_on_the_page_are_the_templates():
+    prompts = re.search(r"^PROMPTS = (\{.*?^\})", code_blocks()[2], re.M | re.S)[1]
+    assert ast.literal_eval(prompts) == {name: t.system + t.human for name, t in TEMPLATES.items()}
 
 
 def test_projector_of_a_baseline_loads_too(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -9,15 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import markdown
 import pytest
 import typer
 from conftest import ROOT
 
 from pilot_jax.cli.app import app
 from pilot_jax.compare.variants import read_variants
-from pilot_jax.config import load_config
+from pilot_jax.config import known_keys, load_config
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SMALL = ["federation.rounds=1", "federation.local_steps=1", "train.batch_size=2", "eval.max_new_tokens=2",
          "eval.batch_size=2", "system.unroll=1"]
 DIGITS = ["data.digits.train=4", "data.digits.validation=2", "data.digits.test=2"]
@@ -56,7 +58,7 @@ WHERE = [
     (r"pilot-jax run configs/scenario_a.yaml", "test_privacy.py; this one would take minutes"),
     (r"pilot-jax run (my.yaml|configs/llava15_7b_tpu.yaml)", "no test: a TPU, 7B weights, the reader's own config"),
     (r"pilot-jax run .*(--coordinator|--distributed)", "test_processes.py over gloo; --distributed needs a cluster"),
-    (r"make \w+|source |pip install|python -m pip", "no test: CI's own set-up does, or would take it hours"),
+    (r"make \w+|source |pip install|pip wheel|python -m pip", "no test: CI's own set-up does, or would take it hours"),
     (r"python benchmarks/", "no test: minutes to hours; below, whether they take these options"),
     (r"python -c .import jax; print", "no test: shows the reader's devices"),
     (r"pilot-jax --install-completion", "no test: changes the shell of who runs it"),
@@ -123,11 +125,17 @@ def test_the_site_builds(tmp_path):
     done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
                           cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
-    api = (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
-    assert "Raises" in api and "ata_weights" in api
-    for page in (tmp_path / "site").glob("*.html"):
-        text = page.read_text(encoding="utf-8")
-        assert not re.search(r"""<(script|img|link)[^>]+(src|href)=["'](https?:)?//""", text), page  # no network
+    site = tmp_path / "site"
+    pages = {page.relative_to(site).as_posix(): page.read_text(encoding="utf-8") for page in site.rglob("*.html")}
+    assert "Raises" in pages["api.html"] and "ata_weights" in pages["api.html"]
+    assert '<span class="k">class</span>' in pages["tweaks.html"]  # code is highlighted
+    assert pages["method.html"].count("<math") > 50
+    for name, text in pages.items():
+        # Nothing is loaded from elsewhere: no scripts, pictures, styles, fonts or frames.
+        assert not re.search(r"""<(script|img|link|iframe)[^>]+(src|href)=["'](https?:)?//""", text), name
+        assert "arithmatex" not in text and "<merror" not in text, name  # every formula has become MathML
+    for file in site.rglob("*.css"):
+        assert not re.search(r"(@import|url\()\s*['\"]?(https?:)?//", file.read_text(encoding="utf-8")), file
 
 
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
@@ -147,3 +155,108 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+MARKER = re.compile(r"( *)([-+*]|\d+[.)]|#+) ")
+
+
+def without_code(text: str) -> list[str]:
+    """The lines of a page; those in fenced code, comments of HTML and tables are empty."""
+    text = re.sub(r"^```.*?^```|^<!--.*?-->", lambda found: "\n" * found[0].count("\n"), text, flags=re.M | re.S)
+    return ["" if line.startswith("|") else line for line in text.splitlines()]
+
+
+def list_items(text: str) -> tuple[int, list[str]]:
+    """(number of list items, lines that Markdown takes for an item or a heading though they continue a paragraph).
+
+    A list begins after an empty line; its items have one marker, - or a number, and one indentation.
+    """
+    items, wrong, before, now = 0, [], "", None
+    for line in without_code(text):
+        found = MARKER.match(line)
+        kind = found and (found[1], "1." if found[2][0].isdigit() else found[2][0])
+        if not line.strip():
+            now = None
+        elif kind and (kind[1] in "+*" or (before.strip() and kind != now)):
+            wrong.append(line)
+        elif kind and kind[1] != "#":
+            items, now = items + 1, kind
+        before = "" if kind and kind[1] == "#" else line
+    return items, wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_a_line_of_prose_does_not_become_a_list_item(page):
+    text = page.read_text(encoding="utf-8")
+    items, wrong = list_items(text)
+    assert not wrong, wrong
+    assert markdown.markdown(text, extensions=["tables", "pymdownx.superfences"]).count("<li>") == items
+
+
+@pytest.mark.parametrize(("text", "items", "wrong"), [
+    ("a\n\n- b\n  c\n- d\n", 2, 0), ("gains\n+ 0.06\n", 0, 1), ("- gains\n  + 0.06\n", 1, 1), ("gains\n- 0.06\n", 0, 1),
+    ("in\n3. of them\n", 0, 1), ("a\n# b\n", 0, 1), ("# a\n\n1. b\n2. c\n", 2, 0), ("```\n+ a\n```\n", 0, 0)])
+def test_list_items_are_found(text, items, wrong):
+    found = list_items(text)
+    assert (found[0], len(found[1])) == (items, wrong)
+
+
+def test_the_generated_pages_are_up_to_date():
+    """commands.md and configuration.md are what the code says now."""
+    done = subprocess.run([sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_command_is_on_the_page_of_commands():
+    text, group = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8"), typer.main.get_command(app)
+    commands = {name: command for name, command in group.commands.items() if not hasattr(command, "commands")}
+    commands |= {f"{name} {inner}": command for name, outer in group.commands.items() if hasattr(outer, "commands")
+                 for inner, command in outer.commands.items()}
+    sections = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", text, re.M | re.S))
+    assert sections.keys() == commands.keys()
+    for name, command in commands.items():
+        shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
+        options = {option for parameter in shown for option in parameter.opts if option.startswith("--")}
+        assert options == set(re.findall(r"^\| `(--[a-z-]+)`", sections[name], re.M)), name
+
+
+def test_every_key_is_on_the_page_of_the_configuration():
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^\| `([a-z_.0-9]+)`", text, re.M))
+    known = {key for key in known_keys() if not any(other.startswith(f"{key}.") for other in known_keys())}
+    assert {key for key in known if not key.startswith("federation.participation.")} - shown <= {"strategy"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_pages_install_from_a_clone_and_name_only_documents_that_exist(page):
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"""pip install [^`\n]*['" ]pilot[-_]jax(\[|['"`\s])""", text)  # it is on no package index
+    assert not re.search(r"\b(pypi|pythonhosted|npmjs|anaconda)\.(org|com)\b", text)
+    for name in re.findall(r"\]\((?!https?:)([^)#\s]+)[^)]*\)", text):
+        assert (page.parent / name).exists(), name
+    for name in re.findall(r"`([\w./-]+\.md)`", text):
+        assert name == "README.md" or (ROOT / name).is_file() or (page.parent / name).is_file(), name
+
+
+def said_in_code() -> str:
+    """All string constants of the package, an f-string as one, with … in place of its values."""
+    parts = []
+    for file in sorted((ROOT / "pilot_jax").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts.append("".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                parts.append(node.value)
+    return "\n".join(parts)
+
+
+def test_the_messages_of_troubleshooting_are_those_of_the_code():
+    """Of each message the parts between its values, which stand as … or as an example."""
+    text, code = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"), said_in_code()
+    messages = re.findall(r"^\| `([^`]+)`(?! \(from JAX\))", text, re.M)
+    assert len(messages) > 8
+    for message in messages:
+        values = r"…|\d+|'[^']*'|\(…\)|data/\w+|\b[a-z]+\.batchsize|\bx\b|(?<=\.) "
+        fragments = [part.strip() for part in re.split(values, message)]
+        assert max(map(len, fragments)) >= 12, message
+        assert [part for part in fragments if len(part) > 3 and part not in code] == [], message
