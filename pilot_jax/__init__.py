@@ -3,7 +3,7 @@
 Dimension letters used in every docstring:
     K clients, S cohort (clients of one round), T tasks, B batch, N image tokens, L text length (image tokens
     included), A supervised positions, D vision width, C language-model width, R LoRA rank, V vocabulary, E experts;
-    M neighbours of ATA, rows of a mixing matrix or, in attention, keys.
+    M neighbours of ATA, rows of a mixing matrix or, in attention, keys; k clients that are trained side by side.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m pilot_jax` is `pilot-jax`."""
+"""Runs the command line: `python -m pilot_jax` is the same as `pilot-jax`."""
 
 from pilot_jax.cli import main
 

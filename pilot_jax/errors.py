@@ -1,4 +1,4 @@
-"""What ends a run early: bad input (the command line's exit code 2) and being asked to stop (128 + the signal)."""
+"""Exceptions that end a run early: wrong input (exit code 2 of the command line) and a signal (128 + its number)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Input the user can mend: the message names the file or key, what was wrong, and what to do."""
+    """Input that the user can correct: the message names the file or key, what is wrong, and what to do."""
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop. `partial`: what the phase had trained by then, of each federation."""
+    """A signal requested the end of the run. `partial`: each federation's results of the phase that was in training."""
 
     def __init__(self, signum: int, partial: Any = None) -> None:
         super().__init__(signum)

@@ -27,7 +27,7 @@ from pilot_jax.parallel.host_memory import empty
 
 
 def atomic_write(path: Path, data: str | bytes | Callable[[Path], object], *, durable: bool = True) -> None:
-    """Writes a file such that a reader, and a crash, find either all of it or what was there before.
+    """Writes a file so that a reader, even after a crash, finds either all of the new content or the old content.
 
     Args:
         path: the file; its folder must exist.
@@ -37,7 +37,7 @@ def atomic_write(path: Path, data: str | bytes | Callable[[Path], object], *, du
             need not outlive the machine.
 
     Raises:
-        OSError: the file could not be written. What stood at `path` is unchanged, and the partial file is removed.
+        OSError: the file could not be written. The file at `path` is unchanged, and the partial file is removed.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -56,7 +56,7 @@ def atomic_write(path: Path, data: str | bytes | Callable[[Path], object], *, du
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder `<name>.partial` beside `path`, which gets its name when the block ends without an error.
+    """Yields an empty folder `<name>.partial` beside `path`, and renames it to `path` if the block ends without error.
 
     On an error the partial folder is removed. One that an earlier process left behind is removed at the start.
 
@@ -110,10 +110,10 @@ class Rows:
         return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
 
     def _read(self, file: BinaryIO, row: int, buffer: np.ndarray) -> None:
-        """Fills `buffer`, uint8 [bytes], with what stands in the file from `row` on."""
+        """Fills `buffer`, uint8 [bytes], with the content of the file from `row` on."""
         file.seek((self.start + row) * self.row_bytes)
         if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
-            raise OSError(f"{self.path} ends before it should.")
+            raise OSError(f"{self.path} ends before its last row. It was cut off or changed during the run.")
 
     def part(self, start: int, stop: int) -> Rows:
         """Returns rows `start` to `stop`, without reading them."""
@@ -170,8 +170,7 @@ class Store:
     """The clients' adapters of one run, one safetensors file for each version, in a folder that goes with the store.
 
     A thread writes; adapters that have not been written yet are read from memory. A client's earlier versions stay
-    readable until `prune`. The attributes `read_seconds`, `write_seconds` and `waited_seconds` add up what took how
-    long.
+    readable until `prune`. The attributes `read_seconds`, `write_seconds` and `waited_seconds` sum up durations.
     """
 
     def __init__(self, parent: str | Path, most_waiting: int = 128) -> None:
@@ -189,7 +188,7 @@ class Store:
             self.folder = Path(tempfile.mkdtemp(prefix="pilot-jax-", dir=Path(parent).expanduser()))
         except OSError as error:
             raise InputError(f"system.store: {parent}: {error.strerror}. Give a folder that can be written.") from None
-        # Also when the process ends.
+        # The folder is removed with the store, and at the latest when the process ends.
         self._finalizer = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.read_seconds = self.write_seconds = self.waited_seconds = 0.0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
@@ -230,7 +229,7 @@ class Store:
             self._waiting.pop(key, None)
 
     def read(self, key: Key) -> dict[str, Any]:
-        """Returns the adapters as nested dicts of NumPy arrays; the very object that was written while it waits."""
+        """Returns the adapters as nested dicts of NumPy arrays; until they are written, the object given to `write`."""
         with self._lock:
             waiting = self._waiting.get(key)
         if waiting is not None:
@@ -252,7 +251,7 @@ class Store:
         self.waited_seconds += time.perf_counter() - start
 
     def prune(self, keep: set[Key]) -> None:
-        """Removes the written versions that are not in `keep`; what waits to be written is not affected.
+        """Removes the written versions that are not in `keep`; versions that wait to be written are not affected.
 
         Raises:
             OSError: something could not be written.
@@ -266,7 +265,7 @@ class Store:
                 path.unlink()
 
 
-MOST_JSON_BYTES = 100_000_000  # no JSON file of a checkpoint or a run comes near it
+MOST_JSON_BYTES = 100_000_000  # far above any JSON file of a checkpoint or a run
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:
@@ -279,7 +278,7 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
         raise InputError(f"{file} does not exist. {remedy}")
     try:
         if file.stat().st_size > MOST_JSON_BYTES:
-            raise ValueError(f"{file.stat().st_size} bytes, at most {MOST_JSON_BYTES} are read")
+            raise ValueError(f"{file.stat().st_size} bytes, more than the limit of {MOST_JSON_BYTES}")
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: not valid JSON ({error}). Fetch or write it again.") from None

@@ -1,4 +1,4 @@
-"""The federation: ownership, losses, local updates, mixing, strategies, rounds. Pure functions of pytrees.
+"""The federated method: parameter ownership, losses, local training, uploads, mixing, strategies and rounds.
 
-Imports `pilot_jax.models` and, in `simulation`, `pilot_jax.data` and `pilot_jax.evaluation`.
+It opens no file, reads no environment variable, and starts threads in `executor.py` alone.
 """

@@ -1,7 +1,7 @@
-"""The local update: one compiled program per phase for a chunk of clients, all its steps in one loop.
+"""Local training of a chunk of clients: one compiled program for all steps of a phase, in one loop.
 
-`start`, `advance` and `finish` are its three parts, for data that go to the device a few steps at a time;
-`local_update` is the three of them in one program.
+`local_update` is this program. `start`, `advance` and `finish` are its three parts as programs of their own, for data
+that go to the device a few steps at a time.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ AnyArray = Array | np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class LocalRule:
-    """What a strategy changes in its clients' steps. Subclasses are frozen dataclasses: their values are compiled in.
+    """A strategy's change to its clients' steps. Subclasses are frozen dataclasses: their fields are compiled in.
 
-    `start` is what the phase began with, `carried` the client's subtrees of mode "carried" (SCAFFOLD's controls).
+    `start`: the trained subtrees before the phase; `carried`: the subtrees of mode "carried" (SCAFFOLD's controls).
     """
 
     averages_gradients: bool = False  # whether `carry` needs the mean gradient
 
     def gradient(self, gradient: Any, trained: Any, start: Any, carried: Mapping[str, Any]) -> Any:
-        """The direction the optimizer gets instead of `gradient`: trees of one client, as `trained`."""
+        """Returns the direction that the optimizer gets instead of `gradient`; trees of one client, like `trained`."""
         return gradient
 
     def carry(self, mean_gradient: Any, carried: Mapping[str, Any]) -> dict[str, Any]:
-        """The carried subtrees after the phase. `mean_gradient`: the loss's own, over the client's steps."""
+        """Returns the carried subtrees after the phase. `mean_gradient`: the loss gradient's mean over the steps."""
         return dict(carried)
 
 
@@ -49,50 +49,50 @@ PLAIN_RULE = LocalRule()
 
 @runtime_checkable
 class Module(Protocol):
-    """What a phase asks of a model: `models.vlm.Vlm` answers, and so does a smaller one, for tests."""
+    """The interface of a model that a phase trains: `models.vlm.Vlm`, or a smaller model in tests."""
 
     def apply(self, variables: Any, *args: Any, method: str) -> Any:
-        """(logits [B, A, V], what the connector returns beside) of `method` "target_logits"."""
+        """Returns (logits [B, A, V], the connector's auxiliary outputs); `method` is "target_logits"."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSpec:
-    """A client's optimizer; its state lasts a phase. Peak learning rates are no part of it: they are arguments."""
+    """A client's optimizer, reset in each phase. Peak learning rates are arguments of the program instead."""
 
     kind: str  # adamw | sgd
     weight_decay: float
     epsilon: float
-    warmup: float  # share of a client's own steps
+    warmup: float  # fraction of a client's steps
 
 
 @dataclasses.dataclass(frozen=True)
 class PhaseSpec:
-    """What is static about a phase: phases with equal specs share one compiled program."""
+    """The static part of a phase: phases with equal specs share one compiled program."""
 
     module: Module
     stage: str
-    trained: tuple[str, ...]  # subtrees of the adapters, by what the phase does with them
+    trained: tuple[str, ...]  # subtrees of the adapters, by their mode in the stage
     frozen: tuple[str, ...]
     carried: tuple[str, ...]
-    received: tuple[str, ...]  # of these, what the server sends to all alike
+    received: tuple[str, ...]  # subtrees that are equal for all clients, as the server provides them
     weights: LossWeights
     optimizer: OptimizerSpec
     rule: LocalRule = PLAIN_RULE
 
     def split(self, adapters: Mapping[str, Tree]) -> tuple[dict[str, Tree], dict[str, Tree]]:
-        """(trained, frozen) subtrees. Gradients are taken of the first part alone."""
+        """Returns (trained, frozen) subtrees. Only the trained ones get gradients."""
         return {n: adapters[n] for n in self.trained}, {n: adapters[n] for n in self.frozen}
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """The named terms of the loss."""
+        """The names of the loss terms that the stage computes."""
         if self.stage == "stage2":
             return "ce", "balance", "z", "loss"
         return ("ce", "difference", "loss") if self.stage == "stage1" and "client" in self.trained else ("ce", "loss")
 
 
 def phase_spec(module: Module, roles: Roles, stage: str, train: TrainConfig, rule: LocalRule = PLAIN_RULE) -> PhaseSpec:
-    """The spec of a phase, from the ownership table and what of `train` is compiled in."""
+    """Returns the spec of a phase, from the ownership table and those values of `train` that are compiled in."""
     return PhaseSpec(
         module, stage, roles.names(stage=stage, mode="trained"), roles.names(stage=stage, mode="frozen"),
         roles.names(stage=stage, mode="carried"), roles.names(scope="received"), loss_weights(train, stage),
@@ -102,9 +102,9 @@ def phase_spec(module: Module, roles: Roles, stage: str, train: TrainConfig, rul
 @partial(jax.tree_util.register_dataclass, data_fields=["own", "common"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-    """The adapters of k clients: `own` leaves [k, …]; `common` ones, which all have alike, without a client axis."""
+    """The adapters of k clients: leaves of `own` are [k, …]; those of `common`, equal for all, have no client axis."""
 
-    own: Any  # subtrees by name; or, as everywhere in a pytree, what stands for them: a sharding
+    own: Any  # subtrees by name; or, as in any pytree, one value for all of them, such as a sharding
     common: Any
 
 
@@ -112,12 +112,12 @@ class Adapters:
          data_fields=["data", "order", "real", "steps", "task_index", "rates"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class ClientBatch:
-    """What k clients train on in a phase, or in some of its steps; every leaf [k, …]."""
+    """The training data of k clients for a phase or some of its steps; every leaf is [k, …]."""
 
     data: dict[str, Any]  # arrays [k, n_max, …], see `data.arrays.ClientData`
     order: Any  # int32 [k, S_max, B]: rows of `data` at each step
-    real: Any  # float32 [k, S_max, B]: 1, or 0 for padding
-    steps: Any  # int32 [k], S_k of the whole phase
+    real: Any  # float32 [k, S_max, B]: 1 for a sample, 0 for padding
+    steps: Any  # int32 [k], S_k: the client's number of steps in the whole phase
     task_index: Any  # int32 [k]
     rates: dict[str, Any]  # peak learning rate of each optimizer label, float32 [k]
 
@@ -126,27 +126,27 @@ class ClientBatch:
          data_fields=["adapters", "trained", "optimizer", "sums", "gradients", "steps"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Carry:
-    """A local update between two of its parts."""
+    """The state of a local update between its parts."""
 
     adapters: Any  # `Adapters` at the start of the phase
-    trained: Any  # subtrees [k, …] as they are now
+    trained: Any  # current subtrees [k, …]
     optimizer: Any
-    sums: Any  # of each loss term over the steps so far, [k]
-    gradients: Any  # their sum, where the rule asks for it
+    sums: Any  # each loss term, summed over the steps so far, [k]
+    gradients: Any  # summed over the steps so far, if the rule averages them
     steps: Any  # int32 [k], S_k
 
 
 def peak_rates(train: TrainConfig, stage: str) -> dict[str, float]:
-    """Peak learning rate of each optimizer label. Plain LLaVA training takes stage 1's."""
+    """Returns the peak learning rate of each optimizer label. Plain LLaVA training uses those of stage 1."""
     return {"connector": train.lr_connector,
             "lora": train.lr_lora_stage2 if stage == "stage2" else train.lr_lora_stage1}
 
 
 def learning_rate(peak: float | Float[AnyArray, ""], warmup: float, step: Real[AnyArray, ""],
                   total: Real[AnyArray, ""]) -> Float[Array, ""]:
-    """peak · min(1, (i+1)/w) · ½(1+cos(π·i/S_k)), w = max(1, ⌈warmup·S_k⌉); `total` is the client's own S_k.
+    """Returns peak · min(1, (i+1)/w) · ½(1+cos(π·i/S_k)), w = max(1, ⌈warmup·S_k⌉); `total` is the client's S_k.
 
-    Written here because the schedules of optax do not take a traced number of steps.
+    The schedules of optax are not used because they do not accept a traced number of steps.
     """
     steps = jnp.maximum(total, 1).astype(jnp.float32)
     ramp = jnp.maximum(1.0, jnp.ceil(warmup * steps))
@@ -156,8 +156,8 @@ def learning_rate(peak: float | Float[AnyArray, ""], warmup: float, step: Real[A
 
 def make_optimizer(spec: OptimizerSpec, labels: Mapping[str, Tree], total_steps: jax.Array,
                    rates: Mapping[str, jax.Array]) -> optax.GradientTransformation:
-    """One transformation per label. `total_steps` and the peak rates may be traced: each vmapped client has its own
-    schedule."""
+    """Returns an optimizer with one transformation per label. `total_steps` and peak rates may be traced: each vmapped
+    client has its own schedule."""
 
     def one(peak: jax.Array) -> optax.GradientTransformation:
         def schedule(count: jax.Array) -> jax.Array:
@@ -172,7 +172,7 @@ def make_optimizer(spec: OptimizerSpec, labels: Mapping[str, Tree], total_steps:
 
 def gather_batch(data: Mapping[str, Shaped[AnyArray, "n ..."]], rows: Int[AnyArray, " B"],
                  real: Float[AnyArray, " B"]) -> dict[str, Shaped[Array, "B ..."]]:
-    """Rows of one client's arrays; padding rows get weight 0 everywhere."""
+    """Returns the given rows of one client's arrays as a batch; padding rows get weight 0 everywhere."""
     batch: dict[str, Any] = {name: array[rows] for name, array in data.items()}
     batch["target_weights"] = batch["target_weights"] * real[:, None]
     batch["has_image"] = batch["has_image"] * real
@@ -182,7 +182,7 @@ def gather_batch(data: Mapping[str, Shaped[AnyArray, "n ..."]], rows: Int[AnyArr
 def client_loss(spec: PhaseSpec, base: Mapping[str, Tree], trained: Mapping[str, Tree], frozen: Mapping[str, Tree],
                 batch: Mapping[str, Shaped[AnyArray, "B ..."]], task_index: int | Int[AnyArray, ""],
                 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Loss and its terms for one client's batch."""
+    """Returns the loss of one client's batch, and its terms."""
     logits, aux = spec.module.apply(variables(base, {**trained, **frozen}), batch, spec.stage, task_index,
                                     method="target_logits")
     return stage_loss(logits, aux, batch, spec.weights)
@@ -200,7 +200,7 @@ def _start(spec: PhaseSpec, adapters: Adapters, batch: ClientBatch) -> Carry:
 
 def _advance(spec: PhaseSpec, mesh: jax.sharding.Mesh | None, base: Mapping[str, Tree], carry: Carry,
              batch: ClientBatch, offset: jax.Array | int) -> Carry:
-    """The carry after the steps of `batch`, of which the first is the phase's step `offset`."""
+    """Returns the carry after the steps of `batch`, of which the first is step `offset` of the phase."""
     own, common = carry.adapters.own, carry.adapters.common
     start = {n: own[n] for n in spec.trained}
     own_frozen = {n: own[n] for n in spec.frozen if n in own}
@@ -212,7 +212,7 @@ def _advance(spec: PhaseSpec, mesh: jax.sharding.Mesh | None, base: Mapping[str,
                       make_optimizer(spec.optimizer, labels, total, rate).update(grads, state, tree))
 
     def total_loss(trained: Tree, batch: Tree, task_index: jax.Array) -> Any:
-        # The gradient of the clients' summed loss is every client's own gradient: they share no trained leaf.
+        # Clients share no trained leaf, so the gradient of their summed loss is each client's own gradient.
         def one(trained: Tree, own_frozen: Tree, batch: Tree, task: jax.Array) -> Any:
             return client_loss(spec, base, trained, {**own_frozen, **common_frozen}, batch, task)
 
@@ -238,7 +238,7 @@ def _advance(spec: PhaseSpec, mesh: jax.sharding.Mesh | None, base: Mapping[str,
             "last_loss": _where(active, terms["loss"], sums["last_loss"])}
         return new_trained, new_optimizer, sums, gradients
 
-    # As many steps as the chunk's longest client has, not as the arrays have room for.
+    # The arrays may have room for more steps than the longest client of this chunk has.
     count = jnp.clip(jnp.max(carry.steps) - offset, 0, batch.order.shape[1])
     trained, optimizer, sums, gradients = jax.lax.fori_loop(
         0, count, step, (carry.trained, carry.optimizer, carry.sums, carry.gradients))
@@ -246,7 +246,7 @@ def _advance(spec: PhaseSpec, mesh: jax.sharding.Mesh | None, base: Mapping[str,
 
 
 def _where(active: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    """`new` of the clients that are active [k], `old` of the others; leaves [k, …]."""
+    """Returns `new` for clients that are active [k] and `old` for the others; leaves [k, …]."""
     return jnp.where(active.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
 
@@ -268,12 +268,12 @@ ADAPTERS = Adapters(OWN, COMMON)
 CARRY = Carry(ADAPTERS, OWN, OWN, OWN, OWN, OWN)
 
 
-def _dealt(function: Callable, mesh: jax.sharding.Mesh | None, arguments: tuple, specs: tuple, out: Any) -> Any:
-    """function(mesh or None, *arguments), whose clients are dealt to the rows of `mesh` (axis "clients").
+def _on_mesh(function: Callable, mesh: jax.sharding.Mesh | None, arguments: tuple, specs: tuple, out: Any) -> Any:
+    """Calls function(mesh or None, *arguments) with the clients divided among the rows of `mesh` (axis "clients").
 
-    Clients need nothing of each other. Where a row is one device, the devices run on their own, each as long as its own
-    longest client; where "fsdp" or "tensor" has several, XLA spreads the work over them as the base's and the batch's
-    (over "fsdp") shardings suggest.
+    Clients do not depend on each other. Where a row is one device, each device runs separately, for as many steps as
+    its own longest client has. Where "fsdp" or "tensor" has several devices, XLA divides the work among them by the
+    shardings of the base and of the batch (over "fsdp").
     """
     if mesh is None:
         return function(None, *arguments)
@@ -284,7 +284,7 @@ def _dealt(function: Callable, mesh: jax.sharding.Mesh | None, arguments: tuple,
 
 
 def _constrained(tree: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
-    """`tree` with what `specs` calls the clients' own on the axis "clients"; the rest as it lies."""
+    """Shards the parts of `tree` whose spec is OWN over the axis "clients"; the other parts are unchanged."""
     def one(spec: PartitionSpec, part: Any) -> Any:
         return jax.lax.with_sharding_constraint(part, NamedSharding(mesh, spec)) if spec == OWN else part
 
@@ -297,8 +297,8 @@ def local_update(spec: PhaseSpec, base: Mapping[str, Tree], adapters: Adapters, 
     """Trains a chunk of k clients for one phase.
 
     Args:
-        base: frozen weights, shared by all (an argument: never vmapped, never closed over).
-        mesh: over whose axis "clients" the clients are dealt, and over whose axis "fsdp" batches are spread.
+        base: frozen weights, shared by all clients (an argument, never vmapped and never a constant of the program).
+        mesh: its axis "clients" divides the clients, its axis "fsdp" the samples of a batch.
 
     Returns: adapters [k, …] without the received subtrees, and the terms of the loss averaged over each client's own
         steps, plus the last step's loss (`last_loss`), float32 [k]. A step beyond S_k changes nothing: parameters,
@@ -307,24 +307,24 @@ def local_update(spec: PhaseSpec, base: Mapping[str, Tree], adapters: Adapters, 
     def whole(row: jax.sharding.Mesh | None, base: Any, adapters: Adapters, batch: ClientBatch) -> Any:
         return _finish(spec, _advance(spec, row, base, _start(spec, adapters, batch), batch, 0))
 
-    return _dealt(whole, mesh, (base, adapters, batch), (COMMON, ADAPTERS, OWN), OWN)
+    return _on_mesh(whole, mesh, (base, adapters, batch), (COMMON, ADAPTERS, OWN), OWN)
 
 
 @partial(jax.jit, static_argnames=("spec", "mesh"))
 def start(spec: PhaseSpec, adapters: Adapters, batch: ClientBatch, mesh: jax.sharding.Mesh | None = None) -> Carry:
-    """The carry before a phase's first step."""
-    return _dealt(lambda row, *arguments: _start(spec, *arguments), mesh, (adapters, batch), (ADAPTERS, OWN), CARRY)
+    """Returns the carry before the first step of a phase."""
+    return _on_mesh(lambda row, *arguments: _start(spec, *arguments), mesh, (adapters, batch), (ADAPTERS, OWN), CARRY)
 
 
 @partial(jax.jit, static_argnames=("spec", "mesh"), donate_argnames=("carry",))
 def advance(spec: PhaseSpec, base: Mapping[str, Tree], carry: Carry, batch: ClientBatch, offset: jax.Array,
             mesh: jax.sharding.Mesh | None = None) -> Carry:
-    """The carry after some more steps: `batch` has the data of steps `offset` and on alone, so that no more than these
-    need be on the device."""
-    return _dealt(partial(_advance, spec), mesh, (base, carry, batch, offset), (COMMON, CARRY, OWN, COMMON), CARRY)
+    """Returns the carry after some more steps. `batch` has the data of these steps alone, from step `offset` on, so
+    that no other data need be on the device."""
+    return _on_mesh(partial(_advance, spec), mesh, (base, carry, batch, offset), (COMMON, CARRY, OWN, COMMON), CARRY)
 
 
 @partial(jax.jit, static_argnames=("spec", "mesh"))
 def finish(spec: PhaseSpec, carry: Carry, mesh: jax.sharding.Mesh | None = None) -> tuple[dict, dict]:
-    """What `local_update` returns, when all steps are done."""
-    return _dealt(lambda row, carry: _finish(spec, carry), mesh, (carry,), (CARRY,), OWN)
+    """Returns what `local_update` returns, after all steps."""
+    return _on_mesh(lambda row, carry: _finish(spec, carry), mesh, (carry,), (CARRY,), OWN)

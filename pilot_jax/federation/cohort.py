@@ -1,4 +1,4 @@
-"""Who takes part in a round, and what the server gets from them."""
+"""The cohort of a round: which clients take part, and their uploads as the server receives them."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from pilot_jax.federation.roles import Tree
 
 @dataclasses.dataclass(frozen=True)
 class Cohort:
-    """The uploads of one phase: all that an aggregation may look at."""
+    """The uploads of one phase, with everything else that an aggregation may use."""
 
     uploads: Mapping[str, Tree]  # the shared subtrees, leaves [S, …]
-    sizes: Int[Array | np.ndarray, " S"]  # n_k
+    sizes: Int[Array | np.ndarray, " S"]  # n_k, numbers of training samples
     tasks: Int[Array | np.ndarray, " S"]  # index of each client's task
     ids: Int[Array | np.ndarray, " S"]  # stable number of each client
     round: int  # from 1
 
     def __len__(self) -> int:
-        """S."""
+        """Returns S."""
         return len(self.sizes)
 
 
 def participants(settings: FederationConfig, names: Sequence[str], round_: int, seed: int) -> list[int]:
-    """Indices of the clients that take part in `round_` (from 1), in order.
+    """Returns the indices of the clients that take part in `round_` (from 1), in ascending order.
 
     Raises:
-        InputError: a name that is unknown, or no client that could take part.
+        InputError: the settings name an unknown client, or leave no client that could take part.
     """
     late = sorted(set(settings.joins) - set(names))
     if late:
@@ -44,8 +44,8 @@ def participants(settings: FederationConfig, names: Sequence[str], round_: int, 
     if listed:
         unknown = sorted(set(listed[0].clients) - set(names))
         if unknown or not listed[0].clients:
-            raise InputError(f"federation.participation: round {round_}: unknown or no clients {unknown}. "
-                             f"Known: {', '.join(names)}.")
+            wrong = f"unknown client {unknown[0]!r}" if unknown else "no client is listed"
+            raise InputError(f"federation.participation: round {round_}: {wrong}. Known: {', '.join(names)}.")
         members = sorted(names.index(name) for name in set(listed[0].clients))
     if not members:
         raise InputError(f"federation.joins: no client has joined by round {round_}. Let one join by then.")

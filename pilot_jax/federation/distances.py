@@ -1,7 +1,7 @@
-"""Distances between the clients of a cohort over their LoRA trees: [S, S], from exact differences.
+"""Distances [S, S] between the LoRA trees of a cohort's clients, computed from exact differences.
 
-|a|² + |b|² − 2ab cancels where clients share most of their value, so it only says which pairs can be near each other;
-what enters a weight is always the norm of a difference.
+The expansion |a|² + |b|² − 2ab loses precision where clients share most of their value, so it only decides which pairs
+may be near each other. A distance that enters a weight is always the norm of a difference.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from jaxtyping import Array, Float, Int
 from pilot_jax.kernels.pairwise import factor_gram, factor_pairs, product_gram, product_pairs, sum_over_leaves
 from pilot_jax.parallel.mesh import columns, mesh_of
 
-# Of |a|² + |b|²: forty times the float32 error of the Gram matrices seen (2e-7 with a million numbers a client).
+# Relative to |a|² + |b|²: forty times the float32 error measured in Gram matrices (2e-7 at a million numbers a client).
 MARGIN = 1e-5
-EVERY_PAIR = 16  # cohorts up to this size: every pair is subtracted
+EVERY_PAIR = 16  # largest cohort of which every pair is subtracted
 
 
 def targets(uploads: Mapping) -> list[tuple[Float[Array, "S layers R _"], Float[Array, "S layers _ R"]]]:
-    """(A [S, layers, R, d_in], B [S, layers, d_out, R]) of each LoRA target, float32."""
+    """Returns (A [S, layers, R, d_in], B [S, layers, d_out, R]) of each LoRA target, float32."""
     return [(jnp.asarray(pair["a"], jnp.float32), jnp.asarray(pair["b"], jnp.float32))
             for pair in uploads["layers"].values()]
 
 
 def near_pairs(gram: Float[np.ndarray, "S S"], neighbors: int) -> Int[np.ndarray, "pairs 2"]:
-    """Pairs k < j of which one may be among the other's `neighbors` nearest, whatever the error of `gram` within
-    MARGIN."""
+    """Returns the pairs k < j of which one client may be among the other's `neighbors` nearest, with errors of `gram`
+    up to MARGIN."""
     norms = np.diag(gram)
     size = norms[:, None] + norms[None]
     squares = np.where(np.eye(len(gram), dtype=bool), np.inf, size - 2 * gram)
@@ -41,14 +41,14 @@ def near_pairs(gram: Float[np.ndarray, "S S"], neighbors: int) -> Int[np.ndarray
 
 
 def distances(uploads: Mapping, neighbors: int | None = None, space: str = "factors") -> Float[Array, "S S"]:
-    """d_kj = ‖Θ_k − Θ_j‖₂ over all leaves ("factors"), or √Σ ‖B_kA_k − B_jA_j‖_F² over targets and layers, without α/r
-    ("product"); float32.
+    """Returns d_kj: ‖Θ_k − Θ_j‖₂ over all leaves (space "factors"), or √Σ ‖B_kA_k − B_jA_j‖_F² over targets and layers,
+    without α/r ("product"); float32.
 
     In cohorts above EVERY_PAIR with `neighbors` given, only pairs of which one may be among the other's `neighbors`
-    nearest are subtracted. The rest, which no weight depends on, come from a Gram matrix.
+    nearest are subtracted. The other distances, on which no weight depends, come from a Gram matrix.
 
-    Leaves [S, …] are visited one after another and may be NumPy arrays or `storage.Rows`: two of them are in memory
-    and on the device at once. Leaves whose parameters are spread over a mesh stay so: matrices [S, S] alone are sent.
+    Leaves [S, …] may be NumPy arrays or `storage.Rows`; at most two of them are in memory and on the device at once.
+    Leaves whose parameters are spread over a mesh stay there: only matrices [S, S] go from device to device.
     """
     mesh = mesh_of(uploads)
     if space == "factors":
@@ -57,7 +57,7 @@ def distances(uploads: Mapping, neighbors: int | None = None, space: str = "fact
     else:
         parts = [(pair["a"], pair["b"]) for pair in uploads["layers"].values()]
         gram_of, pairs_of = product_gram, product_pairs
-        if mesh is not None:  # products need a layer's A and B whole
+        if mesh is not None:  # a product needs all of a layer's A and B on one device
             parts = [tuple(jax.device_put(x, NamedSharding(mesh, columns(x.shape, mesh, axis=1))) for x in pair)
                      for pair in parts]
     cohort = len(parts[0][0])
@@ -69,7 +69,7 @@ def distances(uploads: Mapping, neighbors: int | None = None, space: str = "fact
         norms, gram = np.diag(gram), (gram + gram.T) / 2
         squares = np.maximum(norms[:, None] + norms[None] - 2 * gram, 0)
         pairs = near_pairs(gram, min(neighbors, cohort - 1))
-    # Padded to all pairs, so that how many are near compiles nothing anew.
+    # Padded to the number of all pairs, so that another number of near pairs needs no new program.
     padded = np.zeros((max(len(everyone), 1), 2), np.int32)
     padded[:len(pairs)] = pairs
     exact = sum_over_leaves(pairs_of, parts, padded[:, 0], padded[:, 1], len(pairs))

@@ -1,7 +1,7 @@
-"""Local updates of a cohort, chunk by chunk; also of several federations' cohorts at once.
+"""Local training of a cohort chunk by chunk, or of the cohorts of several federations together.
 
-Federations that train alike (seeds, learning rates) share a program: their clients are trained side by side. While the
-device works on a chunk, a thread makes the arrays of the next.
+Federations whose phases are equal but for seeds and learning rates share a program, and their clients train side by
+side. While the device trains one chunk, a thread prepares the arrays of the next.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from pilot_jax.parallel.processes import here, to_host
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a federation wants trained: its clients' adapters, in one phase of one round."""
+    """The clients of one federation to train, with their adapters, in one phase of one round."""
 
     fed: Federation
     adapters: Mapping[int, dict[str, Tree]]
     round: int
     stage: str
     label: str
-    partial: Trained | None = None  # what an interrupted attempt at this has done
+    partial: Trained | None = None  # results of an interrupted attempt at the same phase
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """One client of one federation."""
+    """One client to train."""
 
-    work: int  # which of the works
+    work: int  # index of the `Work` that it belongs to
     fed: Federation
     client: int
     steps: int
@@ -55,7 +55,7 @@ class _Job:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """Steps `start` to `stop` of a chunk's clients: of all their steps, or of as many as go to the devices at once."""
+    """Steps `start` to `stop` of a chunk's clients: all their steps, or as many as go to the devices at once."""
 
     members: list[_Job]
     start: int
@@ -72,7 +72,7 @@ class _Piece:
 
 @dataclasses.dataclass(frozen=True)
 class _Loaded:
-    """A piece's inputs: the members' adapters one by one (with a chunk's first piece) and as the device gets them."""
+    """A piece's inputs. `before`, `adapters`: the clients' adapters one by one and stacked, in a first piece."""
 
     before: list[dict[str, Tree]]
     adapters: Adapters | None
@@ -81,13 +81,13 @@ class _Loaded:
 
 
 def chunk_width(client_chunk: int, clients: int, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None) -> int:
-    """How many clients are side by side: `client_chunk` on each row of the mesh, but not more than there are."""
+    """Returns how many clients train side by side: `client_chunk` on each row of the mesh, but not more than exist."""
     rows = 1 if mesh is None else mesh.shape["clients"]
     return rows * min(client_chunk, -(-clients // rows))
 
 
 def chunks(jobs: Sequence[_Job], width: int) -> list[list[_Job]]:
-    """`jobs` in groups of at most `width` whose arrays have one shape: one program trains a group."""
+    """Returns `jobs` in groups of at most `width` clients with arrays of one shape: one program trains a group."""
     by_shape: dict[tuple[int, ...], list[_Job]] = {}
     for job in jobs:
         train = job.data.train
@@ -96,17 +96,17 @@ def chunks(jobs: Sequence[_Job], width: int) -> list[list[_Job]]:
 
 
 class _Phase:
-    """One phase of one or several federations while it trains."""
+    """One phase of one or several federations during its training."""
 
     def __init__(self, works: Sequence[Work], client_chunk: int, steps_at_once: int | None) -> None:
         first, self.works = works[0], works
         self.spec = first.fed.phase(first.stage)
         if any(work.fed.phase(work.stage) != self.spec for work in works[1:]):
-            raise ValueError("federations that train together must train alike")
+            raise ValueError("federations that train together must have equal phases")
         feds = [work.fed for work in works]
         self.base, self.mesh = first.fed.model.base, first.fed.mesh
         self.width = chunk_width(client_chunk, sum(len(f.clients) for f in feds), self.mesh)
-        # Arrays have room for the largest client of all, so that each chunk has the same shape.
+        # Arrays have room for the largest client of all, so that all chunks have one shape.
         self.samples = max(c.size for f in feds for c in f.clients)
         self.steps = max(f.full_steps(c) for f in feds for c in range(len(f.clients)))
         self.steps_at_once = self.steps if steps_at_once is None else min(steps_at_once, self.steps)
@@ -118,19 +118,19 @@ class _Phase:
 
     @property
     def jobs(self) -> list[_Job]:
-        """Who is left to train."""
+        """The clients that are not trained yet."""
         return [_Job(number, work.fed, client, work.fed.steps(client, work.round))
                 for number, work in enumerate(self.works) for client in sorted(work.adapters)
                 if client not in self.adapters[number]]
 
     def pieces(self) -> list[_Piece]:
-        """What is trained one after another."""
+        """Returns the pieces in the order of their training."""
         size = self.steps_at_once
         return [_Piece(members, first, first + size) for members in chunks(self.jobs, self.width)
                 for first in range(0, max(job.steps for job in members), size)]
 
     def load(self, piece: _Piece) -> _Loaded:
-        """The inputs of a piece; may read files."""
+        """Returns the inputs of a piece; may read files."""
         began, before, adapters = time.perf_counter(), list[dict[str, Tree]](), None
         if piece.is_first:
             before = [self.works[job.work].adapters[job.client] for job in piece.members]
@@ -138,22 +138,22 @@ class _Phase:
         return _Loaded(before, adapters, self._batch(piece), time.perf_counter() - began)
 
     def _stacked(self, members: list[dict[str, Tree]]) -> Adapters:
-        """The members' adapters side by side, the first again in place of those that are missing to the width."""
+        """Returns the members' adapters side by side; the first is repeated where members are fewer than the width."""
         padded = members + members[:1] * (self.width - len(members))
-        # What one federation's clients received is the same for all of them.
+        # All clients of one federation have the same received subtrees.
         common = self.spec.received if len(self.works) == 1 else ()
         return Adapters(stack([{n: t for n, t in one.items() if n not in common} for one in padded]),
                         {n: padded[0][n] for n in common})
 
     def _batch(self, piece: _Piece) -> ClientBatch:
-        """Arrays of one piece, padded to the width with clients that take no step. Data are read of those clients that
-        lie on this process's devices; the others' are zeros."""
+        """Returns the arrays of one piece, padded to the width with clients that take no step. Only the data of clients
+        on this process's devices are read; the data of the others are zeros."""
         whole = piece.is_first and piece.stop >= self.steps
-        jobs, idle = piece.members, self.width - len(piece.members)
+        jobs, padding = piece.members, self.width - len(piece.members)
         train = jobs[0].fed.train
         rows = self.samples if whole else (piece.stop - piece.start) * train.batch_size
         data = {k: np.zeros((self.width, rows, *v.shape[1:]), v.dtype) for k, v in jobs[0].data.train.items()}
-        data["attention_mask"][len(jobs):, :, 0] = 1  # so that clients that fill up a chunk give finite numbers
+        data["attention_mask"][len(jobs):, :, 0] = 1  # so that padding clients give finite numbers
         orders, reals = [], []
         for number, job in enumerate(jobs):
             order, real = self._visits(job, piece)
@@ -166,13 +166,13 @@ class _Phase:
             reals.append(real)
         rates = [peak_rates(job.fed.train, self.spec.stage) for job in jobs]
         return ClientBatch(
-            data, np.stack(orders + orders[:1] * idle), np.stack(reals + reals[:1] * idle).astype(np.float32),
-            np.asarray([job.steps for job in jobs] + [0] * idle, np.int32),
-            np.asarray([job.fed.task_index(job.client) for job in jobs + jobs[:1] * idle], np.int32),
-            jax.tree.map(np.float32, stack(rates + rates[:1] * idle)))
+            data, np.stack(orders + orders[:1] * padding), np.stack(reals + reals[:1] * padding).astype(np.float32),
+            np.asarray([job.steps for job in jobs] + [0] * padding, np.int32),
+            np.asarray([job.fed.task_index(job.client) for job in jobs + jobs[:1] * padding], np.int32),
+            jax.tree.map(np.float32, stack(rates + rates[:1] * padding)))
 
     def _visits(self, job: _Job, piece: _Piece) -> tuple[np.ndarray, np.ndarray]:
-        """Which samples a client's steps of a piece visit: rows and whether they are real, [steps, B]."""
+        """Returns the samples that a client visits in a piece: rows and whether they are real, [steps, B]."""
         work = self.works[job.work]
         rng = client_generator(job.fed.seed, job.data.name, work.round, work.label)
         visits = visiting_order(rng, job.data.size, job.fed.train.batch_size, job.steps)
@@ -181,7 +181,7 @@ class _Phase:
         return order, real
 
     def run(self, piece: _Piece, loaded: _Loaded, carry: Carry | None) -> tuple[Carry | None, tuple[Any, Any] | None]:
-        """(carry, None) of a piece that others follow, or (None, (adapters, metrics)) of a chunk's last."""
+        """Trains a piece. Returns (None, (adapters, metrics)) for a chunk's last piece, else (carry, None)."""
         if piece.is_first and piece.is_last:
             assert loaded.adapters is not None
             return None, to_host(local_update(self.spec, self.base, loaded.adapters, loaded.batch, mesh=self.mesh))
@@ -194,7 +194,7 @@ class _Phase:
 
     def collect(self, members: list[_Job], before: list[dict[str, Tree]], after: Tree, metrics: Mapping[str, Any],
                 seconds: float) -> None:
-        """Takes the results of a chunk, [k, …], apart by client."""
+        """Splits the results of a chunk, leaves [k, …], by client, and records them."""
         for k, job in enumerate(members):
             work = self.works[job.work]
             self.adapters[job.work][job.client], upload = after_upload(
@@ -205,7 +205,7 @@ class _Phase:
             self.seconds[job.work] += seconds / len(members)
 
     def progress(self, members: list[_Job], steps: int) -> dict[str, Any]:
-        """What observers are told after a chunk; `steps` of the phase so far."""
+        """Returns the record for observers after a chunk; `steps`: client steps of the phase so far."""
         losses = [self.records[job.work][job.client]["last_loss"] for job in members]
         return {"round": self.works[0].round, "phase": self.works[0].label, "steps": steps,
                 "of": sum(len(work.adapters) for work in self.works),
@@ -220,10 +220,10 @@ class Executor:
     steps_at_once: int | None = None  # steps whose samples are on the devices at once; None: a whole phase's
 
     def train(self, works: Sequence[Work], observer: RunObserver | None = None) -> list[Trained]:
-        """Local updates of the clients of all `works`, whose phases must be equal.
+        """Trains the clients of all `works`, whose phases must be equal.
 
         Raises:
-            Interrupted: after a chunk, because the observer asked for it; with what is done of each work.
+            Interrupted: the observer requested it after a chunk; `partial` has the results of each work so far.
         """
         observer = observer or RunObserver()
         phase = _Phase(works, self.client_chunk, self.steps_at_once)
@@ -256,14 +256,14 @@ def _results(phase: _Phase, clock: _Clock) -> list[Trained]:
 
 
 class _Clock:
-    """Where a phase's seconds go: training, waiting for inputs, images through the tower."""
+    """Measures the seconds of a phase: training, waiting for inputs, computing image features."""
 
     def __init__(self) -> None:
         self.prepared = self.waited = self.features = 0.0
         self._began = time.perf_counter()
 
     def submit(self, reader: ThreadPoolExecutor, phase: _Phase, piece: _Piece) -> Future[_Loaded]:
-        """`phase.load(piece)` on its way, once the images that it needs have passed the tower: the devices do that."""
+        """Computes the image features of a piece on the devices, then starts `phase.load(piece)` in a thread."""
         start = time.perf_counter()
         if piece.is_first:
             compute_features([job.data.train["features"] for job in piece.members], phase.width)
@@ -280,7 +280,7 @@ class _Clock:
         return loaded
 
     def lap(self) -> float:
-        """Seconds since the last lap, without those of images."""
+        """Returns the seconds since the last lap, without those for image features."""
         now = time.perf_counter()
         taken, self._began = now - self._began, now
         return taken

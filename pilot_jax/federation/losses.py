@@ -21,7 +21,7 @@ AnyArray = Array | np.ndarray
 
 
 def _mean(values: Float[Array, "*rows"], weight: Float[AnyArray, "*rows"]) -> Float[Array, ""]:
-    """Weighted mean, 0 where all weights are 0."""
+    """Returns the weighted mean, or 0 where all weights are 0."""
     return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1.0)
 
 
@@ -43,10 +43,10 @@ def difference_loss(x_t: Float[AnyArray, "B N C"], x_s: Float[AnyArray, "B N C"]
     """L_d (paper §3.2): how far the task's and the client's features share directions; float32.
 
     Args:
-        mode: raw: ‖x_tᵀ x_s‖_F² per image, as the formula is written. token_cosine: that of tokens over √(‖x‖²+ε²),
+        mode: raw: ‖x_tᵀ x_s‖_F² per image, the paper's formula. token_cosine: the same of tokens divided by √(‖x‖²+ε²),
             ε = 0.1·stop_gradient(mean ‖x_t‖), divided by N² (plain cosines of near-zero tokens are ill-conditioned,
-            and x_s starts at zero). flat: the authors' code, each image one vector,
-            mean of the squared inner products over the (N·C)² pairs of features, by the B×B Gram.
+            and x_s starts at zero). flat: as in the authors' code, each image is one vector;
+            the mean of the squared inner products over the (N·C)² pairs of features, by the B×B Gram.
         center: subtract each image's mean token first.
     """
     t, s = jnp.asarray(x_t, jnp.float32), jnp.asarray(x_s, jnp.float32)
@@ -92,7 +92,7 @@ class LossWeights:
 
 
 def loss_weights(train: TrainConfig, stage: str) -> LossWeights:
-    """What of the config enters the loss of a stage: what does not, must not tell compiled programs apart."""
+    """Returns the weights of a stage's own terms. The others stay 0, so that they cause no new compilation."""
     if stage == "stage1":
         return LossWeights(difference=train.lambda_d, difference_mode=train.ld_mode, center=train.ld_center)
     if stage == "stage2":
@@ -103,10 +103,10 @@ def loss_weights(train: TrainConfig, stage: str) -> LossWeights:
 def stage_loss(logits: Float[AnyArray, "B A V"], aux: Mapping[str, Float[AnyArray, "B N _"]],
                batch: Mapping[str, Shaped[AnyArray, "B ..."]], weights: LossWeights,
                ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The loss of one client's batch, and its named terms (float32 scalars).
+    """Returns the loss of one client's batch, and its named terms (float32 scalars).
 
     Args:
-        aux: what the stage's connector returns beside its features: x_t, x_s [B, N, C] (stage 1),
+        aux: what the stage's connector returns in addition to its features: x_t, x_s [B, N, C] (stage 1),
             router_logits [B, N, T] (stage 2), or nothing.
         batch: target_ids, target_weights [B, A] and has_image [B], both already 0 for padding samples.
     """

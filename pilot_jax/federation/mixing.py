@@ -22,37 +22,37 @@ AnyArray = Array | np.ndarray
 
 
 def identity(cohort: int) -> Float[Array, "S S"]:
-    """Local training: everyone keeps their own."""
+    """Returns the matrix of local training: every client receives its own upload."""
     return jnp.eye(cohort)
 
 
 def mean(sizes: Real[AnyArray, " S"]) -> Float[Array, "S S"]:
-    """FedAvg (McMahan et al., 2017): every row is n/Σn."""
+    """Returns the matrix of FedAvg (McMahan et al., 2017): every row is n/Σn."""
     weights = jnp.asarray(sizes, jnp.float32)
     return jnp.broadcast_to(weights / jnp.sum(weights), (len(weights), len(weights)))
 
 
 def per_task_mean(sizes: Real[AnyArray, " S"], tasks: Int[AnyArray, " S"], num_tasks: int) -> Float[Array, "T S"]:
-    """Mean of each task's clients weighted by n_k; a task without a client: zeros."""
+    """Returns, for each task, the mean over its clients weighted by n_k; zeros for a task without a client."""
     members = jax.nn.one_hot(tasks, num_tasks).T * jnp.asarray(sizes, jnp.float32)
     total = jnp.sum(members, axis=1, keepdims=True)
     return members / jnp.where(total > 0, total, 1.0)
 
 
 def apply(matrix: Float[AnyArray, "M S"], uploads: PyTree[Float[AnyArray, "S ..."]]) -> PyTree[Float[Array, "M ..."]]:
-    """matrix [M, S] times leaves [S, …] → leaves [M, …], in float32."""
+    """Returns matrix [M, S] times leaves [S, …], which gives leaves [M, …]; computed in float32."""
     return jax.tree.map(
         lambda leaf: exact_einsum("ms,s...->m...", matrix, leaf.astype(jnp.float32)).astype(leaf.dtype), uploads)
 
 
 def effective_neighbors(matrix: Float[AnyArray, "M S"]) -> Float[Array, " M"]:
-    """exp(entropy) of each row: how many clients a client really borrows from, itself included."""
+    """Returns exp(entropy) of each row: the effective number of clients in a mixture, the client itself included."""
     safe = jnp.where(matrix > 0, matrix, 1.0)
     return jnp.exp(-jnp.sum(matrix * jnp.log(safe), axis=1))
 
 
 class AtaOptions(TypedDict, total=False):
-    """How ATA chooses and weighs neighbours; see `ata_weights`."""
+    """Options for how ATA chooses and weighs neighbours; `ata_weights` explains them."""
 
     neighbors: Required[int]
     weighting: str
@@ -65,10 +65,10 @@ class AtaOptions(TypedDict, total=False):
 @partial(jax.jit, static_argnames=tuple(AtaOptions.__annotations__))
 def ata_weights(distances: Float[AnyArray, "S S"], sizes: Real[AnyArray, " S"],
                 client_ids: Int[AnyArray, " S"] | None = None, **options: Unpack[AtaOptions]) -> Float[Array, "S S"]:
-    """Adaptive Text-adapter Aggregation: w_kj over the M nearest others and k itself, rows sum to 1.
+    """Returns the weights w_kj of Adaptive Text-adapter Aggregation, over the M nearest others and k; rows sum to 1.
 
     Args:
-        sizes: n_k. client_ids: break ties; default the position.
+        sizes: n_k. client_ids: the lower id wins a tie of distances; by default a client's position.
         options: neighbors: M ≥ 1; more than S − 1 means all others.
             weighting: softmax (default): ∝ exp(−d/τ). inverse_distance: ∝ 1/d, self weighing as much as its nearest
             neighbour. share: self ∝ n_k, neighbours ∝ 1/d. Where a neighbour is at d = 0, 1/d takes its limit: all
@@ -106,7 +106,7 @@ def ata_weights(distances: Float[AnyArray, "S S"], sizes: Real[AnyArray, " S"],
 
 
 def _nearest(others: Float[Array, "S S"], ids: Int[AnyArray, " S"], m: int) -> Bool[Array, "S S"]:
-    """Which m entries of each row are the smallest, ties broken by `ids`; never the diagonal, which is ∞."""
+    """Returns which m entries of each row are the smallest, ties broken by `ids`; never the diagonal, which is ∞."""
     cohort = len(ids)
 
     def rank(row: jax.Array) -> jax.Array:
@@ -124,7 +124,7 @@ def _by_softmax(d: Float[Array, "S S"], member: Bool[Array, "S S"], tau: Float[A
 
 def _by_inverse_distance(d: Float[Array, "S S"], near: Bool[Array, "S S"], is_self: Bool[Array, "S S"],
                          sizes: Float[Array, " S"] | None) -> Float[Array, "S S"]:
-    """1/d of the neighbours; a client's own weight is its size, or without sizes its nearest neighbour's weight."""
+    """Returns 1/d for neighbours; for the client itself its size or, without sizes, its nearest neighbour's weight."""
     touching = jnp.any(near & (d == 0), axis=1, keepdims=True)
     inverse = jnp.where(near & (d > 0), 1.0 / jnp.where(d > 0, d, 1.0), 0.0)
     own = jnp.max(inverse, axis=1, keepdims=True) if sizes is None else sizes[:, None]
@@ -133,7 +133,7 @@ def _by_inverse_distance(d: Float[Array, "S S"], near: Bool[Array, "S S"], is_se
 
 def ata(uploads: Mapping[str, Any], sizes: Real[AnyArray, " S"], client_ids: Int[AnyArray, " S"] | None = None, *,
         space: str = "factors", **options: Unpack[AtaOptions]) -> tuple[Float[Array, "S S"], Float[Array, "S S"]]:
-    """(weights, distances) for LoRA uploads; options as in `ata_weights`.
+    """Returns (weights, distances) for LoRA uploads; options as in `ata_weights`.
 
     In cohorts above 16 the distances of pairs that no weight depends on are approximate (`distances.py`).
     """
@@ -143,10 +143,10 @@ def ata(uploads: Mapping[str, Any], sizes: Real[AnyArray, " S"], client_ids: Int
 
 @partial(jax.jit, static_argnames=("terms",))
 def product_gap(matrix: Float[AnyArray, "M S"], uploads: Mapping, terms: int | None = None) -> Float[Array, " M"]:
-    """‖Σ_j w_kj B_jA_j − B̄_kĀ_k‖ / ‖Σ_j w_kj B_jA_j‖ per row: what mixing A and B as factors leaves out.
+    """Returns ‖Σ_j w_kj B_jA_j − B̄_kĀ_k‖ / ‖Σ_j w_kj B_jA_j‖ per row: the error of mixing A and B separately.
 
-    By the Gram of a row's terms and its mean, R×R at a time, one layer after another; 0 where nothing has been learnt
-    yet. `terms`: how many weights of a row are above 0 at most (default: all S may be).
+    Computed from the Gram matrix of a row's terms and its mean, R×R at a time, layer by layer; 0 where every product is
+    still 0. `terms`: largest number of weights above 0 in a row (default: all S).
     """
     pairs = targets(uploads)
     terms = min(terms or matrix.shape[1], matrix.shape[1])
@@ -170,7 +170,7 @@ def product_gap(matrix: Float[AnyArray, "M S"], uploads: Mapping, terms: int | N
 
 
 def check_rows(matrix: Float[AnyArray, "M S"]) -> None:
-    """Every row of a mixing matrix sums to 1 (or to 0, where a task has no participant)."""
+    """Checks that every row of a mixing matrix sums to 1 (or to 0, where a task has no participant)."""
     sums = np.asarray(matrix).sum(axis=1)
     if not np.all((np.abs(sums - 1) < 1e-4) | (sums == 0)):
         raise AssertionError(f"rows of a mixing matrix sum to {sums}")

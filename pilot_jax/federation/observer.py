@@ -1,4 +1,4 @@
-"""How a run is followed while it goes on: one protocol, for files, terminals and a user's own tools."""
+"""The interface by which log files, terminals and a user's own tools follow a run."""
 
 from __future__ import annotations
 
@@ -9,61 +9,61 @@ import numpy as np
 
 from pilot_jax.federation.state import Federation, State
 
-Record = Mapping[str, Any]  # what JSON can hold
+Record = Mapping[str, Any]  # a dictionary that JSON can represent
 
 
 class RunObserver:
-    """Called while a run goes on. Every method is empty: override what you need.
+    """Methods that a run calls at its events. All of them are empty: override the ones you need.
 
-    An observer must not change what it is given. What it raises ends the run, which can go on with `--resume`.
+    An observer must not change its arguments. An exception that it raises ends the run, which `--resume` can continue.
     """
 
     def run_started(self, fed: Federation, state: State) -> None:
-        """Before the first phase that is trained; `state` is as of the last one saved if the run is resumed."""
+        """Called before the first phase. In a resumed run, `state` is the last saved state."""
 
     def note(self, text: str) -> None:
-        """A line for people; warnings begin with "warning:"."""
+        """Called with a message for people. Warnings begin with "warning:"."""
 
     def chunk_trained(self, progress: Record) -> None:
-        """After each chunk of clients: round, phase, steps and clients so far of the phase, `of` how many, loss."""
+        """Called after each chunk of clients. Keys: round, phase, loss; so far: steps, clients; `of`: all clients."""
 
     def client_trained(self, record: Record) -> None:
-        """A client's local update: round, phase, client, task, step, the mean loss terms, update_norm or fault."""
+        """Called with a client's record: round, phase, client, task, step, mean loss terms, update_norm or fault."""
 
     def phase_ended(self, state: State, record: Record, mixing: Mapping[str, np.ndarray] | None,
                     trained: Sequence[int]) -> None:
-        """After a phase's aggregation.
+        """Called after a phase's aggregation.
 
         Args:
-            record: round, phase, clients, client_steps, seconds, bytes_up, bytes_down, quarantined, and with an
-                aggregation loss and effective_neighbors.
-            mixing: weights [S, S], effective_neighbors [S], client_ids [S] and, for ATA, distances [S, S]; None where
+            record: round, phase, clients, client_steps, seconds, bytes_up, bytes_down, quarantined; after an
+                aggregation also loss and effective_neighbors.
+            mixing: weights [S, S], effective_neighbors [S], client_ids [S] and, for ATA, distances [S, S]; None if
                 no upload could be used.
             trained: indices of the clients whose adapters changed.
         """
 
     def client_scored(self, record: Record) -> None:
-        """A client's score on a held-out split: round, split, client, task, score."""
+        """Called with a client's score on a held-out split: round, split, client, task, score."""
 
     def round_scored(self, round_: int, score: float) -> None:
-        """The mean of a round's scores."""
+        """Called with the mean of a round's scores."""
 
     def round_ended(self, state: State) -> None:
-        """After a round, its scores included."""
+        """Called after a round and its scores."""
 
     def run_ended(self, summary: Record) -> None:
-        """After the final scores; `summary` is what `summary.json` holds."""
+        """Called after the final scores. `summary` is the content of `summary.json`."""
 
     def close(self) -> None:
-        """The run has ended, well or not."""
+        """Called last, whether the run has finished or failed."""
 
     def stop_requested(self) -> int:
-        """Asked after each chunk and phase: 0 to go on, else a signal's number (or 1) to save and end."""
+        """Called after each chunk and phase. Returns 0 to go on, or a signal's number (or 1) to save and end."""
         return 0
 
 
 class Observers(RunObserver):
-    """Calls several observers, in order."""
+    """An observer that calls several others, in order."""
 
     def __init__(self, *observers: RunObserver) -> None:
         self.observers = observers

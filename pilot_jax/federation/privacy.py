@@ -3,8 +3,8 @@
 The server mixes single uploads (ATA needs them one by one), so each is protected by itself, before it leaves, and the
 guarantee holds against the server too: whatever a client's data are, its uploads look the same up to (ε, δ). A change
 is clipped to L2 norm C, so two data sets move it by at most 2C; the noise has standard deviation z·2C in every entry.
-Several uploads of a client compose; nothing is gained by sampling, as the server sees who takes part. What follows the
-upload (distances, mixing, what others receive) is computed from noised values alone.
+Several uploads of a client compose; sampling clients gains nothing, because the server sees who takes part. Everything
+after the upload (distances, mixing, what others receive) is computed from noised values alone.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def _accounting() -> Any:
 
 
 def epsilon(noise_multiplier: float, uploads: int, delta: float) -> float:
-    """ε of `uploads` releases with noise of `noise_multiplier` (z) times the sensitivity. n Gaussian releases are one
-    with noise z/√n, whose ε is exact (Balle and Wang, ICML 2018).
+    """Returns ε of `uploads` releases with noise of `noise_multiplier` (z) times the sensitivity. n Gaussian releases
+    equal one with noise z/√n, whose ε is exact (Balle and Wang, ICML 2018).
 
     Raises:
         InputError: dp-accounting is not installed.
@@ -39,15 +39,15 @@ def epsilon(noise_multiplier: float, uploads: int, delta: float) -> float:
 
 
 def noise_multiplier(target: float, uploads: int, delta: float) -> float:
-    """z with which `uploads` releases cost `target` ε."""
+    """Returns the z with which `uploads` releases have the ε `target`."""
     return float(_accounting().get_sigma_gaussian(target, delta)) * math.sqrt(uploads)
 
 
 def multiplier(privacy: PrivacyConfig, uploads: int) -> float:
-    """z: as configured, or what the configured ε needs for `uploads` of one client.
+    """Returns z: the configured one, or the one that the configured ε needs for `uploads` of one client.
 
     Raises:
-        InputError: dp-accounting, which the ε of every phase needs, is not installed.
+        InputError: dp-accounting, which computes the ε of every phase, is not installed.
     """
     _accounting()
     if privacy.noise_multiplier is not None:
@@ -57,10 +57,10 @@ def multiplier(privacy: PrivacyConfig, uploads: int) -> float:
 
 
 def noised(upload: Any, start: Any, clip: float, deviation: float, rng: np.random.Generator) -> Any:
-    """start + (upload − start)·min(1, clip/‖upload − start‖₂) + N(0, deviation²); computed in float64.
+    """Returns start + (upload − start)·min(1, clip/‖upload − start‖₂) + N(0, deviation²); computed in float64.
 
-    start: what the server knows the client to have begun with. A change that is not finite counts as none, so that the
-    upload does not reveal it either.
+    start: the subtrees that the client began with, which the server knows. A change that is not finite counts as no
+    change, so that the upload does not reveal it.
     """
     apart = jax.tree.map(lambda u, s: np.subtract(u, s, dtype=np.float64), upload, start)
     norm = float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(apart))))

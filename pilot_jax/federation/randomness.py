@@ -1,4 +1,4 @@
-"""Streams of random numbers that do not depend on who else takes part."""
+"""Random streams of clients that do not depend on which other clients take part."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 
 
 def client_generator(seed: int, client: str, round_: int, phase: str) -> np.random.Generator:
-    """A client's stream: fold_in(root, client, round, phase).
+    """Returns a client's random stream: fold_in(root, client, round, phase).
 
-    Names, not positions, go in, so that a client's draws depend neither on chunks and devices, nor on the other
-    clients, nor on whether the run was resumed.
+    The key is made of names, not positions, so that a client's draws depend neither on chunks and devices, nor on the
+    other clients, nor on whether the run was resumed.
     """
     key = jax.random.key(seed)
     for part in (client, str(round_), phase):

@@ -1,4 +1,4 @@
-"""Who owns which parameter. One table drives gradients, optimizer labels, uploads, byte counts and checkpoints."""
+"""Who owns which parameter: one table for gradients, optimizer labels, uploads, byte counts and checkpoints."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ Scope = Literal["base", "shared", "local", "received"]
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """One row: a top-level subtree of a client's adapters (or, with scope base, of the model)."""
+    """One row of the table: a top-level subtree of a client's adapters (or, with scope base, of the model)."""
 
     subtree: str
-    modes: Mapping[str, Mode]  # by stage; "carried": for the local rule, not the model; "-": not used in it
+    modes: Mapping[str, Mode]  # by stage; "carried": only the local rule uses it; "-": unused
     scope: Scope
-    aggregated_by: str  # ata, per_task_mean, mean, never, …: what `aggregate` does with it
+    aggregated_by: str  # ata, per_task_mean, mean, never, …: the rule of `aggregate` for it
 
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
+    """The ownership table of a strategy."""
+
     rows: tuple[Role, ...]
 
     @property
@@ -36,24 +38,24 @@ class Roles:
 
     def names(self, *, scope: Scope | None = None, stage: str | None = None,
               mode: Mode | None = None) -> tuple[str, ...]:
-        """Adapter subtrees with the given scope and/or the given mode in `stage`."""
+        """Returns the adapter subtrees with the given scope and/or the given mode in `stage`."""
         return tuple(
             row.subtree for row in self.adapter_rows
             if scope in (None, row.scope) and (mode is None or (stage is not None and row.modes[stage] == mode)))
 
     def check(self, adapters: Mapping[str, Tree]) -> None:
-        """Every subtree has exactly one row, and every row a subtree."""
+        """Checks that every subtree has exactly one row, and every row a subtree."""
         known = [row.subtree for row in self.adapter_rows]
         if len(set(known)) != len(known) or set(known) != set(adapters):
             raise AssertionError(f"adapters {sorted(adapters)} are not covered exactly once by roles {sorted(known)}")
 
     def select(self, adapters: Mapping[str, Tree], scope: Scope) -> dict[str, Tree]:
-        """The subtrees of one scope. `select(adapters, "shared")` is an upload, and nothing else can be one."""
+        """Returns the subtrees of one scope. `select(adapters, "shared")` is an upload, and nothing else can be one."""
         return {name: adapters[name] for name in self.names(scope=scope)}
 
 
 def optimizer_labels(trained: Mapping[str, Tree]) -> dict[str, Tree]:
-    """Labels for `optax.partition`: "lora" or "connector" at every trained leaf."""
+    """Returns labels for `optax.partition`: "lora" or "connector" at every trained leaf."""
     return {name: jax.tree.map(lambda _, n=name: "lora" if n in LORA_SUBTREES else "connector", tree)
             for name, tree in trained.items()}
 
@@ -67,5 +69,5 @@ def num_parameters(tree: Tree) -> int:
 
 
 def num_bytes(tree: Tree) -> int:
-    """Bytes of the tree when sent: float32, whatever it is held in."""
+    """Returns the size of a tree in bytes when it is transmitted, as float32 whatever its dtype in memory."""
     return 4 * num_parameters(tree)

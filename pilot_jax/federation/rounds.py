@@ -1,7 +1,7 @@
-"""One round: who takes part, local updates, uploads, aggregation, downloads.
+"""One round: participants, local training, uploads, aggregation, downloads.
 
-`run_round` asks each federation for its next phase (`begin_phase`), has the phases trained, and hands the results back
-(`finish_phase`) until no phase is left (`end_round`).
+`run_round` plans each federation's next phase (`begin_phase`), has the phases trained, and aggregates the results
+(`finish_phase`), until no phase is left (`end_round`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pilot_jax.parallel.processes import to_host
 
 
 class CurrentAdapters(Mapping[int, dict[str, Tree]]):
-    """The clients' adapters, up to date with the server, each read when it is asked for: they may be on disk."""
+    """The clients' adapters, up to date with the server. Each is read on access, because it may be on disk."""
 
     def __init__(self, fed: Federation, population: Population, clients: Sequence[int],
                  server: Mapping[str, Any]) -> None:
@@ -48,21 +48,21 @@ class PhasePlan:
     """A phase before it is trained."""
 
     round: int
-    number: int  # of the phase in its round, from 0
+    number: int  # number of the phase in its round, from 0
     stage: str
-    label: str  # the stage, with a number where a round has it twice
-    clients: tuple[int, ...]  # who trains
+    label: str  # the stage, with a number if a round has it twice
+    clients: tuple[int, ...]  # indices of the clients that train
     adapters: Mapping[int, dict[str, Tree]]
-    bytes_fetched: int  # of what the clients did not have yet
+    bytes_fetched: int  # size of the downloads that bring clients up to date
 
 
 def begin_phase(fed: Federation, state: State) -> PhasePlan | None:
-    """The next phase of round `state.round`; None when it has no phase left."""
+    """Returns the next phase of round `state.round`; None if no phase is left."""
     members = fed.members(state.round)
     phases = {c: fed.strategy.stages(state.population[c].is_new, state.round) for c in members}
     longest = max(phases.values(), key=len)
     for number in range(state.phase, len(longest)):
-        # Shorter schedules are the end of the longest: everyone's last phase is the round's last.
+        # A shorter schedule is the end of the longest, so that all clients share the round's last phase.
         clients = tuple(c for c in members
                         if number >= len(longest) - len(phases[c]) and c not in state.benched)
         if clients:
@@ -75,7 +75,7 @@ def begin_phase(fed: Federation, state: State) -> PhasePlan | None:
 
 
 def _bytes_fetched(fed: Federation, state: State, clients: Sequence[int]) -> int:
-    """Bytes of what the server has sent to others since these clients last had something from it."""
+    """Returns the bytes of the server's changes since these clients last downloaded from it."""
     behind = [c for c in clients if _versions(fed, state)[c] != state.version]
     if not behind:
         return 0
@@ -90,10 +90,10 @@ def _versions(fed: Federation, state: State) -> tuple[int, ...]:
 
 
 def finish_phase(fed: Federation, state: State, plan: PhasePlan, trained: Trained, observer: RunObserver) -> State:
-    """The state after a phase's uploads and aggregation.
+    """Returns the state after a phase's uploads and aggregation.
 
     Raises:
-        FloatingPointError: an upload was refused, and `federation.on_bad_client` is stop; or all were.
+        FloatingPointError: an upload was refused and `federation.on_bad_client` is stop, or all clients were refused.
     """
     for record in trained.records.values():
         observer.client_trained(record)
@@ -102,7 +102,7 @@ def finish_phase(fed: Federation, state: State, plan: PhasePlan, trained: Traine
     used = [c for c in plan.clients if c not in refused]
     record = _phase_record(fed, state, plan, trained, refused)
     state = _counted(fed, state, plan, trained, refused, record)
-    if not used:  # newcomers alone were in this phase, and none can be used
+    if not used:  # only new clients were in this phase, and all were refused
         observer.phase_ended(state, record, None, ())
         return state
     after, server, log = _aggregated(fed, plan, trained, used, state.server)
@@ -119,18 +119,18 @@ def finish_phase(fed: Federation, state: State, plan: PhasePlan, trained: Traine
 
 def _report_refused(fed: Federation, state: State, plan: PhasePlan, refused: Mapping[int, str],
                     observer: RunObserver) -> None:
-    """Says whose uploads are refused and why; raises where the config says so, or no client is left."""
+    """Reports each refused upload and why; raises if `on_bad_client` is stop or no client is left in the round."""
     nobody = {*refused, *state.benched} >= set(fed.members(plan.round))
     for client, why in refused.items():
         text = f"round {plan.round} {plan.label}: the upload of {fed.clients[client].name} {why}"
         if fed.settings.on_bad_client == "stop" or nobody:
-            raise FloatingPointError(f"{text}. Lower train.lr_*, or look at its data.")
-        observer.note(f"warning: {text}; it is left out of this round, and goes on from what it had before.")
+            raise FloatingPointError(f"{text}. Lower train.lr_*, or check the client's data.")
+        observer.note(f"warning: {text}. The client is left out of this round and stays as it was before.")
 
 
 def _phase_record(fed: Federation, state: State, plan: PhasePlan, trained: Trained,
                   refused: Mapping[int, str]) -> dict[str, Any]:
-    """A phase's line of metrics.jsonl, without what its aggregation adds."""
+    """Returns a phase's line of metrics.jsonl, without the values that its aggregation adds."""
     up, down = fed.strategy.sent_bytes(trained.adapters[min(plan.clients)])
     uploading, used, timings = len(plan.clients), len(plan.clients) - len(refused), trained.timings
     record = {
@@ -150,7 +150,7 @@ def _phase_record(fed: Federation, state: State, plan: PhasePlan, trained: Train
 
 def _counted(fed: Federation, state: State, plan: PhasePlan, trained: Trained, refused: Mapping[int, str],
              record: Mapping[str, Any]) -> State:
-    """The state with a phase's steps, bytes, uploads and refusals counted."""
+    """Returns the state with a phase's steps, bytes, uploads and refusals counted."""
     uploads = tuple(n + (c in plan.clients) for c, n in enumerate(state.uploads or (0,) * len(fed.clients)))
     accepted = [r["update_norm"] for c, r in trained.records.items() if c not in refused]
     return dataclasses.replace(
@@ -164,8 +164,8 @@ def _counted(fed: Federation, state: State, plan: PhasePlan, trained: Trained, r
 
 def _aggregated(fed: Federation, plan: PhasePlan, trained: Trained, used: Sequence[int], server: dict[str, Any],
                 ) -> tuple[dict[int, dict[str, Tree]], dict[str, Any], dict[str, np.ndarray]]:
-    """The server's work on the uploads of clients `used`: (each one's adapters after it, the server's state, what is
-    logged of the mixing)."""
+    """Aggregates the uploads of the clients `used`. Returns (each one's adapters afterwards, the server's state, arrays
+    to log)."""
     roles = fed.strategy.roles()
     uploads = stack([roles.select(trained.adapters[c], "shared") for c in used])
     cohort = Cohort(spread(uploads, fed.server_mesh), np.asarray([fed.clients[c].size for c in used]),
@@ -174,14 +174,14 @@ def _aggregated(fed: Federation, plan: PhasePlan, trained: Trained, used: Sequen
     mixing.check_rows(log["weights"])
     downloads, received, after = to_host(downloads), roles.names(scope="received"), {}
     for k, client in enumerate(used):
-        its = {n: t if n in received else row(t, k) for n, t in downloads.items()}
-        # Fetching again puts the server's own arrays in place of equal copies.
-        after[client] = fed.strategy.fetch({**trained.adapters[client], **its}, server, fed.task_index(client))
+        own = {n: t if n in received else row(t, k) for n, t in downloads.items()}
+        # Fetching again replaces copies by the server's own arrays, which clients can then share.
+        after[client] = fed.strategy.fetch({**trained.adapters[client], **own}, server, fed.task_index(client))
     return after, server, {"effective_neighbors": np.asarray(mixing.effective_neighbors(log["weights"]))} | log
 
 
 def _mixing_record(trained: Trained, used: Sequence[int], log: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """What an aggregation adds to a phase's line of metrics.jsonl."""
+    """Returns the values that an aggregation adds to a phase's line of metrics.jsonl."""
     records = [trained.records[c] for c in used]
     out = {"loss": float(np.average([r["loss"] for r in records], weights=[r["step"] for r in records])),
            "effective_neighbors": float(np.mean(log["effective_neighbors"]))}
@@ -189,7 +189,7 @@ def _mixing_record(trained: Trained, used: Sequence[int], log: Mapping[str, np.n
 
 
 def end_round(fed: Federation, state: State) -> State:
-    """The state at the start of the next round."""
+    """Returns the state at the start of the next round."""
     population = list(state.population)
     for client in fed.members(state.round):
         if client not in state.benched:
@@ -200,19 +200,19 @@ def end_round(fed: Federation, state: State) -> State:
 
 def run_round(feds: Sequence[Federation], states: Sequence[State], executor: Executor,
               observers: Sequence[RunObserver] | None = None, survive: bool = False) -> list[State | None]:
-    """What is left of round `state.round` of each federation; phases of one stage are trained together.
+    """Runs the rest of round `state.round` of each federation; phases of one stage are trained together.
 
     Args:
-        observers: one for each federation. All of them are told of chunks, and any of them can ask for an end.
-        survive: whether a federation whose uploads cannot be used becomes None, instead of ending the others.
+        observers: one for each federation. Each is called after every chunk, and each can request the end of the run.
+        survive: whether a federation whose uploads are all refused becomes None, instead of ending the others too.
 
     Raises:
-        Interrupted: an observer asked for it; `partial` has what was trained of each federation in the phase.
+        Interrupted: an observer requested it; `partial` has each federation's results of the phase in training.
         FloatingPointError: see `finish_phase`.
     """
     observers = observers or [RunObserver() for _ in feds]
     everyone, out = Observers(*observers), list[State | None](states)
-    partials = {i: state.partial for i, state in enumerate(states)}  # of the first phase alone
+    partials = {i: state.partial for i, state in enumerate(states)}  # used in the first phase alone
     plans = {i: plan for i, (fed, state) in enumerate(zip(feds, states, strict=True))
              if (plan := begin_phase(fed, state)) is not None}
     while plans:

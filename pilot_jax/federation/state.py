@@ -1,4 +1,4 @@
-"""What a run is made of: the federation, which does not change, and the state, which does."""
+"""The two parts of a run: the federation, which does not change, and the state, which does."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from pilot_jax.parallel.host_memory import empty
 from pilot_jax.parallel.mesh import mesh_of
 from pilot_jax.storage import Key, Store
 
-Tamper = Callable[[str, int, dict, dict], dict]  # (client, round, upload, what it began with) -> upload
+Tamper = Callable[[str, int, dict, dict], dict]  # (client, round, upload, shared subtrees at its start) -> upload
 
 
 @dataclasses.dataclass(frozen=True)
 class ClientState:
-    """What a client has, in memory. Trees that clients share (initial adapters, the bank) are there once, by
-    reference."""
+    """A client's adapters and history, in memory. Trees that clients share (initial adapters, the bank) are stored
+    once, by reference."""
 
     adapters: dict[str, Tree]  # NumPy leaves, without client axis
-    stage: str = "none"  # the last stage completed; "none" before a client first takes part
-    rounds: int = 0  # rounds taken part in
+    stage: str = "none"  # the last completed stage; "none" until the client has taken part
+    rounds: int = 0  # number of rounds in which it has taken part
 
     @property
     def is_new(self) -> bool:
@@ -43,7 +43,7 @@ class ClientState:
 
 @dataclasses.dataclass(frozen=True)
 class StoredState:
-    """A `ClientState` whose adapters are on disk, and read when they are asked for."""
+    """A `ClientState` whose adapters are on disk and are read on access."""
 
     store: Store
     key: Key
@@ -65,7 +65,7 @@ Population = tuple[AnyState, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Federation:
-    """What does not change during a run."""
+    """The part of a run that does not change."""
 
     strategy: Strategy
     model: PretrainedModel
@@ -74,11 +74,11 @@ class Federation:
     settings: FederationConfig
     train: TrainConfig
     seed: int
-    rank: int = 8  # of LoRA
-    store: Store | None = None  # where clients' adapters and data are, if not in memory
+    rank: int = 8  # LoRA rank
+    store: Store | None = None  # holds clients' adapters and data, if they are not in memory
     spread_uploads: bool = False  # whether a cohort's uploads are divided among the devices of the mesh
-    most_uploads: int = 0  # of one client in the whole run, if none is refused; where `settings.privacy` asks
-    tamper: Tamper | None = None  # what simulated attackers do
+    most_uploads: int = 0  # of any client in the run, if none is refused; for `settings.privacy`
+    tamper: Tamper | None = None  # changes the uploads of simulated attackers
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,30 +86,30 @@ class Federation:
 
     @property
     def mesh(self) -> jax.sharding.Mesh | None:
-        """The mesh on which the base lies, on which clients are trained and answer; None: one device."""
+        """The mesh of the base model, on which clients are trained and evaluated; None: one device."""
         return mesh_of(self.model.base)
 
     @property
     def server_mesh(self) -> jax.sharding.Mesh | None:
-        """The mesh over which the uploads of a cohort are spread; None where devices share one memory."""
+        """The mesh over which the uploads of a cohort are spread; None if the devices share one memory."""
         return self.mesh if self.spread_uploads else None
 
     def members(self, round_: int) -> list[int]:
-        """Indices of the clients that take part in `round_` (from 1), in order."""
+        """Returns the indices of the clients that take part in `round_` (from 1), in ascending order."""
         return participants(self.settings, self.names, round_, self.seed)
 
     def task_index(self, client: int) -> int:
-        """Index of a client's task; 0 where a client has the data of all tasks."""
+        """Returns the index of a client's task; 0 if the client has the data of all tasks."""
         task = self.clients[client].task
         return self.tasks.index(task) if task in self.tasks else 0
 
     def full_steps(self, client: int) -> int:
-        """The steps of a client's phase, if it does not straggle."""
+        """Returns the number of steps of a client's phase, if the client is no straggler."""
         return num_steps(self.clients[client].size, self.train.batch_size, self.settings.local_epochs,
                          self.settings.local_steps)
 
     def steps(self, client: int, round_: int) -> int:
-        """S_k: the steps of a client's phases in `round_`."""
+        """Returns S_k, the number of steps of a client's phases in `round_`."""
         slow, count = self.settings.stragglers, self.full_steps(client)
         if slow.share > 0:
             rng = client_generator(self.seed, self.clients[client].name, round_, "straggling")
@@ -119,18 +119,19 @@ class Federation:
 
     @functools.cached_property
     def noise_multiplier(self) -> float:
-        """z of `settings.privacy`: 0 without it, and where a strategy uploads nothing."""
+        """z of `settings.privacy`; 0 without privacy, or if the strategy uploads nothing."""
         privacy = self.settings.privacy
         if privacy.clip is None or not self.strategy.roles().names(scope="shared"):
             return 0.0
         return multiplier(privacy, self.most_uploads)
 
     def phase(self, stage: str) -> PhaseSpec:
+        """Returns the static part of a phase of `stage`."""
         return phase_spec(self.model.module, self.strategy.roles(), stage, self.train, self.strategy.local_rule())
 
 
 def most_uploads(fed: Federation) -> int:
-    """How often one client uploads in the whole run, at most, if no upload is refused."""
+    """Returns the largest number of uploads of one client in the whole run, if none is refused."""
     count = [0] * len(fed.clients)
     for round_ in range(1, fed.settings.rounds + 1):
         for c in fed.members(round_):
@@ -139,7 +140,7 @@ def most_uploads(fed: Federation) -> int:
 
 
 def steps_by_stage(fed: Federation) -> dict[str, int]:
-    """Client steps of the whole run in each stage, known before it starts."""
+    """Returns the client steps of the whole run in each stage, which are known before it starts."""
     seen: set[int] = set()
     out: dict[str, int] = {}
     for round_ in range(1, fed.settings.rounds + 1):
@@ -152,17 +153,17 @@ def steps_by_stage(fed: Federation) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Timings:
-    """Seconds of a phase."""
+    """The durations of a phase in seconds."""
 
-    seconds: float = 0.0  # of training
-    prepare_seconds: float = 0.0  # spent on making the chunks' inputs, beside the device's work
-    waited_seconds: float = 0.0  # of these, how long the device waited
-    feature_seconds: float = 0.0  # not in `seconds`: images through the tower
+    seconds: float = 0.0  # training, waiting for inputs included
+    prepare_seconds: float = 0.0  # preparation of the chunks' inputs in a thread, during the training
+    waited_seconds: float = 0.0  # how long the training waited for this preparation
+    feature_seconds: float = 0.0  # computation of image features; not in `seconds`
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """Local updates of a phase: by client, its adapters and its record for the log."""
+    """The results of a phase's local training: each client's adapters and its record for the log."""
 
     adapters: dict[int, dict[str, Tree]]
     records: dict[int, dict[str, Any]]
@@ -171,7 +172,7 @@ class Trained:
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What a run carries from phase to phase."""
+    """The part of a run that changes from phase to phase."""
 
     population: Population
     server: dict[str, Any]
@@ -179,30 +180,30 @@ class State:
     bytes_up: int = 0
     bytes_down: int = 0
     train_seconds: float = 0.0
-    round: int = 1  # the round that is running or comes next
-    phase: int = 0  # its phases that are done
-    version: int = 0  # aggregations so far
-    fetched: tuple[int, ...] = ()  # by client: the version of the server that its adapters are up to date with
-    uploads: tuple[int, ...] = ()  # by client: how often it has uploaded
-    norms: Mapping[str, list[float]] = dataclasses.field(default_factory=dict)  # of updates last accepted, by stage
+    round: int = 1  # the current round, or the next
+    phase: int = 0  # number of its phases that are done
+    version: int = 0  # number of aggregations so far
+    fetched: tuple[int, ...] = ()  # by client: the server's version that its adapters match
+    uploads: tuple[int, ...] = ()  # by client: number of its uploads
+    norms: Mapping[str, list[float]] = dataclasses.field(default_factory=dict)  # by stage: the last accepted
     benched: tuple[int, ...] = ()  # clients whose upload was refused in this round
-    quarantined: int = 0  # refused uploads, of the whole run
-    partial: Trained | None = None  # of a phase that was interrupted
+    quarantined: int = 0  # number of refused uploads in the whole run
+    partial: Trained | None = None  # results of an interrupted phase
 
 
 def stored(store: Store | None, client: int, state: AnyState) -> AnyState:
-    """The state, its adapters written to the store if there is one."""
+    """Returns the state, with its adapters written to the store if there is one."""
     return state if store is None else StoredState(store, store.write(client, state.adapters), state.stage,
                                                    state.rounds)
 
 
 def prune(store: Store, population: Population) -> None:
-    """Removes from the store what the population no longer refers to."""
+    """Removes the adapters from the store that the population no longer refers to."""
     store.prune({state.key for state in population if isinstance(state, StoredState)})
 
 
 def stack(trees: list[Tree]) -> Tree:
-    """Trees of one structure → leaves [len(trees), …], in memory that a CPU device takes as it is."""
+    """Stacks trees of one structure: leaves [len(trees), …], in memory that a CPU device uses without a copy."""
     def one(*leaves: Any) -> np.ndarray:
         rows = [np.asarray(leaf) for leaf in leaves]
         out = empty((len(rows), *rows[0].shape), np.result_type(*rows))
@@ -212,5 +213,5 @@ def stack(trees: list[Tree]) -> Tree:
 
 
 def row(tree: Tree, index: int) -> Tree:
-    """Row `index` of every leaf."""
+    """Returns row `index` of every leaf."""
     return jax.tree.map(lambda leaf: leaf[index], tree)

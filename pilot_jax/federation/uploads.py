@@ -1,4 +1,4 @@
-"""What leaves a client, and what the server makes of it before it mixes: which uploads are refused, and why."""
+"""Uploads between client and server: how they leave a client, and which of them the server refuses and why."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pilot_jax.federation.state import Federation
 
 def after_upload(fed: Federation, client: int, round_: int, label: str, before: Mapping[str, Tree],
                  after: dict[str, Tree]) -> tuple[dict[str, Tree], dict[str, Any]]:
-    """A client's adapters after its upload, and what to record of the upload.
+    """Returns a client's adapters after its upload, and the record of the upload.
 
     Args:
         before, after: its adapters at the start and at the end of its training.
@@ -28,8 +28,8 @@ def after_upload(fed: Federation, client: int, round_: int, label: str, before: 
     """
     roles = fed.strategy.roles()
     start, upload = roles.select(before, "shared"), roles.select(after, "shared")
-    kept = roles.select(after, "local")
-    fault, name, privacy = not_finite(kept), fed.clients[client].name, fed.settings.privacy
+    fault, privacy = not_finite(roles.select(after, "local")), fed.settings.privacy
+    name = fed.clients[client].name
     if privacy.clip is not None and upload:
         rng = client_generator(fed.seed, name, round_, f"{label} noise")
         upload = noised(upload, start, privacy.clip, 2 * fed.noise_multiplier * privacy.clip, rng)
@@ -43,7 +43,7 @@ def after_upload(fed: Federation, client: int, round_: int, label: str, before: 
 
 
 def misfit(upload: Any, expected: Any) -> str | None:
-    """What is wrong with the structure, shapes or dtypes of an upload, if anything is."""
+    """Returns what is wrong with the structure, shapes or dtypes of an upload, or None."""
     if jax.tree.structure(upload) != jax.tree.structure(expected):  # type: ignore[operator]
         return "has other subtrees than expected"
     for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(upload), jax.tree.leaves(expected), strict=True):
@@ -55,7 +55,7 @@ def misfit(upload: Any, expected: Any) -> str | None:
 
 
 def not_finite(adapters: Any) -> str | None:
-    """Where adapters are not finite, if anywhere: local-only ones too, which would spoil the client's next phase."""
+    """Returns where adapters are not finite, or None. Local ones count too: they would spoil the next phase."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(adapters):
         if not np.isfinite(leaf).all():
             return f"is not finite in {jax.tree_util.keystr(path)}"
@@ -63,7 +63,7 @@ def not_finite(adapters: Any) -> str | None:
 
 
 def change(upload: Any, start: Any) -> float:
-    """‖upload − start‖₂ over all leaves."""
+    """Returns ‖upload − start‖₂ over all leaves."""
     total = 0.0
     with np.errstate(invalid="ignore", over="ignore"):
         for a, b in zip(jax.tree.leaves(upload), jax.tree.leaves(start), strict=True):
@@ -72,16 +72,16 @@ def change(upload: Any, start: Any) -> float:
     return math.sqrt(total) if total >= 0 else math.nan
 
 
-REMEMBERED = 64  # norms of each stage
+REMEMBERED = 64  # accepted norms that the state stores for each stage
 
 
 def refusals(federation: FederationConfig, records: Mapping[int, Mapping[str, Any]],
              earlier: Sequence[float] = ()) -> dict[int, str]:
-    """Whose upload the server does not use, and why; records: of each client of the phase, from `after_upload`.
+    """Returns the clients whose upload the server refuses, and why; records: of each client, from `after_upload`.
 
-    An update counts as exploded that is `max_update_ratio` times longer than the median of this phase's and of
-    `earlier`, the norms last accepted in this stage: a phase may be that of bad newcomers alone. Of an even number, the
-    median is the lower of the middle two: of two clients, one can be found to have exploded.
+    An update is refused if its norm is more than `max_update_ratio` times the median norm. The median is over this
+    phase and `earlier`, the norms last accepted in this stage, because all clients of a phase may be new and bad. Of an
+    even number of norms, the median is the lower of the middle two, so that one of two clients can be refused.
     """
     out = {client: r["fault"] for client, r in records.items() if "fault" in r}
     norms = sorted([*earlier, *(r["update_norm"] for r in records.values() if "fault" not in r)])

@@ -1,5 +1,3 @@
-"""Fast twins of short formulas. Each file opens with the plain formula that its code equals; `backend` alone chooses
-by the kind of device.
-
-Imports parallel, config, errors.
+"""Fast implementations of short formulas. Each file begins with the plain formula that it computes; `backend` alone
+chooses by the kind of device.
 """

@@ -1,13 +1,13 @@
-"""Softmax attention with a gradient rule of its own, and JAX's or cuDNN's where all that is masked is the future.
+"""Softmax attention with a gradient rule of its own, and causal attention by XLA or cuDNN.
 
-The plain formula, for one head of width hd (tests/unit/kernels/test_attention.py holds value and gradient against it):
+The plain formula, for one head of width hd (tests/unit/kernels/test_attention.py compares value and gradient with it):
 
     scores  = q @ k.T / sqrt(hd) + bias          # q [L, hd], k and v [M, hd], bias [L, M]: 0 or MASKED
     weights = softmax(scores, axis=-1)           # float32
     out     = weights @ v                        # [L, hd]
 
-`attention` stores one [L, M] array for its gradient and transposes none. XLA's CPU backend, given the plain formula,
-passes over the scores more often and copies them into other layouts for some of its products.
+`attention` stores one [L, M] array for its gradient and transposes none. For the plain formula, XLA's CPU
+backend passes over the scores more often and copies them into other layouts for some products.
 
 Dimension letters beside the package's: L queries, M keys (the text itself, or the slots of a cache), KV heads of keys
 and values, G query heads per KV head, hd the width of a head.
@@ -102,11 +102,11 @@ def check_cudnn(head_dim: int, layers_see_alike: bool, dtype: str) -> None:
     """
     reason = None
     if not has_cudnn():
-        reason = f"needs an NVIDIA GPU, and JAX sees a {platform()} here"
+        reason = f"needs an NVIDIA GPU, but JAX sees a {platform()}"
     elif dtype == "float32":
         reason = "computes in bfloat16 alone. Set model.dtype=bfloat16"
     elif head_dim % 8:
-        reason = f"wants heads whose width 8 divides, and the model's have {head_dim}"
+        reason = f"needs heads whose width is a multiple of 8, and the model's have {head_dim}"
     elif not layers_see_alike:
         reason = "cannot have a sliding window in some layers and none in others, as this model does"
     if reason is not None:

@@ -14,7 +14,7 @@ from pilot_jax.parallel.devices import platform
 
 
 def default_dtype() -> Literal["float32", "bfloat16"]:
-    """Returns what `model.dtype: auto` means: float32 on CPU, which has no fast bfloat16, bfloat16 elsewhere."""
+    """Returns the meaning of `model.dtype: auto`: float32 on CPU, which has no fast bfloat16, bfloat16 elsewhere."""
     return "float32" if platform() == "cpu" else "bfloat16"
 
 
@@ -38,7 +38,7 @@ def merges_low_rank(dtype: DTypeLike) -> bool:
 def columns_at_once(cohort: int, pairs: bool = False) -> int:
     """Returns how many columns of an array [S, columns] are read at a time, S = `cohort`.
 
-    On CPU as many as stay in its cache; with `pairs`, next to the differences of `pairwise.PAIRS` pairs of rows.
+    On CPU as many as fit into its cache; with `pairs`, together with the differences of `pairwise.PAIRS` pairs of rows.
     """
     if platform() == "cpu":
         return 2**11 if pairs else max(2**10, min(2**15, 2**20 // cohort))

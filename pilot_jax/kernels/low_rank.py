@@ -1,6 +1,6 @@
 """LoRA's products with gradient rules of their own, for several targets that read the same x.
 
-The plain formula of target i, which tests/unit/kernels/test_attention.py and tests/unit/kernels/test_pointwise.py hold these against:
+The plain formulas of target i, with which test_attention.py and test_pointwise.py in tests/unit/kernels/ compare:
 
     low_rank(x, A, B)[i]  = x @ A[i].T @ B[i]                 # A[i] [R, d_in], B[i] = (α/r)·Bᵀ [R, d_out]
     merged(x, W, A, B)[i] = x @ (W[i] + A[i].T @ B[i])        # W[i] [d_in, d_out]; the same as the line below
@@ -26,7 +26,7 @@ Arrays = tuple[jax.Array, ...]
 def linears_with_low_rank(x: Float[Array, "tokens d_in"], kernels: tuple[Float[Array, "d_in _d_out"], ...],
                           a: Float[Array, "_sum_of_R d_in"], bs: tuple[Float[Array, "_R _d_out"], ...]
                           ) -> tuple[Float[Array, "tokens _d_out"], ...]:
-    """Returns x·W_i + x·A_iᵀ·B_i of every target, by the way that `backend.merges_low_rank` chooses."""
+    """Returns x·W_i + x·A_iᵀ·B_i of every target, computed as `backend.merges_low_rank` chooses."""
     if merges_low_rank(x.dtype):
         return merged(x, kernels, a, bs)
     return tuple(x @ w + delta for w, delta in zip(kernels, low_rank(x, a, bs), strict=True))

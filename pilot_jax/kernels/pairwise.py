@@ -1,7 +1,7 @@
 """Sums over pairs of clients of a cohort: Gram matrices and squared norms of differences, a strip of columns at a time.
 
 The plain formulas, of a leaf x [S, …] read as [S, P], and of LoRA factors a [S, layers, R, d_in],
-b [S, layers, d_out, R] (tests/unit/federation/test_mixing.py holds distances from them against float64):
+b [S, layers, d_out, R] (tests/unit/federation/test_mixing.py compares distances with float64):
 
     factor_gram(x)[k, j]     = (x[k] - mean(x)) @ (x[j] - mean(x))
     product_gram(a, b)[k, j] = sum(sum((b[k, l] @ a[k, l]) * (b[j, l] @ a[j, l])) for l in layers)
@@ -122,8 +122,8 @@ def product_pairs(a: Float[Array, "S layers R d_in"], b: Float[Array, "S layers 
 def sum_over_leaves(function: Callable[..., jax.Array], parts: Sequence[tuple[Any, ...]], *others: Any) -> np.ndarray:
     """Returns Σ function(*part, *others) over parts of one or several leaves, in float64, on the host.
 
-    Leaves may be arrays on a device or what NumPy can read. On one device two parts are worked on side by side; on a
-    mesh one after another, since two programs that communicate could wait for each other.
+    Leaves may be arrays on a device or anything that NumPy can read. On one device two parts are computed at the same
+    time; on a mesh one after another, since two programs that communicate could wait for each other.
     """
     def one(part: tuple[Any, ...]) -> np.ndarray:
         loaded = tuple(x if isinstance(x, jax.Array) else np.asarray(x) for x in part)

@@ -1,6 +1,6 @@
-"""Norm, gated activation and residual stream with gradient rules that pass over memory as few times as they must.
+"""Norms, gated activation and weighting with gradient rules that pass over memory as few times as possible.
 
-The plain formulas, whose value and autodiff gradient in float64 tests/unit/kernels/test_pointwise.py holds these against:
+The plain formulas (tests/unit/kernels/test_pointwise.py compares with their values and autodiff gradients in float64):
 
     row_sum(x)            = sum(x, axis=-1, keepdims=True)
     rms_norm(x, scale, ε) = x / sqrt(mean(x**2, axis=-1, keepdims=True) + ε) * scale

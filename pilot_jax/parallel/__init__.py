@@ -1,4 +1,2 @@
-"""Devices and processes: JAX's settings, the mesh and its one rule table, several processes, host memory.
-
-Imports config and errors.
+"""Devices and processes: JAX's settings, the mesh and its table of rules, several processes, host memory.
 """

@@ -1,6 +1,6 @@
-"""JAX's settings, most of which must be made before it starts, and how many devices train.
+"""JAX's settings, most of which must be made before it starts, and the number of devices that train.
 
-The only file that touches XLA_FLAGS, `jax.config` and `jax.default_backend`.
+No other file uses XLA_FLAGS, `jax.config` or `jax.default_backend`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0
 def platform() -> str:
     """Returns the kind of device that JAX computes on by default: "cpu", "gpu" or "tpu".
 
-    Only this file and `pilot_jax.kernels` call it. What depends on it elsewhere is a function of `kernels.backend`.
+    Only this file and `pilot_jax.kernels` call it. Other code calls the functions of `kernels.backend`.
     """
     return jax.default_backend()
 
 
 def use_compilation_cache(folder: str | None) -> None:
-    """Has JAX keep its compiled programs in a folder and find them there; None: no change.
+    """Makes JAX store its compiled programs in a folder and read them from it; None: no change.
 
     Without a size limit JAX reads and writes the folder without a lock, so there always is one.
     """
@@ -44,7 +44,7 @@ def has_started() -> bool:
     """Whether JAX has looked for devices, after which it reads no more flags."""
     name, value = "jax_num_cpu_devices", jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
     try:
-        # JAX refuses this update once it has started. No public function says so.
+        # JAX refuses this update once it has started. No public function tells whether it has.
         jax.config.update(name, value + 1 if value > 0 else 1)
     except RuntimeError:
         return True
@@ -53,7 +53,7 @@ def has_started() -> bool:
 
 
 def ask_for_determinism(system: SystemConfig) -> None:
-    """Has XLA choose the same algorithms in every run, if `system.deterministic`; CPU and TPU do so by themselves.
+    """Makes XLA choose the same algorithms in every run, if `system.deterministic`; CPU and TPU do so by themselves.
 
     Raises:
         InputError: JAX has started on a GPU without these flags.
@@ -65,20 +65,20 @@ def ask_for_determinism(system: SystemConfig) -> None:
     if not has_started():
         os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
     elif platform() == "gpu":
-        raise InputError(f"system.deterministic: JAX has started without it. Set XLA_FLAGS=\"{' '.join(missing)}\" "
-                         "before Python starts.")
+        raise InputError("system.deterministic: JAX has started without the XLA flags for it. "
+                         f"Set XLA_FLAGS=\"{' '.join(missing)}\" before Python starts.")
 
 
 def split_cpu(system: SystemConfig, processes: int = 1) -> None:
-    """Has JAX see the CPU as the devices that `mesh` or `client_devices` need, by default as one device per core.
+    """Makes JAX see the CPU as the devices that `mesh` or `client_devices` need, by default as one device per core.
 
     A mesh is divided among the `processes`. Nothing happens once JAX has started.
 
-    On two cores, two devices with a client each train about a third more than one device with both: what XLA does not
-    spread over threads runs side by side all the same.
+    On two cores, two devices with one client each train about a third faster than one device with two clients, because
+    operations that XLA does not spread over threads also run at the same time.
     """
     count = -(-system.mesh.devices // processes) if system.mesh.devices > 1 else system.client_devices
-    # JAX refuses the update once it has started, and where XLA_FLAGS set the number already.
+    # JAX refuses the update once it has started, or if XLA_FLAGS has set the number already.
     with contextlib.suppress(RuntimeError, ValueError):
         if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
             # macOS and Windows have no affinity; there every core counts.
@@ -94,13 +94,13 @@ def client_devices(wanted: int | None, base: Mapping[str, PyTree]) -> int:
             elsewhere one.
 
     Raises:
-        InputError: more are wanted than there are.
+        InputError: there are fewer devices than wanted.
     """
     available = jax.device_count()
     if wanted is not None:
         if wanted > available:
-            raise InputError(f"system.client_devices: {wanted} asked for, {available} there. Lower it; on CPU, `run` "
-                             "makes as many as there are cores before JAX starts.")
+            raise InputError(f"system.client_devices: {wanted} devices requested, {available} available. Lower it. On "
+                             "CPU, `pilot-jax run` makes one device per core before JAX starts.")
         return wanted
     small = sum(leaf.nbytes for leaf in jax.tree.leaves(base)) < 500e6
     return available if platform() == "cpu" and small else 1

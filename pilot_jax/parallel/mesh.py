@@ -58,14 +58,14 @@ def make_mesh(mesh: MeshConfig) -> Mesh:
     Its axes are of JAX's type Auto: XLA propagates shardings from the arguments.
 
     Raises:
-        InputError: it needs more devices than there are, or leaves some unused in a run on several processes.
+        InputError: the mesh needs more devices than exist, or a run on several processes would leave some unused.
     """
     if mesh.devices > jax.device_count():
-        raise InputError(f"system.mesh: {mesh.devices} devices asked for, {jax.device_count()} there. On CPU, "
+        raise InputError(f"system.mesh: {mesh.devices} devices requested, {jax.device_count()} available. On CPU, "
                          f"set XLA_FLAGS=--xla_force_host_platform_device_count={mesh.devices}.")
     if jax.process_count() > 1 and mesh.devices != jax.device_count():
-        raise InputError(f"system.mesh: {mesh.devices} devices, the {jax.process_count()} processes have "
-                         f"{jax.device_count()} together. A run on several processes uses all.")
+        raise InputError(f"system.mesh: {mesh.devices} devices requested, but the {jax.process_count()} processes "
+                         f"have {jax.device_count()} together. A run on several processes must use all of them.")
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(mesh.model_dump()[a] for a in AXES), AXES, axis_types=types,
                          devices=jax.devices()[:mesh.devices])
@@ -113,7 +113,7 @@ def on_clients(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def replicated(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Returns the shapes of arrays of which every device has all."""
+    """Returns the shapes of arrays that every device has as a whole."""
     sharding = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
@@ -121,8 +121,8 @@ def replicated(tree: PyTree, mesh: Mesh) -> PyTree:
 def spread(tree: PyTree, mesh: Mesh | None) -> PyTree:
     """Returns leaves [S, …] on the devices, each device with all clients and a part of the parameters.
 
-    The server computes sums over clients, entry by entry, and sums over entries, so that nothing but [S, S] matrices
-    goes from device to device. `columns` says over which mesh axes a leaf lies. Without a mesh: the default device.
+    The server computes sums over clients, entry by entry, and sums over entries, so that only [S, S] matrices go from
+    device to device. `columns` chooses the mesh axes of a leaf. Without a mesh: the default device.
     """
     if mesh is None:
         return jax.device_put(tree)  # a CPU device does not copy aligned arrays (`host_memory.empty`)
@@ -132,7 +132,7 @@ def spread(tree: PyTree, mesh: Mesh | None) -> PyTree:
 def columns(shape: tuple[int, ...], mesh: Mesh, axis: int | None = None) -> PartitionSpec:
     """Returns the spec of an array [S, …] of which each device has all clients and a part of one axis of parameters.
 
-    That axis is `axis`, or by default the one that can be divided among most devices, the longest of several.
+    That axis is `axis`, or by default the one that can be divided among the most devices; of several, the longest.
     """
     def dividing(length: int) -> tuple[str, ...]:
         taken, size = tuple[str, ...](), 1

@@ -1,4 +1,4 @@
-"""For tests, documentation and users: a federation small enough to be checked by hand, and writers of tiny checkpoints.
+"""A federation small enough to check by hand, and writers of tiny checkpoints, for tests, documentation and users.
 
-May import whatever the package has; nothing of the package imports it.
+It may import the whole package, and nothing in the package imports it.
 """

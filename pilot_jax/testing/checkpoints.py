@@ -1,4 +1,4 @@
-"""Writers of tiny checkpoints with random weights: LLaVA models as transformers writes them, a tokenizer beside them.
+"""Writers of tiny checkpoints with random weights: LLaVA models as transformers writes them, with a tokenizer.
 
 They need torch, transformers and tokenizers (the extra `dev`), which are imported when a writer is called.
 
@@ -17,7 +17,7 @@ IMAGE_TOKEN = 5
 
 
 def write_llava(folder, *, vision=None, text=None, **options):
-    """A random LLaVA checkpoint written by transformers; returns the torch model.
+    """Writes a random LLaVA checkpoint by transformers and returns the torch model.
 
     `vision` and `text` override the tiny shapes; their `model_type` chooses the family (default CLIP and Llama).
     """
@@ -36,13 +36,13 @@ def write_llava(folder, *, vision=None, text=None, **options):
             std = 0.3 if parameter.ndim == 1 else 0.15
             parameter.copy_(torch.randn_like(parameter) * std + (1.0 if "norm" in name and "weight" in name else 0.0))
     model.to(save.pop("dtype", torch.float32)).save_pretrained(folder, **save)
-    if model.dtype != torch.float32:  # not model.float(): its rotary buffers have been rounded with the rest
+    if model.dtype != torch.float32:  # model.float() would leave the rotary buffers rounded
         model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     return model
 
 
 def write_tokenizer(folder, *, size=400, chat_template=None, image=True):
-    """A byte-level BPE tokenizer trained here, with a BOS that it puts first, as Llama's does; returns it."""
+    """Writes a small byte-level BPE tokenizer that puts a BOS first, as Llama's does, and returns it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -61,7 +61,7 @@ def write_tokenizer(folder, *, size=400, chat_template=None, image=True):
 
 
 def write_checkpoint(folder, *, chat_template=None, **options):
-    """`write_llava` with the tokenizer and image processor that a downloaded checkpoint brings."""
+    """Calls `write_llava` and adds the tokenizer and image processor of a downloaded checkpoint; returns the model."""
     from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
     text = {"vocab_size": 400} | options.pop("text", {})

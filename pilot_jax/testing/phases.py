@@ -1,4 +1,4 @@
-"""One phase by itself, without a round around it: for tests and benchmarks of local training."""
+"""One phase without a round around it, for tests and benchmarks of local training."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ from pilot_jax.federation.state import Federation
 
 def train_phase(fed: Federation, adapters: Mapping[int, dict[str, Tree]], round_: int, stage: str, label: str,
                 executor: Executor | None = None) -> tuple[dict[int, dict[str, Tree]], list[dict[str, Any]]]:
-    """Local updates of the clients in `adapters`: their new adapters, and a record for each."""
+    """Trains the clients in `adapters` for one phase. Returns their new adapters, and a record for each."""
     done, = (executor or Executor()).train([Work(fed, adapters, round_, stage, label)])
     return done.adapters, list(done.records.values())

@@ -1,19 +1,19 @@
-"""A federation of softmax regressions, each with a LoRA beside its weights: what a strategy does, in seconds.
+"""A federation of softmax regressions with LoRA, which shows in seconds what a strategy does.
 
-Its model has the two subtrees that every strategy of plain LoRA and projector shares out, in the places where the real
-model has them: the projector is W [V, D], LoRA's only target "q" is A [1, R, D] and B [1, V, R]; the logits are
-X·(W + B·A)ᵀ. Small enough for a twin in NumPy, and for a table on paper:
+Its model has the two subtrees of every strategy that trains LoRA and the projector, under the same names as in the real
+model: the projector is W [V, D], and LoRA's only target "q" is A [1, R, D] and B [1, V, R]; the logits are
+X·(W + B·A)ᵀ. It is small enough to be computed again in NumPy, or by hand:
 
     from pilot_jax.testing.toy import run_toy, toy_federation
 
-    class Nobody(pilot_jax.Strategy):
+    class Alone(pilot_jax.Strategy):
         one_model = False
 
         def mix(self, cohort):
             return mixing.identity(len(cohort))
 
-    state = run_toy(toy_federation(Nobody()))
-    state.population[0].adapters["projector"]["w"]  # what client 0 has in the end
+    state = run_toy(toy_federation(Alone()))
+    state.population[0].adapters["projector"]["w"]  # client 0's projector after all rounds
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DESCENT = TrainConfig(batch_size=64, optimizer="sgd", warmup=0.0, lr_connector=0
 
 @dataclasses.dataclass(frozen=True)
 class Regression:
-    """The toy's model: `apply` gives logits [B, 1, V] = X·(W + B·A)ᵀ, and no features that losses could compare."""
+    """The toy's model: `apply` gives logits [B, 1, V] = X·(W + B·A)ᵀ, and no auxiliary outputs for other losses."""
 
     def apply(self, variables: Any, batch: Any, stage: str, task_index: Any, *, method: str) -> tuple[Any, dict]:
         w = variables["connector"]["connector"]["projector"]["w"]
@@ -53,14 +53,14 @@ class Regression:
 
 
 def toy_clients(sizes: Sequence[int] = SIZES, tasks: Sequence[str] = TASKS, seed: int = 0) -> tuple[ClientData, ...]:
-    """Clients c0, c1, … with n_k samples each: features [n, D] and labels drawn at random, nothing to evaluate on."""
+    """Returns clients c0, c1, … with n_k samples each: random features [n, D] and labels, and no held-out data."""
     rng = np.random.default_rng(seed)
     return tuple(_client(f"c{k}", task, rng.normal(size=(n, FEATURES)), rng.integers(CLASSES, size=n))
                  for k, (n, task) in enumerate(zip(sizes, tasks, strict=True)))
 
 
 def _client(name: str, task: str, features: np.ndarray, labels: np.ndarray) -> ClientData:
-    """Data as the local update wants them; each sample is a conversation of one answer with one token."""
+    """Returns data in the form that the local update expects; each sample is one answer with one token."""
     n = len(features)
     train = {"input_ids": np.zeros((n, 8), np.int32), "attention_mask": np.ones((n, 8), np.int32),
              "target_positions": np.zeros((n, 1), np.int32), "target_ids": labels[:, None].astype(np.int32),
@@ -70,7 +70,7 @@ def _client(name: str, task: str, features: np.ndarray, labels: np.ndarray) -> C
 
 
 def toy_numbers(seed: int = 7) -> dict[str, np.ndarray]:
-    """The numbers at the start, float64: w [V, D], a [R, D], b [V, R], and those of a private LoRA, a2 and b2 = 0."""
+    """Returns the initial parameters, float64: w [V, D], a [R, D], b [V, R], and of a private LoRA a2 and b2 = 0."""
     rng = np.random.default_rng(seed)
     return {"w": rng.normal(size=(CLASSES, FEATURES)) * 0.3, "a": rng.normal(size=(RANK, FEATURES)) * 0.5,
             "b": rng.normal(size=(CLASSES, RANK)) * 0.2, "a2": rng.normal(size=(RANK, FEATURES)) * 0.5,
@@ -78,13 +78,13 @@ def toy_numbers(seed: int = 7) -> dict[str, np.ndarray]:
 
 
 def toy_adapters(strategy: Strategy, seed: int = 7) -> dict[str, Tree]:
-    """`toy_numbers` as the subtrees that a strategy's ownership table names, float32; B is not 0, so that A moves too.
+    """Returns `toy_numbers` as the subtrees of a strategy's ownership table, float32. B is not 0, so A changes too.
 
-    A LoRA, whole or as its factors, the projector and a private LoRA are known; subtrees that no stage shows to the
-    model (SCAFFOLD's controls) begin as zeros of the first two.
+    Known subtrees are the projector, LoRA (whole or as its two factors) and a private LoRA. Subtrees that the model
+    does not use in any stage (SCAFFOLD's controls) begin as zeros in the shape of LoRA and projector.
 
     Raises:
-        ValueError: the table has another subtree. Give `toy_state` adapters of your own.
+        ValueError: the table has another subtree. Pass your own adapters to `toy_state`.
     """
     p, roles = toy_numbers(seed), strategy.roles()
     known = {"projector": {"w": p["w"]}, "text_adapter": _lora(p["a"], p["b"]),
@@ -106,12 +106,12 @@ def _lora(a: np.ndarray, b: np.ndarray) -> Tree:
 
 def toy_federation(strategy: Strategy, clients: Sequence[ClientData] | None = None,
                    settings: FederationConfig = ROUNDS, train: TrainConfig = DESCENT, seed: int = 0) -> Federation:
-    """A federation of the toy's model under a strategy.
+    """Returns a federation of the toy's model under a strategy.
 
     Args:
-        clients: default: `toy_clients()`, which are pooled for a strategy that pools data.
-        settings, train: sections `federation` and `train` of a config; default: two rounds, three full-batch steps a
-            phase.
+        clients: default: `toy_clients()`; they are pooled if the strategy pools data.
+        settings, train: sections `federation` and `train` of a config; default: two rounds, three full-batch steps
+            per phase.
     """
     clients = tuple(toy_clients() if clients is None else clients)
     tasks = tuple(sorted({client.task for client in clients}))
@@ -121,7 +121,7 @@ def toy_federation(strategy: Strategy, clients: Sequence[ClientData] | None = No
 
 
 def toy_state(fed: Federation, adapters: dict[str, Tree] | None = None) -> State:
-    """The state before round 1, in which every client has `adapters` (default: `toy_adapters`)."""
+    """Returns the state before round 1, in which every client has `adapters` (default: `toy_adapters`)."""
     adapters = toy_adapters(fed.strategy) if adapters is None else adapters
     roles = fed.strategy.roles()
     roles.check(adapters)
@@ -133,7 +133,7 @@ def toy_state(fed: Federation, adapters: dict[str, Tree] | None = None) -> State
 
 
 def run_toy(fed: Federation, state: State | None = None, observer: RunObserver | None = None) -> State:
-    """All rounds of a federation, or those that are left from `state` on; the state after them.
+    """Runs all rounds of a federation, or the remaining ones from `state` on, and returns the last state.
 
     Raises:
         FloatingPointError: see `federation.rounds.finish_phase`.

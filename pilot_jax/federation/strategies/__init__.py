@@ -1,7 +1,7 @@
-"""Federated algorithms, a file each with citation, parameters and rule. May import whatever lies below the rounds.
+"""Federated algorithms, one file each with citation, parameters and rule. They import only what lies below `rounds.py`.
 
-To add one: a new file here with a subclass of `base.Strategy` under `@register("its_name")`. A class
-outside the package is named "module:Class"; a file alone never has one imported, see `params_of`.
+To add one, put a file with a subclass of `base.Strategy` under `@register("its_name")` into this folder. A class
+outside the package is named "module:Class"; a config file alone never causes its import (`params_of`).
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from pilot_jax.federation.strategies.base import STRATEGIES, Strategy, name_of, 
 
 __all__ = ["STRATEGIES", "Strategy", "make_strategy", "name_of", "params_of", "register", "use"]
 
-ENTRY_POINTS = "pilot_jax.strategies"  # the group under which installed packages name theirs
+ENTRY_POINTS = "pilot_jax.strategies"  # the group in which installed packages name their strategies
 
 for _module in sorted(module.name for module in pkgutil.iter_modules(__path__)):
     importlib.import_module(f"{__name__}.{_module}")
 
 
 def params_of(name: object, source: str = "config") -> type[StrategyParams]:
-    """The class of the section `strategy` for a strategy's name.
+    """Returns the class that checks the config section `strategy`, for a strategy's name.
 
     A name that is neither the package's, nor registered in this process, nor an installed entry point is refused:
-    a config may come from elsewhere, and must not decide what is imported.
+    a config may come from somebody else, and must not decide which code is imported.
 
     Raises:
-        InputError: the name is not known here.
+        InputError: the name is not known.
     """
     if isinstance(name, str) and (name in STRATEGY_PARAMS or _installed(name)):
         return STRATEGY_PARAMS[name]
@@ -42,11 +42,11 @@ def params_of(name: object, source: str = "config") -> type[StrategyParams]:
                          f"If you trust that module, name it: --strategy {name} (in Python: pass the strategy).")
     near = difflib.get_close_matches(str(name), STRATEGIES, 1, 0.6)
     hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(STRATEGIES)}."
-    raise InputError(f"{source}: strategy.name: {name!r} is not a strategy. {hint} One of your own: module:Class.")
+    raise InputError(f"{source}: strategy.name: {name!r} is not a strategy. {hint} For your own, give module:Class.")
 
 
 def _installed(name: str) -> bool:
-    """Whether an installed package has an entry point of this name or this value; it is registered then."""
+    """Whether an installed package has an entry point with this name or value, whose class is then registered."""
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         if name in (point.name, point.value):
             _registered(name, point.load())
@@ -61,9 +61,9 @@ def _registered(name: str, strategy: Any) -> type[Strategy]:
 
 
 def use(strategy: str | type[Strategy] | Strategy) -> str:
-    """Registers a strategy of the user's own, a class, an object or "module:Class", which is imported; its name.
+    """Registers a user's own strategy and returns its name.
 
-    Modules are looked for in the working directory too, as `python -m` does.
+    `strategy` is a class, an object or "module:Class". Modules are also searched for in the working directory.
 
     Raises:
         InputError: there is no such module or class, or it is no strategy.
@@ -96,6 +96,6 @@ def use(strategy: str | type[Strategy] | Strategy) -> str:
 
 def make_strategy(name: str | StrategyParams, params: dict[str, Any] | None = None,
                   schedule: str = "first_time") -> Strategy:
-    """A strategy by its name and the keys of its section, or by the section itself."""
+    """Returns the strategy that a name and the keys of its config section describe, or the section itself."""
     section = name if isinstance(name, StrategyParams) else parse_strategy({"name": name, **(params or {})})
     return STRATEGIES[section.name](section, schedule)

@@ -1,6 +1,6 @@
-"""What a strategy is: an ownership table, a schedule, starting adapters, a rule for local steps, an aggregation.
+"""The base class of strategies: ownership table, schedule, starting adapters, rule for local steps, aggregation.
 
-Most strategies are a mixing matrix (`mix`), and perhaps a local rule and a server optimizer: that is all they define.
+Most strategies define only a mixing matrix (`mix`), and perhaps a local rule or a server optimizer.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from pilot_jax.parallel.processes import to_host
 
 
 class Aggregated(NamedTuple):
-    """What the server makes of a phase's uploads.
+    """The server's results of a phase.
 
-    downloads: shared subtrees with leaves [S, …], row s for client s; received subtrees with leaves that all
-    clients get alike. server: its state afterwards. mixing: arrays to log, among them `weights` [S, S] and, for ATA,
+    downloads: shared subtrees with leaves [S, …], row s for client s; received subtrees with leaves that are equal for
+    all clients. server: its state afterwards. mixing: arrays to log, among them `weights` [S, S] and, for ATA,
     `distances` [S, S].
     """
 
@@ -39,21 +39,21 @@ class Aggregated(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-    """Base of all strategies: ordinary projector and LoRA, trained in plain LLaVA mode, averaged.
+    """The base of all strategies: projector and LoRA are trained as in plain LLaVA, and averaged.
 
-    Pilot trains R + 1 phases in R rounds; so does everyone, by a second phase in a client's first round.
+    Pilot trains a client for one phase more than it has rounds. Baselines do the same by a second phase in round 1.
     """
 
-    params: Any = None  # of the class' own `Params`; None: their defaults
+    params: Any = None  # an instance of the class' `Params`; None: the defaults
     schedule: str = "first_time"
 
     Params: ClassVar[type[StrategyParams]] = StrategyParams  # the keys of the section `strategy` beside `name`
-    first_stages: ClassVar[Any] = ("plain", "plain")  # a client's first round
-    later_stages: ClassVar[Any] = ("plain",)  # its other rounds: a suffix of the first
-    scope: ClassVar[Scope] = "shared"  # of projector and LoRA
+    first_stages: ClassVar[Any] = ("plain", "plain")  # stages of a client's first round
+    later_stages: ClassVar[Any] = ("plain",)  # stages of its other rounds: the end of `first_stages`
+    scope: ClassVar[Scope] = "shared"  # scope of projector and LoRA
     aggregated_by: ClassVar[str] = "mean"
-    one_model: ClassVar[bool] = True  # everyone starts a phase from the server's model; else from what it last had
-    pools_data: ClassVar[bool] = False  # one client that has everybody's data
+    one_model: ClassVar[bool] = True  # whether clients begin a phase with the server's model, not their own
+    pools_data: ClassVar[bool] = False  # whether there is one client, with the data of all
 
     def __post_init__(self) -> None:
         params = self.Params() if self.params is None else self.params
@@ -64,36 +64,36 @@ class Strategy:
         return name_of(type(self))
 
     def stages(self, first_time: bool, round_: int) -> tuple[str, ...]:
-        """The phases of a client's round. A baseline's extra phase falls into round 1, where everyone is new: later
-        on, a phase of newcomers alone would replace everyone's model by theirs."""
+        """Returns the stages of a client's phases in a round. A baseline's extra phase is in round 1, where all clients
+        are new: in a later round, new clients alone would train it and replace the model of all others."""
         return self.first_stages if round_ == 1 or self.schedule == "every_round" else self.later_stages
 
     def roles(self) -> Roles:
-        """The ownership table: who trains, freezes, uploads and receives which subtree in which stage."""
+        """Returns the ownership table: which subtree is trained, frozen, uploaded and received in which stage."""
         return Roles((*BASE_ROWS,
                       Role("text_adapter", {"plain": "trained"}, self.scope, self.aggregated_by),
                       Role("projector", {"plain": "trained"}, self.scope, self.aggregated_by)))
 
     def initial_adapters(self, key: jax.Array, projector: Mapping[str, Tree], model: VlmSpec, rank: int,
                          num_tasks: int) -> dict[str, Tree]:
-        """What every client starts from. The same for all: LoRA distances would otherwise measure the random start."""
+        """Returns the initial adapters, equal for all clients: else LoRA distances would measure randomness."""
         return {"text_adapter": init_lora(key, model.text, rank), "projector": float32(projector)}
 
     def warning(self) -> str | None:
-        """What a user should know before a run with these parameters; None: nothing."""
+        """Returns a warning about these parameters for the user, or None."""
         return None
 
     def local_rule(self) -> LocalRule:
-        """What its clients do to their gradients."""
+        """Returns the change that clients make to their gradients."""
         return PLAIN_RULE
 
     def server_optimizer(self) -> optax.GradientTransformation | None:
-        """Turns (server model − mixed uploads) into the server's step; None takes the mixed uploads as they are."""
+        """Returns an optimizer of the gradient (server model − mixed uploads). None: mixed uploads are the model."""
         return None
 
     def initial_server_state(self, adapters: Mapping[str, Tree], sizes: np.ndarray, tasks: np.ndarray,
                              ) -> dict[str, Any]:
-        """`adapters`: the shared and received subtrees at the start; sizes, tasks: int [K], of all clients."""
+        """Returns the first server state. `adapters`: shared and received subtrees; sizes, tasks: int [K]."""
         if not self.one_model:
             return {}
         model = {n: adapters[n] for n in self.roles().names(scope="shared") if n in adapters}
@@ -101,22 +101,21 @@ class Strategy:
         return {"model": model} | ({} if optimizer is None else {"optimizer": optimizer.init(model)})
 
     def fetch(self, adapters: dict[str, Tree], server: Mapping[str, Any], task: int) -> dict[str, Tree]:
-        """A client's adapters at the start of a phase: what it has, and what the server now holds for it."""
+        """Returns a client's adapters at the start of a phase: its own, with the server's current subtrees for it."""
         return {**adapters, **server["model"]} if self.one_model else adapters
 
     def mix(self, cohort: Cohort) -> jax.Array:
-        """The mixing matrix [S, S] of all shared subtrees; default FedAvg's, n_j/Σn in every row."""
+        """Returns the mixing matrix [S, S] of all shared subtrees; by default FedAvg's, with n_j/Σn in every row."""
         return mixing.mean(cohort.sizes)
 
     def combine(self, cohort: Cohort, weights: jax.Array) -> dict[str, Tree]:
-        """Mixed uploads, leaves [M, …], for the rows of `weights` [M, S]; for aggregations that no matrix expresses.
-
-        Strategies of one model have equal rows, of which this gets the first alone.
+        """Returns mixed uploads, leaves [M, …], for the rows of `weights` [M, S]. Override it for an aggregation that
+        no matrix expresses. With `one_model` all rows are equal, and `weights` has the first alone.
         """
         return mixing.apply(weights, dict(cohort.uploads))
 
     def aggregate(self, cohort: Cohort, server: Mapping[str, Any]) -> Aggregated:
-        """What each client of the cohort gets back, and the server's state after it."""
+        """Returns what each client of the cohort downloads, and the server's state afterwards."""
         weights, state = to_host(self.mix(cohort)), dict(server)
         downloads = self.combine(cohort, weights[:1] if self.one_model else weights)
         if self.one_model:
@@ -126,8 +125,8 @@ class Strategy:
         return Aggregated(downloads, state, {"weights": weights})
 
     def _server_step(self, mixed: dict[str, Tree], state: dict[str, Any]) -> tuple[dict[str, Tree], dict[str, Any]]:
-        """The server's model after its optimizer, if it has one (Reddi et al., 2021: the mean change of the clients,
-        negated, is the server's gradient)."""
+        """Returns the server's model and state after its optimizer, if any. Its gradient is the negated mean change of
+        the clients (Reddi et al., 2021)."""
         optimizer = self.server_optimizer()
         if optimizer is not None:
             pseudo_gradient = jax.tree.map(jnp.subtract, state["model"], mixed)
@@ -137,13 +136,13 @@ class Strategy:
         return mixed, state
 
     def sent_bytes(self, adapters: Mapping[str, Tree]) -> tuple[dict[str, int], dict[str, int]]:
-        """(up, down) bytes per subtree for one client and phase, as float32."""
+        """Returns the bytes of each subtree that one client (uploads, downloads) in a phase, as float32."""
         up = {name: num_bytes(tree) for name, tree in self.roles().select(adapters, "shared").items()}
         return up, dict(up)
 
 
 def float32(tree: Tree) -> Tree:
-    """The tree with float32 leaves."""
+    """Returns the tree with float32 leaves."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
 
 
@@ -152,13 +151,13 @@ _Class = TypeVar("_Class", bound=type[Strategy])
 
 
 def name_of(strategy: type[Strategy]) -> str:
-    """The name under which a class is registered; else "module:Class"."""
+    """Returns the name under which a class is registered, or else "module:Class"."""
     known = next((name for name, other in STRATEGIES.items() if other is strategy), None)
     return known or f"{strategy.__module__}:{strategy.__qualname__}"
 
 
 def register(name: str = "") -> Callable[[_Class], _Class]:
-    """A class decorator that makes `strategy.name: NAME` choose the class (default: "module:Class")."""
+    """Returns a class decorator that registers a strategy for `strategy.name: NAME` (default: "module:Class")."""
     def add(strategy: _Class) -> _Class:
         key = name or name_of(strategy)
         STRATEGIES[key], STRATEGY_PARAMS[key] = strategy, strategy.Params

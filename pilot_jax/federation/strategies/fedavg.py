@@ -1,7 +1,7 @@
 """FedAvg (McMahan et al., AISTATS 2017, arXiv 1602.05629) over LoRA and projector, and FedProx.
 
-On a language model FedAvg is FedIT (Zhang et al., ICASSP 2024, arXiv 2305.05644); here on a vision–language model.
-FedProx (Li et al., MLSys 2020, arXiv 1812.06127): its clients minimise their loss + μ/2·‖w − w_start‖².
+FedAvg on a language model is FedIT (Zhang et al., ICASSP 2024, arXiv 2305.05644).
+FedProx (Li et al., MLSys 2020, arXiv 1812.06127): each client minimises its loss + μ/2·‖w − w_start‖².
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from pilot_jax.federation.strategies.base import Strategy, register
 
 @register("fedavg")
 class FedAvg(Strategy):
-    """Everyone receives the mean of the uploads, weighted by data size: the base class's own mixing matrix."""
+    """FedAvg: all clients receive the mean of the uploads, weighted by data size, which is the base class's matrix."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Proximal(LocalRule):
+    """Adds the gradient of μ/2·‖w − w_start‖²."""
+
     mu: float = 0.0
 
     def gradient(self, gradient, trained, start, carried):
@@ -31,6 +33,8 @@ class Proximal(LocalRule):
 
 @register("fedprox")
 class FedProx(Strategy):
+    """FedProx: FedAvg with a proximal term in each client's loss."""
+
     class Params(StrategyParams):
         prox_mu: float = Field(0.01, ge=0, description="Coefficient μ of FedProx's term μ/2·‖w − w_start‖² "
                                "in each client's loss.")

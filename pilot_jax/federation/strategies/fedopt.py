@@ -1,7 +1,7 @@
 """FedAdam, FedYogi, FedAdagrad (Reddi et al., ICLR 2021, arXiv 2003.00295, algorithm 2), and FedAvgM.
 
-m ← β1·m + (1−β1)·Δ;  w ← w + η·m / (√v + τ), with v from each one's `second_moment`, v = τ² at first. As published,
-without optax.adam's correction for the zero start, which would change the first of so few server steps.
+m ← β1·m + (1−β1)·Δ;  w ← w + η·m / (√v + τ), with v from the strategy's `second_moment` and v = τ² at the start. As in
+the paper, there is no bias correction as in optax.adam, which would change the first steps, and a run has few.
 FedAvgM (Hsu et al., 2019, arXiv 1909.06335): FedAvg with momentum at the server, v ← β·v + Δ, w ← w − η·v.
 """
 
@@ -36,7 +36,7 @@ class ServerParams(StrategyParams):
 
 def scale_by_adaptive(second_moment: Callable[[jax.Array, jax.Array], jax.Array], beta1: float,
                       tau: float) -> optax.GradientTransformation:
-    """m / (√v + τ). `second_moment`: (v, Δ²) → v, entry by entry."""
+    """Returns the transformation of Δ into m / (√v + τ). `second_moment`: (v, Δ²) → v, entry by entry."""
 
     def init(params):
         v = jax.tree.map(lambda p: jnp.full_like(p, tau**2), params)
@@ -51,7 +51,7 @@ def scale_by_adaptive(second_moment: Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Adaptive(Strategy):
-    """What the three adaptive rules share."""
+    """The base of the three adaptive strategies."""
 
     Params = ServerParams
 
@@ -68,7 +68,7 @@ class Adaptive(Strategy):
 
 @register("fedadagrad")
 class FedAdagrad(Adaptive):
-    """v ← v + Δ²."""
+    """FedAdagrad: v ← v + Δ²."""
 
     @staticmethod
     def second_moment(v, squared, server):
@@ -77,7 +77,7 @@ class FedAdagrad(Adaptive):
 
 @register("fedadam")
 class FedAdam(Adaptive):
-    """v ← β2·v + (1−β2)·Δ²."""
+    """FedAdam: v ← β2·v + (1−β2)·Δ²."""
 
     @staticmethod
     def second_moment(v, squared, server):
@@ -86,7 +86,7 @@ class FedAdam(Adaptive):
 
 @register("fedyogi")
 class FedYogi(Adaptive):
-    """v ← v − (1−β2)·Δ²·sign(v − Δ²)."""
+    """FedYogi: v ← v − (1−β2)·Δ²·sign(v − Δ²)."""
 
     @staticmethod
     def second_moment(v, squared, server):
@@ -95,6 +95,8 @@ class FedYogi(Adaptive):
 
 @register("fedavgm")
 class FedAvgM(Strategy):
+    """FedAvgM: FedAvg with momentum at the server."""
+
     Params = ServerParams
 
     def server_optimizer(self):

@@ -1,4 +1,4 @@
-"""What of LoRA is shared: FFA-LoRA, FedSA-LoRA, FedDPA."""
+"""Strategies that share a part of LoRA: FFA-LoRA, FedSA-LoRA, FedDPA."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pilot_jax.models.lora import factors, init_lora
 
 @register("ffa_lora")
 class FfaLora(Strategy):
-    """FFA-LoRA (Sun et al., ICLR 2024, arXiv 2403.12313): A stays as it was drawn, only B is trained and averaged, so
-    that the mean of the clients' BA is the BA of their mean."""
+    """FFA-LoRA (Sun et al., ICLR 2024, arXiv 2403.12313): A stays at its random start, and only B is trained and
+    averaged, so that the mean of the clients' products BA is the product of their means."""
 
     def roles(self):
         return Roles((*BASE_ROWS,
@@ -27,8 +27,8 @@ class FfaLora(Strategy):
 
 @register("fedsa_lora")
 class FedSaLora(FfaLora):
-    """FedSA-LoRA (Guo et al., ICLR 2025, arXiv 2410.01463): A and B are trained, only A is shared and averaged; B,
-    which the paper finds to be what is particular to a client, stays there."""
+    """FedSA-LoRA (Guo et al., ICLR 2025, arXiv 2410.01463): A and B are trained, but only A is uploaded and averaged.
+    B, which the paper finds to learn client-specific knowledge, stays with the client."""
 
     def roles(self):
         return Roles((*BASE_ROWS,
@@ -39,9 +39,9 @@ class FedSaLora(FfaLora):
 
 @register("feddpa")
 class FedDpa(Strategy):
-    """FedDPA (Yang et al., NeurIPS 2024, arXiv 2403.19211): a shared LoRA that is averaged, a private one beside it.
+    """FedDPA (Yang et al., NeurIPS 2024, arXiv 2403.19211): a shared LoRA, which is averaged, and a private one.
 
-    Both are trained at once and added. Left out: the paper's weighting of the two per test instance; here it is 1 : 1.
+    Both are trained at once, and their outputs are added without the paper's weights per test instance.
     """
 
     def roles(self):

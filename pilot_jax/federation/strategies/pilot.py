@@ -22,7 +22,7 @@ from pilot_jax.parallel.processes import to_host
 
 
 def _zero_last(adapter):
-    """The MLP with a zero last layer: it adds nothing yet, and its first layer lets the last one learn."""
+    """Returns the MLP with a zero last layer: it adds nothing at first, and its first layer lets the last one learn."""
     return {"linear_1": adapter["linear_1"], "linear_2": jax.tree.map(jnp.zeros_like, adapter["linear_2"])}
 
 
@@ -31,7 +31,7 @@ def _repeat(tree, times: int):
 
 
 def _with_last_uploads(members: Mapping[int, dict[str, Any]], cohort: Cohort) -> dict[int, dict[str, Any]]:
-    """`members` with the cohort's clients: first round, task, size and last ψ_t of each."""
+    """Returns `members` updated with the cohort's clients: first round, task, size and last ψ_t of each."""
     out, own = dict(members), to_host(cohort.uploads["task"])
     for row, client in enumerate(int(c) for c in cohort.ids):
         first = out.get(client, {"first_round": cohort.round})["first_round"]
@@ -80,7 +80,7 @@ class PilotParams(StrategyParams):
         "computes the base model. copy: copies of the projector, as in the authors' code; ψ_t and ψ_s then stay equal.")
     ata: AtaConfig = AtaConfig()
     text_aggregation: Literal["ata", "mean", "per_task_mean"] = Field(
-        "ata", description="Aggregation of LoRA by Pilot's server. ata: a mixture of each client's own. Ablations: "
+        "ata", description="Aggregation of LoRA by Pilot's server. ata: each client has its own mixture. Ablations: "
         "mean (over all clients) and per_task_mean (over the clients of the task), both weighted by training samples.")
     client_adapter: Literal["both", "stage1", "none"] = Field(
         "both", description="Stages in which Pilot's client adapter adds x_s = ψ_s(H_v): both, as in the paper; stage1 "
@@ -91,9 +91,9 @@ class PilotParams(StrategyParams):
 
 @register("pilot")
 class Pilot(Strategy):
-    """Ablations by `params`: `text_aggregation`, `client_adapter`, `cross_task`, `ata`; those of the losses in `train`.
+    """Pilot. `text_aggregation`, `client_adapter`, `cross_task` and `ata` of `params` allow ablations.
 
-    To change the method, override `distances` or `weights`.
+    To change the aggregation of LoRA, override `distances` or `weights`.
     """
 
     Params = PilotParams
@@ -123,8 +123,8 @@ class Pilot(Strategy):
         return Roles(tuple(rows))
 
     def initial_adapters(self, key, projector, model, rank, num_tasks):
-        """preserve: ψ_t is the projector, ψ_s and ψ_c add zero, so step 0 computes the base model. copy: the
-        authors' code, every MLP a copy of the projector (ψ_t and ψ_s then stay equal under L_d)."""
+        """Returns the first adapters. preserve: ψ_t is the projector, and ψ_s and ψ_c add zero, so step 0 computes the
+        base model. copy: as in the authors' code, every MLP is a copy of the projector."""
         projector = float32(projector)
         extra = projector if self.params.init == "copy" else _zero_last(projector)
         router = 0.02 * jax.random.normal(jax.random.fold_in(key, 1000), (model.vision.feature_size, num_tasks))
@@ -141,7 +141,7 @@ class Pilot(Strategy):
     def warning(self):
         if self.params.init == "copy":
             return ("strategy.init: copy starts ψ_t and ψ_s equal; L_d is symmetric in them, so they stay equal and "
-                    "never separate. 'preserve' does not have this.")
+                    "never separate. Set strategy.init=preserve to avoid this.")
         return None
 
     def initial_server_state(self, adapters, sizes, tasks):
@@ -152,7 +152,7 @@ class Pilot(Strategy):
         return self.first_stages if first_time or self.schedule == "every_round" else self.later_stages
 
     def fetch(self, adapters, server, task):
-        """The current bank, and ψ_t from its own slot. LoRA is the client's last (a newcomer's: the initial one)."""
+        """Returns the adapters with the server's bank and ψ_t from its slot of the task. LoRA is the client's own."""
         bank = {"task_bank": server["bank"]} if self.params.cross_task else {}
         return {**adapters, "task": jax.tree.map(lambda leaf: leaf[task], server["bank"]), **bank}
 
@@ -170,12 +170,12 @@ class Pilot(Strategy):
         return Aggregated(downloads, {**server, "bank": bank, "members": members}, to_host(log))
 
     def distances(self, text_adapters):
-        """d_kj between LoRA uploads, leaves [S, …] → [S, S]."""
+        """Returns the distances d_kj [S, S] between LoRA uploads with leaves [S, …]."""
         c = self.params.ata
         return distances(text_adapters, c.neighbors, "factors" if c.preset == "notes" else c.space)
 
     def weights(self, between, cohort):
-        """Mixing matrix [S, S] of LoRA from the distances [S, S]."""
+        """Returns the mixing matrix [S, S] of LoRA, from the distances [S, S]."""
         c, sizes = self.params.ata, jnp.asarray(cohort.sizes)
         if self.params.text_aggregation == "mean":
             return mixing.mean(sizes)
@@ -189,26 +189,26 @@ class Pilot(Strategy):
         return mixing.ata_weights(between, sizes, jnp.asarray(cohort.ids), neighbors=c.neighbors, **options)
 
     def _most_weights(self, cohort: int) -> int:
-        """How many weights of a row of ours can be above 0; a subclass' `weights` may have more."""
-        ours = type(self).weights is Pilot.weights and self.params.text_aggregation == "ata"
-        return self.params.ata.neighbors + 1 if ours else cohort
+        """Returns how many weights of a row can be above 0: M + 1 under ATA, else up to S."""
+        is_ata = type(self).weights is Pilot.weights and self.params.text_aggregation == "ata"
+        return self.params.ata.neighbors + 1 if is_ata else cohort
 
     def _aggregate_tasks(self, cohort: Cohort, server: Mapping[str, Any]) -> tuple[Tree, dict[int, dict[str, Any]]]:
-        """ψ_t per task, and every client's last upload.
+        """Returns ψ_t of every task, and every client's last upload.
 
-        A task without an upload keeps its ψ_t. Where, after round 1, all of a task's uploads come from clients in
-        their first round, the last uploads of its earlier participants stay in the mean: a lone newcomer does not
-        overwrite its task.
+        A task without an upload keeps its ψ_t. If, after round 1, all uploads of a task come from clients in their
+        first round, the last uploads of its earlier participants are added to the mean, so that a single new client
+        does not overwrite the ψ_t of its task.
         """
         earlier = {c: m for c, m in server["members"].items() if m["first_round"] < cohort.round}
         rows, sizes, tasks = [cohort.uploads["task"]], list(cohort.sizes), list(cohort.tasks)
         for task in sorted(set(int(t) for t in cohort.tasks)):
             uploading = {int(c) for c, t in zip(cohort.ids, cohort.tasks, strict=True) if t == task}
             if not uploading & set(earlier):
-                kept = [m for c, m in sorted(earlier.items()) if m["task"] == task]
-                rows += [jax.tree.map(lambda leaf: leaf[None], m["adapter"]) for m in kept]
-                sizes += [m["size"] for m in kept]
-                tasks += [task] * len(kept)
+                absent = [m for c, m in sorted(earlier.items()) if m["task"] == task]
+                rows += [jax.tree.map(lambda leaf: leaf[None], m["adapter"]) for m in absent]
+                sizes += [m["size"] for m in absent]
+                tasks += [task] * len(absent)
         stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
         old = server["bank"]
         num_tasks = jax.tree.leaves(old)[0].shape[0]
@@ -223,6 +223,6 @@ class Pilot(Strategy):
 
     def sent_bytes(self, adapters):
         up = {name: num_bytes(adapters[name]) for name in ("text_adapter", "task")}
-        # The own task's ψ_t comes as a slot of the bank, once.
+        # ψ_t of the client's task is downloaded as a slot of the bank, once.
         task = "task_bank" if self.params.cross_task else "task"
         return up, {name: num_bytes(adapters[name]) for name in ("text_adapter", task)}

@@ -1,4 +1,4 @@
-"""The lower and the upper reference of every federated comparison: local and centralised training."""
+"""Local and centralised training, the lower and the upper reference of federated comparisons."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pilot_jax.federation.strategies.base import Strategy, register
 
 @register("local")
 class Local(Strategy):
-    """No client sends or receives anything."""
+    """Local training: no client uploads or receives anything."""
 
     scope = "local"
     aggregated_by = "never"
@@ -20,7 +20,7 @@ class Local(Strategy):
 
 @register("centralised")
 class Centralised(Strategy):
-    """One model on everybody's data at one place, which federated learning may not do.
+    """Centralised training: one model on the pooled data of all clients, which a federation does not allow.
 
     It visits as many samples as all clients together, in batches of the same size.
     """

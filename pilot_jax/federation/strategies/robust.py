@@ -1,4 +1,4 @@
-"""Means that few clients cannot move far (Yin et al., ICML 2018, arXiv 1803.01498), entry by entry."""
+"""Robust means, entry by entry, that few clients cannot move far (Yin et al., ICML 2018, arXiv 1803.01498)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Median(Strategy):
     aggregated_by = "median"
 
     def mix(self, cohort):
-        return mixing.mean(jnp.ones(len(cohort)))  # for the log: every upload counts alike
+        return mixing.mean(jnp.ones(len(cohort)))  # only logged
 
     def combine(self, cohort, weights):
         return jax.tree.map(lambda leaf: jnp.median(leaf, axis=0, keepdims=True), dict(cohort.uploads))
@@ -26,11 +26,11 @@ class Median(Strategy):
 
 @register("trimmed_mean")
 class TrimmedMean(Median):
-    """The mean of what is left when the largest and the smallest ⌊β·S⌋ uploads of every entry are dropped."""
+    """The mean of every entry without its ⌊β·S⌋ largest and its ⌊β·S⌋ smallest uploads."""
 
     class Params(StrategyParams):
-        trim: float = Field(0.2, ge=0, lt=0.5, description="Share β of the uploads that trimmed_mean drops at "
-                            "either end of every entry's order.")
+        trim: float = Field(0.2, ge=0, lt=0.5, description="Share β of the uploads that trimmed_mean drops in "
+                            "every entry: the β·S largest and the β·S smallest values.")
 
     aggregated_by = "trimmed_mean"
 

@@ -1,8 +1,8 @@
-"""SCAFFOLD (Karimireddy et al., ICML 2020, arXiv 1910.06378): clients descend g − c_k + c.
+"""SCAFFOLD (Karimireddy et al., ICML 2020, arXiv 1910.06378): clients follow g − c_k + c instead of g.
 
-A client's control c_k becomes the mean of its own gradients along its steps. For SGD at a constant rate that is the
-paper's option II, c_k − c + (x − y_k)/(S_k·η); written so, it holds under a schedule and under AdamW too. Weights are
-n_k/Σn where the paper has 1/N: the same for clients of one size, and what FedAvg has here for the others.
+After a phase, a client's control c_k is the mean of its gradients over its steps. For SGD at a constant rate this
+equals the paper's option II, c_k − c + (x − y_k)/(S_k·η); it also applies to a schedule and to AdamW. Weights are
+n_k/Σn, as in `fedavg`, where the paper has 1/N; for clients of equal size both agree.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from pilot_jax.parallel.processes import to_host
 
 @dataclasses.dataclass(frozen=True)
 class Controlled(LocalRule):
+    """Adds c − c_k to the gradient g, and makes the mean of g the new c_k."""
+
     averages_gradients: bool = True
 
     def gradient(self, gradient, trained, start, carried):
@@ -37,6 +39,8 @@ class Controlled(LocalRule):
 
 @register("scaffold")
 class Scaffold(Strategy):
+    """SCAFFOLD; the module's text describes it."""
+
     Params = ServerParams
 
     def roles(self):

@@ -1,8 +1,8 @@
 """Similarity-weighted averaging: w_kj ∝ exp(cos(u_k, u_j)/τ), u the change of a client's uploads since the start.
 
-The cosine of updates as a measure of like data: Sattler et al., TNNLS 2021, arXiv 1910.01991, who cluster by it. Soft
-weights from it, each client receiving a mixture of its own, are the simplest personalised form, and ATA's nearest
-relative: all clients instead of M, direction instead of distance.
+Sattler et al. (TNNLS 2021, arXiv 1910.01991) cluster clients with similar data by the cosine of their updates. Here it
+gives soft weights, and each client receives its own mixture. The strategy differs from ATA in that it mixes all clients
+instead of M neighbours, by direction instead of distance.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pilot_jax.parallel.processes import to_host
 
 @register("similarity")
 class Similarity(Strategy):
+    """Similarity-weighted averaging; the module's text describes it."""
+
     class Params(StrategyParams):
         similarity_temperature: float = Field(0.1, gt=0, description="Temperature τ of the weights "
                                               "softmax(cosine of updates / τ).")

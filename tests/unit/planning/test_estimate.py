@@ -173,7 +173,7 @@ def test_a_mesh_too_large_says_what_to_do():
     config = load_config(CONFIGS / "llava15_7b_tpu.yaml", ["system.mesh.clients=512"])
     with pytest.raises(InputError, match="xla_force_host_platform_device_count=2048"):
         programs(config)
-    with pytest.raises(InputError, match=r"system.mesh: 512 devices asked for"):
+    with pytest.raises(InputError, match=r"system.mesh: 512 devices requested"):
         prepare.prepare(small_config(system={"mesh": {"clients": 512}}))
 
 
