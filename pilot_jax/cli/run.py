@@ -48,7 +48,7 @@ def run(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName 
     configure(settings)
     split_cpu_for(settings, num_processes or 1)
     if distributed or coordinator is not None or num_processes is not None or process_id is not None:
-        processes.start(coordinator, num_processes, process_id)
+        processes.connect(coordinator, num_processes, process_id)
     folder = out or Path("runs") / f"{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     summary = _simulate(settings, folder, resume, progress).summary
     if processes.is_writer() and progress == "json":

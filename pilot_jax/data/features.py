@@ -16,7 +16,7 @@ from pilot_jax.data.images import pixel_values, read_image
 from pilot_jax.data.llava.sample import Sample
 from pilot_jax.errors import InputError
 from pilot_jax.parallel.mesh import mesh_of
-from pilot_jax.parallel.processes import largest, own_parts, own_rows, place_of, places
+from pilot_jax.parallel.processes import largest_of_all, own_parts, own_rows, place_of, places
 from pilot_jax.storage import Rows, RowsWriter
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class Features:
                 out[row[is_own]] = pixel_values(self._model, images, self._data.image_fit)
         except InputError as error:
             fault = error
-        if largest(int(fault is not None)):
+        if largest_of_all(int(fault is not None)):
             raise fault or InputError("data.path: another process cannot read an image; its message says which.")
         return out
 

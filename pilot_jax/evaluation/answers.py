@@ -19,7 +19,7 @@ from pilot_jax.evaluation.metrics import METRICS
 from pilot_jax.models.generate import Decoding, generate
 from pilot_jax.models.pretrained import PretrainedModel
 from pilot_jax.parallel.mesh import mesh_of
-from pilot_jax.parallel.processes import here, over_clients, to_host
+from pilot_jax.parallel.processes import is_on_this_process, over_clients, to_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _answers_of_group(model: PretrainedModel, decoder: Decoder, group: list[Exam
     The last models are padded to `width` by repeating one of them, and a model's last prompt is repeated likewise."""
     out: list[list[str]] = []
     mesh = mesh_of(model.base)
-    on_this_process = here(mesh, width)  # only these prompts are read
+    on_this_process = is_on_this_process(mesh, width)  # only these prompts are read
     compute_features([e.prompts.features for e in group], width)
     for start in range(0, len(group), width):
         members = group[start:start + width]

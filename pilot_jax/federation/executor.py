@@ -24,7 +24,7 @@ from pilot_jax.federation.randomness import client_generator
 from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.state import Federation, Timings, Trained, row, stack
 from pilot_jax.federation.uploads import after_upload
-from pilot_jax.parallel.processes import here, to_host
+from pilot_jax.parallel.processes import is_on_this_process, to_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ class _Phase:
         self.samples = max(c.size for f in feds for c in f.clients)
         self.steps = max(f.full_steps(c) for f in feds for c in range(len(f.clients)))
         self.steps_at_once = self.steps if steps_at_once is None else min(steps_at_once, self.steps)
-        self.on_this_process = here(self.mesh, self.width)
+        self.on_this_process = is_on_this_process(self.mesh, self.width)
         partial = [work.partial or Trained({}, {}) for work in works]
         self.adapters = [dict(done.adapters) for done in partial]
         self.records = [dict(done.records) for done in partial]

@@ -14,17 +14,17 @@ from jaxtyping import PyTree
 
 from pilot_jax.errors import InputError
 
-AT_ONCE = 2**28  # bytes: larger arrays are gathered a row at a time
+AT_ONCE = 2**28  # bytes; larger arrays are gathered a row at a time
 
 
-def start(coordinator: str | None, processes: int | None, process: int | None) -> None:
+def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Joins the other processes. It must be called before JAX is used for anything else.
 
     Args:
         coordinator: "host:port" of process 0.
-        processes: how many there are.
-        process: the number of this one. If all three are None, JAX reads them from the cluster's environment (Slurm,
-            TPU pods, MPI).
+        processes: number of processes.
+        process: number of this process, from 0. If all three are None, JAX reads them from the cluster's environment
+            (Slurm, TPU pods, MPI).
 
     Raises:
         InputError: one or two of the three are None, or the other processes do not answer.
@@ -32,7 +32,7 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
     given = [x is not None for x in (coordinator, processes, process)]
     if any(given) and not all(given):
         raise InputError("--coordinator, --num-processes and --process-id go together. Give all three, or only "
-                         "--distributed where Slurm or a TPU pod says them.")
+                         "--distributed where Slurm or a TPU pod provides them.")
     if processes is not None and process is not None and not 0 <= process < processes:
         raise InputError(f"--process-id: {process}, expected 0 to {processes - 1}.")
     try:
@@ -51,7 +51,7 @@ def is_writer() -> bool:
 def to_host(tree: PyTree) -> PyTree:
     """Returns arrays as NumPy arrays, in every process, wherever their parts lie.
 
-    An array of which other processes' devices have a part is gathered on every device first, a large one row by row.
+    An array that is partly on other processes' devices is first gathered on every device, a large one row by row.
     """
     def to_numpy(leaf: jax.typing.ArrayLike) -> np.ndarray:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
@@ -98,14 +98,14 @@ def place_of(client: int, width: int, count: int) -> int:
     return client * count // width
 
 
-def here(mesh: Mesh | None, width: int) -> list[bool]:
-    """Returns, for each of `width` stacked clients, whether this process's devices have any part of it."""
+def is_on_this_process(mesh: Mesh | None, width: int) -> list[bool]:
+    """Returns, for each of `width` stacked clients, whether any part of it is on this process's devices."""
     processes = places(mesh)
     return [jax.process_index() in processes[place_of(k, width, len(processes))] for k in range(width)]
 
 
 def own_rows(mesh: Mesh | None, length: int) -> np.ndarray:
-    """Returns which rows of an array [length, …], spread over all devices, this process's have; bool [length]."""
+    """Returns which rows of an array [length, …] that is spread over all devices this process has; bool [length]."""
     own = np.ones(length, bool)
     if mesh is not None:
         own[:] = False
@@ -121,7 +121,7 @@ def own_parts(array: jax.Array) -> list[tuple[int, np.ndarray]]:
     return [(start, np.asarray(parts[start])) for start in sorted(parts)]
 
 
-def largest(value: int) -> int:
+def largest_of_all(value: int) -> int:
     """Returns the largest of the processes' values, in every process."""
     if jax.process_count() == 1:
         return value
@@ -130,7 +130,7 @@ def largest(value: int) -> int:
     return int(np.max(process_allgather(np.int32(value))))
 
 
-def wait(what: str) -> None:
+def wait_for_all(what: str) -> None:
     """Waits until every process has called this with the same `what`, which names the point in JAX's errors."""
     if jax.process_count() > 1:
         from jax.experimental.multihost_utils import sync_global_devices

@@ -25,7 +25,7 @@ from pilot_jax.errors import InputError
 from pilot_jax.federation.roles import Roles
 from pilot_jax.federation.state import ClientState, Population, State, Timings, Trained, row, stack, stored
 from pilot_jax.federation.uploads import misfit
-from pilot_jax.parallel.processes import is_writer, over_clients, wait
+from pilot_jax.parallel.processes import is_writer, over_clients, wait_for_all
 from pilot_jax.runs.checkpoint import over_processes, read_arrays, write_arrays
 from pilot_jax.runs.packing import packed, unpacked
 from pilot_jax.storage import Store
@@ -98,16 +98,16 @@ class Snapshots:
         if is_writer():
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-        wait("snapshot begun")
+        wait_for_all("snapshot begun")
         manifest, server, clients = self._contents(state, changed, where)
         manifest["extra"] = dict(extra)
         for part, arrays in (("server", server), ("clients", clients)):
             if is_writer() or over_processes(arrays):
                 write_arrays(aside / part, arrays)
-        wait("snapshot's arrays written")
+        wait_for_all("snapshot's arrays written")
         if is_writer():
             self._finish(aside, path, manifest)
-        wait("snapshot done")
+        wait_for_all("snapshot done")
         self._where, self._last, self._changed = where, number, set()
 
     def _contents(self, state: State, changed: list[int],

@@ -47,4 +47,4 @@ class StopSignals(RunObserver):
 
     def stop_requested(self) -> int:
         """Returns the number of the signal that some process has received, or 0."""
-        return processes.largest(self._heard)
+        return processes.largest_of_all(self._heard)

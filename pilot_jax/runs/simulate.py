@@ -18,7 +18,7 @@ from pilot_jax.federation.rounds import run_round
 from pilot_jax.federation.state import State, Tamper, prune
 from pilot_jax.federation.strategies import Strategy
 from pilot_jax.parallel.host_memory import give_back
-from pilot_jax.parallel.processes import is_writer, wait
+from pilot_jax.parallel.processes import is_writer, wait_for_all
 from pilot_jax.runs.checkpoint import save_population
 from pilot_jax.runs.events import CompileClock, MetricsFile, MixingFiles
 from pilot_jax.runs.folder import RunFolder
@@ -63,7 +63,7 @@ def simulate(config: Config, *, out: str | Path | None = None, resume: bool = Fa
         if resume and out is None:
             raise InputError("--resume: no run directory. Give its folder as --out.")
         folder = None if out is None else RunFolder(out, config, resume, is_writer())
-        wait("run directory")  # no process may write to it before all have checked it
+        wait_for_all("run directory")  # no process may write to it before all have checked it
         if folder is not None and folder.finished:
             return restore(folder.path)
         setup = prepare(config, strategy)
@@ -121,7 +121,7 @@ class RunLoop(RunObserver):
             raise
         finally:
             self.observer.close()
-        wait("end of run")  # until the writer has written everything
+        wait_for_all("end of run")  # until the writer has written everything
         return Run(self.setup, self.state.population, summary, self.metrics.records)
 
     def resume(self) -> None:

@@ -115,7 +115,7 @@ port, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
 from pilot_jax.parallel import processes
-processes.start(f"127.0.0.1:{port}", 2, process)
+processes.connect(f"127.0.0.1:{port}", 2, process)
 import numpy as np
 from conftest import small_config, tree_max_difference
 from pilot_jax.runs import prepare, simulate
@@ -167,7 +167,7 @@ port, process = sys.argv[1], int(sys.argv[2])
 import jax
 jax.config.update("jax_num_cpu_devices", 1)
 from pilot_jax.parallel import processes
-processes.start(f"127.0.0.1:{port}", 4, process)
+processes.connect(f"127.0.0.1:{port}", 4, process)
 from conftest import small_config
 from pilot_jax.data import features
 from pilot_jax.runs import prepare
@@ -206,7 +206,7 @@ def test_each_process_reads_its_own_clients_images():
     (("127.0.0.1:1", 2, None), "go together"), ((None, 2, 0), "go together"), (("127.0.0.1:1", 2, 2), "0 to 1")])
 def test_incomplete_addresses_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
-        processes.start(*arguments)
+        processes.connect(*arguments)
 
 
 def test_a_cohort_is_in_memory_once():
