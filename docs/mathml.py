@@ -15,8 +15,15 @@ INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.S)
 BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.S)
 
 
+BAR = "<mo>&#x02016;</mo>"  # of a norm; without attributes, browsers stretch only the left one of a pair
+
+
+def mathml(latex: str, display: str) -> str:
+    """Returns a formula, as it stands in HTML, as MathML."""
+    return convert(html.unescape(latex), display=display).replace(BAR, BAR.replace("<mo>", '<mo stretchy="false">'))
+
+
 def on_page_content(content: str, **_: Any) -> str:
     """Returns the page's HTML with MathML in place of LaTeX."""
-    content = BLOCK.sub(
-        lambda m: f'<div class="formula">{convert(html.unescape(m[1]), display="block")}</div>', content)
-    return INLINE.sub(lambda m: convert(html.unescape(m[1])), content)
+    content = BLOCK.sub(lambda found: f'<div class="formula">{mathml(found[1], "block")}</div>', content)
+    return INLINE.sub(lambda found: mathml(found[1], "inline"), content)
