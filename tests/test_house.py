@@ -28,7 +28,7 @@ PACKAGE = ROOT / "pilot_jax"
 MOST_LINES, MEDIAN_LINES, MOST_SHARE = 350, 140, 0.20  # longest file, median file, a folder's share of all lines
 MOST_FUNCTION_LINES, MOST_PARAMETERS = 45, 7
 SHORT_FUNCTIONS = ("federation", "runs", "models")  # folders whose functions have these limits
-DOCUMENTATION = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTATION = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 # -- measurements ----------------------------------------------------------------------------------------------------

@@ -253,7 +253,7 @@ def said_in_code() -> str:
 def test_the_messages_of_troubleshooting_are_those_of_the_code():
     """Of each message the parts between its values, which stand as … or as an example."""
     text, code = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"), said_in_code()
-    messages = re.findall(r"^\| `([^`]+)`(?! \(from JAX\))", text, re.M)
+    messages = re.findall(r"^- `([^`]+)`(?! \(from JAX\))", text, re.M)
     assert len(messages) > 8
     for message in messages:
         values = r"…|\d+|'[^']*'|\(…\)|data/\w+|\b[a-z]+\.batchsize|\bx\b|(?<=\.) "
