@@ -1,4 +1,4 @@
-"""A phase of training gives the same adapters on any number of CPU devices."""
+"""Test that a phase of training gives the same adapters on any number of CPU devices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ split_cpu(SystemConfig(client_devices=int(sys.argv[1])))
 import jax, numpy as np
 from pilot_jax.runs import prepare
 from pilot_jax.testing.phases import train_phase
-# No length_spread of 4 here: two buckets, one of three clients and one of six.
+# A length_spread of 1.2 instead of 4 gives two buckets, of three and of six clients.
 system = {"client_chunk": 2, "length_spread": 1.2}
 setup = prepare.prepare(small_config(system=system, train={"adam_epsilon": 1e-3}))
 fed = setup.federation
@@ -31,7 +31,7 @@ print(jax.device_count(), 1 if fed.mesh is None else fed.mesh.size)
 
 
 def test_devices_change_nothing(tmp_path):
-    """Nine clients on one and on four CPU devices, which divide neither bucket: adapters ≤ 1e-5."""
+    """Nine clients on one and on four CPU devices get equal adapters to 1e-5. Four divides neither bucket's size."""
     results = {}
     for count in (1, 4):
         env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}

@@ -1,4 +1,4 @@
-"""Device meshes: every mesh gives what one device gives; what the server computes never gathers the uploads."""
+"""Tests of device meshes: every mesh gives the results of one device, and the server never gathers the uploads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from conftest import ROOT
 
 
 def on_devices(count: int, code: str, *arguments: object) -> str:
-    """Run `code` in a process that sees the CPU as `count` devices; its output."""
+    """Runs `code` in a process that sees the CPU as `count` devices, and returns its output."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=env,
                           cwd=ROOT, check=False)
@@ -56,7 +56,7 @@ print(json.dumps(out))
 
 
 def test_meshes_give_what_one_device_gives():
-    """Nine clients, which neither 8 nor 2 divide: both stages, mixing and answers; each device holds its part alone."""
+    """Stages, mixing and answers agree for nine clients, which neither 8 nor 2 divides; a device has only its part."""
     out = json.loads(on_devices(8, FEDERATION).splitlines()[-1])
     assert out["moved"] > 1e-3
     parts = {"8x1x1": 1.0, "2x2x2": 1 / 4, "1x4x2": 1 / 8}
@@ -76,7 +76,7 @@ from pilot_jax.federation import distances, mixing
 from pilot_jax.parallel.mesh import AXES, make_mesh, on_parts, spread
 
 rng = np.random.default_rng(0)
-cohort, layers, rank, width = 40, 4, 4, 96  # 40: more than EVERY_PAIR, so that a Gram shortlists
+cohort, layers, rank, width = 40, 4, 4, 96  # 40 is above EVERY_PAIR, so that a Gram matrix selects the pairs
 uploads = {"layers": {name: {"a": rng.normal(size=(cohort, layers, rank, width)).astype(np.float32),
                              "b": rng.normal(size=(cohort, layers, 72, rank)).astype(np.float32)} for name in "qv"}}
 flat = np.concatenate([x.reshape(cohort, -1) for x in jax.tree.leaves(uploads)], 1).astype(np.float64)
@@ -120,10 +120,10 @@ def mixing():
 
 @pytest.mark.parametrize("mesh", ["8x1x1", "2x2x2", "1x4x2"])
 def test_mixing_on_a_mesh(mixing, mesh):
-    """Distances and mixed adapters against float64; each device holds an eighth of the uploads, and what is sent are
-    the sums of Gram matrices alone."""
+    """Distances and mixed adapters agree with float64. Each device has an eighth of the uploads, and only the sums of
+    Gram matrices go from device to device."""
     got = mixing[mesh]
     assert got["factors"] <= 1e-5 and got["product"] <= 1e-5 and got["mixed"] <= 1e-5
     assert got["gram_sends"] == ["all-reduce"] and got["mixing_sends"] == []
     assert got["gram_arguments"] == 1 / 8
-    assert got["mixing_arguments"] < 1 / 8 + 0.02  # the matrix is everywhere
+    assert got["mixing_arguments"] < 1 / 8 + 0.02  # every device also has the mixing matrix

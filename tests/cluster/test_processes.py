@@ -1,4 +1,4 @@
-"""Several processes under `jax.distributed`, over gloo on this machine, give what one process gives."""
+"""Tests that several processes under `jax.distributed`, connected by gloo, give the results of one process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def free_port() -> int:
 
 
 def python(*arguments: object) -> subprocess.Popen:
-    """A process of its own, with a CPU device of its own."""
+    """Starts Python in a new process that has one CPU device."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -62,7 +62,7 @@ def agree(alone, run) -> None:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """(config file, run directory, run) of one process on one device."""
+    """Returns (config file, run directory, run) of one process on one device."""
     folder = tmp_path_factory.mktemp("one")
     config = folder / "config.yaml"
     config.write_text(small_config(train=RATES, system={"client_chunk": 1, "unroll": 1}).to_yaml())
@@ -71,8 +71,8 @@ def one(tmp_path_factory):
 
 
 def test_four_processes_give_what_one_gives(one, tmp_path):
-    """Two in each row of the mesh, the base's weights divided among them. The writer alone leaves files and speaks, and
-    the run directory can be read on one device."""
+    """Two processes form each row of the mesh and divide the base's weights. Only the writer writes files and prints,
+    and the run directory can be read on one device."""
     config, folder, alone = one
     port, sets = free_port(), ("--set", "system.mesh.clients=2", "--set", "system.mesh.fsdp=2")
     texts = finished([command(config, tmp_path / "4", *sets, "--coordinator", f"127.0.0.1:{port}", "--num-processes", 4,
@@ -84,8 +84,8 @@ def test_four_processes_give_what_one_gives(one, tmp_path):
 
 
 def test_two_processes_are_interrupted_and_one_goes_on(one, tmp_path):
-    """SIGTERM to both after their first phase: they agree on where to stop, and both save; one process on one device
-    goes on to what it would have reached alone."""
+    """After SIGTERM following their first phase, both processes stop at the same chunk and save. One process on one
+    device then continues to the results of an uninterrupted run."""
     config, folder_of_one, alone = one
     port, folder = free_port(), tmp_path / "interrupted"
     both = [command(config, folder, "--set", "system.mesh.clients=2", "--coordinator", f"127.0.0.1:{port}",
@@ -101,7 +101,7 @@ def test_two_processes_are_interrupted_and_one_goes_on(one, tmp_path):
     assert [p.returncode for p in both] == [143, 143], texts
     assert "--resume" in texts[0][1] and "--resume" not in texts[1][1] and not (folder / "summary.json").exists()
     parts = {part for part in (folder / "checkpoints" / "resume").rglob("ocdbt.process_*")}
-    assert {part.name for part in parts} == {"ocdbt.process_0", "ocdbt.process_1"}  # each has written its clients
+    assert {part.name for part in parts} == {"ocdbt.process_0", "ocdbt.process_1"}  # each has its own clients
     text = finished([command(config, folder, "--resume")])[0]
     assert "system.mesh.clients: 2 → 1: results agree to rounding" in " ".join(text.split())
     agree(alone, restore.restore(folder))
@@ -123,7 +123,7 @@ from pilot_jax.parallel.mesh import spread
 from pilot_jax.federation.cohort import Cohort
 from pilot_jax.federation.strategies import make_strategy
 sections = json.loads(sys.argv[4])
-processes.AT_ONCE = 2**18  # of what comes back from the devices, the larger arrays a row at a time
+processes.AT_ONCE = 2**18  # so that some arrays return from the devices one row at a time
 mesh = {"clients": 2, "fsdp": 2}
 setup = prepare.prepare(small_config(system={"mesh": mesh}))
 told = {}
@@ -148,8 +148,8 @@ print(json.dumps(told))
 
 
 def test_the_server_mixes_on_the_devices_of_all(tmp_path):
-    """Every kind of aggregation, of 20 uploads, of which each of two processes' two devices holds a quarter; then a
-    whole run of a strategy without local subtrees, after which everyone has one model."""
+    """Every kind of aggregation agrees for 20 uploads divided among four devices of two processes. After a whole run of
+    a strategy without local subtrees, all clients have one model."""
     port, sections = free_port(), {"train": RATES, "strategy": {"name": "fedadam"}}
     texts = finished([python("-c", SERVER, port, i, tmp_path / "2", json.dumps(sections)) for i in range(2)])
     told = json.loads(texts[0].splitlines()[-1])
@@ -181,7 +181,7 @@ fed = setup.federation
 prepare.compute_all_features(setup)
 before = len(seen)
 state = prepare.initial_state(fed)
-state, = run_round([fed], [state], setup.executor)  # two stages: the second finds what the first has seen
+state, = run_round([fed], [state], setup.executor)  # the second stage reuses the features of the first
 trained = list(seen)
 evaluate(setup.evaluation, state.population)
 print(json.dumps({"before": before, "trained": trained, "asked": seen[len(trained):]}))
@@ -189,7 +189,7 @@ print(json.dumps({"before": before, "trained": trained, "asked": seen[len(traine
 
 
 def test_each_process_reads_its_own_clients_images():
-    """Two rows of two processes: every image is read in one process alone, and each reads its share."""
+    """With two rows of two processes, every image is read in exactly one process, and each process reads its share."""
     port = free_port()
     texts = finished([python("-c", OWN_IMAGES, port, i) for i in range(4)])
     told = [json.loads(text.splitlines()[-1]) for text in texts]
@@ -210,7 +210,7 @@ def test_incomplete_addresses_are_refused(arguments, message):
 
 
 def test_a_cohort_is_in_memory_once():
-    """On CPU the server works on the very arrays that uploads are stacked in."""
+    """On CPU the server uses the arrays in which uploads are stacked without a copy."""
     for dtype in (np.float32, jnp.bfloat16):
         stacked = stack([{"a": np.full((3, 5), k, dtype)} for k in range(7)])
         assert stacked["a"].shape == (7, 3, 5) and stacked["a"].dtype == dtype and (stacked["a"][6] == 6).all()
@@ -218,5 +218,5 @@ def test_a_cohort_is_in_memory_once():
 
 
 def test_nothing_over_clients_is_nothing():
-    """A strategy without local subtrees, as FedAvg, has an empty tree to save."""
+    """A strategy without local subtrees, such as FedAvg, saves an empty tree."""
     assert processes.over_clients({}, make_mesh(MeshConfig())) == {}

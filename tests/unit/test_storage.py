@@ -1,4 +1,4 @@
-"""Populations on disk: the same run, bit for bit; what is read is what was written; nothing is left behind."""
+"""Tests of files: populations on disk give the same run bit for bit, data are read as written, and no file is left."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pilot_jax.storage import RowsWriter, Store, append_rows, atomic_write, map_
 
 
 def test_a_population_on_disk_changes_nothing(tmp_path):
-    """Two rounds of four clients each out of nine: adapters, bytes and scores of the run in memory."""
+    """Two rounds of four of nine clients give the same adapters, bytes and scores with a store and in memory."""
     sections = {"federation": {"rounds": 2, "clients_per_round": 4}}
     memory = simulate.simulate(small_config(**sections), out=tmp_path / "memory")
     disk = simulate.simulate(small_config(**sections, system={"store": str(tmp_path / "store")}),
@@ -30,10 +30,10 @@ def test_a_population_on_disk_changes_nothing(tmp_path):
     on_disk = [isinstance(state, StoredState) for state in disk.population]
     assert on_disk == [not state.is_new for state in memory.population] and 4 <= sum(on_disk) < 9
     files = list(disk.federation.store.folder.glob("client-*"))
-    assert len(files) == sum(on_disk)  # one version each
+    assert len(files) == sum(on_disk)  # one version of each client
     phases = [r for r in disk.records if "waited_seconds" in r]
     assert len(phases) >= 3 and all(p["prepare_seconds"] > 0 and p["waited_seconds"] < p["seconds"] for p in phases)
-    # The run directory holds those who have trained; the others come back as they started.
+    # The run directory has the clients that have trained; the others are restored as they started.
     again = restore.restore(tmp_path / "disk")
     for a, b in zip(again.population, memory.population, strict=True):
         assert tree_max_difference(a.adapters, b.adapters) == 0 and (a.stage, a.rounds) == (b.stage, b.rounds)
@@ -53,7 +53,7 @@ def test_versions(tmp_path, monkeypatch):
     assert store.read(second)["a"]["b"][1, 2] == 6
     store.prune({second})
     assert [p.name for p in store.folder.iterdir()] == [store._path(second).name]
-    # What waits to be written is read from memory, and a full queue makes the next one wait.
+    # A version that waits to be written is read from memory, and a full queue makes the next write wait.
     gate, put = threading.Event(), store._put
     monkeypatch.setattr(store, "_put", lambda *a: (gate.wait(), put(*a)))
     keys = [store.write(i, tree) for i in range(2)]
@@ -78,7 +78,7 @@ def test_a_write_that_fails_is_reported(tmp_path):
 
 
 def test_an_empty_subtree_leaves_no_trace(tmp_path):
-    """As before flax flattened the trees: a file has arrays alone."""
+    """A file has arrays alone, so that an empty subtree is absent after reading."""
     store = Store(tmp_path)
     key = store.write(1, {"a": {}, "b": {"c": np.ones(2, np.float32), "d": {}}})
     store.flush()
@@ -108,7 +108,7 @@ def test_new_folder(tmp_path):
     path = tmp_path / "deep" / "folder"
     stale = path.with_name("folder.partial")
     stale.mkdir(parents=True)
-    (stale / "old").touch()  # of a process that was killed
+    (stale / "old").touch()  # left behind by a killed process
     with new_folder(path) as folder:
         (folder / "new").touch()
         assert not path.exists()
@@ -134,7 +134,7 @@ def test_rows(tmp_path, dtype):
     writer[[1, 4]] = values
     rows = writer.rows
     assert len(rows) == 5 and rows.shape == (5, 2, 3) and np.asarray(rows).dtype == dtype
-    assert (rows[np.asarray([4, 1, 4])] == np.asarray(rows)[[4, 1, 4]]).all()  # only these are read
+    assert (rows[np.asarray([4, 1, 4])] == np.asarray(rows)[[4, 1, 4]]).all()  # reads only these rows
     assert (np.asarray(rows)[[1, 4]] == values).all() and not np.asarray(rows)[[0, 2, 3]].any()
     part = rows.part(3, 5)
     assert part.shape == (2, 2, 3) and (part[1] == values[1]).all() and (part.part(1, 2)[0] == values[1]).all()
@@ -147,7 +147,7 @@ def test_rows(tmp_path, dtype):
 
 @pytest.mark.parametrize("space", ["factors", "product"])
 def test_mixing_from_disk(tmp_path, space):
-    """Weights and mixed adapters of uploads in files equal those of arrays; 20 clients: a Gram shortlists."""
+    """Weights and mixed adapters of 20 uploads in files equal those of arrays; a Gram matrix selects near pairs."""
     rng, arrays, files = np.random.default_rng(0), {"layers": {}}, {"layers": {}}
     for target in "qv":
         pair = {"a": rng.normal(size=(20, 2, 3, 8)), "b": rng.normal(size=(20, 2, 8, 3))}

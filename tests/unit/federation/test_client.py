@@ -1,4 +1,4 @@
-"""The local update against a readable loop: one client at a time, no padding, AdamW by hand."""
+"""Tests of the local update against a readable loop: one client at a time, no padding, AdamW written out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pilot_jax.testing.phases import train_phase
 
 
 def shrink(fed, sizes):
-    """The federation with clients of unequal data size."""
+    """Returns the federation with clients of the given numbers of samples."""
     clients = tuple(dataclasses.replace(c, train={k: v[:n] for k, v in c.train.items()})
                     for c, n in zip(fed.clients, sizes, strict=False))
     return dataclasses.replace(fed, clients=clients)
@@ -35,7 +35,7 @@ def uneven():
     fed = dataclasses.replace(fed, clients=fed.clients[2:5])
     fed = shrink(fed, (3, 10, 6))
     adapters = prepare.initial_adapters(fed)
-    rng = np.random.default_rng(0)  # away from zero, so that every term matters
+    rng = np.random.default_rng(0)  # no zeros, so that every term matters
     noisy = jax.tree.map(lambda x: (x + 0.02 * rng.normal(size=x.shape)).astype(np.float32), adapters)
     return fed, noisy
 
@@ -45,7 +45,7 @@ def with_train(fed, **changes):
 
 
 def readable_update(fed, adapters, client, stage, label):
-    """What `local_update` must equal, for one client. Slow and plain."""
+    """Trains one client in a plain, slow loop, whose result `local_update` must equal."""
     train, own = fed.train, fed.clients[client]
     steps = num_steps(own.size, train.batch_size, fed.settings.local_epochs, None)
     order, real = visiting_order(client_generator(0, own.name, 1, label), own.size, train.batch_size, steps)
@@ -89,9 +89,9 @@ def readable_update(fed, adapters, client, stage, label):
     return {**adapters, **params}, losses
 
 
-# SGD is linear in the gradient, and so, to first order, is AdamW where ε is well above the gradients' rounding: both
-# agree at every entry. At the usual ε = 1e-8 an entry whose true gradient is 0 is moved by its rounding alone, as much
-# as the rate, here and in the loop: nothing could agree there.
+# SGD is linear in the gradient and so, to first order, is AdamW if ε is well above the gradients' rounding errors: then
+# every entry agrees. At the usual ε = 1e-8, the rounding error of an entry whose true gradient is 0 moves it by as much
+# as the learning rate, in the package and in the loop, so that they cannot agree.
 OPTIMIZERS = {
     "sgd": {"optimizer": "sgd", "lr_connector": 0.02, "lr_lora_stage1": 0.02, "lr_lora_stage2": 0.02},
     "adamw": {"adam_epsilon": 1e-3},
@@ -118,7 +118,7 @@ def test_vmapped_unequal_clients_equal_a_readable_loop(uneven, stage, optimizer)
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_chunk_size_and_company_change_nothing(uneven, stage):
-    """SGD (linear in the gradient, so rounding stays rounding): any chunk and each client alone agree to 1e-5."""
+    """With SGD, which does not amplify rounding errors, all chunk sizes and a client alone agree to 1e-5."""
     fed, adapters = uneven
     results = {}
     sgd = with_train(fed, optimizer="sgd", lr_connector=0.03, lr_lora_stage1=0.03, lr_lora_stage2=0.03)
@@ -144,7 +144,7 @@ def test_frozen_subtrees_stay_bit_identical(uneven, stage):
 
 
 def test_learning_rate():
-    """First step above zero, warm-up over ⌈0.03·S⌉ steps, cosine to zero over the client's own steps."""
+    """The first rate is above zero, the warm-up lasts ⌈0.03·S⌉ steps, and a cosine falls to zero over all steps."""
     total = 100
     rates = [float(learning_rate(2.0, 0.03, jnp.asarray(i), jnp.asarray(total))) for i in range(total)]
     expected = [2.0 * min(1, (i + 1) / 3) * 0.5 * (1 + np.cos(np.pi * i / total)) for i in range(total)]

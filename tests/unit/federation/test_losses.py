@@ -1,4 +1,4 @@
-"""Losses and CT-MoA against NumPy float64 written from the formulas, not from the code."""
+"""Tests of the losses and CT-MoA against NumPy in float64, written from the formulas and not from the code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_cross_entropy():
 
 
 def difference64(x_t, x_s, mode, center):
-    """Each mode's definition, with the arrays the code must not build."""
+    """Computes each mode by its definition, with the large arrays that the package must not build."""
     x_t, x_s = x_t.astype(np.float64), x_s.astype(np.float64)
     b, n, c = x_t.shape
     if center:
@@ -71,7 +71,7 @@ def test_difference_loss_is_finite_near_zero(mode, scale):
 
 
 def all_shapes(jaxpr):
-    """Shapes of every array in a jaxpr and in the jaxprs inside it."""
+    """Yields the shape of every array in a jaxpr and in the jaxprs inside it."""
     for equation in jaxpr.eqns:
         for var in (*equation.invars, *equation.outvars):
             yield getattr(var.aval, "shape", ())
@@ -84,13 +84,13 @@ def all_shapes(jaxpr):
 
 @pytest.mark.parametrize("mode", ["token_cosine", "raw", "flat"])
 def test_difference_loss_never_builds_a_feature_square(mode):
-    """At LLaVA-1.5's 576 × 4096: nothing as large as C×C beyond the inputs themselves, in value and gradient."""
+    """At LLaVA-1.5's size of 576 × 4096, value and gradient need no C×C array and none larger than the inputs."""
     b, n, c = 2, 576, 4096
     x = jax.ShapeDtypeStruct((b, n, c), jnp.float32)
     jaxpr = jax.make_jaxpr(jax.value_and_grad(
         lambda a, s: losses.difference_loss(a, s, jnp.ones(b), mode), argnums=(0, 1)))(x, x)
     shapes = set(all_shapes(jaxpr.jaxpr))
-    assert (b, n, c) in shapes  # the walk sees something
+    assert (b, n, c) in shapes  # the inputs are found
     for shape in shapes:
         assert sum(d >= c for d in shape) <= 1, shape  # no C×C, no (N·C)×…
         assert int(np.prod(shape)) <= b * n * c, shape

@@ -1,4 +1,4 @@
-"""Mixing matrices and ATA against NumPy float64 written from the formulas."""
+"""Tests of mixing matrices and ATA against NumPy in float64, written from the formulas."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def distances64(tree, space):
 
 
 def ata64(d, sizes, m, weighting, temperature, include_self, size_weighted):
-    """The definition, one client at a time."""
+    """Computes ATA by its definition, one client at a time."""
     cohort = len(d)
     out = np.zeros((cohort, cohort))
     for k in range(cohort):
@@ -71,7 +71,7 @@ def test_distances(space):
 @pytest.mark.parametrize("space", ["factors", "product"])
 @pytest.mark.parametrize("spread", [1e-4, 1e-6])
 def test_distances_inside_two_far_clusters(space, spread):
-    """Members of a cluster `spread` apart, clusters far apart: 1e-5 relative, where a·b expansions cancel."""
+    """Small distances in two far clusters are right to 1e-5, where |a|² + |b|² − 2ab would lose precision."""
     near, far = uploads(3, 1, spread), uploads(3, 2, spread)
     far = jax.tree.map(lambda x: x + np.float32(50), far)
     tree = jax.tree.map(lambda a, b: np.concatenate([a, b]), near, far)
@@ -82,23 +82,23 @@ def test_distances_inside_two_far_clusters(space, spread):
 
 @pytest.mark.parametrize(("cohort", "width", "pairs"), [(18, 7, 5), (7, 11, 4), (5, 33, 10)])
 def test_long_leaves_are_summed_in_strips(monkeypatch, cohort, width, pairs):
-    """Strips of a few columns, the last one shorter or none, and groups of a few pairs: the same distances."""
+    """Distances do not depend on the width of strips, with or without a shorter last one, nor on groups of pairs."""
     monkeypatch.setattr("pilot_jax.kernels.pairwise.columns_at_once", lambda cohort, pairs=False: width)
     monkeypatch.setattr("pilot_jax.kernels.pairwise.PAIRS", pairs)
-    tree = uploads(cohort, layers=3, d_in=11)  # shapes of no other test: nothing compiled before is used
+    tree = uploads(cohort, layers=3, d_in=11)  # shapes of no other test, so that no earlier compilation is reused
     np.testing.assert_allclose(distances(tree, cohort - 1), distances64(tree, "factors"), rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("space", ["factors", "product"])
 @pytest.mark.parametrize("kind", ["spread out", "clusters 1e-6 apart", "identical"])
 def test_large_cohorts_shortlist_by_a_gram(space, kind):
-    """21 clients: every neighbour that counts is found, at 1e-5 of its float64 distance, and the weights are those of
-    all distances."""
+    """Among 21 clients, every nearest neighbour is found, with its float64 distance to 1e-5, and the weights equal
+    those of all exact distances."""
     if kind == "spread out":
         tree = uploads(21)
     elif kind == "identical":
         tree = jax.tree.map(lambda x: np.repeat(x[:1], 21, 0), uploads(1))
-    else:  # three clusters of seven, a hundred thousand times as far from each other
+    else:  # three clusters of seven, far apart from each other
         parts = [jax.tree.map(lambda x, s=seed: x + np.float32(20 * s), uploads(7, seed, 1e-6)) for seed in range(3)]
         tree = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
     assert jax.tree.leaves(tree)[0].shape[0] > EVERY_PAIR
@@ -108,7 +108,7 @@ def test_large_cohorts_shortlist_by_a_gram(space, kind):
     for k in range(21):
         others = np.argsort(np.where(np.arange(21) == k, np.inf, expected[k]), kind="stable")[:3]
         np.testing.assert_allclose(ours[k, others], expected[k, others], rtol=1e-5)
-        if kind != "identical":  # nobody else comes nearer than those
+        if kind != "identical":  # no other client is nearer than these
             rest = np.setdiff1d(np.arange(21), [k, *others])
             assert ours[k, rest].min() >= ours[k, others].max() * (1 - 1e-5)
     sizes = jnp.arange(1, 22)
@@ -135,7 +135,7 @@ def test_ata_weights(weighting, temperature, include_self, size_weighted, m):
 
 
 def test_auto_temperature_ignores_scale():
-    """Self weighs about 1/(1 + M/e) whatever the scale; τ = 1 collapses to local when distances are large."""
+    """A client weighs about 1/(1 + M/e) for itself at any scale; τ = 1 becomes local training for large distances."""
     for scale in (1e-3, 1.0, 1e3):
         d = distances(jax.tree.map(lambda x, s=scale: x * s, uploads(30, layers=20)))
         weights = mixing.ata_weights(d, jnp.ones(30), neighbors=3)
@@ -149,10 +149,10 @@ def test_lone_client_identical_clients_and_ties():
                                   [[1.0]])
     for weighting in ("softmax", "inverse_distance", "share"):
         weights = np.asarray(mixing.ata_weights(jnp.zeros((4, 4)), jnp.ones(4), neighbors=2, weighting=weighting))
-        # All at distance 0: equal weights on oneself and on the two others of lowest index.
+        # All distances are 0: equal weights for the client and the two others of the lowest index.
         np.testing.assert_allclose(weights[3], [1 / 3, 1 / 3, 0, 1 / 3], atol=1e-6)
         np.testing.assert_allclose(weights[0], [1 / 3, 1 / 3, 1 / 3, 0], atol=1e-6)
-    # With ids given, ties go by id, not by position.
+    # With ids, ties are broken by id instead of position.
     weights = np.asarray(mixing.ata_weights(jnp.zeros((3, 3)), jnp.ones(3), jnp.asarray([5, 9, 1]), neighbors=1))
     np.testing.assert_allclose(weights[0], [0.5, 0, 0.5], atol=1e-6)
 
@@ -211,6 +211,6 @@ def test_product_gap():
         gap = gap + np.sum((mean_ba - ba_of_means) ** 2, axis=(1, 2, 3))
     ours = mixing.product_gap(jnp.asarray(weights, jnp.float32), tree)
     np.testing.assert_allclose(ours, np.sqrt(gap / whole), rtol=1e-3)
-    sparse = np.where(weights >= np.sort(weights, axis=1)[:, -2:-1], weights, 0)  # two of four, as ATA's rows are
+    sparse = np.where(weights >= np.sort(weights, axis=1)[:, -2:-1], weights, 0)  # two of four, as sparse as ATA's rows
     sparse = jnp.asarray(sparse / sparse.sum(axis=1, keepdims=True), jnp.float32)
     np.testing.assert_allclose(mixing.product_gap(sparse, tree, 2), mixing.product_gap(sparse, tree), rtol=1e-4)

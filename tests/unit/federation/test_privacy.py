@@ -1,4 +1,4 @@
-"""Differential privacy: clipping, noise and ε, against formulas written here."""
+"""Tests of differential privacy: clipping, noise and ε, against formulas written out in this file."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pilot_jax.runs import prepare, simulate
 
 
 def delta_of(epsilon: float, mu: float) -> float:
-    """δ(ε) of a Gaussian mechanism with sensitivity/deviation μ (Balle and Wang, ICML 2018, theorem 8)."""
+    """Returns δ(ε) of a Gaussian mechanism with sensitivity/deviation μ (Balle and Wang, ICML 2018, theorem 8)."""
     return norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * norm.cdf(-mu / 2 - epsilon / mu)
 
 
 @pytest.mark.parametrize(("z", "uploads"), [(1.0, 1), (4.0, 4), (20.0, 16), (0.7, 2)])
 def test_epsilon_is_the_accountants_and_the_closed_form(z, uploads):
-    """Against the closed form, and two accountants that compose release by release (the second only bounds)."""
+    """ε agrees with the closed form and with an accountant that composes releases; the RDP accountant bounds it."""
     import dp_accounting
 
     got = privacy.epsilon(z, uploads, 1e-5)
-    assert delta_of(got, math.sqrt(uploads) / z) <= 1e-5 * 1.001  # promises no more than is true
-    assert delta_of(0.99 * got, math.sqrt(uploads) / z) > 1e-5  # nor 1 % less
+    assert delta_of(got, math.sqrt(uploads) / z) <= 1e-5 * 1.001  # ε is large enough
+    assert delta_of(0.99 * got, math.sqrt(uploads) / z) > 1e-5  # 1 % less would be too small
     pld = dp_accounting.pld.PLDAccountant()
     pld.compose(dp_accounting.GaussianDpEvent(z), uploads)
     assert abs(pld.get_epsilon(1e-5) / got - 1) < 1e-3
@@ -59,8 +59,8 @@ def test_clip_and_noise():
 
 
 def test_the_server_sees_noised_uploads_alone(monkeypatch):
-    """What reaches `aggregate` is within the clip of what the server knew, apart from noise of the promised size; what
-    a client's own data made of it is nowhere in what is mixed, measured or received."""
+    """Uploads that reach `aggregate` differ from the start, which the server knows, by the clipped change and noise of
+    the configured size. The local subtree equals that of a run without privacy."""
     clip, z = 0.5, 0.05
     config = small_config(federation={"privacy": {"clip": clip, "noise_multiplier": z}})
     plain = prepare.prepare(small_config()).federation
@@ -84,8 +84,8 @@ def test_the_server_sees_noised_uploads_alone(monkeypatch):
         noise = apart - clipped
         assert abs(noise.std() / (2 * z * clip) - 1) < 0.02
         moved.append(noise)
-        assert tree_max_difference(seen[client]["client"], exact[client]["client"]) == 0  # stays there: needs none
-    assert abs(np.corrcoef(moved[0], moved[1])[0, 1]) < 0.02  # every client its own noise
+        assert tree_max_difference(seen[client]["client"], exact[client]["client"]) == 0  # not uploaded
+    assert abs(np.corrcoef(moved[0], moved[1])[0, 1]) < 0.02  # clients have independent noise
 
 
 def test_a_run_prints_epsilon_and_repeats():

@@ -1,4 +1,4 @@
-"""Who trains, freezes, uploads and aggregates what: the statements of the method, checked on the running code."""
+"""Tests of which subtree is trained, frozen, uploaded and aggregated, by the method's rules, on the running code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pilot_jax.federation.strategies import STRATEGIES, make_strategy
 from pilot_jax.models.vlm import variables
 from pilot_jax.runs import prepare
 
-TABLE = {  # written out again: subtree → (stage 1, stage 2, scope, aggregated by)
+TABLE = {  # the method's table: subtree → (stage 1, stage 2, scope, aggregated by)
     "vision_tower": ("frozen", "frozen", "base", "never"),
     "language_model": ("frozen", "frozen", "base", "never"),
     "text_adapter": ("trained", "trained", "shared", "ata"),
@@ -38,7 +38,7 @@ def test_pilot_table():
 
 
 def under(setup, name):
-    """The same data and model under another strategy."""
+    """Returns the federation with the same data and model under another strategy."""
     config = small_config(strategy={"name": name})
     return prepare.with_strategy(setup, make_strategy(config.strategy), config).federation
 
@@ -46,7 +46,7 @@ def under(setup, name):
 @pytest.mark.parametrize("name", list(STRATEGIES))
 def test_every_leaf_has_exactly_one_owner(setup, name):
     fed = under(setup, name)
-    adapters = prepare.initial_adapters(fed)  # checks the cover
+    adapters = prepare.initial_adapters(fed)  # raises if the roles do not cover it
     with pytest.raises(AssertionError, match="not covered"):
         fed.strategy.roles().check(adapters | {"stray": np.zeros(1)})
     for stage in set(fed.strategy.first_stages):
@@ -56,7 +56,7 @@ def test_every_leaf_has_exactly_one_owner(setup, name):
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_step_zero_is_the_base_model(federation, stage):
-    """preserve: untrained adapters compute the base's loss, in stage 1 and in stage 2."""
+    """With `init: preserve`, untrained adapters compute the base's loss in both stages."""
     fed, _, state = federation
     train = fed.train.model_copy(update={"lambda_d": 0.0, "lambda_b": 0.0, "lambda_z": 0.0})
     for client in (0, 4, 8):
@@ -111,7 +111,7 @@ def poison(tree):
 
 
 def test_nothing_local_can_be_uploaded(federation):
-    """Local-only and received leaves poisoned with NaN: the upload stays finite, and so does what all receive."""
+    """If local and received leaves are NaN, uploads stay finite, and so do all downloads."""
     fed, _, state = federation
     roles = fed.strategy.roles()
     uploads = []
@@ -130,7 +130,8 @@ def test_nothing_local_can_be_uploaded(federation):
 
 @pytest.mark.parametrize("name", list(STRATEGIES))
 def test_a_round_moves_what_the_table_says(setup, name):
-    """After a whole round: base bit-identical; shared subtrees agree across clients just as their aggregation says."""
+    """After a round, the base is unchanged, and shared subtrees are equal between clients exactly where aggregation
+    makes them so."""
     fed = under(setup, name)
     base_before = jax.tree.map(np.array, fed.model.base)
     start = prepare.initial_state(fed)

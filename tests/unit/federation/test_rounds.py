@@ -1,4 +1,4 @@
-"""Whole rounds: schedule, partial participation, determinism, and the run directory."""
+"""Tests of whole rounds: schedule, partial participation, determinism, and the run directory."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_lone_newcomer_does_not_overwrite_its_task(pilot):
                               weights=[10, 30, 20])
         np.testing.assert_allclose(kernel(out.downloads["task_bank"])[0], expected, atol=1e-6)
         np.testing.assert_array_equal(out.mixing["weights"], [[1.0]])
-    # With an earlier participant beside it, the mean is over those who take part, as in any round.
+    # With an earlier participant in the cohort, the mean is over the cohort's clients, as in any round.
     both = fake_uploads(2, 4)
     out = strategy.aggregate(Cohort(both, np.asarray([10, 20]), np.asarray([0, 0]), np.asarray([0, 2]), 3), out.server)
     np.testing.assert_allclose(kernel(out.downloads["task_bank"])[0],
@@ -68,7 +68,7 @@ def test_a_lone_newcomer_does_not_overwrite_its_task(pilot):
 
 @pytest.fixture(scope="module")
 def three_rounds():
-    """caption_0 and vqa_0 in round 1; ocr_0 joins in round 2 with caption_0; vqa_0 returns in round 3."""
+    """Runs caption_0 and vqa_0 in round 1, caption_0 and the new client ocr_0 in round 2, and vqa_0 in round 3."""
     config = small_config(federation={"rounds": 3, "local_steps": 1, "participation": [
         {"round": 1, "clients": ["caption_0", "vqa_0"]}, {"round": 2, "clients": ["caption_0", "ocr_0"]},
         {"round": 3, "clients": ["vqa_0"]}]}, system={"client_chunk": 2})
@@ -83,7 +83,7 @@ def three_rounds():
 
 
 def test_schedule_first_time(three_rounds):
-    """Stage 1 once per client, in its first round; stage 2 in every round it takes part in."""
+    """A client trains stage 1 once, in its first round, and stage 2 in every round in which it takes part."""
     _, _, phases = three_rounds
     assert phases[0] == [("stage1", "caption_0"), ("stage1", "vqa_0"), ("stage2", "caption_0"), ("stage2", "vqa_0")]
     assert phases[1] == [("stage1", "ocr_0"), ("stage2", "caption_0"), ("stage2", "ocr_0")]
@@ -91,9 +91,9 @@ def test_schedule_first_time(three_rounds):
 
 
 def test_compilations_are_few_and_early():
-    """Two length buckets, four rounds: one training program per phase and bucket, nothing compiled after round 2."""
+    """In four rounds with two length buckets, a stage and a bucket have one program, and round 2 compiles the last."""
     setup = prepare.prepare(small_config(federation={"local_steps": 1}, system={"length_spread": 1.2},
-                                         train={"batch_size": 3}))  # no other test's: nothing is compiled yet
+                                         train={"batch_size": 3}))  # of no other test, so not compiled yet
     fed = setup.federation
     buckets = {(c.train["input_ids"].shape[1], c.train["target_ids"].shape[1]) for c in fed.clients}
     assert len(buckets) == 2
@@ -120,12 +120,12 @@ def test_absent_clients_keep_what_they_have_and_fetch_the_bank_on_return(three_r
     assert same(after[1][vqa].adapters, after[2][vqa].adapters)  # absent in round 2
     assert not same(after[2][vqa].adapters["task_bank"], states[2].server["bank"])
     assert same(after[3][vqa].adapters["task_bank"], states[3].server["bank"])  # back in round 3
-    # ocr_0 changed the bank in round 2; vqa_0 has it only now.
+    # ocr_0 changed the bank in round 2; vqa_0 downloads it in round 3.
     slot = fed.tasks.index("ocr")
     pick = lambda bank: jax.tree.map(lambda leaf: leaf[slot], bank)  # noqa: E731
     assert same(pick(after[3][vqa].adapters["task_bank"]), after[2][ocr].adapters["task"])
     assert after[3][idle].is_new and same(after[3][idle].adapters, states[0].population[idle].adapters)
-    # ψ_s is as stage 1 left it.
+    # Stage 2 does not change ψ_s.
     assert same(after[1][vqa].adapters["client"], after[3][vqa].adapters["client"])
 
 
@@ -134,7 +134,7 @@ def test_bytes_count_what_a_returning_client_fetches(three_rounds):
     up, down = fed.strategy.sent_bytes(states[0].population[0].adapters)
     per_phase_up, per_phase_down, bank = sum(up.values()), sum(down.values()), down["task_bank"]
     assert states[1].bytes_up == 4 * per_phase_up and states[1].bytes_down == 4 * per_phase_down
-    # Round 2: three client phases; ocr_0 fetches the bank to start, caption_0 the one that stage 1 changed.
+    # Round 2 has three client phases; ocr_0 downloads the bank at its start, and caption_0 after stage 1 changed it.
     assert states[2].bytes_down - states[1].bytes_down == 3 * per_phase_down + 2 * bank
     assert states[3].bytes_down - states[2].bytes_down == per_phase_down + bank
 
@@ -232,7 +232,7 @@ def test_a_strategy_object_of_ones_own(another_process):
     from pilot_jax.federation.strategies.base import Aggregated
 
     class Median(Strategy):
-        """Ten lines of a user's: everyone receives the coordinate-wise median."""
+        """A user's strategy: all clients receive the coordinate-wise median."""
 
         def aggregate(self, cohort, server):
             middle = jax.tree.map(lambda x: np.broadcast_to(np.median(x, axis=0), x.shape), dict(cohort.uploads))
@@ -256,8 +256,8 @@ def test_evaluation_of_a_client_that_never_took_part_is_the_base():
 
 @pytest.mark.parametrize("name", ["pilot", "scaffold"])
 def test_steps_in_portions_are_the_same_steps(tmp_path, name):
-    """`system.steps_at_once`: 5 steps as 2 + 2 + 1, in two phases, from memory and from files; two programs a phase
-    and the small ones that begin and end it."""
+    """With `system.steps_at_once`, 5 steps as 2 + 2 + 1 give the same adapters and records, with clients in memory and
+    on disk."""
     sections = {"strategy": {"name": name}, "federation": {"local_steps": 5}, "train": {"adam_epsilon": 1e-3}}
     whole = simulate.simulate(small_config(**sections))
     for system in ({}, {"store": str(tmp_path)}):

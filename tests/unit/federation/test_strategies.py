@@ -1,4 +1,4 @@
-"""Every strategy against its own paper's update, in NumPy float64, on softmax regression with a LoRA beside it."""
+"""Tests of every strategy against its paper's update in NumPy float64, on softmax regression with LoRA."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ EPOCHS, RATE = ROUNDS.local_epochs, DESCENT.lr_connector
 
 
 def problem():
-    """(features, labels) of each client, float64."""
+    """Returns (features, labels) of each client, float64."""
     return [(np.float64(c.features), c.train["target_ids"][:, 0]) for c in toy_clients()]
 
 
 def numbers(adapters):
-    """The adapters as the NumPy loops name them."""
+    """Returns the adapters under the names that the NumPy loops use."""
     whole = adapters.get("text_adapter")
     a = whole["layers"]["q"]["a"] if whole else adapters["text_adapter_a"]["q"]
     b = whole["layers"]["q"]["b"] if whole else adapters["text_adapter_b"]["q"]
@@ -78,16 +78,16 @@ def numbers(adapters):
 
 
 def run(name, **settings):
-    """The package's rounds on the problem; every client's final numbers."""
+    """Runs the package's rounds on the toy and returns every client's final parameters."""
     state = run_toy(toy_federation(make_strategy(name, settings)))
     return [numbers(c.adapters) for c in state.population]
 
 
-# The readable twin.
+# The same algorithms in NumPy.
 
 
 def gradient(p, x, y):
-    """Of the mean cross-entropy, by every factor."""
+    """Returns the gradient of the mean cross-entropy with respect to every parameter."""
     ba = p["b"] @ p["a"] + (p["b2"] @ p["a2"] if "a2" in p else 0)
     z = x @ (p["w"] + ba).T
     z = np.exp(z - z.max(1, keepdims=True))
@@ -97,7 +97,7 @@ def gradient(p, x, y):
 
 
 def local_steps(p, x, y, trained="wab", correct=None):
-    """Full-batch SGD with the schedule's rates; also the mean gradient."""
+    """Trains by full-batch SGD with the schedule's rates. Returns the parameters and the mean gradient."""
     p, total = dict(p), {k: 0.0 for k in p}
     begin, grads = dict(p), None
     for i in range(EPOCHS):
@@ -115,11 +115,11 @@ def average(uploads, weights):
     return {k: sum(w * u[k] for w, u in zip(weights, uploads, strict=True)) for k in uploads[0]}
 
 
-PHASES = ROUNDS.rounds + 1  # two in the first round
+PHASES = ROUNDS.rounds + 1  # the first round has two
 
 
 def federated(data, server_step=average, shared="wab", trained="wab", correct=None, private=False):
-    """FedAvg's loop: `server_step(uploads, sizes) → model`; entries not in `shared` stay with their client."""
+    """Runs FedAvg's loop with `server_step(uploads, sizes) → model`. Parameters not in `shared` stay local."""
     p = {k: v for k, v in toy_numbers().items() if private or k in "wab"}
     clients = [dict(p) for _ in data]
     for _ in range(PHASES):
@@ -130,7 +130,7 @@ def federated(data, server_step=average, shared="wab", trained="wab", correct=No
 
 
 def with_server(rule):
-    """Server step x ← x + η·direction(Δ), Δ the mean change of the clients; `rule(Δ, state, k) → step`."""
+    """Returns the server step x ← x + rule(Δ, state, k), Δ the mean change of the clients in parameter k."""
     model = {k: v for k, v in toy_numbers().items() if k in "wab"}
     state = {}
 
@@ -160,7 +160,7 @@ def adaptive(second):
 
 
 def scaffold(data):
-    """Karimireddy et al., 2020: x ← x + mean(y − x), c_k by the mean of the client's gradients, c their mean."""
+    """Karimireddy et al., 2020: x ← x + mean(y − x); c_k is the client's mean gradient, c the mean of all c_k."""
     model = {k: v for k, v in toy_numbers().items() if k in "wab"}
     own = [{k: np.zeros_like(v) for k, v in model.items()} for _ in data]
     for _ in range(PHASES):
@@ -219,7 +219,7 @@ CASES = {
 
 def test_every_strategy_is_here():
     packages = {name for name, strategy in STRATEGIES.items() if strategy.__module__.startswith("pilot_jax.")}
-    assert set(CASES) == packages - {"pilot"}  # Pilot's parts: test_mixing, test_objectives, test_federation
+    assert set(CASES) == packages - {"pilot"}  # Pilot's parts: test_mixing, test_losses, test_roles, test_rounds
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -232,13 +232,13 @@ def test_against_the_papers_own_update(name):
             np.testing.assert_allclose(got[key], want[key], atol=2e-5, err_msg=key)
     begin = toy_numbers()
     assert all(np.abs(got["w"] - begin["w"]).max() > 1e-2 for got in ours)
-    if name not in ("fedavg", "centralised"):  # each differs from FedAvg by far more than the tolerance
+    if name not in ("fedavg", "centralised"):  # each result differs from FedAvg's by far more than the tolerance
         plain = federated(data)
         assert max(np.abs(got[k] - want[k]).max() for got, want in zip(ours, plain, strict=True) for k in "wab") > 1e-3
 
 
 def test_absent_clients_keep_their_control():
-    """SCAFFOLD with one client away: c moves by the share of those who are there."""
+    """If one client is absent, SCAFFOLD's c changes by the data share of the cohort."""
     strategy, tasks = make_strategy("scaffold"), np.asarray([0, 0, 1])
     adapters = toy_adapters(strategy)
     server = strategy.initial_server_state(adapters, np.asarray(SIZES), tasks)
@@ -251,7 +251,7 @@ def test_absent_clients_keep_their_control():
 
 
 def test_fedavg_with_one_sgd_step_is_centralised_sgd(setup):
-    """Equal supervised-token counts, one local step: the mean of the clients' steps is the step on the pooled batch."""
+    """For equal counts of supervised tokens and one local step, the mean of the steps is the step on pooled data."""
     def one_step(name, batch_size):
         config = small_config(strategy={"name": name}, federation={"local_steps": None}, train={
             "optimizer": "sgd", "lr_connector": 0.1, "lr_lora_stage1": 0.1, "batch_size": batch_size})
@@ -273,7 +273,7 @@ def test_fedavg_with_one_sgd_step_is_centralised_sgd(setup):
 
 
 def test_pilot_without_its_parts():
-    """Ablations leave out of the table what they leave out of the method."""
+    """An ablation removes its part of the method from the ownership table."""
     def table(**changes):
         strategy = make_strategy("pilot", changes)
         rows = strategy.roles().adapter_rows
@@ -297,7 +297,7 @@ def test_pilot_without_its_parts():
 
 @pytest.mark.parametrize("space", ["factors", "product"])
 def test_the_preset_notes_overrides_all_keys_but_neighbors(space):
-    """Distances between A and B, w ∝ exp(−d) over the two nearest and the client itself, no sizes."""
+    """It takes distances between the factors A and B, and w ∝ exp(−d) over the two nearest and the client, unsized."""
     others = {"weighting": "share", "temperature": 3.0, "auto_factor": 2.0, "include_self": False,
               "size_weighted": True, "space": space}
     strategy = make_strategy("pilot", {"ata": {"preset": "notes", "neighbors": 2, **others}})
@@ -308,16 +308,16 @@ def test_the_preset_notes_overrides_all_keys_but_neighbors(space):
     d = np.linalg.norm(flat[:, None] - flat[None], axis=-1)
     between = strategy.distances(lora)
     np.testing.assert_allclose(between, d, rtol=1e-5, atol=1e-6)
-    expected = np.where(d <= np.sort(d, axis=1)[:, 2:3], np.exp(-d), 0)  # column 0 of the sorted row is d_kk = 0
+    expected = np.where(d <= np.sort(d, axis=1)[:, 2:3], np.exp(-d), 0)  # column 0 of a sorted row is d_kk = 0
     cohort = Cohort({}, np.asarray([10, 30, 20, 5]), np.zeros(4, int), np.arange(4), 1)
     np.testing.assert_allclose(strategy.weights(between, cohort), expected / expected.sum(1, keepdims=True), rtol=1e-4)
 
 
-# A strategy of the user's own. Its run is that of the toy where the real model adds nothing.
+# A user's own strategy. Tests run it on the toy, which is faster, if they do not need the real model.
 
 
 class Halfway(Strategy):
-    """A mixture of the client's own upload and the mean; its ownership table is the base class's."""
+    """Each client receives a mixture of its own upload and the mean; the ownership table is the base class's."""
 
     one_model = False
 
@@ -353,7 +353,7 @@ NOTHING = 5
 
 @pytest.fixture
 def module(tmp_path, monkeypatch, another_process):
-    """The name of a class in a file of the working directory; the file leaves `imported` beside it when it is run."""
+    """Yields "module:Class" of a file in the working directory. Its import creates the file `imported` beside it."""
     name = f"mine_{tmp_path.name}".replace("-", "_")
     (tmp_path / f"{name}.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
@@ -365,7 +365,7 @@ def module(tmp_path, monkeypatch, another_process):
 
 @pytest.fixture
 def on_toy(monkeypatch):
-    """`simulate` and `restore` train the toy instead of the model and the data that a config names."""
+    """Makes `simulate` and `restore` use the toy instead of a config's model and data; returns a config."""
     def setup(config, strategy=None):
         if strategy is None:
             strategy = make_strategy(config.strategy, schedule=config.federation.schedule)
@@ -384,7 +384,7 @@ def on_toy(monkeypatch):
 
 
 class Stops(RunObserver):
-    """Asks for an end after so many chunks."""
+    """Requests the end of the run after a number of chunks."""
 
     def __init__(self, after):
         self.left = after
@@ -397,7 +397,7 @@ class Stops(RunObserver):
 
 
 def files(folder):
-    """What is in a folder: each file and its hash, without the lock."""
+    """Returns the hash of each file in a folder, except of the lock."""
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
             for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
 
@@ -409,9 +409,9 @@ def one_line(error):
 
 
 def test_a_strategy_of_ones_own_in_a_file_is_found_by_its_name(module, on_toy, another_process):
-    """By an override, by `use`, and by nothing else: the same run as with the object."""
+    """An override or `use` finds it, and the run equals that with the object."""
     with pytest.raises(InputError):
-        apply_overrides(on_toy, ["strategy={name: " + module + "}"])  # a section given as one may come from a file
+        apply_overrides(on_toy, ["strategy={name: " + module + "}"])  # a whole section may come from a file
     config = apply_overrides(on_toy, [f"strategy.name={module}"])
     assert config.strategy.name == module and Path("imported").exists()
     run = simulate.simulate(config)
@@ -429,7 +429,7 @@ def test_a_strategy_of_ones_own_in_a_file_is_found_by_its_name(module, on_toy, a
 
 
 def test_a_file_alone_imports_nothing(module, on_toy, another_process, tmp_path):
-    """A config, or a run directory, that names a module from elsewhere: one line that says what to do."""
+    """A config file or run directory that names a module is refused with one line that says what to do."""
     config = apply_overrides(on_toy, [f"strategy.name={module}"])
     simulate.simulate(config, out=tmp_path / "run")
     another_process()
@@ -452,8 +452,8 @@ def test_a_file_alone_imports_nothing(module, on_toy, another_process, tmp_path)
 
 @pytest.mark.parametrize("named", ["class", "object", "name"])
 def test_an_interrupted_run_of_ones_own_goes_on_with_it_alone(on_toy, another_process, tmp_path, named):
-    """Without it, or with another, one line is all that happens. (The stock strategy was taken, at commit 5da22c1, its
-    adapters did not fit, the good snapshot counted as broken and was deleted.)"""
+    """Without the strategy, or with another, the run is refused in one line, and its snapshots stay. With the strategy
+    it continues."""
     mine = Halfway(Halfway.Params(share=0.25))
     whole = simulate.simulate(on_toy, strategy=mine)
     with pytest.raises(Interrupted):
@@ -461,7 +461,7 @@ def test_an_interrupted_run_of_ones_own_goes_on_with_it_alone(on_toy, another_pr
     assert load_config(tmp_path / "run" / "config.yaml").strategy == mine.params
     before = files(tmp_path / "run")
     assert any("resume/000001/manifest.json" in name for name in before)
-    with pytest.raises(InputError, match=r"strategy\.name: '.*Halfway' → 'fedavg'"):  # known, and not the run's
+    with pytest.raises(InputError, match=r"strategy\.name: '.*Halfway' → 'fedavg'"):  # both known
         simulate.simulate(on_toy, out=tmp_path / "run", resume=True)
     another_process()
     for attempt in (lambda: simulate.simulate(on_toy, out=tmp_path / "run", resume=True),
@@ -486,7 +486,7 @@ def test_an_interrupted_run_of_ones_own_goes_on_with_it_alone(on_toy, another_pr
 
 
 def test_snapshots_of_another_strategy_are_refused_and_stay(on_toy, tmp_path):
-    """Whatever brings the wrong strategy to a good snapshot: it is named as such, not called damaged, not removed."""
+    """A snapshot loaded under the wrong strategy is reported as such, and neither called damaged nor removed."""
     with pytest.raises(Interrupted):
         simulate.simulate(on_toy, out=tmp_path / "run", observers=[Stops(3)])
     folder = tmp_path / "run" / "checkpoints" / "resume"
@@ -500,7 +500,7 @@ def test_snapshots_of_another_strategy_are_refused_and_stay(on_toy, tmp_path):
 
 
 def test_a_run_of_ones_own_is_evaluated_and_exported(another_process, tmp_path):
-    """On the real model: restored by its class it gives the scores of its summary, and can be exported."""
+    """On the real model, a run restored with its class gives the scores of its summary and can be exported."""
     config = small_config(federation={"local_steps": 1}, data={"digits": {"train": 4}})
     run = simulate.simulate(config, out=tmp_path / "run", strategy=Halfway())
     weights = np.load(tmp_path / "run" / "mixing" / "round_0001_plain2.npz")["weights"]
@@ -517,7 +517,7 @@ def test_a_run_of_ones_own_is_evaluated_and_exported(another_process, tmp_path):
 
 
 def test_entry_points_of_installed_packages_are_known(on_toy, another_process, monkeypatch):
-    """An installed package is code that the user has chosen: its names need no `--strategy`, in files neither."""
+    """An installed package was chosen by the user, so config files may name its strategies without `--strategy`."""
     point = types.SimpleNamespace(name="halfway", value=MINE, load=lambda: Halfway)
     wrong = types.SimpleNamespace(name="wrong", value="json:loads", load=lambda: 5)
     groups = {ENTRY_POINTS: [point, wrong]}
@@ -526,7 +526,7 @@ def test_entry_points_of_installed_packages_are_known(on_toy, another_process, m
     assert STRATEGIES["halfway"] is Halfway and config.strategy.share == 0.75
     assert type(make_strategy(config.strategy)) is Halfway and make_strategy(config.strategy).name == "halfway"
     another_process()
-    assert type(make_strategy(MINE)) is Halfway  # by its value too
+    assert type(make_strategy(MINE)) is Halfway  # also by its value
     for bad, message in (("wrong", "not a subclass"), ("halfwayy", "is not a strategy")):
         with pytest.raises(InputError, match=message):
             make_strategy(bad)
@@ -550,7 +550,7 @@ def test_the_section_of_a_strategy_of_ones_own(another_process):
 
 
 def test_keys_of_other_strategies_are_checked_and_dropped():
-    """One config serves several strategies; what is wrong in it is wrong under each of them."""
+    """One config can have keys of several strategies; a wrong value is refused under each of them."""
     several = {"ata": {"neighbors": 4}, "trim": 0.1, "prox_mu": 0.5, "server": {"momentum": 0.5}}
     for name in STRATEGIES:
         section = parse_config({"strategy": {"name": name, **several}}).strategy
@@ -585,11 +585,11 @@ def test_the_json_schema_knows_every_strategys_section(another_process):
     assert not valid({"strategy": {"name": MINE, "share": 2}}) and not valid({"strategy": {"ata": {"neighbors": 0}}})
 
 
-# What is told of a run, and how it is ended.
+# Observers, and how they end a run.
 
 
 class Order(RunObserver):
-    """The names of its methods, in the order of their calls."""
+    """Records the names and arguments of its calls, in order."""
 
     def __init__(self):
         self.calls = []
@@ -642,7 +642,7 @@ def test_an_observer_that_raises_ends_the_run_and_all_are_closed(on_toy, tmp_pat
 @pytest.mark.parametrize("name", ["scaffold", "similarity"])
 @pytest.mark.parametrize("chunks", [1, 2, 3, 5, 6])
 def test_stop_requested_ends_a_run_that_then_goes_on(on_toy, tmp_path, chunks, name):
-    """After any chunk, in the middle of a phase or at its end: what was trained is saved, and the end is the same."""
+    """A run stopped after any chunk, also within a phase, saves what it has trained and continues to the same end."""
     config = apply_overrides(on_toy, [f"strategy.name={name}"])
     whole = simulate.simulate(config)
     order = Order()
@@ -664,7 +664,7 @@ def test_stop_requested_ends_a_run_that_then_goes_on(on_toy, tmp_path, chunks, n
 
 
 def test_a_federation_that_diverges_leaves_the_others_as_they_were():
-    """Three trained together, one sends what is not finite: it is None, the others are as if it had not been there."""
+    """If one of three federations uploads NaN, it becomes None, and the others end as if they had trained alone."""
     def federation(seed):
         return toy_federation(make_strategy("scaffold"), toy_clients(seed=seed), seed=seed)
 
@@ -695,7 +695,7 @@ W, A, B = (4 * n for n in (CLASSES * FEATURES, RANK * FEATURES, CLASSES * RANK))
     ("fedavg", W + A + B), ("fedadam", W + A + B), ("feddpa", W + A + B), ("scaffold", 2 * (W + A + B)),
     ("ffa_lora", W + B), ("fedsa_lora", W + A), ("median", W + A + B), ("local", 0), ("similarity", 0)])
 def test_a_returning_client_fetches_what_has_changed_and_nothing_else(name, each):
-    """c0 is always there, c1 is away in round 2, c2 comes in round 3: c1 and c2 fetch what others have made since."""
+    """c0 takes part in all rounds, c1 not in round 2, c2 only in round 3: c1 and c2 download what has changed since."""
     settings = FederationConfig(rounds=3, local_steps=1, participation=[
         {"round": 1, "clients": ["c0", "c1"]}, {"round": 2, "clients": ["c0"]}])
     fed = toy_federation(make_strategy(name), settings=settings)

@@ -1,4 +1,4 @@
-"""Uploads that cannot be used: left out of the round, told, and without effect on anybody else."""
+"""Tests of refused uploads: they are left out of the round, reported, and have no effect on other clients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pilot_jax.runs import prepare, simulate
 
 
 def spoilt(value=np.nan, who=("ocr_1",), when=(1, 2, 3)):
-    """A `tamper` under which some send `value` times their LoRA."""
+    """Returns a `tamper` function under which some clients upload `value` times their LoRA."""
     def tamper(client, round_, upload, start):
         if client not in who or round_ not in when:
             return upload
@@ -29,8 +29,8 @@ def spoilt(value=np.nan, who=("ocr_1",), when=(1, 2, 3)):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
 def test_a_refused_client_is_as_if_it_had_not_taken_part(value):
-    """Everybody else: what a federation gives in whose rounds the client is not in the cohort. The client: as it
-    started, and new again when it is well."""
+    """The other clients get the results of a round without the refused client. The refused client stays as it was, and
+    is new again in the next round."""
     events = Events()
     config = small_config(federation={"rounds": 2})
     run = simulate.simulate(config, tamper=spoilt(value, when=(1,)), observers=[events])
@@ -44,10 +44,10 @@ def test_a_refused_client_is_as_if_it_had_not_taken_part(value):
     for i, name in enumerate(names):
         a, b = first.population[i], absent.population[i]
         assert (a.stage, a.rounds) == (b.stage, b.rounds) == (("none", 0) if i == ill else ("stage2", 1)), name
-        assert tree_max_difference(a.adapters, b.adapters) <= 1e-6  # other chunks
+        assert tree_max_difference(a.adapters, b.adapters) <= 1e-6  # rounding in other chunks
     assert run.population[ill].rounds == 1 and run.population[0].rounds == 2 and run.summary["quarantined"] == 1
     refused = [r for r in run.records if "bytes_up" in r]
-    # Round 1's first phase; it is then out of the second, and has both of its phases in round 2.
+    # Refused in the first phase of round 1, it is absent from the second, and trains both phases in round 2.
     assert [(r["round"], r["phase"], r["clients"], r["quarantined"]) for r in refused] == [
         (1, "stage1", 8, ["ocr_1"]), (1, "stage2", 8, []), (2, "stage1", 1, []), (2, "stage2", 9, [])]
     told = [e["text"] for e in events.events if e["kind"] == "note" and "ocr_1" in e["text"]]
@@ -57,7 +57,7 @@ def test_a_refused_client_is_as_if_it_had_not_taken_part(value):
 
 
 def test_a_client_that_is_always_bad_does_not_stop_the_others():
-    """New again in every round, it is alone in stage 1 from round 2 on."""
+    """It is new again in every round, so that from round 2 on it is alone in stage 1."""
     run = simulate.simulate(small_config(federation={"rounds": 3}), tamper=spoilt())
     assert [c.rounds for c in run.population] == [3] * 4 + [0] + [3] * 4 and run.summary["quarantined"] == 3
     alone = [r for r in run.records if r.get("clients") == 0]
@@ -67,8 +67,8 @@ def test_a_client_that_is_always_bad_does_not_stop_the_others():
 
 
 def test_bad_newcomers_among_themselves_are_bad_all_the_same():
-    """Two of nine send 1e6 times their update. From round 2 on they are alone in stage 1, where their median is theirs:
-    what was accepted there before still counts."""
+    """Two of nine clients upload 1e6 times their update. From round 2 on they are alone in stage 1, and are still
+    refused, because the norms accepted in round 1 count in the median."""
     def tamper(client, round_, upload, start):
         if client not in ("caption_0", "vqa_2"):
             return upload
@@ -89,7 +89,7 @@ def test_stop_or_nobody_left():
 
 
 def test_a_client_that_diverges_by_itself_is_refused(monkeypatch):
-    """Local-only leaves count too: they would spoil the client's next phase."""
+    """Local leaves that are not finite also count, because they would spoil the client's next phase."""
     real = executor._Phase.load
 
     def load(self, piece):
@@ -126,8 +126,8 @@ def test_exploded(norms, bad):
 
 @pytest.mark.parametrize("name", ["median", "trimmed_mean"])
 def test_robust_mixing_bounds_what_hostile_clients_do(name):
-    """2 of 9 send their update times −10, too small to be refused: the model stays among the honest clients' values,
-    coordinate by coordinate, where FedAvg's does not."""
+    """2 of 9 clients upload their update times −10, which is not refused. Every entry of the model stays within the
+    honest clients' values, whereas with FedAvg it does not."""
     hostile = ("caption_0", "vqa_2")
     setup = prepare.prepare(small_config(federation={"local_steps": 1}))
     outside = {}
@@ -146,7 +146,7 @@ def test_robust_mixing_bounds_what_hostile_clients_do(name):
         plan = rounds.begin_phase(one, start)
         done, = setup.executor.train([executor.Work(one, plan.adapters, 1, plan.stage, plan.label)])
         after = rounds.finish_phase(one, start, plan, done, RunObserver())
-        model = rounds.begin_phase(one, after).adapters[0]  # the next phase's: the server's model
+        model = rounds.begin_phase(one, after).adapters[0]  # the server's model
         low, high = (jax.tree.map(lambda *x, f=f: f(np.stack(x), axis=0), *uploads) for f in (np.min, np.max))
         parts = [np.mean((m < lo - 1e-6) | (m > hi + 1e-6)) for n in uploads[0] for m, lo, hi in zip(
             jax.tree.leaves(model[n]), jax.tree.leaves(low[n]), jax.tree.leaves(high[n]), strict=True)]

@@ -1,4 +1,4 @@
-"""Attention, RoPE and LoRA: the gradient rules written by hand against autodiff through the plain formulas."""
+"""Tests of attention, RoPE and LoRA: hand-written gradient rules against autodiff through the plain formulas."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def plain_attention(q, k, v, bias):
 @pytest.mark.parametrize("clients", [None, 3])
 @pytest.mark.parametrize("shape", [(2, 2, 1, 7, 7, 4), (2, 1, 3, 5, 9, 8), (1, 2, 2, 1, 6, 4)])
 def test_attention_and_its_gradient(shape, clients):
-    """(B, KV, G, L, S, hd), alone and vmapped over clients; one row sees nothing, scores go up to ±60."""
+    """Shapes (B, KV, G, L, M, hd), alone and vmapped over clients; one query sees no key, and scores reach ±60."""
     batch, kv, groups, length, slots, width = shape
     rng = np.random.default_rng(0)
     lead = () if clients is None else (clients,)
@@ -55,7 +55,7 @@ def test_attention_and_its_gradient(shape, clients):
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_causal_attention_of_clients(window):
-    """A library's kernel, the gradient of the clients' sum as in training, against the plain formula."""
+    """JAX's attention, with the gradient of the clients' sum as in training, agrees with the plain formula."""
     rng, length = np.random.default_rng(0), 8
     q, k, v, g = (jnp.asarray(rng.normal(size=(3, 2, *s)), jnp.float32)
                   for s in ((2, 3, length, 8), (2, length, 8), (2, length, 8), (2, 3, length, 8)))
@@ -85,7 +85,7 @@ def test_cudnn_is_refused_where_it_cannot_be(monkeypatch, platform, dtype, chang
 
 
 def test_choices_by_backend(monkeypatch):
-    """What `kernels.backend` says of each kind of device, and that the kernels obey it."""
+    """`kernels.backend` makes the documented choices for each kind of device, and the kernels follow them."""
     rng = np.random.default_rng(0)
     x, w, a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((9, 6), (6, 7), (2, 6), (2, 7)))
     products = {}
@@ -97,7 +97,7 @@ def test_choices_by_backend(monkeypatch):
         assert backend.merges_low_rank("float32") is cpu and not backend.merges_low_rank(jnp.bfloat16)
         assert backend.columns_at_once(64) == (2**14 if cpu else 2**20)
         products[name] = linears_with_low_rank(x, (w,), a, (b,))
-        counts = [str(jax.make_jaxpr(f)(x)).count("dot_general") for f in  # new functions, that nothing is cached
+        counts = [str(jax.make_jaxpr(f)(x)).count("dot_general") for f in  # new functions: nothing is cached
                   (lambda x: row_sum(x), lambda x: linears_with_low_rank(x, (w,), a, (b,)))]
         assert counts == ([1, 2] if cpu else [0, 3])  # B·A and x·(W + B·A); x·W and two thin products
     close(products["gpu"], products["cpu"])
@@ -121,7 +121,7 @@ def test_low_rank_and_its_gradient(clients):
 
 
 def test_rope_is_a_rotation_of_pairs():
-    """Against complex multiplication in float64: pair (i, i + d/2) times exp(iθ)."""
+    """RoPE equals complex multiplication in float64: pair (i, i + d/2) times exp(iθ)."""
     rng = np.random.default_rng(0)
     x, angles = rng.normal(size=(2, 3, 5, 8)), rng.normal(size=(2, 1, 5, 4)) * 100
     pairs = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)

@@ -1,4 +1,4 @@
-"""Gradient rules written by hand, and work left out, against autodiff through the plain formulas in float64."""
+"""Tests of hand-written gradient rules and skipped work against autodiff through the plain formulas in float64."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_rule_equals_autodiff_in_float64(function, clients):
     with jax.enable_x64(True):
         plain = jax.tree.map(np.array, value_and_gradients(PLAIN[function], [jnp.asarray(a) for a in arguments],
                                                              jnp.asarray(cotangent), clients))
-    if function is normalized:  # ε is a constant of the loss
+    if function is normalized:  # the rule treats ε as a constant
         assert not np.any(ours[1][1])
         plain[1][1][...] = 0
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
@@ -56,7 +56,7 @@ def test_rule_equals_autodiff_in_float64(function, clients):
 
 @pytest.mark.parametrize("clients", [None, 3])
 def test_merged_linears(clients):
-    """x·(W + BA) of two targets with one x, and the gradients of x, A and B; the kernels get none."""
+    """x·(W + BA) of two targets with one x and the gradients of x, A and B agree; the kernels W get no gradient."""
     rng = np.random.default_rng(0)
     lead = () if clients is None else (clients,)
     kernels = [rng.normal(size=shape) for shape in ((6, 7), (6, 4))]  # shared by the clients
@@ -95,8 +95,8 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_last_layer_on_answers_alone(tmp_path, name, monkeypatch):
-    """Loss and LoRA gradient with layers unrolled (last one trimmed, ± remat) equal those of the scan over whole
-    layers with logits at every position; and BA added to the kernels equals the two thin products."""
+    """Loss and LoRA gradient with unrolled layers, a last layer only at answer positions, with and without remat, equal
+    those of a scan over whole layers with logits at every position and two thin LoRA products."""
     write_llava(tmp_path, **VARIANTS[name])
     model = pilot_jax.load(tmp_path)
     rng = np.random.default_rng(0)
@@ -132,7 +132,7 @@ def test_last_layer_on_answers_alone(tmp_path, name, monkeypatch):
     cases = {"trimmed": results(unrolled, True), "trimmed, remat": results(unrolled.clone(remat=True), True),
              "scan": results(scanned, True), "a library's attention": results(scanned.clone(kernel="xla"), True),
              "a library's, unrolled": results(unrolled.clone(kernel="xla"), True)}
-    # The plain way, with nothing of the above: no trimming, no merging.
+    # The plain way: every position in the last layer, and no merging of LoRA into the kernels.
     monkeypatch.setattr(pilot_jax.models.llama, "lora_linears", lambda x, kernels, adapters, names, scale: tuple(
         x @ w + scale * (x @ adapters[n]["a"].T @ adapters[n]["b"].T) for n, w in zip(names, kernels, strict=True)))
     plain = results(scanned, False)
