@@ -6,18 +6,17 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compilation takes most of the tests' time, and many files need the same programs. So all workers, and the processes
-# that tests start, share one compilation cache, which is removed when the tests end.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/pilot-jax-programs-{os.getpid()}")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**31))  # with a limit, JAX locks the files that it uses
+# Compiling is most of the tests' time. All test processes, and the processes that tests start, share one folder of
+# compiled programs, which the next run of the tests uses again; `make clean` removes it.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / "build" / "programs"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**31))  # with a limit, JAX locks what it reads and writes
 
 import jaxtyping
 
@@ -47,7 +46,6 @@ from pilot_jax.testing.checkpoints import (  # noqa: F401  # for the tests that 
     write_tokenizer,
 )
 
-ROOT = Path(__file__).parent.parent
 QUICK = str(ROOT / "configs" / "quickstart.yaml")
 
 
@@ -87,17 +85,18 @@ class Records(MetricsFile):
             self.mixing[record["round"], record["phase"]] = mixing
 
 
-def pytest_unconfigure(config):
-    if os.environ["JAX_COMPILATION_CACHE_DIR"].endswith(f"-programs-{os.getpid()}"):
-        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+def pytest_collection_modifyitems(items):
+    """Slow tests come first, so that none of them is left to one process at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Clears JAX's compiled programs after each file, since hundreds of them exhaust a process's memory maps, and XLA's
-    compiler then crashes."""
+    """Forgets compiled programs before they exhaust a process' memory maps, which would crash XLA's compiler."""
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:  # Linux allows 65,530
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
@@ -135,6 +134,11 @@ def setup():
 def federation(setup):
     """Returns (federation, setup, initial state) of `small_config()`."""
     return setup.federation, setup, prepare.initial_state(setup.federation)
+
+
+def slow_except(chosen, values):
+    """Returns the values as parameters of a test, all of them marked as slow but those chosen."""
+    return [value if value in chosen else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def llava_entry(**changes):

@@ -55,6 +55,7 @@ print(json.dumps(out))
 """
 
 
+@pytest.mark.slow
 def test_meshes_give_what_one_device_gives():
     """Stages, mixing and answers agree for nine clients, which neither 8 nor 2 divides; a device has only its part."""
     out = json.loads(on_devices(8, FEDERATION).splitlines()[-1])

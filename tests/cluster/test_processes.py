@@ -70,19 +70,46 @@ def one(tmp_path_factory):
     return config, folder / "run", restore.restore(folder / "run")
 
 
+# The command, after which a process prints which images it has read, and how many of them before training.
+READS = """
+import json
+from pilot_jax import cli
+from pilot_jax.data import features
+from pilot_jax.runs import simulate
+seen, before, read, compute = [], [], features.read_image, simulate.compute_all_features
+features.read_image = lambda sample, limits: (seen.append(sample.id), read(sample, limits))[1]
+simulate.compute_all_features = lambda setup: (compute(setup), before.append(len(seen)))
+try:
+    cli.main()
+finally:
+    print("\\n" + json.dumps({"seen": seen, "before": before}))
+"""
+
+
+@pytest.mark.slow
 def test_four_processes_give_what_one_gives(one, tmp_path):
     """Two processes form each row of the mesh and divide the base's weights. Only the writer writes files and prints,
-    and the run directory can be read on one device."""
+    and its run directory can be read on one device. Every image is read in one process only; each reads its share."""
     config, folder, alone = one
     port, sets = free_port(), ("--set", "system.mesh.clients=2", "--set", "system.mesh.fsdp=2")
-    texts = finished([command(config, tmp_path / "4", *sets, "--coordinator", f"127.0.0.1:{port}", "--num-processes", 4,
-                              "--process-id", i) for i in range(4)])
+    texts = finished([python("-c", READS, "run", config, "--out", tmp_path / "4", *sets, "--coordinator",
+                             f"127.0.0.1:{port}", "--num-processes", 4, "--process-id", i) for i in range(4)])
     assert "Run directory" in texts[0] and not any("client steps" in text for text in texts[1:])
     agree(alone, restore.restore(tmp_path / "4"))
     lines = [(at / "metrics.jsonl").read_text().count("\n") for at in (folder, tmp_path / "4")]
     assert lines[0] == lines[1] > 18
+    told = [json.loads(text.splitlines()[-1]) for text in texts]
+    assert all(process["before"] == [0] for process in told)
+    samples = prepare.load_samples(small_config())
+    for split in ("train", "test"):
+        wanted = {s.id for s in samples if s.split == split}
+        read = [[i for i in process["seen"] if i in wanted] for process in told]
+        assert sorted(i for share in read for i in share) == sorted(wanted), split
+        assert min(map(len, read)) > 0.7 * len(wanted) / 4, split
+    assert {i for process in told for i in process["seen"]} == {s.id for s in samples if s.split != "validation"}
 
 
+@pytest.mark.slow
 def test_two_processes_are_interrupted_and_one_goes_on(one, tmp_path):
     """After SIGTERM following their first phase, both processes stop at the same chunk and save. One process on one
     device then continues to the results of an uninterrupted run."""
@@ -147,6 +174,7 @@ print(json.dumps(told))
 """
 
 
+@pytest.mark.slow
 def test_the_server_mixes_on_the_devices_of_all(tmp_path):
     """Every kind of aggregation agrees for 20 uploads divided among four devices of two processes. After a whole run of
     a strategy without local subtrees, all clients have one model."""
@@ -158,48 +186,6 @@ def test_the_server_mixes_on_the_devices_of_all(tmp_path):
     run = restore.restore(tmp_path / "2")
     assert all(tree_max_difference(client.adapters, run.population[0].adapters) == 0 for client in run.population)
     assert run.summary["bytes_up"] == run.summary["bytes_down"] > 0 and len(run.summary["score_by_client"]) == 9
-
-
-OWN_IMAGES = """
-import json, sys
-sys.path.insert(0, "tests")
-port, process = sys.argv[1], int(sys.argv[2])
-import jax
-jax.config.update("jax_num_cpu_devices", 1)
-from pilot_jax.parallel import processes
-processes.connect(f"127.0.0.1:{port}", 4, process)
-from conftest import small_config
-from pilot_jax.data import features
-from pilot_jax.runs import prepare
-from pilot_jax.evaluation.personalised import evaluate
-from pilot_jax.federation.rounds import run_round
-seen, read = [], features.read_image
-features.read_image = lambda sample, limits: (seen.append(sample.id), read(sample, limits))[1]
-mesh = {"clients": 2, "fsdp": 2}
-setup = prepare.prepare(small_config(system={"mesh": mesh, "client_chunk": 1, "unroll": 1}))
-fed = setup.federation
-prepare.compute_all_features(setup)
-before = len(seen)
-state = prepare.initial_state(fed)
-state, = run_round([fed], [state], setup.executor)  # the second stage reuses the features of the first
-trained = list(seen)
-evaluate(setup.evaluation, state.population)
-print(json.dumps({"before": before, "trained": trained, "asked": seen[len(trained):]}))
-"""
-
-
-def test_each_process_reads_its_own_clients_images():
-    """With two rows of two processes, every image is read in exactly one process, and each process reads its share."""
-    port = free_port()
-    texts = finished([python("-c", OWN_IMAGES, port, i) for i in range(4)])
-    told = [json.loads(text.splitlines()[-1]) for text in texts]
-    samples = prepare.load_samples(small_config())
-    for key, split in (("trained", "train"), ("asked", "test")):
-        read = [i for process in told for i in process[key]]
-        assert sorted(read) == sorted(s.id for s in samples if s.split == split), key
-        shares = [len(process[key]) for process in told]
-        assert min(shares) > 0.7 * len(read) / 4, shares
-    assert not any(process["before"] for process in told)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

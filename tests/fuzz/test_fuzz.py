@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ TURNS = st.lists(st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt"]
                  max_size=4)
 
 
+@pytest.mark.slow
 @QUIET
 @given(entries=st.lists(st.fixed_dictionaries({}, optional={
     "conversations": TURNS | ANYTHING, "image": ANYTHING, "task": ANYTHING, "client": ANYTHING, "split": ANYTHING,

@@ -50,6 +50,7 @@ def test_shards_of_any_dtype(tmp_path, dtype):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(model.base)} == {"float32"}
 
 
+@pytest.mark.slow
 def test_bfloat16_computation_is_close(tmp_path):
     """In bfloat16, the logits' mean error is at most 1.5 times torch's. Both are a few hundredths."""
     reference = write_llava(tmp_path)
@@ -199,6 +200,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before * 1024 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
 def test_loading_streams(tmp_path):
     """While loading, peak memory beyond the loaded arrays is little more than the largest shard."""

@@ -61,6 +61,7 @@ def inputs(model, tokenizer):
     return ids, np.ones_like(ids), pixels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_exported_client_gives_the_same_logits_in_torch(finished, tmp_path, stage):
     index = finished.client("ocr_1")
@@ -82,6 +83,7 @@ def test_exported_client_gives_the_same_logits_in_torch(finished, tmp_path, stag
     np.testing.assert_allclose(ours, expected, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_the_answer_of_the_page_is_that_of_pilot_jax(finished, tmp_path):
     export_client(finished, "ocr_1", tmp_path / "out")
     image = tmp_path / "scene.png"
@@ -98,6 +100,7 @@ def test_the_prompts_on_the_page_are_the_templates():
     assert ast.literal_eval(prompts) == {name: t.system + t.human for name, t in TEMPLATES.items()}
 
 
+@pytest.mark.slow
 def test_projector_of_a_baseline_loads_too(tmp_path):
     run = pilot_jax.simulate(small_config(strategy={"name": "fedavg"}, data={"digits": {"train": 4}}))
     export_client(run, "vqa_0", tmp_path / "out")
@@ -111,6 +114,7 @@ def test_projector_of_a_baseline_loads_too(tmp_path):
     np.testing.assert_allclose(ours, expected, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_model_card_says_where_it_comes_from(finished, tmp_path):
     export_client(finished, "vqa_2", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -124,6 +128,7 @@ def test_model_card_says_where_it_comes_from(finished, tmp_path):
         export_client(finished, "vqa_2", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_client_that_never_took_part_has_nothing_to_export(finished, tmp_path):
     index = finished.client("vqa_2")
     population = list(finished.population)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from conftest import IMAGE_TOKEN
 
 from pilot_jax.models.generate import Decoding, choose, generate, nucleus
@@ -33,6 +34,7 @@ def test_nucleus_keeps_the_fewest_tokens():
             assert kept == (set(range(30)) if top_p == 1.0 else numpy_nucleus(row, top_p))
 
 
+@pytest.mark.slow
 def test_sampled_frequencies_follow_temperature_and_top_p():
     logits = jnp.log(jnp.asarray([0.5, 0.3, 0.15, 0.05]))
     keys = jax.random.split(jax.random.key(0), (1, 20_000))
@@ -50,6 +52,7 @@ def prompts(model):
     return ids, np.ones_like(ids), rng.normal(size=(3, 3, 16, 16)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_a_row_depends_on_its_seed_alone(tiny):
     model = tiny[1]
     ids, mask, pixels = prompts(model)
@@ -63,6 +66,7 @@ def test_a_row_depends_on_its_seed_alone(tiny):
     np.testing.assert_array_equal(narrow, cold)
 
 
+@pytest.mark.slow
 def test_any_stop_token_ends_a_row(tiny):
     model = tiny[1]
     ids, mask, pixels = prompts(model)
@@ -76,6 +80,7 @@ def test_any_stop_token_ends_a_row(tiny):
         assert (row[end:] == stop[0]).all()
 
 
+@pytest.mark.slow
 def test_one_program_serves_many_clients(tiny):
     """Clients with different connectors get the same answers together as one by one, and share one compilation."""
     model = tiny[1]

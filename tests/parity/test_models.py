@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_TOKEN, write_llava
+from conftest import IMAGE_TOKEN, slow_except, write_llava
 
 import pilot_jax
 from pilot_jax.kernels.pointwise import rms_norm
@@ -74,7 +74,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_except({"default"}, CASES))
 def test_llava_logits_and_greedy_tokens(tmp_path, name):
     reference = write_llava(tmp_path, **CASES[name])
     model = pilot_jax.load(tmp_path)
@@ -93,6 +93,7 @@ def test_llava_logits_and_greedy_tokens(tmp_path, name):
     check_greedy_tokens(reference, model, ids, mask, pixels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("tower", ["clip_vision_model", "siglip_vision_model"])
 def test_ladder(tmp_path, text, tower):
@@ -144,6 +145,7 @@ def test_text_only_and_right_padding(tiny):
     np.testing.assert_allclose(np.asarray(model.logits(ids, mask))[seen], expected[seen], atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_padded_prompts_generate_what_each_alone_does(tiny):
     _, model = tiny
     ids, mask, pixels = inputs(4)
@@ -201,6 +203,7 @@ def test_shipped_base_is_what_transformers_loads():
     assert saved["model_type"] == "llava"
 
 
+@pytest.mark.slow
 def test_remat_and_unroll_change_nothing(tiny):
     """The decoder's gradients are the same with and without rematerialisation and unrolling."""
     _, model = tiny

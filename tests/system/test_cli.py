@@ -131,6 +131,7 @@ def test_roles_prints_the_table_of_the_architecture_page(call):
     assert rows["task"]["parameters"] == 2 * (128 * 128 + 128)
 
 
+@pytest.mark.slow
 def test_run_evaluate_generate_and_check(call, tmp_path):
     """Several commands one after another, on data that `data digits` has written."""
     code, out, _ = call("data", "digits", tmp_path / "scenes", "--train", 4, "--validation", 1, "--test", 2)
@@ -157,6 +158,7 @@ def test_run_evaluate_generate_and_check(call, tmp_path):
     assert code == 2 and "client 'bob' is not in this run" in err
 
 
+@pytest.mark.slow
 def test_pretrain_writes_a_loadable_base(call, tmp_path):
     """After a very short pretraining, the written directory can be loaded, and no other files are left."""
     (tmp_path / "p.yaml").write_text("{vision_steps: 2, language_steps: 2, batch: 4, width: 32, layers: 1, heads: 2}")

@@ -30,6 +30,7 @@ def field():
     return runner.make_field(small_config(train=SGD), [0, 1], base_samples=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pilot", "scaffold"])
 def test_seeds_trained_together_equal_separate_runs(field, name):
     """Pilot and SCAFFOLD are the strategies whose clients receive subtrees that differ from seed to seed."""
@@ -53,6 +54,7 @@ def test_seeds_trained_together_equal_separate_runs(field, name):
     assert scores[1] == personalised.evaluate(setup.evaluation, alone.population)
 
 
+@pytest.mark.slow
 def test_federations_that_train_otherwise_are_refused(field):
     works = []
     for text in ("fedavg", "fedprox"):
@@ -62,6 +64,7 @@ def test_federations_that_train_otherwise_are_refused(field):
         Executor().train(works)
 
 
+@pytest.mark.slow
 def test_rates_are_no_part_of_the_program(field):
     """Learning rates, and settings that only the server reads, do not change the program of a phase."""
     def phase(text, stage):
@@ -105,6 +108,7 @@ def test_paired_difference():
 COMMAND = ["--strategies", "fedavg,local", "--seeds", 2, "--rates", "0.5,1"]
 
 
+@pytest.mark.slow
 def test_compare_writes_its_table_and_goes_on_where_it_stopped(tmp_path, call, monkeypatch):
     config = tmp_path / "c.yaml"
     config.write_text(small_config(data={"digits": {"train": 4}}).to_yaml())
@@ -132,6 +136,7 @@ def test_compare_writes_its_table_and_goes_on_where_it_stopped(tmp_path, call, m
         assert code == 2 and bad[0] in error and not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_vary_compares_at_each_value(tmp_path, call):
     config, out = tmp_path / "c.yaml", tmp_path / "out"
     config.write_text(small_config(data={"digits": {"train": 4}}).to_yaml())
@@ -153,6 +158,7 @@ def test_vary_compares_at_each_value(tmp_path, call):
         assert code == 2 and "data.digits" in error and not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_a_seed_that_diverges_is_reported_and_the_others_go_on(field):
     [variant] = variants.read_variants("fedavg")
     setups = runner.setups_of(field, variant, [])
@@ -165,6 +171,7 @@ def test_a_seed_that_diverges_is_reported_and_the_others_go_on(field):
     assert states[0] is None and states[1].client_steps > 0 and states[1].quarantined == 1
 
 
+@pytest.mark.slow
 def test_evaluation_matrix(field):
     """The diagonal has the usual scores, and every model is scored on the pretraining captions."""
     [variant] = variants.read_variants("fedavg")
@@ -178,6 +185,7 @@ def test_evaluation_matrix(field):
     assert len(whole["base_captions"]["clients"]) == 9
 
 
+@pytest.mark.slow
 def test_centralised_has_one_model_for_all(field):
     [variant] = variants.read_variants("centralised")
     setup = runner.setups_of(field, variant, [])[0]
@@ -196,6 +204,7 @@ def test_centralised_has_one_model_for_all(field):
 # Participation of clients in rounds.
 
 
+@pytest.mark.slow
 def test_dropouts_newcomers_and_stragglers(setup):
     names = tuple(f"c{i}" for i in range(10))
 

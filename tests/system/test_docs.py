@@ -138,6 +138,7 @@ def test_the_site_builds(tmp_path):
         assert not re.search(r"(@import|url\()\s*['\"]?(https?:)?//", file.read_text(encoding="utf-8")), file
 
 
+@pytest.mark.slow
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
     """The Python blocks of the README run one after another in one namespace, on a smaller federation."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)

@@ -15,6 +15,7 @@ def test_they_are_all_here():
     assert [name[:3] for name in NAMES] == ["01_", "02_", "03_", "04_"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs(name):
     notebook = nbformat.read(FOLDER / name, 4)

@@ -57,6 +57,7 @@ def photos(tmp_path):
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 def test_check_run_evaluate_ask_and_export(call, checkpoint, photos, tmp_path):
     """The README's commands for a checkpoint and data of the reader's own, one after another."""
     code, out, _ = call("data", "check", photos, "--model", checkpoint)
@@ -277,6 +278,7 @@ def test_pixels_are_the_processors(checkpoint):
                                   processor(images=[square], return_tensors="np")["pixel_values"])
 
 
+@pytest.mark.slow
 def test_siglip_with_qwen2_runs_too(photos, tmp_path):
     write_checkpoint(tmp_path / "base", text={"model_type": "qwen2"}, vision={"model_type": "siglip_vision_model"},
                      vision_feature_select_strategy="full")

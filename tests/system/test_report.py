@@ -60,6 +60,7 @@ class Page(html.parser.HTMLParser):
         self.text += data
 
 
+@pytest.mark.slow
 def test_the_page_says_what_the_run_wrote(run, tmp_path):
     page_file, *pictures = write_report([run], tmp_path / "page.html", 1, 1)
     text = page_file.read_text()
@@ -81,6 +82,7 @@ def test_the_page_says_what_the_run_wrote(run, tmp_path):
     assert "max_new_tokens: 4" in page.text  # the config
 
 
+@pytest.mark.slow
 def test_abilities_and_routing_are_the_models_own(run):
     """Router weights equal those computed in NumPy float64, and scores equal those of `evaluation_matrix`."""
     inside, done = look_inside(run, 1, 2), restore.restore(run)
@@ -102,6 +104,7 @@ def test_abilities_and_routing_are_the_models_own(run):
 RESULTS = ROOT / "docs" / "results" / "scenario_a.json"
 
 
+@pytest.mark.slow
 def test_the_page_of_a_comparison(tmp_path, call):
     code, _, _ = call("report", RESULTS, "--out", tmp_path / "page.html")
     text, results = (tmp_path / "page.html").read_text(), json.loads(RESULTS.read_text())
@@ -126,6 +129,7 @@ def test_the_page_of_a_comparison(tmp_path, call):
     assert not (tmp_path / "no.html").exists()
 
 
+@pytest.mark.slow
 def test_several_runs_and_unfinished_ones(run, tmp_path, call):
     other = tmp_path / "killed"
     shutil.copytree(run, other)
@@ -140,6 +144,7 @@ def test_several_runs_and_unfinished_ones(run, tmp_path, call):
     assert (tmp_path / "both" / "2-losses.png").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("breakage", "message"), [
     (lambda d: (d / "metrics.jsonl").unlink(), "not a run directory"),
     (lambda d: (d / "metrics.jsonl").write_text("[1]\n"), "not a line that `run` writes"),
@@ -159,6 +164,7 @@ def test_the_map_keeps_distances_of_points_in_a_plane():
     np.testing.assert_allclose(np.linalg.norm(found[:, None] - found[None], axis=-1), between, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 @pytest.mark.parametrize("width", [500, 1400])  # chromium's window cannot be narrower than 500 pixels
 def test_a_browser_has_no_complaint(run, tmp_path, width):

@@ -100,6 +100,7 @@ def flip(path):
     file.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", [{}, {"save_every": "round"}, {"store": "store"}])
 def test_goes_on_wherever_it_died(undisturbed, tmp_path, monkeypatch, system):
     """The run is killed in training, between phases, while a snapshot is written, while old snapshots are removed, and
@@ -124,6 +125,7 @@ def test_goes_on_wherever_it_died(undisturbed, tmp_path, monkeypatch, system):
     same_run(undisturbed[0], folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["centralised", "fedadam", "scaffold"])
 def test_every_kind_of_state_is_saved(tmp_path, name):
     """The strategies have, in this order: no shared subtree; an optax state on the server; a server subtree that the
@@ -137,6 +139,7 @@ def test_every_kind_of_state_is_saved(tmp_path, name):
     same_run(tmp_path / "plain", tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "phases"), [(signal.SIGINT, 0), (signal.SIGTERM, 1)])
 def test_a_signal_saves_the_clients_that_have_trained(request, tmp_path, number, phases):
     """The signal arrives in the middle of a phase. The current chunk is finished, and its clients are not trained
@@ -178,6 +181,7 @@ class Listing(Events):
         self.names = sorted(p.name for p in resumes(self.folder).iterdir())
 
 
+@pytest.mark.slow
 def test_a_damaged_snapshot_is_passed_over_loudly(undisturbed, tmp_path):
     """A snapshot with one flipped bit is renamed, not deleted, and the run goes on from the snapshot before it."""
     config, folder = small_config(**SECTIONS), tmp_path / "run"
@@ -323,6 +327,7 @@ def test_another_config_or_other_data_are_refused(tmp_path):
     assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.slow
 def test_what_may_change_is_said(tmp_path):
     """A run resumed with another chunk size says that results agree to rounding, and they do."""
     config, folder, seen = small_config(train={"adam_epsilon": 1e-3}), tmp_path / "run", Events()
@@ -338,6 +343,7 @@ def test_what_may_change_is_said(tmp_path):
     assert again.summary == json.loads((folder / "summary.json").read_text()) == run.summary
 
 
+@pytest.mark.slow
 def test_data_that_have_gone(tmp_path, call):
     """A run whose data are missing stops with an error and changes nothing. It goes on once the data are back."""
     assert call("data", "digits", tmp_path / "scenes", "--train", 8, "--validation", 2, "--test", 2)[0] == 0
@@ -433,6 +439,7 @@ def kill_and_resume(tmp_path, kinds: list[str]) -> None:
         same_run(tmp_path / "plain", folder)
 
 
+@pytest.mark.slow
 def test_two_kills(tmp_path):
     kill_and_resume(tmp_path, ["arrays", "mixing"])
 
@@ -444,6 +451,7 @@ def test_many_kills(tmp_path):
     kill_and_resume(tmp_path, ["time" if rng.random() < 0.5 else rng.choice(list(killed.POINTS)) for _ in range(24)])
 
 
+@pytest.mark.slow
 def test_the_command_says_how_to_go_on(tmp_path):
     """After SIGTERM the command exits with code 143 and prints the command that resumes the run."""
     config, folder = tmp_path / "config.yaml", tmp_path / "run"
@@ -466,6 +474,7 @@ def test_the_command_says_how_to_go_on(tmp_path):
     assert list((folder / "checkpoints" / "resume").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves its event loop open
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_leaves_what_was_saved(undisturbed, tmp_path, call):

@@ -35,6 +35,7 @@ def run_outside(python: list[str], folder: Path, env: dict[str, str]) -> None:
     assert not where.startswith(str(ROOT / "pilot_jax")), where
 
 
+@pytest.mark.slow
 def test_the_wheel_runs_outside_the_repository(tmp_path):
     """Only the wheel's own files are installed; the dependencies are those of this environment."""
     wheel, there = built(tmp_path), tmp_path / "there"

@@ -19,6 +19,7 @@ from pilot_jax.runs import restore, simulate
 from pilot_jax.storage import RowsWriter, Store, append_rows, atomic_write, map_on_disk, new_folder
 
 
+@pytest.mark.slow
 def test_a_population_on_disk_changes_nothing(tmp_path):
     """Two rounds of four of nine clients give the same adapters, bytes and scores with a store and in memory."""
     sections = {"federation": {"rounds": 2, "clients_per_round": 4}}

@@ -48,6 +48,7 @@ def seen(monkeypatch):
     return ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_once_and_only_what_is_asked_for(model, samples, seen, tmp_path, on_disk):
     features = Features(model, samples, file=tmp_path / "features" if on_disk else None)
@@ -92,6 +93,7 @@ def test_a_broken_image(model, samples, tmp_path):
     assert np.asarray(features.rows([0])).any()
 
 
+@pytest.mark.slow
 def test_a_population_on_disk_is_seen_when_drawn(tmp_path, seen):
     """With clients on disk, a round reads only its cohort's training images. In memory, all images are read at once."""
     config = small_config(federation={"rounds": 1, "clients_per_round": 2}, system={"store": str(tmp_path)})

@@ -98,6 +98,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_vmapped_unequal_clients_equal_a_readable_loop(uneven, stage, optimizer):
@@ -116,6 +117,7 @@ def test_vmapped_unequal_clients_equal_a_readable_loop(uneven, stage, optimizer)
         assert moved > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_chunk_size_and_company_change_nothing(uneven, stage):
     """With SGD, which does not amplify rounding errors, all chunk sizes and a client alone agree to 1e-5."""
@@ -132,6 +134,7 @@ def test_chunk_size_and_company_change_nothing(uneven, stage):
     assert tree_max_difference(results[3][1]["text_adapter"], adapters["text_adapter"]) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_frozen_subtrees_stay_bit_identical(uneven, stage):
     fed, adapters = uneven

@@ -58,6 +58,7 @@ def test_clip_and_noise():
     assert (broken["a"] == start["a"]).all()
 
 
+@pytest.mark.slow
 def test_the_server_sees_noised_uploads_alone(monkeypatch):
     """Uploads that reach `aggregate` differ from the start, which the server knows, by the clipped change and noise of
     the configured size. The local subtree equals that of a run without privacy."""
@@ -88,6 +89,7 @@ def test_the_server_sees_noised_uploads_alone(monkeypatch):
     assert abs(np.corrcoef(moved[0], moved[1])[0, 1]) < 0.02  # clients have independent noise
 
 
+@pytest.mark.slow
 def test_a_run_prints_epsilon_and_repeats():
     config = small_config(federation={"rounds": 2, "privacy": {"clip": 1.0, "epsilon": 8.0}})
     run, again = simulate.simulate(config), simulate.simulate(config)

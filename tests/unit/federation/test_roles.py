@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Records, small_config
+from conftest import Records, slow_except, small_config
 
 from pilot_jax.federation import rounds
 from pilot_jax.federation.client import client_loss, phase_spec
@@ -54,6 +54,7 @@ def test_every_leaf_has_exactly_one_owner(setup, name):
         assert not set(trained) & set(frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_step_zero_is_the_base_model(federation, stage):
     """With `init: preserve`, untrained adapters compute the base's loss in both stages."""
@@ -71,6 +72,7 @@ def test_step_zero_is_the_base_model(federation, stage):
         np.testing.assert_allclose(ours, base, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_every_trained_leaf_gets_a_gradient_within_two_steps(federation, stage):
     fed, _, state = federation
@@ -128,7 +130,7 @@ def test_nothing_local_can_be_uploaded(federation):
     assert set(out.downloads) == {"text_adapter", "task", "task_bank"}
 
 
-@pytest.mark.parametrize("name", list(STRATEGIES))
+@pytest.mark.parametrize("name", slow_except({"pilot"}, STRATEGIES))
 def test_a_round_moves_what_the_table_says(setup, name):
     """After a round, the base is unchanged, and shared subtrees are equal between clients exactly where aggregation
     makes them so."""

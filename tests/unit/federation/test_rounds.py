@@ -82,6 +82,7 @@ def three_rounds():
     return fed, states, phases
 
 
+@pytest.mark.slow
 def test_schedule_first_time(three_rounds):
     """A client trains stage 1 once, in its first round, and stage 2 in every round in which it takes part."""
     _, _, phases = three_rounds
@@ -90,6 +91,7 @@ def test_schedule_first_time(three_rounds):
     assert phases[2] == [("stage2", "vqa_0")]
 
 
+@pytest.mark.slow
 def test_compilations_are_few_and_early():
     """In four rounds with two length buckets, a stage and a bucket have one program, and round 2 compiles the last."""
     setup = prepare.prepare(small_config(federation={"local_steps": 1}, system={"length_spread": 1.2},
@@ -112,6 +114,7 @@ def same(a, b):
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
+@pytest.mark.slow
 def test_absent_clients_keep_what_they_have_and_fetch_the_bank_on_return(three_rounds):
     fed, states, _ = three_rounds
     names = [c.name for c in fed.clients]
@@ -129,6 +132,7 @@ def test_absent_clients_keep_what_they_have_and_fetch_the_bank_on_return(three_r
     assert same(after[1][vqa].adapters["client"], after[3][vqa].adapters["client"])
 
 
+@pytest.mark.slow
 def test_bytes_count_what_a_returning_client_fetches(three_rounds):
     fed, states, _ = three_rounds
     up, down = fed.strategy.sent_bytes(states[0].population[0].adapters)
@@ -159,6 +163,7 @@ def test_cohorts_are_seeded_and_streams_are_each_clients_own():
     assert client_generator(0, "c1", 2, "stage2").integers(1 << 60) == streams["c1", 2, "stage2"]
 
 
+@pytest.mark.slow
 def test_chunk_size_does_not_change_a_round():
     results = []
     for chunk in (2, 9):
@@ -182,6 +187,7 @@ def two_runs(tmp_path_factory):
     return folders, [simulate.simulate(config, out=f) for f in folders]
 
 
+@pytest.mark.slow
 def test_same_seed_gives_identical_runs(two_runs):
     _, (one, two) = two_runs
     assert one.summary["adapters_sha256"] == two.summary["adapters_sha256"]
@@ -190,6 +196,7 @@ def test_same_seed_gives_identical_runs(two_runs):
         assert same(a.adapters, b.adapters)
 
 
+@pytest.mark.slow
 def test_run_directory(two_runs):
     (folder, _), (run, _) = two_runs
     summary = json.loads((folder / "summary.json").read_text())
@@ -207,6 +214,7 @@ def test_run_directory(two_runs):
         assert saved["client_ids"].tolist() == summary["clients"]
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_what_their_place_allows_and_restore(two_runs):
     import orbax.checkpoint as ocp
 
@@ -226,6 +234,7 @@ def test_checkpoints_hold_what_their_place_allows_and_restore(two_runs):
     assert personalised.evaluate(back.evaluation, back.population) == run.summary["score_by_client"]
 
 
+@pytest.mark.slow
 def test_a_strategy_object_of_ones_own(another_process):
     from pilot_jax.federation import mixing
     from pilot_jax.federation.strategies import Strategy
@@ -254,6 +263,7 @@ def test_evaluation_of_a_client_that_never_took_part_is_the_base():
         "text_adapter", "task", "client", "task_bank", "cross_task", "router"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pilot", "scaffold"])
 def test_steps_in_portions_are_the_same_steps(tmp_path, name):
     """With `system.steps_at_once`, 5 steps as 2 + 2 + 1 give the same adapters and records, with clients in memory and

@@ -250,6 +250,7 @@ def test_absent_clients_keep_their_control():
         np.testing.assert_allclose(leaf, (4 + 8) / 18, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_fedavg_with_one_sgd_step_is_centralised_sgd(setup):
     """For equal counts of supervised tokens and one local step, the mean of the steps is the step on pooled data."""
     def one_step(name, batch_size):
@@ -499,6 +500,7 @@ def test_snapshots_of_another_strategy_are_refused_and_stay(on_toy, tmp_path):
     assert not told and files(folder) == before
 
 
+@pytest.mark.slow
 def test_a_run_of_ones_own_is_evaluated_and_exported(another_process, tmp_path):
     """On the real model, a run restored with its class gives the scores of its summary and can be exported."""
     config = small_config(federation={"local_steps": 1}, data={"digits": {"train": 4}})

@@ -27,6 +27,7 @@ def spoilt(value=np.nan, who=("ocr_1",), when=(1, 2, 3)):
     return tamper
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
 def test_a_refused_client_is_as_if_it_had_not_taken_part(value):
     """The other clients get the results of a round without the refused client. The refused client stays as it was, and
@@ -56,6 +57,7 @@ def test_a_refused_client_is_as_if_it_had_not_taken_part(value):
     assert all(np.isfinite(x).all() for c in run.population for x in jax.tree.leaves(c.adapters))
 
 
+@pytest.mark.slow
 def test_a_client_that_is_always_bad_does_not_stop_the_others():
     """It is new again in every round, so that from round 2 on it is alone in stage 1."""
     run = simulate.simulate(small_config(federation={"rounds": 3}), tamper=spoilt())
@@ -66,6 +68,7 @@ def test_a_client_that_is_always_bad_does_not_stop_the_others():
     assert run.summary["bytes_up"] == sum(r["bytes_up"] for r in run.records if "bytes_up" in r)
 
 
+@pytest.mark.slow
 def test_bad_newcomers_among_themselves_are_bad_all_the_same():
     """Two of nine clients upload 1e6 times their update. From round 2 on they are alone in stage 1, and are still
     refused, because the norms accepted in round 1 count in the median."""
@@ -124,6 +127,7 @@ def test_exploded(norms, bad):
     assert list(refusals(FederationConfig(), {**records, 99: {"fault": "is odd"}})) == [99, *bad]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["median", "trimmed_mean"])
 def test_robust_mixing_bounds_what_hostile_clients_do(name):
     """2 of 9 clients upload their update times −10, which is not refused. Every entry of the model stays within the

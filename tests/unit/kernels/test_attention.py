@@ -53,6 +53,7 @@ def test_attention_and_its_gradient(shape, clients):
     close(both(attention), both(plain_attention))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 3])
 def test_causal_attention_of_clients(window):
     """JAX's attention, with the gradient of the clients' sum as in training, agrees with the plain formula."""

@@ -54,6 +54,7 @@ def test_rule_equals_autodiff_in_float64(function, clients):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clients", [None, 3])
 def test_merged_linears(clients):
     """x·(W + BA) of two targets with one x and the gradients of x, A and B agree; the kernels W get no gradient."""
@@ -93,6 +94,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_last_layer_on_answers_alone(tmp_path, name, monkeypatch):
     """Loss and LoRA gradient with unrolled layers, a last layer only at answer positions, with and without remat, equal

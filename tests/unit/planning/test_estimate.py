@@ -70,6 +70,7 @@ def test_steps_and_bytes(seven_billion):
     assert seven_billion["bytes_down"] == {"round_1": 18 * down, "later_rounds": 9 * down}
 
 
+@pytest.mark.slow
 def test_plan_agrees_with_the_run():
     """The plan has the steps, bytes and array sizes of a real run."""
     config = small_config(federation={"rounds": 2})
@@ -84,6 +85,7 @@ def test_plan_agrees_with_the_run():
     assert memory["data"] == 3 * sum(x.nbytes for x in fed.clients[0].train.values())  # client_chunk 3
 
 
+@pytest.mark.slow
 def test_activations_against_xla():
     """The plan's activations equal the temporaries of XLA's own memory analysis within a factor of two."""
     config = small_config(data={"digits": {"train": 64}}, train={"batch_size": 16}, system={"client_chunk": 1})
@@ -121,6 +123,7 @@ def test_llava_7b_lowers_for_one_device():
         assert "32x4096x11008xbf16" in lowered[stage].lower().as_text()  # the gate matrices of all 32 layers
 
 
+@pytest.mark.slow
 def test_llava_7b_lowers_for_eight_devices():
     """Every program of a run is lowered for TPU, in a new process with eight CPU devices."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
@@ -132,6 +135,7 @@ def test_llava_7b_lowers_for_eight_devices():
     assert planned["memory_per_device"]["stage2"]["total"] < 16e9  # the memory of a TPU v5e core
 
 
+@pytest.mark.slow
 def test_everything_exports_for_tpu():
     """The programs of the embedded base and of 7B, in bfloat16, have static shapes and no callbacks to the host."""
     cases = [small_config(model={"dtype": "bfloat16"}), load_config(CONFIGS / "llava15_7b.yaml")]
@@ -146,6 +150,7 @@ def test_everything_exports_for_tpu():
         assert "xbf16" in exported.mlir_module()
 
 
+@pytest.mark.slow
 def test_cudnn_attention_lowers_for_cuda(monkeypatch):
     """In both stages at 7B, the scan over layers calls cuDNN in the forward pass, in its recomputation, and in the
     backward pass, with three clients in one batch. Nothing is run; JAX is made to believe that cuDNN is installed."""
@@ -177,6 +182,7 @@ def test_a_mesh_too_large_says_what_to_do():
         prepare.prepare(small_config(system={"mesh": {"clients": 512}}))
 
 
+@pytest.mark.slow
 def test_run_without_the_weights_says_so():
     with pytest.raises(InputError, match="llava-1"):
         prepare.prepare(load_config(CONFIGS / "llava15_7b.yaml", ["data.path=digits", "federation.clients=9",

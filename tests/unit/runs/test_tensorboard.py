@@ -27,6 +27,7 @@ def scalars(folder):
     return found
 
 
+@pytest.mark.slow
 def test_losses_and_scores_of_a_run(tmp_path):
     simulate.simulate(small_config(eval={"every": 1}, system={"tensorboard": True}), out=tmp_path / "run")
     found, steps = scalars(tmp_path / "run" / "tensorboard"), 0
