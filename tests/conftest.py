@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -33,10 +35,14 @@ import pytest
 
 import pilot_jax
 from pilot_jax.config import STRATEGY_PARAMS, parse_config
+from pilot_jax.evaluation.personalised import Evaluation
+from pilot_jax.federation.executor import Executor
 from pilot_jax.federation.observer import RunObserver
-from pilot_jax.federation.strategies import STRATEGIES
-from pilot_jax.runs import prepare
+from pilot_jax.federation.strategies import STRATEGIES, make_strategy
+from pilot_jax.runs import prepare, restore, simulate
 from pilot_jax.runs.events import MetricsFile
+from pilot_jax.storage import Store
+from pilot_jax.testing import toy
 from pilot_jax.testing.checkpoints import (  # noqa: F401  # for the tests that import them from here
     IMAGE_TOKEN,
     TINY_TEXT,
@@ -136,6 +142,28 @@ def federation(setup):
     return setup.federation, setup, prepare.initial_state(setup.federation)
 
 
+SECONDS = ("seconds", "prepare_seconds", "waited_seconds", "feature_seconds")
+
+
+def _records_and_mixing(folder):
+    """Returns the lines of metrics.jsonl without their times, and the contents of the mixing files."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    mixing = {}
+    for file in sorted((folder / "mixing").iterdir()):
+        with np.load(file) as arrays:
+            mixing[file.name] = {n: arrays[n].tolist() for n in arrays.files}
+    return [{k: v for k, v in line.items() if k not in SECONDS} for line in lines], mixing
+
+
+def same_run(folder, other):
+    """Asserts that two finished runs wrote the same, except for times."""
+    one, two = (json.loads((f / "summary.json").read_text()) for f in (folder, other))
+    timed = {"wall_seconds", "compile_seconds", "client_steps_per_second", "peak_memory_bytes"}
+    assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
+    assert _records_and_mixing(folder) == _records_and_mixing(other)
+    assert not (other / "checkpoints" / "resume").exists()
+
+
 def slow_except(chosen, values):
     """Returns the values as parameters of a test, all of them marked as slow but those chosen."""
     return [value if value in chosen else pytest.param(value, marks=pytest.mark.slow) for value in values]
@@ -163,6 +191,36 @@ def tree_max_difference(a, b) -> float:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     return max(float(np.max(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64))))
                for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@contextlib.contextmanager
+def toy_instead_of_model(clients=None, client_chunk=2):
+    """Makes `simulate` and `restore` train the toy on the clients given, whatever model and data a config names."""
+    def setup(config, strategy=None):
+        if strategy is None:
+            strategy = make_strategy(config.strategy, schedule=config.federation.schedule)
+        else:
+            config, strategy = prepare.with_own_strategy(config, strategy)
+        fed = toy.toy_federation(strategy, clients, settings=config.federation, seed=config.system.seed)
+        if config.system.store is not None:
+            fed = dataclasses.replace(fed, store=Store(config.system.store))
+        evaluation = Evaluation(fed, fed.clients, tuple(range(len(fed.clients))), None, {}, 2, config.data)
+        return prepare.Setup(config, fed, evaluation, Executor(client_chunk), config.model, config.eval, config.system)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulate, "prepare", setup)
+        patch.setattr(restore, "prepare_restored", setup)
+        for place in (simulate, restore):
+            patch.setattr(place, "initial_state", toy.toy_state)
+        patch.setattr(restore, "initial_adapters", lambda fed: toy.toy_adapters(fed.strategy))
+        yield
+
+
+@pytest.fixture
+def on_toy():
+    """Makes runs use the toy; returns a config of them."""
+    with toy_instead_of_model():
+        yield parse_config({"federation": {"rounds": 2, "local_epochs": 3}, "strategy": {"name": "fedavg"}})
 
 
 @pytest.fixture

@@ -119,6 +119,7 @@ def mixing():
     return json.loads(on_devices(8, MIXING).splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["8x1x1", "2x2x2", "1x4x2"])
 def test_mixing_on_a_mesh(mixing, mesh):
     """Distances and mixed adapters agree with float64. Each device has an eighth of the uploads, and only the sums of

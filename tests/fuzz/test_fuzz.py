@@ -43,6 +43,7 @@ def test_samples(tmp_path, entries):
         assert sample.turns[-1][0] == "gpt" and (sample.client + sample.task).isprintable()
 
 
+@pytest.mark.slow
 @QUIET
 @given(st.lists(st.tuples(st.sampled_from(sorted(known_keys())), ANYTHING), max_size=4))
 def test_configs(pairs):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import QUICK, llava_entry, small_config, with_image, write, write_checkpoint
+from conftest import QUICK, llava_entry, slow_except, small_config, with_image, write, write_checkpoint
 from PIL import Image
 
 from pilot_jax.config import LimitsConfig
@@ -66,7 +66,7 @@ CONFIG = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIG)
+@pytest.mark.parametrize("name", slow_except(CONFIG.keys() - {"template injection"}, CONFIG))
 def test_config(call, tmp_path, name):
     content, wanted = CONFIG[name]
     (tmp_path / "c.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -226,6 +226,7 @@ def test_remat_and_unroll_change_nothing(tiny):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_logits_are_causal(tiny):
     """The gradient of a position's output with respect to later embeddings is exactly zero."""
     _, model = tiny

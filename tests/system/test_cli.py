@@ -13,7 +13,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from conftest import QUICK, ROOT, llava_entry, small_config, with_image, write
+from conftest import QUICK, ROOT, llava_entry, slow_except, small_config, with_image, write
 from PIL import Image
 from rich.console import Console
 
@@ -97,7 +97,11 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+# These load the model.
+LOADING = {"no checkpoint", "checkpoint that is not LLaVA", "unknown template", "unknown task"}
+
+
+@pytest.mark.parametrize("name", slow_except(BAD.keys() - LOADING, BAD))
 def test_bad_input_is_one_clear_message(call, tmp_path, name):
     args, wanted = BAD[name]
     args = args(tmp_path)

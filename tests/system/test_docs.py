@@ -120,6 +120,7 @@ def test_each_is_run_or_says_why_not():
     assert tests <= {file.name for file in (ROOT / "tests").rglob("test_*.py")}
 
 
+@pytest.mark.slow
 def test_the_site_builds(tmp_path):
     """With --strict, the build fails if a page, a link or a documented name is missing."""
     done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],

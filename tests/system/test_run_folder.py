@@ -50,6 +50,7 @@ def written(tmp_path_factory):
     return folder, printed, cohorts[0]
 
 
+@pytest.mark.slow
 def test_every_file_is_on_the_page(written):
     documented = names("The run directory")
     for file in (file for file in written[0].rglob("*") if file.is_file()):
@@ -60,6 +61,7 @@ def test_every_file_is_on_the_page(written):
     assert load_config(written[0] / "config.yaml") is not None
 
 
+@pytest.mark.slow
 def test_every_field_of_metrics_jsonl_is_on_the_page(written):
     found = {"client": set(), "phase": set(), "score": set()}
     for line in (written[0] / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
@@ -70,6 +72,7 @@ def test_every_field_of_metrics_jsonl_is_on_the_page(written):
     assert names("A score on held-out data") - {"validation"} == found["score"]
 
 
+@pytest.mark.slow
 def test_every_array_of_mixing_is_on_the_page_with_its_shape(written):
     documented = {re.findall(r"`([^`]+)`", cells[0])[0]: cells[1] for cells in rows("`mixing/*.npz`")}
     file = written[0] / "mixing" / "round_0001_stage1.npz"
@@ -83,10 +86,12 @@ def test_every_array_of_mixing_is_on_the_page_with_its_shape(written):
     exec(example.replace("runs/quickstart/mixing/round_0001_stage1.npz", str(file)), {"print": lambda *_: None})
 
 
+@pytest.mark.slow
 def test_every_field_of_summary_json_is_on_the_page(written):
     assert names("`summary.json`") == set(json.loads((written[0] / "summary.json").read_text(encoding="utf-8")))
 
 
+@pytest.mark.slow
 def test_every_progress_event_is_on_the_page(written):
     documented = {re.findall(r"`([^`]+)`", cells[0])[0]: cells[1] for cells in rows("Progress events")}
     assert documented.keys() == {event["kind"] for event in written[1]} | {"summary"}  # which the command prints
@@ -97,6 +102,7 @@ def test_every_progress_event_is_on_the_page(written):
         assert set(event) <= allowed, event
 
 
+@pytest.mark.slow
 def test_a_cohort_has_the_shapes_on_the_page(written):
     cohort, documented = written[2], names("What a strategy receives")
     assert documented == {name for name in vars(cohort)}

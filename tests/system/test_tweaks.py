@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import ROOT, Records, slow_except, small_config
+from conftest import ROOT, Records, small_config
 
 import pilot_jax
 
@@ -36,7 +36,8 @@ def run_example(monkeypatch, another_process):
     return run
 
 
-@pytest.mark.parametrize("name", slow_except({"Ring"}, ["OverB", "WithinTask", "Ring", "Halfway"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["OverB", "WithinTask", "Ring", "Halfway"])
 def test_example(name, run_example):
     run, records = run_example(name, federation={"local_steps": 2}, train={"lr_lora_stage1": 0.01}, strategy={"ata": {
         "temperature": 1.0}})
@@ -56,6 +57,7 @@ def test_example(name, run_example):
         assert all(set(np.flatnonzero(weights[k])) == {k, *near[k]} for k in range(9))
 
 
+@pytest.mark.slow
 def test_example_of_an_observer(run_example, capsys):
     run, records = run_example("Log")
     phases = [r for r in records.records if "bytes_up" in r]

@@ -146,6 +146,7 @@ def test_rows(tmp_path, dtype):
             late()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", ["factors", "product"])
 def test_mixing_from_disk(tmp_path, space):
     """Weights and mixed adapters of 20 uploads in files equal those of arrays; a Gram matrix selects near pairs."""

@@ -90,6 +90,7 @@ def test_every_trained_leaf_gets_a_gradient_within_two_steps(federation, stage):
     assert not missing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "terms"), [("stage1", ("difference",)), ("stage2", ("balance", "z"))])
 def test_only_cross_entropy_reaches_lora(federation, stage, terms):
     fed, _, state = federation

@@ -39,6 +39,7 @@ def pilot():
     return strategy, {"bank": bank, "members": {}}
 
 
+@pytest.mark.slow
 def test_a_task_without_participants_keeps_its_adapter(pilot):
     strategy, state = pilot
     up = fake_uploads(2)
@@ -48,6 +49,7 @@ def test_a_task_without_participants_keeps_its_adapter(pilot):
     np.testing.assert_allclose(kernel(out.downloads["task_bank"])[1], expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_lone_newcomer_does_not_overwrite_its_task(pilot):
     strategy, state = pilot
     first = fake_uploads(2, 1)

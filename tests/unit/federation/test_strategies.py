@@ -31,7 +31,7 @@ from pilot_jax.config import (
     parse_config,
 )
 from pilot_jax.errors import InputError, Interrupted
-from pilot_jax.evaluation.personalised import Evaluation, evaluate
+from pilot_jax.evaluation.personalised import evaluate
 from pilot_jax.federation import executor, mixing, rounds
 from pilot_jax.federation.cohort import Cohort
 from pilot_jax.federation.observer import RunObserver
@@ -362,26 +362,6 @@ def module(tmp_path, monkeypatch, another_process):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     yield f"{name}:Ring"
     sys.modules.pop(name, None)
-
-
-@pytest.fixture
-def on_toy(monkeypatch):
-    """Makes `simulate` and `restore` use the toy instead of a config's model and data; returns a config."""
-    def setup(config, strategy=None):
-        if strategy is None:
-            strategy = make_strategy(config.strategy, schedule=config.federation.schedule)
-        else:
-            config, strategy = prepare.with_own_strategy(config, strategy)
-        fed = toy_federation(strategy, settings=config.federation, train=DESCENT, seed=config.system.seed)
-        evaluation = Evaluation(fed, fed.clients, tuple(range(len(fed.clients))), None, {}, 2, config.data)
-        return prepare.Setup(config, fed, evaluation, executor.Executor(2), config.model, config.eval, config.system)
-
-    monkeypatch.setattr(simulate, "prepare", setup)
-    monkeypatch.setattr(restore, "prepare_restored", setup)
-    for place in (simulate, restore):
-        monkeypatch.setattr(place, "initial_state", toy_state)
-    monkeypatch.setattr(restore, "initial_adapters", lambda fed: toy_adapters(fed.strategy))
-    return parse_config({"federation": {"rounds": 2, "local_epochs": 3}, "strategy": {"name": "fedavg"}})
 
 
 class Stops(RunObserver):

@@ -83,6 +83,7 @@ def test_bad_newcomers_among_themselves_are_bad_all_the_same():
     assert largest < 10
 
 
+@pytest.mark.slow
 def test_stop_or_nobody_left():
     with pytest.raises(FloatingPointError, match=r"stage1: the upload of ocr_1 is not finite in .*text_adapter"):
         simulate.simulate(small_config(federation={"on_bad_client": "stop"}), tamper=spoilt())
@@ -91,6 +92,7 @@ def test_stop_or_nobody_left():
         simulate.simulate(small_config(), tamper=spoilt(who=everyone))
 
 
+@pytest.mark.slow
 def test_a_client_that_diverges_by_itself_is_refused(monkeypatch):
     """Local leaves that are not finite also count, because they would spoil the client's next phase."""
     real = executor._Phase.load

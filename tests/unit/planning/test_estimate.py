@@ -29,6 +29,7 @@ def seven_billion():
     return estimate.make_plan(load_config(CONFIGS / "llava15_7b.yaml"))
 
 
+@pytest.mark.slow
 def test_data_on_the_device_are_those_of_the_steps_at_once(seven_billion):
     parts = estimate.make_plan(load_config(CONFIGS / "llava15_7b.yaml", ["system.steps_at_once=10"]))
     rows = 10 * load_config(CONFIGS / "llava15_7b.yaml").train.batch_size
@@ -116,6 +117,7 @@ def test_saved_bytes_of_a_known_function():
     assert flops.saved_bytes(lambda x, w: jnp.sin(x @ w).sum(), x, w) == 4000
 
 
+@pytest.mark.slow
 def test_llava_7b_lowers_for_one_device():
     config = load_config(CONFIGS / "llava15_7b.yaml")
     lowered = programs(config)

@@ -12,6 +12,7 @@ from pilot_jax.planning.estimate import make_plan
 from pilot_jax.runs.prepare import outline
 
 
+@pytest.mark.slow
 def test_forecast_is_the_plan_of_the_data_that_are_there(federation, monkeypatch):
     fed, config = federation[0], small_config()
     monkeypatch.setattr(forecast, "product_speed", lambda devices, dtype: 1e9)
