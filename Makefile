@@ -28,7 +28,7 @@ report: $(VENV)/.run  ## a page of the newest run
 	$(VENV)/bin/pilot-jax report "$$(ls -dt runs/*/ | head -1)"
 
 # Both print the slowest tests. One process for each of two cores; a process without work takes over some of the other's.
-PYTEST := $(PY) -m pytest -n 2 --dist worksteal --durations=15
+PYTEST := $(PY) -m pytest -n 2 --dist worksteal --durations=20
 
 test: lint  ## style, types, layers, then the core of the tests: three minutes
 	$(PYTEST) -m "not slow and not long"

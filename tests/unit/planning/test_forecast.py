@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+import pytest
 from conftest import small_config
 
 from pilot_jax.federation.state import steps_by_stage
