@@ -7,7 +7,9 @@ PY := $(VENV)/bin/python
 
 # uv installs in a quarter of pip's time. It does not read pip's settings, of which these two are passed on.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
-export UV_DEFAULT_INDEX ?= $(or $(PIP_INDEX_URL),$(UV_INDEX_URL))
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
 INSTALL := $(VENV)/bin/uv pip install --quiet --python $(PY)
 
 $(VENV)/.run: pyproject.toml

@@ -166,7 +166,8 @@ def same_run(folder, other):
 
 def slow_except(chosen, values):
     """Returns the values as parameters of a test, all of them marked as slow but those chosen."""
-    return [value if value in chosen else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    return [value if value in chosen else
+            pytest.param(*value if isinstance(value, tuple) else (value,), marks=pytest.mark.slow) for value in values]
 
 
 def llava_entry(**changes):

@@ -31,7 +31,9 @@ def plain_attention(q, k, v, bias):
 
 
 @pytest.mark.parametrize("clients", slow_except({3}, [None, 3]))
-@pytest.mark.parametrize("shape", [(2, 2, 1, 7, 7, 4), (2, 1, 3, 5, 9, 8), (1, 2, 2, 1, 6, 4)])
+@pytest.mark.parametrize("shape", [
+    (2, 1, 3, 5, 9, 8), *(pytest.param(shape, marks=pytest.mark.slow)
+                          for shape in ((2, 2, 1, 7, 7, 4), (1, 2, 2, 1, 6, 4)))])
 def test_attention_and_its_gradient(shape, clients):
     """Shapes (B, KV, G, L, M, hd), alone and vmapped over clients; one query sees no key, and scores reach ±60."""
     batch, kv, groups, length, slots, width = shape
@@ -105,7 +107,7 @@ def test_choices_by_backend(monkeypatch):
     close(products["gpu"], products["cpu"])
 
 
-@pytest.mark.parametrize("clients", [None, 3])
+@pytest.mark.parametrize("clients", slow_except({3}, [None, 3]))
 def test_low_rank_and_its_gradient(clients):
     rng = np.random.default_rng(0)
     lead = () if clients is None else (clients,)

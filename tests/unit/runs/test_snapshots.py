@@ -12,7 +12,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from conftest import Events, same_run, toy_instead_of_model, tree_max_difference
+from conftest import Events, same_run, slow_except, toy_instead_of_model, tree_max_difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -144,7 +144,7 @@ def test_goes_on_after_any_sequence_of_deaths(undisturbed, tmp_path_factory, dea
     ends_as(undisturbed, config, folder)
 
 
-@pytest.mark.parametrize("name", ["centralised", "fedadam", "scaffold"])
+@pytest.mark.parametrize("name", slow_except({"fedadam"}, ["centralised", "fedadam", "scaffold"]))
 def test_every_kind_of_state_is_saved(tmp_path, name):
     """The strategies have, in this order: no shared subtree; an optax state on the server; a server subtree that the
     clients receive."""
