@@ -1,6 +1,6 @@
 """Measures what refused uploads cost the other clients: scenario A with bad clients and without them.
 
-    python benchmarks/bad_clients.py [--seeds 1]
+    python benchmarks/bad_clients.py [--seeds 1] [--set federation.local_steps=1 …]
 
 In every round, one of nine clients sends NaN, or two of nine send 1e6 times their update. The table has the mean
 test score of the other clients. No GPU is needed; a run takes about a minute on two cores.
@@ -33,15 +33,17 @@ def scaled(upload, start):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=1)
-    seeds = parser.parse_args().seeds
-    names = [c.name for c in prepare(load_config(CONFIG))[0].clients]
+    parser.add_argument("--set", nargs="*", default=[], help="changes of the config, as section.key=value")
+    args = parser.parse_args()
+    seeds, changes = args.seeds, args.set
+    names = [c.name for c in prepare(load_config(CONFIG, changes)).federation.clients]
     print("| | without them | with them | difference | refused uploads |\n|---|---:|---:|---:|---:|")
     for what, bad, attack in (("1 of 9 sends NaN", ("ocr_1",), nan),
                               ("2 of 9 send 1e6 times their update", ("caption_0", "vqa_2"), scaled)):
         others = [n for n in names if n not in bad]
         scores, refused = {"without": [], "with": []}, 0
         for seed in range(seeds):
-            sets = [*RATES, f"system.seed={seed + 2}", f"data.digits.seed={seed + 2}"]
+            sets = [*RATES, *changes, f"system.seed={seed + 2}", f"data.digits.seed={seed + 2}"]
             config = load_config(CONFIG, sets)
             listed = [{"round": r, "clients": others} for r in range(1, config.federation.rounds + 1)]
             without = simulate(load_config(CONFIG, [*sets, f"federation.participation={listed}"]))
