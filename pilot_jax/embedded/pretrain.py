@@ -71,7 +71,9 @@ def load_pretrain_config(path: str | Path) -> PretrainConfig:
     for key, value in raw.items():
         if key not in known:
             raise InputError(f"{path}: {key}: unknown key. Known: {', '.join(known)}.")
-        if not isinstance(value, known[key]) or isinstance(value, bool) or value < (key != "seed"):
+        numbers = (int,) if known[key] is int else (int, float)
+        is_number = isinstance(value, numbers) and not isinstance(value, bool)
+        if not is_number or not (0 < value < float("inf") or (value == 0 and key == "seed")):
             raise InputError(f"{path}: {key}: expected a positive {known[key].__name__}, got {value!r}.")
     return PretrainConfig(**raw)
 

@@ -370,4 +370,23 @@ def test_nothing_is_unpickled():
     source = {p: p.read_text(encoding="utf-8") for p in root.rglob("*.py")}
     assert not [p for p, text in source.items() if "import pickle" in text or "allow_pickle" in text]
     assert all("weights_only=True" in text for text in source.values() if "torch.load" in text)
-    assert not [p for p, text in source.items() if "trust_remote_code" in text or "exec(" in text]
+    assert not [p for p, text in source.items() if "exec(" in text or
+                "trust_remote_code" in text.replace("trust_remote_code=False", "")]
+
+
+def test_a_checkpoint_runs_no_code(call, checkpoint, tmp_path, monkeypatch):
+    """Its configs name Python files for transformers to run, and whoever is asked says yes. No file is run."""
+    folder = tmp_path / "llava"
+    shutil.copytree(checkpoint, folder)
+    mark = tmp_path / "mark"
+    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    for file in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        names = {f"Auto{kind}": f"evil.{kind}" for kind in ("Config", "Model", "ImageProcessor", "Processor")}
+        changed(folder / file, "auto_map", value=names | {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]})
+    changed(folder / "tokenizer_config.json", "tokenizer_class", value="Evil")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    Image.new("RGB", (20, 20)).save(tmp_path / "x.png")
+    data = write(tmp_path, "d.json", [with_image("x.png")])
+    code, _, err = call("data", "check", data, "--model", folder, "--template", "vicuna_v1")
+    assert code in (0, 2) and "Traceback" not in err
+    assert not mark.exists() and "trust_remote_code" not in err

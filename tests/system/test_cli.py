@@ -18,6 +18,8 @@ from PIL import Image
 from rich.console import Console
 
 from pilot_jax.config import known_keys
+from pilot_jax.embedded.pretrain import PretrainConfig, load_pretrain_config
+from pilot_jax.errors import InputError
 from pilot_jax.runs.progress import ProgressDisplay
 
 
@@ -172,6 +174,15 @@ def test_pretrain_writes_a_loadable_base(call, tmp_path):
 
     assert pilot_jax.load(tmp_path / "base").config.vision.hidden_size == 32
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "p.yaml"]
+
+
+def test_the_shipped_pretraining_config_is_read(tmp_path):
+    """Its values are the defaults. A learning rate may be any positive number, also an integer."""
+    assert load_pretrain_config(ROOT / "configs" / "pretrain.yaml") == PretrainConfig()
+    assert load_pretrain_config(write(tmp_path, "p.yaml", "{lr: 1, seed: 0}")).lr == 1
+    for bad in ("lr: 0", "lr: -0.1", "lr: true", "lr: .inf", "lr: .nan", "lr: x", "seed: -1", "width: 0", "width: 1.5"):
+        with pytest.raises(InputError, match="expected a positive"):
+            load_pretrain_config(write(tmp_path, "p.yaml", bad))
 
 
 def test_import_and_help_do_not_load_jax():

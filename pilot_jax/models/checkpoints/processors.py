@@ -26,7 +26,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise InputError(f"{directory}: no tokenizer.json. Save the checkpoint's tokenizer beside its weights.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True, local_files_only=True,
+                                                  trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise InputError(f"{directory}: the tokenizer cannot be loaded ({error}). Fetch it again.") from None
     if not tokenizer.is_fast:
