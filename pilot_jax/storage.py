@@ -268,6 +268,20 @@ class Store:
 MOST_JSON_BYTES = 100_000_000  # far above any JSON file of a checkpoint or a run
 
 
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the object of a JSON text's keys and values; for `json.loads(object_pairs_hook=…)`.
+
+    Raises:
+        ValueError: a key occurs twice. Readers differ in which of the values they take.
+    """
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r} occurs twice")
+    return out
+
+
 def read_json(file: Path, remedy: str) -> dict[str, Any]:
     """Returns the JSON object in `file`; `remedy` says what to do if the file does not exist.
 
@@ -279,7 +293,7 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
     try:
         if file.stat().st_size > MOST_JSON_BYTES:
             raise ValueError(f"{file.stat().st_size} bytes, more than the limit of {MOST_JSON_BYTES}")
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: not valid JSON ({error}). Fetch or write it again.") from None
     if not isinstance(raw, dict):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 
 import typer
@@ -13,6 +16,9 @@ from pilot_jax.cli.run import run
 from pilot_jax.cli.tables import printable
 from pilot_jax.errors import InputError
 
+# Errors of the system that are about a path which the user has given.
+WRONG_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+              errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 app = typer.Typer(name="pilot-jax", no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Federated multimodal instruction tuning in JAX: Pilot, its baselines and its ablations.")
 COMMANDS: tuple[Callable[..., None], ...] = (
@@ -28,12 +34,28 @@ for command in DATA_COMMANDS:
 
 
 def main() -> None:
-    """Runs the command line. Wrong input ends it with one message and exit code 2."""
+    """Runs the command line. Every error ends it with one message: exit code 2 for wrong input, 1 for all others."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         app()
     except InputError as error:
-        typer.echo(f"Error: {printable(str(error))}", err=True)
-        sys.exit(2)
+        _fail(f"Error: {error}", 2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"Error: {where}{error.strerror or error}. Check the path, its permissions and the free space.",
+              2 if error.errno in WRONG_PATH else 1)
+    except MemoryError:
+        _fail("Failed: not enough memory. `pilot-jax plan CONFIG` says how much a run needs.", 1)
+    except Exception as error:
+        with tempfile.NamedTemporaryFile("w", prefix="pilot-jax-error-", suffix=".txt", delete=False,
+                                         encoding="utf-8", errors="backslashreplace") as file:
+            traceback.print_exc(file=file)
+        _fail(f"Failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}. This is an error of pilot_jax. "
+              f"Please report it, with the traceback in {file.name}.", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(printable(message), err=True)
+    sys.exit(code)

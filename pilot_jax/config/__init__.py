@@ -8,6 +8,7 @@ from pilot_jax.config.reading import (
     load_config,
     parse_config,
     parse_strategy,
+    read_yaml,
 )
 from pilot_jax.config.schema import (
     STRATEGY_PARAMS,
@@ -56,4 +57,5 @@ __all__ = [
     "load_config",
     "parse_config",
     "parse_strategy",
+    "read_yaml",
 ]

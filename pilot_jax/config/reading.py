@@ -100,6 +100,18 @@ def parse_strategy(raw: Any, source: str = "config") -> StrategyParams:
                       ("strategy",))
 
 
+def _refuse_nul(node: Any, source: str, key: str = "") -> None:
+    """Raises an InputError for a text with a NUL character, which no file name may have."""
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            _refuse_nul(value, source, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list | tuple):
+        for value in node:
+            _refuse_nul(value, source, key)
+    elif isinstance(node, str) and "\0" in node:
+        raise InputError(f"{source}: {key}: the text has a NUL character. Remove it.")
+
+
 def parse_config(raw: Any, source: str = "config") -> Config:
     """Returns the checked `Config` that nested dicts describe.
 
@@ -108,7 +120,41 @@ def parse_config(raw: Any, source: str = "config") -> Config:
     """
     if not isinstance(raw, dict):
         raise InputError(f"{source}: a config is a mapping of sections, this is a {type(raw).__name__}.")
+    _refuse_nul(raw, source)
     return _validated(Config, {**raw, "strategy": parse_strategy(raw.get("strategy", {}), source)}, source)
+
+
+class _Loader(yaml.SafeLoader):
+    """A loader that refuses a key that occurs twice, of which YAML would take the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"the key {key!r} occurs twice")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Returns the content of a YAML file; of an empty one, {}.
+
+    Raises:
+        InputError: the file cannot be read, is larger than a megabyte, is not YAML, or has a key twice.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(MOST_BYTES + 1)  # no more, since a device such as /dev/zero has no end
+        if len(content) > MOST_BYTES:
+            raise InputError(f"{path}: more than {MOST_BYTES} bytes are too many for a config. Give the path of a YAML "
+                             "config.")
+        raw = yaml.load(content.decode(), _Loader)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML config.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an impossible date
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not valid YAML ({error}).") from None
+    return {} if raw is None else raw
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -120,19 +166,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         InputError: the file cannot be read or is not YAML, or a key or value is wrong.
     """
-    path = Path(path)
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise InputError(f"{path}: {path.stat().st_size} bytes are too many for a config. Give the path of a YAML "
-                             "config.")
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML config.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an impossible date
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not valid YAML ({error}).") from None
-    raw = {} if raw is None else raw
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a config is a mapping of sections, this is a {type(raw).__name__}.")
     return parse_config(_overridden(raw, overrides or []), str(path))
@@ -168,7 +202,7 @@ def _overridden(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
                 raise InputError(f"--set {override}: {parent} is not a section.")
             node = node[parent]
         try:
-            node[leaf] = yaml.safe_load(value)
+            node[leaf] = yaml.load(value, _Loader)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise InputError(f"--set {override}: the value is not valid YAML ({error}).") from None
         if key == "strategy.name" and ":" in value:  # the user named the module, not a file: it may be imported

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import yaml
 
+from pilot_jax.config import read_yaml
 from pilot_jax.data.conversations import encode
 from pilot_jax.embedded.scenes import CANVAS, GRID, INKS, Scene, draw_scene
 from pilot_jax.embedded.tasks import TASKS, pretraining_caption
@@ -60,11 +60,7 @@ def load_pretrain_config(path: str | Path) -> PretrainConfig:
     Raises:
         InputError: the file cannot be read, or has an unknown key, or a value that is not a positive number.
     """
-    path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as YAML ({error}). Give a file like configs/pretrain.yaml.") from None
+    raw = read_yaml(path)
     known = {f.name: type(f.default) for f in dataclasses.fields(PretrainConfig)}
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected a mapping with the keys {', '.join(known)}.")

@@ -62,6 +62,10 @@ CONFIG = {
     "NUL in a path": ("data: {path: \"a\\0b\"}", ["data.path"]),
     "negative mesh": ("system: {mesh: {fsdp: -1}}", ["system.mesh.fsdp", "greater than or equal to 1"]),
     "half a privacy": ("federation: {privacy: {epsilon: 1}}", ["federation.privacy", "clip"]),
+    "a key twice": ("train: {lr_connector: 1, lr_connector: 2}", ["c.yaml", "'lr_connector' occurs twice"]),
+    "a section twice": ("train: {}\ntrain: {}", ["c.yaml", "'train' occurs twice"]),
+    "NUL in a list": ("data: {digits: {scenario: a}}\neval: {metrics: {vqa: \"ex\\0act\"}}", ["eval.metrics.vqa"]),
+    "NUL in a folder": ("system: {store: \"a\\0b\"}", ["system.store", "NUL"]),
     "template injection": ("data: {template: '{{ 7 * 7 }}'}", ["data.template", "not known"]),
 }
 
@@ -275,6 +279,7 @@ CHECKPOINTS = {
     "pickled weights": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), ["Pickled weights are not read"]),
     "NaN in the tower": (spoil("fc1"), ["holds NaN or Inf"]),
     "NaN in the language model": (spoil("down_proj"), ["holds NaN or Inf"]),
+    "config has a key twice": (lambda f: (f / "config.json").write_text('{"model_type": "llava", "model_type": "llava"}'), ["config.json", "'model_type' occurs twice"]),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), ["config.json", "JSON object"]),
     "config is deep": (lambda f: (f / "config.json").write_text("[" * 100_000), ["config.json", "not valid JSON"]),
     "a billion layers": (lambda f: changed(f / "config.json", "text_config", "num_hidden_layers", value=10**9), ["text_config.num_hidden_layers", "1 to 1000"]),

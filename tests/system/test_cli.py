@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -183,6 +184,38 @@ def test_the_shipped_pretraining_config_is_read(tmp_path):
     for bad in ("lr: 0", "lr: -0.1", "lr: true", "lr: .inf", "lr: .nan", "lr: x", "seed: -1", "width: 0", "width: 1.5"):
         with pytest.raises(InputError, match="expected a positive"):
             load_pretrain_config(write(tmp_path, "p.yaml", bad))
+
+
+@pytest.mark.parametrize(("error", "code", "says"), [
+    (RuntimeError("odd\nthing"), 1, "Failed: RuntimeError: odd thing. This is an error of pilot_jax."),
+    (RecursionError("deep"), 1, "RecursionError"), (MemoryError(), 1, "not enough memory"),
+    (OSError(errno.ENOSPC, "No space left on device", "x/y"), 1, "x/y: No space left on device"),
+    (PermissionError(errno.EACCES, "Permission denied", "x/\x1b[31m"), 2, "x/\\x1b[31m: Permission denied"),
+    (OSError(errno.EROFS, "Read-only file system", "x"), 2, "Read-only file system"),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "x"), 2, "File name too long")])
+def test_every_error_ends_in_a_message(call, monkeypatch, error, code, says):
+    """An error that no command expects is one line too, and its traceback is in a file."""
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr("pilot_jax.cli.inspect.read_config", fails)
+    got, out, err = call("roles", QUICK)
+    assert got == code and says in err and "Traceback" not in out + err and err.strip().count("\n") == 0
+    if "This is an error of pilot_jax" in err:
+        file = Path(re.search(r"traceback in (\S+)\.$", err.strip())[1])
+        assert "in fails" in file.read_text()
+        file.unlink()
+
+
+@pytest.mark.parametrize(("command", "code"), [
+    (("run", "/dev/zero"), 2), (("run", "x" * 5000), 2),
+    (("data", "digits", "/proc/none/x", "--train", "1", "--validation", "1", "--test", "1"), 2),
+    (("data", "check", "x" * 5000), 2), (("evaluate", "x" * 5000), 2), (("report", "x" * 5000), 2),
+    (("export", "x" * 5000, "--client", "c", "--out", "/proc/x"), 2), (("pretrain", "/dev/zero", "/proc/none"), 2)])
+def test_paths_that_cannot_be_used(call, command, code):
+    got, out, err = call(*command)
+    assert got == code and "Traceback" not in out + err and err.startswith("Error: ")
+    assert "This is an error of pilot_jax" not in err
 
 
 def test_import_and_help_do_not_load_jax():
