@@ -60,7 +60,7 @@ def test_federations_that_train_otherwise_are_refused(field):
     for text in ("fedavg", "fedprox"):
         fed = runner.setups_of(field, variants.read_variants(text)[0], [])[0].federation
         works.append(Work(fed, {0: prepare.initial_adapters(fed)}, 1, "plain", "plain"))
-    with pytest.raises(ValueError, match="train alike"):
+    with pytest.raises(ValueError, match="must have equal phases"):
         Executor().train(works)
 
 
