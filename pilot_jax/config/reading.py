@@ -120,8 +120,10 @@ def parse_config(raw: Any, source: str = "config") -> Config:
     """
     if not isinstance(raw, dict):
         raise InputError(f"{source}: a config is a mapping of sections, this is a {type(raw).__name__}.")
-    _refuse_nul(raw, source)
-    return _validated(Config, {**raw, "strategy": parse_strategy(raw.get("strategy", {}), source)}, source)
+    config = _validated(Config, {**raw, "strategy": parse_strategy(raw.get("strategy", {}), source)}, source)
+    # Not `raw`: aliases of YAML can make that exponentially large.
+    _refuse_nul(config.model_dump(mode="json"), source)
+    return config
 
 
 class _Loader(yaml.SafeLoader):
