@@ -35,7 +35,7 @@ PYTEST := $(PY) -m pytest -n 2 --dist worksteal --durations=20
 test: lint  ## style, types, layers, then the core of the tests: three minutes
 	$(PYTEST) -m "not slow and not long"
 
-test-all: $(VENV)/.test  ## every test but the long ones: twenty minutes
+test-all: $(VENV)/.test  ## every test but the long ones: 30 to 45 minutes
 	$(PYTEST)
 
 test-long: $(VENV)/.test  ## many kills and a soak: half an hour
