@@ -6,7 +6,9 @@ PY := $(VENV)/bin/python
 .PHONY: quickstart report test test-all test-long fuzz bench lint notebooks docs clean
 
 # uv installs in a quarter of pip's time. It does not read pip's settings, of which these two are passed on.
+ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
 ifdef PIP_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif

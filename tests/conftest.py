@@ -78,6 +78,27 @@ class Events(RunObserver):
         self._add("score", text=f"round {round_}: validation score {score:.3f}")
 
 
+class Killed(BaseException):
+    """Ends a run as SIGKILL would: nothing catches it, so nothing more is written to disk."""
+
+
+def die(*_, **__):
+    raise Killed
+
+
+class DiesAt(Events):
+    """An observer that ends the run with `Killed` at the `count`-th event of a kind."""
+
+    def __init__(self, count, kind="chunk"):
+        super().__init__()
+        self.count, self.kind = count, kind
+
+    def _add(self, kind, **event):
+        super()._add(kind, **event)
+        if kind == self.kind and sum(e["kind"] == kind for e in self.events) == self.count:
+            die()
+
+
 class Records(MetricsFile):
     """Collects the lines of metrics.jsonl in `records`, and the phases' mixing arrays by (round, phase) in `mixing`."""
 

@@ -130,10 +130,11 @@ class _Loader(yaml.SafeLoader):
     """A loader that refuses a key that occurs twice, of which YAML would take the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen: set[str] = set()
+        for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"):
+            if key in seen:
                 raise ValueError(f"the key {key!r} occurs twice")
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 

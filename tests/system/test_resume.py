@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import killed
 import pytest
-from conftest import ROOT, Events, same_run, small_config, tree_max_difference
+from conftest import ROOT, DiesAt, Events, Killed, same_run, small_config, tree_max_difference
 
 from pilot_jax.errors import InputError
 from pilot_jax.runs import resume, simulate
@@ -26,31 +26,10 @@ from pilot_jax.runs import resume, simulate
 SECTIONS = {"federation": {"rounds": 3, "clients_per_round": 5, "local_steps": 2}, "eval": {"every": 2}}
 
 
-class Killed(BaseException):
-    """Ends a run as SIGKILL would: nothing catches it, so nothing more is written to disk."""
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     return folder, simulate.simulate(small_config(**SECTIONS), out=folder)
-
-
-def die(*_, **__):
-    raise Killed
-
-
-class DiesAt(Events):
-    """An observer that ends the run with `Killed` at the `count`-th event of a kind."""
-
-    def __init__(self, count, kind="chunk"):
-        super().__init__()
-        self.count, self.kind = count, kind
-
-    def _add(self, kind, **event):
-        super()._add(kind, **event)
-        if kind == self.kind and sum(e["kind"] == kind for e in self.events) == self.count:
-            die()
 
 
 @pytest.mark.slow

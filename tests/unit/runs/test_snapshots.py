@@ -12,7 +12,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from conftest import Events, same_run, slow_except, toy_instead_of_model, tree_max_difference
+from conftest import DiesAt, Events, Killed, die, same_run, slow_except, toy_instead_of_model, tree_max_difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,27 +44,6 @@ def toy_config(**sections):
 def undisturbed(tmp_path_factory, six_clients):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     return folder, simulate.simulate(toy_config(), out=folder)
-
-
-class Killed(BaseException):
-    """Ends a run as SIGKILL would: nothing catches it, so nothing more is written to disk."""
-
-
-def die(*_, **__):
-    raise Killed
-
-
-class DiesAt(Events):
-    """An observer that ends the run with `Killed` at the `count`-th event of a kind."""
-
-    def __init__(self, count, kind="chunk"):
-        super().__init__()
-        self.count, self.kind = count, kind
-
-    def _add(self, kind, **event):
-        super()._add(kind, **event)
-        if kind == self.kind and sum(e["kind"] == kind for e in self.events) == self.count:
-            die()
 
 
 def resumes(folder):
