@@ -1,18 +1,13 @@
-"""Files: atomic writing, arrays of which only some rows are read, clients' adapters on disk, and JSON objects."""
+"""Arrays of which only some rows are read from disk, and clients' adapters on disk."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import shutil
-import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,58 +18,8 @@ from numpy.typing import DTypeLike
 from safetensors.numpy import load_file, save_file
 
 from pilot_jax.errors import InputError
+from pilot_jax.files import OwnedFolder, atomic_write
 from pilot_jax.parallel.host_memory import empty
-
-
-def atomic_write(path: Path, data: str | bytes | Callable[[Path], object], *, durable: bool = True) -> None:
-    """Writes a file so that a reader, even after a crash, finds either all of the new content or the old content.
-
-    Args:
-        path: the file; its folder must exist.
-        data: a text (written as UTF-8), bytes, or a function that writes the file at the path it is given, which is
-            `<name>.partial` in the same folder.
-        durable: whether to wait until the disk has the content before the file gets its name. False for files that
-            need not outlive the machine.
-
-    Raises:
-        OSError: the file could not be written. The file at `path` is unchanged, and the partial file is removed.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        if callable(data):
-            data(partial)
-        else:
-            partial.write_bytes(data.encode() if isinstance(data, str) else data)
-        if durable:
-            with partial.open("r+b") as file:
-                os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder `<name>.partial` beside `path`, and renames it to `path` if the block ends without error.
-
-    On an error the partial folder is removed. One that an earlier process left behind is removed at the start.
-
-    Raises:
-        FileExistsError: `path` exists; nothing was written.
-        OSError: the folder cannot be written.
-    """
-    if path.exists():
-        raise FileExistsError(f"{path} exists already.")
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 class Rows:
@@ -174,7 +119,7 @@ class Store:
     """
 
     def __init__(self, parent: str | Path, most_waiting: int = 128) -> None:
-        """Makes a folder of its own inside `parent`.
+        """Makes a folder of its own inside `parent`, and removes those of runs that were killed.
 
         Args:
             parent: is made if it does not exist.
@@ -185,11 +130,11 @@ class Store:
         """
         try:
             Path(parent).expanduser().mkdir(parents=True, exist_ok=True)
-            self.folder = Path(tempfile.mkdtemp(prefix="pilot-jax-", dir=Path(parent).expanduser()))
+            owned = OwnedFolder(Path(parent).expanduser(), "pilot-jax-")
         except OSError as error:
             raise InputError(f"system.store: {parent}: {error.strerror}. Give a folder that can be written.") from None
-        # The folder is removed with the store, and at the latest when the process ends.
-        self._finalizer = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        # The folder is removed with the store, at the latest when the process ends; if it is killed, by the next run.
+        self.folder, self._finalizer = owned.path, weakref.finalize(self, owned.remove)
         self.read_seconds = self.write_seconds = self.waited_seconds = 0.0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._waiting: dict[Key, tuple[dict[str, Any], Future[None]]] = {}
@@ -263,39 +208,3 @@ class Store:
         for path in self.folder.glob("client-*.safetensors"):
             if path.name not in names:
                 path.unlink()
-
-
-MOST_JSON_BYTES = 100_000_000  # far above any JSON file of a checkpoint or a run
-
-
-def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns the object of a JSON text's keys and values; for `json.loads(object_pairs_hook=…)`.
-
-    Raises:
-        ValueError: a key occurs twice. Readers differ in which of the values they take.
-    """
-    out: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in out:
-            raise ValueError(f"the key {key!r} occurs twice")
-        out[key] = value
-    return out
-
-
-def read_json(file: Path, remedy: str) -> dict[str, Any]:
-    """Returns the JSON object in `file`; `remedy` says what to do if the file does not exist.
-
-    Raises:
-        InputError: the file does not exist, is too large, or is not a JSON object.
-    """
-    if not file.is_file():
-        raise InputError(f"{file} does not exist. {remedy}")
-    try:
-        if file.stat().st_size > MOST_JSON_BYTES:
-            raise ValueError(f"{file.stat().st_size} bytes, more than the limit of {MOST_JSON_BYTES}")
-        raw = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not valid JSON ({error}). Fetch or write it again.") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{file}: expected a JSON object, this is a {type(raw).__name__}.")
-    return raw

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import typer
 
-from pilot_jax.cli import comparisons, data, inspect, models
+from pilot_jax.cli import comparisons, data, inspect, models, supervise
 from pilot_jax.cli.run import run
 from pilot_jax.cli.tables import printable
 from pilot_jax.errors import InputError
@@ -23,14 +25,29 @@ app = typer.Typer(name="pilot-jax", no_args_is_help=True, pretty_exceptions_enab
                   help="Federated multimodal instruction tuning in JAX: Pilot, its baselines and its ablations.")
 COMMANDS: tuple[Callable[..., None], ...] = (
     run, comparisons.report, inspect.schema, inspect.roles, inspect.plan, models.evaluate, comparisons.compare,
-    models.generate, models.export, models.pretrain)
+    models.generate, models.export, inspect.verify, models.pretrain)
 DATA_COMMANDS: tuple[Callable[..., None], ...] = (data.digits, data.check)
+
+
+def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """Returns the command such that Ctrl-C ends it with one line and exit code 130."""
+    @functools.wraps(command)
+    def wrapped(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except KeyboardInterrupt:
+            typer.echo("\nInterrupted. Nothing half-written was left.", err=True)
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
 for command in COMMANDS:
-    app.command()(command)
+    app.command()(_interruptible(command))
 data_app = typer.Typer(no_args_is_help=True, help="Create or check data sets.")
 app.add_typer(data_app, name="data")
 for command in DATA_COMMANDS:
-    data_app.command()(command)
+    data_app.command()(_interruptible(command))
 
 
 def main() -> None:
@@ -40,6 +57,10 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         app()
+    except SystemExit as end:
+        if supervise.is_child() and end.code in (1, 2):
+            _end(int(end.code))
+        raise
     except InputError as error:
         _fail(f"Error: {error}", 2)
     except OSError as error:
@@ -58,4 +79,13 @@ def main() -> None:
 
 def _fail(message: str, code: int) -> None:
     typer.echo(printable(message), err=True)
+    if supervise.is_child():
+        _end(code)
     sys.exit(code)
+
+
+def _end(code: int) -> None:
+    """Ends this process at once. JAX would first wait for other processes, which may be waiting for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -11,6 +11,7 @@ import typer
 
 from pilot_jax.cli.options import AsJson, ConfigPath, Overrides, RunStrategy, check_choice, read_config
 from pilot_jax.errors import InputError
+from pilot_jax.files import path_part
 
 if TYPE_CHECKING:
     from pilot_jax.compare.runner import Options
@@ -49,7 +50,7 @@ def compare(config: ConfigPath,
     options = Options(seeds, _read_factors(rates), split)
     split_cpu_for(settings)
     folder = out or Path("runs") / f"compare-{config.stem}"
-    folders = [folder / _folder_of(value) for value in values] or [folder]
+    folders = [folder / path_part(value) for value in values] or [folder]
     titles = [f"{key} = {value}" for value in values] or [""]
     done = _compare_each(list(zip(titles, varied or [settings], folders, strict=True)), variants, options, as_json)
     if values:
@@ -101,12 +102,6 @@ def _read_factors(rates: str) -> tuple[float, ...]:
     if any(not f > 0 for f in factors):
         raise InputError(f"--rates: {rates!r}, factors must be above 0.")
     return factors
-
-
-def _folder_of(value: str) -> str:
-    """Returns a value of --vary as a folder name that cannot point out of the results' folder."""
-    name = value.replace("/", "_")
-    return name if name.strip(".") else name.replace(".", "_")
 
 
 def report(runs: Annotated[list[Path], typer.Argument(

@@ -1,15 +1,17 @@
-"""The commands `schema`, `roles` and `plan`, which describe a config and load no weights."""
+"""The commands `schema`, `roles` and `plan`, which describe a config, and `verify`; none of them loads weights."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from typing import Annotated
 
 import typer
 
-from pilot_jax.cli.options import AsJson, ConfigPath, Overrides, StrategyName, check_choice, read_config
-from pilot_jax.cli.tables import print_plan
+from pilot_jax.cli.options import AsJson, ConfigPath, Overrides, RunPath, StrategyName, check_choice, read_config
+from pilot_jax.cli.tables import print_plan, printable
+from pilot_jax.errors import InputError
 
 
 def schema() -> None:
@@ -74,3 +76,20 @@ def plan(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName
         typer.echo(json.dumps(result, indent=1))
         return
     print_plan(result)
+
+
+def verify(run_dir: RunPath, as_json: AsJson = False) -> None:
+    """Check the files of a run directory, snapshots included, against the checksums of what the run has written."""
+    from pilot_jax.runs.verify import verify_run
+
+    found = verify_run(run_dir)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found), indent=1))
+    else:
+        typer.echo(f"{'finished' if found.ended else 'unfinished'} run, {len(found.whole)} files and snapshots as "
+                   f"written, {len(found.unknown)} of which nothing is known")
+        for name in found.unknown[:20]:
+            typer.echo(f"unknown: {printable(name)}")
+    if found.damaged:
+        raise InputError(f"{run_dir}: {len(found.damaged)} damaged:\n  " + "\n  ".join(
+            f"{name}: {what}" for name, what in found.damaged.items()) + "\nPut back copies of them.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pilot_jax.cli.options import ConfigPath, Overrides, StrategyName, check_choice, read_config
+from pilot_jax.cli.supervise import in_child
 from pilot_jax.cli.tables import print_scores, printable
 from pilot_jax.errors import InputError, Interrupted
 
@@ -38,18 +39,21 @@ def run(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName 
             help="Join the processes that Slurm, a TPU pod or MPI has started, to run one federation.")] = False
         ) -> None:
     """Simulate a federation and write its run directory."""
-    from pilot_jax.parallel import processes
-    from pilot_jax.runs.prepare import configure, split_cpu_for
-
     check_choice("--progress", progress, "auto", "json", "quiet")
     settings = read_config(config, overrides, strategy)
     if resume and out is None:
         raise InputError("--resume: no run directory. Give its folder as --out.")
+    folder = out or Path("runs") / f"{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    several = distributed or coordinator is not None or num_processes is not None or process_id is not None
+    if several:
+        in_child(lambda: _how_to_go_on(settings, folder))
+    from pilot_jax.parallel import processes
+    from pilot_jax.runs.prepare import configure, split_cpu_for
+
     configure(settings)
     split_cpu_for(settings, num_processes or 1)
-    if distributed or coordinator is not None or num_processes is not None or process_id is not None:
+    if several:
         processes.connect(coordinator, num_processes, process_id)
-    folder = out or Path("runs") / f"{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     summary = _simulate(settings, folder, resume, progress).summary
     if processes.is_writer() and progress == "json":
         typer.echo(json.dumps({"kind": "summary", "folder": str(folder)} | summary))
@@ -73,8 +77,11 @@ def _simulate(config: Config, folder: Path, resume: bool, progress: str) -> Run:
     except FloatingPointError as error:
         typer.echo(f"Failed: {printable(str(error))}", err=True)
         raise typer.Exit(1) from None
-    except OSError as error:
-        typer.echo(f"Failed: {printable(str(error))}. {_how_to_go_on(config, folder)}", err=True)
+    except Exception as error:
+        if isinstance(error, InputError) or not (isinstance(error, OSError) or processes.is_one_of_several()):
+            raise
+        what = printable(" ".join(str(error).split())[:500])
+        typer.echo(f"Failed: {what}. {_how_to_go_on(config, folder)}", err=True)
         raise typer.Exit(1) from None
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import yaml
+from pydantic import BaseModel, Field, FiniteFloat
 
 from pilot_jax.compare import figures
 from pilot_jax.compare.tables import (
@@ -24,9 +25,10 @@ from pilot_jax.compare.tables import (
     tuning_table,
 )
 from pilot_jax.errors import InputError
+from pilot_jax.files import atomic_write, read_json
 from pilot_jax.report import charts
+from pilot_jax.report.record import check_record
 from pilot_jax.report.rendering import Card, Page, Table, decimal, figure_card, render, write_page
-from pilot_jax.storage import atomic_write, read_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,6 +83,61 @@ def write_sweep(key: str, values: Sequence[str], compared: Sequence[Record], out
     return text
 
 
+class _Difference(BaseModel):
+    mean: FiniteFloat
+    low: FiniteFloat | None
+    high: FiniteFloat | None
+    significant: bool | None
+
+
+class _Variant(BaseModel, extra="allow"):
+    name: str
+    score: FiniteFloat
+    standard_error: FiniteFloat | None
+    by_task: dict[str, FiniteFloat]
+    base_captions: FiniteFloat | None
+    effective_neighbors: FiniteFloat | None
+    diverged: int
+    quarantined: int = 0
+    wall_seconds: FiniteFloat
+    bytes_up: int | None
+    bytes_down: int | None
+    rate_factor: FiniteFloat
+    difference: _Difference | None = None
+
+
+class _Base(BaseModel):
+    score: FiniteFloat | None
+    base_captions: FiniteFloat | None
+
+
+class _Rate(BaseModel, extra="allow"):
+    factor: FiniteFloat
+    validation: dict[str, FiniteFloat]
+
+
+class _Rounds(BaseModel, extra="allow"):
+    rounds: int
+
+
+class _Config(BaseModel, extra="allow"):
+    federation: _Rounds
+
+
+class _Results(BaseModel, extra="allow"):
+    """What the page of a comparison needs of its results.json."""
+
+    variants: list[_Variant] = Field(min_length=1)
+    base: _Base
+    seeds: int
+    split: str
+    config: _Config
+    factors: list[FiniteFloat] = []
+    rates: dict[str, _Rate] = {}
+    seconds_of_all: FiniteFloat
+    seconds_of_tuning: FiniteFloat
+
+
 def is_comparison(path: str | Path) -> bool:
     """Returns whether a path is a comparison's folder or a JSON file, and not a run directory."""
     path = Path(path)
@@ -99,10 +156,10 @@ def read_comparison(path: str | Path) -> Record:
     path = Path(path)
     file = path if path.suffix == ".json" else path / "results.json"
     found = read_json(file, "Give the folder of a comparison, or its results.json.")
-    needed = {"variants", "base", "seeds", "split", "config", "seconds_of_all", "seconds_of_tuning"}
-    if not needed <= set(found) or not found["variants"]:
+    if "variants" not in found:
         raise InputError(f"{file}: not what `compare` writes. Give the results.json of one comparison, not the "
                          "sweep.json of several.")
+    check_record(_Results, found, str(file))
     return found | {"name": file.resolve().parent.name if file.name == "results.json" else file.stem}
 
 

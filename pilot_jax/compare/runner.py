@@ -19,16 +19,16 @@ import jax
 from pilot_jax.compare.page import write_results
 from pilot_jax.compare.statistics import summarise
 from pilot_jax.compare.variants import Variant
-from pilot_jax.config import Config
+from pilot_jax.config import Config, apply_overrides
 from pilot_jax.data.arrays import ClientData, Prompts, aligned
 from pilot_jax.evaluation.personalised import base_prompts, evaluate_together, forgetting, mean_score, score_by_task
 from pilot_jax.federation.observer import RunObserver
 from pilot_jax.federation.rounds import run_round
 from pilot_jax.federation.state import State
+from pilot_jax.files import atomic_write, path_part
 from pilot_jax.models.pretrained import PretrainedModel
 from pilot_jax.runs.events import CompileClock, MetricsFile
 from pilot_jax.runs.prepare import Setup, initial_state, prepare, rate_changes, seeded, with_overrides, with_strategy
-from pilot_jax.storage import atomic_write
 
 Record = dict[str, Any]  # a JSON object
 TUNING_SEED = 1000  # added to the config's seeds for tuning, so that no compared seed is tuned on
@@ -226,7 +226,7 @@ class Comparison:
             tuned = tune(self._field("tune"), variant, factors, self.config)
             return tuned | {"wall_seconds": time.perf_counter() - clock}
 
-        done, new = self._once(f"rates/{family}", [dataclasses.astuple(variant), factors, TUNING_SEED], make)
+        done, new = self._once(f"rates/{path_part(family)}", [dataclasses.astuple(variant), factors, TUNING_SEED], make)
         if new:
             self.say(f"{family}: learning rates × {done['factor']:g}, validation scores by factor {done['validation']} "
                      f"({done['wall_seconds']:.0f} s)")
@@ -236,7 +236,7 @@ class Comparison:
         """Returns the results of a variant whose learning rates are the config's times `factor`."""
         changes, split = rate_changes(self.config, factor) if factor != 1 else [], self.options.split
         done, _ = self._once(
-            f"variants/{variant.name.replace('/', '_')}",
+            f"variants/{path_part(variant.name)}",
             [dataclasses.astuple(variant), changes, split, self.options.seeds, self.options.base_samples],
             lambda: {"rate_factor": factor} | run_variant(self._field("compare"), variant, changes, split))
         return done
@@ -262,6 +262,8 @@ def compare(config: Config, variants: Sequence[Variant], options: Options, out: 
             say: Callable[[str], None] = print) -> Record:
     """Runs the missing variants, writes `results.json`, `results.md` and a figure into `out`; returns the results."""
     began, comparison = time.perf_counter(), Comparison(config, options, out, say)
+    for variant in variants:
+        apply_overrides(config, list(variant.overrides))  # a mistake in the last variant is reported before the first
     families = dict.fromkeys(v.family for v in variants) if options.factors else {}
     rates = {family: comparison.rates(family) for family in families}
     rows = comparison.rows(variants, rates)

@@ -8,28 +8,26 @@ from pilot_jax.config.reading import (
     load_config,
     parse_config,
     parse_strategy,
+    parse_yaml,
     read_yaml,
 )
 from pilot_jax.config.schema import (
     STRATEGY_PARAMS,
     Config,
-    DataConfig,
-    DigitsConfig,
     EvalConfig,
     FederationConfig,
-    LimitsConfig,
     LoraConfig,
     MeshConfig,
     ModelConfig,
     ParticipationEntry,
     PartsConfig,
     PrivacyConfig,
-    Section,
     StragglersConfig,
     StrategyParams,
     SystemConfig,
     TrainConfig,
 )
+from pilot_jax.config.sections import DataConfig, DigitsConfig, LimitsConfig, Section
 
 __all__ = [
     "STRATEGY_PARAMS",
@@ -57,5 +55,6 @@ __all__ = [
     "load_config",
     "parse_config",
     "parse_strategy",
+    "parse_yaml",
     "read_yaml",
 ]

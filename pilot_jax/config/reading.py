@@ -147,16 +147,24 @@ def read_yaml(path: str | Path) -> Any:
     try:
         with Path(path).open("rb") as file:
             content = file.read(MOST_BYTES + 1)  # no more, since a device such as /dev/zero has no end
-        if len(content) > MOST_BYTES:
-            raise InputError(f"{path}: more than {MOST_BYTES} bytes are too many for a config. Give the path of a YAML "
-                             "config.")
-        raw = yaml.load(content.decode(), _Loader)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML config.") from None
+    if len(content) > MOST_BYTES:
+        raise InputError(f"{path}: more than {MOST_BYTES} bytes are too many for a config. Give the path of a YAML "
+                         "config.")
+    return parse_yaml(content, path)
+
+
+def parse_yaml(content: bytes, source: str | Path) -> Any:
+    """Returns the content of a YAML text; of an empty one, {}. `source` is the file, for messages.
+
+    Raises:
+        InputError: the text is not YAML, or has a key twice.
+    """
+    try:
+        raw = yaml.load(content.decode(), _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an impossible date
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not valid YAML ({error}).") from None
+        raise InputError(f"{source}: not valid YAML ({error}).") from None
     return {} if raw is None else raw
 
 

@@ -1,4 +1,4 @@
-"""The schema of a config: every key with its type, default, bounds and description."""
+"""The schema of a config: every key with its type, default, bounds and description. `data` is in sections.py."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ from types import ModuleType
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
-
-class Section(BaseModel):
-    """A section of the config: unknown keys, infinite numbers and NaN are refused, and values cannot be changed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+from pilot_jax.config.sections import DataConfig, Section
 
 
 class LoraConfig(Section):
     """LoRA on every linear layer of the language model but its head: W' = W + (alpha / rank)·B·A."""
 
-    rank: int = Field(8, ge=1, description="Rank R of LoRA's factors A [R, d_in] and B [d_out, R]. The paper has 64 "
-                      "for a 7B model.")
+    rank: int = Field(
+        8, ge=1, le=4_096, description="Rank R of LoRA's factors A [R, d_in] and B [d_out, R]. The paper has 64 for a "
+        "7B model.")
     alpha: float = Field(16.0, gt=0, description="Numerator of the factor alpha / rank by which B·A is multiplied. The "
                          "paper has 128.")
 
@@ -61,75 +58,10 @@ class ModelConfig(Section):
         return self
 
 
-class DigitsConfig(Section):
-    """The digit scenes, generated data that are part of the package; they are used with `data.path: digits`."""
-
-    scenario: Literal["a", "b"] = Field(
-        "a", description="Scenario of tasks and clients. a: tasks vqa, ocr and caption, 3 clients of equal size each. "
-        "b: these and grounding, 5 clients each, whose training samples fall from `train` to a quarter of it.")
-    clients_per_task: int | None = Field(None, ge=1, description="Number of clients of each task. null: the scenario's "
-                                         "own, 3 or 5. Looks and wordings repeat after five clients.")
-    heterogeneity: float = Field(
-        1.0, ge=0, le=1, description="Degree to which a task's clients differ in the look of their scenes and in the "
-        "wording of questions and answers. 0: not at all. 1: each client has its own. Between: looks are interpolated, "
-        "and this share of a client's samples has its own wording.")
-    train: int = Field(480, ge=1, description="Number of training samples of each client; in scenario b, of each "
-                       "task's first client.")
-    validation: int = Field(16, ge=1, description="Number of validation samples of each client.")
-    test: int = Field(48, ge=1, description="Number of test samples of each client.")
-    seed: int = Field(0, ge=0, description="Seed of the scenes. The split of the handwriting into training, validation "
-                      "and test images does not depend on it.")
-
-
-class LimitsConfig(Section):
-    """Limits on data, which may come from anyone: input beyond a limit is refused before it can exhaust memory."""
-
-    image_pixels: int = Field(100_000_000, ge=1, le=178_956_970, description="Largest number of pixels of an image, "
-                              "checked before it is decoded. The key's upper bound is Pillow's own limit.")
-    file_bytes: int = Field(4_000_000_000, ge=1, description="Largest size in bytes of a .json file, which is read as "
-                            "a whole. It does not apply to .jsonl and .parquet files.")
-    text_characters: int = Field(1_000_000, ge=1, description="Largest number of characters of a turn, and of a "
-                                 "reference answer. A line of a .jsonl file may have up to 100 times as many.")
-    follow_links: bool = Field(False, description="Whether symbolic links may lead out of the folder of images.")
-
-
-class DataConfig(Section):
-    """The data: where they are, how they become token ids and pixels, and how they are divided among clients."""
-
-    path: str = Field("digits", description="Path of LLaVA-format data: a .json, .jsonl or .parquet file, a folder of "
-                      "such files or of one folder per task, or a Hugging Face `datasets` folder. `digits` means the "
-                      "generated digit scenes of `data.digits`.")
-    image_root: str | None = Field(None, description="Folder from which the samples' `image` paths start. null: the "
-                                   "folder `images` beside the data if it exists, else the folder of the data.")
-    file_names: Literal["task", "client"] = Field(
-        "task", description="Meaning of a data file's name, for samples that do not name their task or client. task: "
-        "the file is named after its task. client: it is named after its client, and its folder after the task. Files "
-        "in folders per task are always named after clients.")
-    template: str = Field(
-        "vicuna_v1", description="Conversation template by which turns become text: vicuna_v1 (Vicuna v1.1, as in "
-        "LLaVA-1.5 and the paper), vicuna_short (without its system sentence), llama2, chatml, plain (no roles), or "
-        "tokenizer (the chat template of the checkpoint's tokenizer).")
-    image_fit: Literal["processor", "pad"] = Field(
-        "processor", description="Treatment of images that are not square. processor: what the checkpoint's image "
-        "processor does. pad: images are first padded to a square with the processor's mean colour, as in LLaVA-1.5.")
-    partition: Literal["given", "equal", "dirichlet"] = Field(
-        "given", description="Assignment of samples to clients. given: each sample names its client. equal, dirichlet: "
-        "each task's samples are shuffled and divided among `federation.clients` / (number of tasks) clients. Training "
-        "samples are divided into equal or Dirichlet-distributed shares, validation and test samples into equal ones.")
-    dirichlet_alpha: float = Field(1.0, gt=0, description="Concentration α of the Dirichlet distribution in "
-                                   "`partition: dirichlet`. Smaller values give more uneven shares.")
-    max_length: int = Field(
-        2048, ge=8, description="Largest number of tokens of a conversation, image tokens included. Longer training "
-        "samples lose their end. A longer evaluation prompt is an error, and so is a sample that would lose image "
-        "tokens or all of its answers.")
-    limits: LimitsConfig = LimitsConfig()
-    digits: DigitsConfig = DigitsConfig()
-
-
 class ParticipationEntry(Section):
     """One round and the clients that take part in it."""
 
-    round: int = Field(ge=1, description="Number of the round, from 1.")
+    round: int = Field(ge=1, le=10**6, description="Number of the round, from 1.")
     clients: list[str] = Field(description="Names of the clients that take part in this round.")
 
 
@@ -189,9 +121,11 @@ class FederationConfig(Section):
     max_update_ratio: float | None = Field(
         100.0, gt=1, description="Largest ratio of the L2 norm of a client's update to the median norm of the phase's "
         "updates and of the latest accepted ones of the same stage. A larger update is a bad upload. null: no limit.")
-    local_epochs: int = Field(1, ge=1, description="Number E of passes over a client's training samples in a phase.")
-    local_steps: int | None = Field(None, ge=1, description="Number of a client's steps in a phase, instead of "
-                                    "`local_epochs`. null: the steps of `local_epochs` passes.")
+    local_epochs: int = Field(
+        1, ge=1, le=100_000, description="Number E of passes over a client's training samples in a phase.")
+    local_steps: int | None = Field(
+        None, ge=1, le=10**7, description="Number of a client's steps in a phase, instead of `local_epochs`. null: the "
+        "steps of `local_epochs` passes.")
     schedule: Literal["first_time", "every_round"] = Field(
         "first_time", description="Rounds in which a client trains stage 1 before stage 2. first_time: its first "
         "round. every_round: all. Strategies without stages train a second phase in round 1, or in every round.")
@@ -224,7 +158,7 @@ def _default_strategy() -> StrategyParams:
 class TrainConfig(Section):
     """Local training of the clients: batches, optimizer, learning rates and the weights of the losses."""
 
-    batch_size: int = Field(8, ge=1, description="Number B of samples in a client's step.")
+    batch_size: int = Field(8, ge=1, le=65_536, description="Number B of samples in a client's step.")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Optimizer of the clients' local training: AdamW "
                                                "or plain SGD. Its state starts anew in every phase.")
     weight_decay: float = Field(0.0, ge=0, description="Coefficient of AdamW's decoupled weight decay. SGD has none.")
@@ -253,10 +187,11 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     """Answering the held-out data, and scoring the answers."""
 
-    every: int = Field(0, ge=0, description="Number of rounds from one scoring of the validation split to the next. 0: "
-                       "it is never scored. The test split is scored once, after the last round.")
-    batch_size: int = Field(16, ge=1, description="Number of prompts of a client that are decoded at once.")
-    max_new_tokens: int = Field(32, ge=1, description="Largest number of tokens of an answer.")
+    every: int = Field(
+        0, ge=0, le=10**6, description="Number of rounds from one scoring of the validation split to the next. 0: it "
+        "is never scored. The test split is scored once, after the last round.")
+    batch_size: int = Field(16, ge=1, le=65_536, description="Number of prompts of a client that are decoded at once.")
+    max_new_tokens: int = Field(32, ge=1, le=8_192, description="Largest number of tokens of an answer.")
     temperature: float = Field(0.0, ge=0, description="Temperature of sampling. 0: greedy decoding.")
     top_p: float = Field(1.0, gt=0, le=1, description="Probability p of nucleus sampling: a token is drawn from the "
                          "fewest most probable tokens whose probabilities add up to p. 1: from all tokens.")
@@ -270,12 +205,14 @@ class EvalConfig(Section):
 class MeshConfig(Section):
     """The device mesh: the sizes of its three axes, whose product is the number of devices."""
 
-    clients: int = Field(1, ge=1, description="Number of devices along the axis that divides the clients trained at "
-                         "once.")
-    fsdp: int = Field(1, ge=1, description="Number of devices along the axis that divides the frozen weights, which "
-                      "are gathered layer by layer when they are needed.")
-    tensor: int = Field(1, ge=1, description="Number of devices along the axis that divides attention heads and the "
-                        "inner width of the MLPs.")
+    clients: int = Field(
+        1, ge=1, le=65_536, description="Number of devices along the axis that divides the clients trained at once.")
+    fsdp: int = Field(
+        1, ge=1, le=65_536, description="Number of devices along the axis that divides the frozen weights, which are "
+        "gathered layer by layer when they are needed.")
+    tensor: int = Field(
+        1, ge=1, le=65_536, description="Number of devices along the axis that divides attention heads and the inner "
+        "width of the MLPs.")
 
     @property
     def devices(self) -> int:
@@ -286,10 +223,12 @@ class MeshConfig(Section):
 class SystemConfig(Section):
     """Seed, devices, memory and files. Apart from the seed, these keys change results by rounding errors only."""
 
-    seed: int = Field(0, ge=0, description="Seed of everything random in a run: initial adapters, partition, sampling "
-                      "of clients, batches, noise and sampled answers. The digit scenes have `data.digits.seed`.")
-    client_chunk: int = Field(3, ge=1, description="Number of clients trained at once on each device, or on each row "
-                              "of a mesh along its axis `clients`.")
+    seed: int = Field(
+        0, ge=0, le=2**31 - 1, description="Seed of everything random in a run: initial adapters, partition, sampling "
+        "of clients, batches, noise and sampled answers. The digit scenes have `data.digits.seed`.")
+    client_chunk: int = Field(
+        3, ge=1, le=65_536, description="Number of clients trained at once on each device, or on each row of a mesh "
+        "along its axis `clients`.")
     deterministic: bool = Field(False, description="Whether NVIDIA GPUs compute with the same algorithms in every run, "
                                 "which is slower. CPU and TPU repeat a run bit for bit without it.")
     steps_at_once: int | None = Field(
@@ -306,17 +245,19 @@ class SystemConfig(Section):
         None, description="Folder for clients' adapters, tokens and image features, for populations that do not fit in "
         "memory. An image then passes the vision tower when its client is first sampled. The run removes its files "
         "there when it ends. null: all in memory.")
-    unroll: int = Field(4, ge=1, description="Number of decoder layers in one step of the loop over layers. More is "
-                        "faster on CPU and takes longer to compile. If it is at least the number of layers, training "
-                        "computes the last layer at the answers' positions alone.")
+    unroll: int = Field(
+        4, ge=1, le=1_024, description="Number of decoder layers in one step of the loop over layers. More is faster "
+        "on CPU and takes longer to compile. If it is at least the number of layers, training computes the last layer "
+        "at the answers' positions alone.")
     attention: Literal["own", "cudnn"] = Field(
         "own", description="Implementation of the decoder's attention in training. own: this package's. cudnn: "
         "cuDNN's, which stores no attention scores, on NVIDIA GPUs and in bfloat16 only. Its speed is not measured.")
     save_every: Literal["phase", "round", "never"] = Field(
         "phase", description="Occasion on which a run saves a snapshot, from which `--resume` continues it: after "
         "every phase, after every round, or never.")
-    keep_saved: int = Field(2, ge=1, description="Number of latest snapshots that stay usable: if the newest is "
-                            "damaged, `--resume` takes the one before.")
+    keep_saved: int = Field(
+        2, ge=1, le=1_000, description="Number of latest snapshots that stay usable: if the newest is damaged, "
+        "`--resume` takes the one before.")
     tensorboard: bool = Field(False, description="Whether losses and scores are also written as TensorBoard files into "
                               "the run directory, which needs the extra `tensorboard`.")
     compilation_cache: str | None = Field(None, description="Folder in which JAX stores compiled programs for later "

@@ -32,15 +32,31 @@ def encode_prompts(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, s
 
     Raises:
         InputError: a prompt is longer than `data.max_length`. It is not cut, because it would then ask something else.
+            Or it has a token that the model does not know.
     """
     n_image, prompts = model.config.num_image_tokens, []
     for sample in samples:
         ids = encode(tokenizer, sample.turns[:-1], data.template, n_image).input_ids
+        _check_ids(sample, ids, model, tokenizer)
         if len(ids) > data.max_length:
             raise InputError(f"{sample.source}: the prompt has {len(ids)} tokens, data.max_length is "
                              f"{data.max_length}. Shorten it or raise the limit.")
         prompts.append(ids)
     return prompts
+
+
+def _check_ids(sample: Sample, ids: np.ndarray, model: PretrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuses token ids without a row in the model's embedding, except that of image tokens, which need none.
+
+    Raises:
+        InputError: there are some.
+    """
+    size = model.config.text.vocab_size
+    unknown = ids[(ids >= size) & (ids != model.config.image_token_id)]
+    if len(unknown):
+        raise InputError(f"{sample.source}: the tokenizer gives {tokenizer.convert_ids_to_tokens(int(unknown[0]))!r} "
+                         f"the id {unknown[0]}, and the model has {size} tokens. Fetch tokenizer and model again, from "
+                         "one checkpoint.")
 
 
 def build_prompts(samples: Sequence[Sample], encoded: Sequence[np.ndarray], features: np.ndarray | FeatureRows,
@@ -60,7 +76,8 @@ def encode_samples(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, s
     A warning is logged that says how many answers were cut.
 
     Raises:
-        InputError: the limit would cut an image, or leave a sample without an answer token.
+        InputError: the limit would cut an image, or leave a sample without an answer token, or a token is not one of
+            the model's.
     """
     encoded = []
     for sample in samples:
@@ -68,6 +85,7 @@ def encode_samples(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, s
             item = encode(tokenizer, sample.turns, data.template, model.config.num_image_tokens, data.max_length)
         except InputError as error:
             raise InputError(f"{sample.source}: {error}") from None
+        _check_ids(sample, item.input_ids, model, tokenizer)
         if not item.supervised.any():
             raise InputError(f"{sample.source}: no answer token within data.max_length ({data.max_length}). "
                              "Shorten the sample or raise the limit.")

@@ -12,7 +12,7 @@ import numpy as np
 
 from pilot_jax.config import DataConfig, LimitsConfig
 from pilot_jax.data.conversations import encode
-from pilot_jax.data.images import read_image
+from pilot_jax.data.images import check_shape, read_image
 from pilot_jax.data.llava.reading import find_image_root, read_entries
 from pilot_jax.data.llava.sample import Sample, parse_sample
 from pilot_jax.errors import InputError
@@ -97,7 +97,8 @@ def check_data(path: str | Path, data: DataConfig, model: PretrainedModel | None
         try:
             sample = parse_sample(entry, root, data.limits)
             if sample.image is not None:
-                read_image(sample, data.limits)
+                side = 336 if model is None else model.config.vision.image_size
+                check_shape(sample, read_image(sample, data.limits), data.image_fit, data.limits, side)
             if model is None or tokenizer is None:
                 lengths.append(sum(len(text) for _, text in sample.turns))
             else:

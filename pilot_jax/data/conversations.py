@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -87,13 +91,33 @@ def _render(turns: Turns, template: Template, eos: str, bos: str) -> tuple[str, 
     return text, spans
 
 
+@contextmanager
+def _time_limit(seconds: float = 5.0) -> Iterator[None]:
+    """Ends the block by a TimeoutError after some seconds, in the main thread and where the system has such a timer."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise TimeoutError(f"it was not done after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def _render_by_tokenizer(turns: Turns, tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[tuple[int, int]]]:
     """Returns the same as `_render`, by the tokenizer's chat template; an answer is the text that follows its cue."""
     messages = [{"role": "user" if who == "human" else "assistant", "content": value} for who, value in turns]
 
     def text_of(count: int, cue: bool) -> str:
         try:
-            return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=cue))
+            with _time_limit():
+                return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=cue))
         except Exception as error:  # a template is a program in the checkpoint; transformers runs it in Jinja's sandbox
             raise InputError(f"data.template: tokenizer: the checkpoint's chat template fails ({error}). Choose a "
                              "named template.") from None

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from pilot_jax.config import DataConfig
-from pilot_jax.data.images import pixel_values, read_image
+from pilot_jax.data.images import check_shape, pixel_values, read_image
 from pilot_jax.data.llava.sample import Sample
 from pilot_jax.errors import InputError
 from pilot_jax.parallel.mesh import mesh_of
@@ -155,6 +155,9 @@ class Features:
         try:
             samples = [self._samples[i] for i in np.concatenate(batch)[is_own]]
             images = [read_image(sample, self._data.limits) for sample in samples if sample is not None]
+            for sample, image in zip(samples, images, strict=True):
+                assert sample is not None
+                check_shape(sample, image, self._data.image_fit, self._data.limits, side)
             if images:
                 out[row[is_own]] = pixel_values(self._model, images, self._data.image_fit)
         except InputError as error:

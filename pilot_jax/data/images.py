@@ -63,6 +63,25 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
 
 
+def check_shape(sample: Sample, image: Image.Image, fit: str, limits: LimitsConfig = LIMITS, side: int = 336) -> None:
+    """Refuses an image so narrow that it would exhaust memory when it is padded or enlarged to the tower's size.
+
+    Args:
+        fit: the value of `data.image_fit`.
+        side: height and width of the vision tower's input, to which a processor enlarges the shorter side.
+
+    Raises:
+        InputError: the enlarged image has more pixels than `limits` allow.
+    """
+    long, short = max(image.size), min(image.size)
+    pixels = long**2 if fit == "pad" else side * max(side, side * long // short)
+    if pixels > limits.image_pixels:
+        name = sample.image if isinstance(sample.image, Path) else "the stored image"
+        raise InputError(f"{sample.source}: image: {name} is {image.width}×{image.height} and would be enlarged to "
+                         f"{pixels} pixels, data.limits.image_pixels is {limits.image_pixels}. Crop it, or raise the "
+                         "limit.")
+
+
 def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
     """Returns the image in the middle of the smallest square that contains it, as in the training of LLaVA-1.5."""
     width, height = image.size

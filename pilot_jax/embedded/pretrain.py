@@ -24,11 +24,11 @@ from pilot_jax.data.conversations import encode
 from pilot_jax.embedded.scenes import CANVAS, GRID, INKS, Scene, draw_scene
 from pilot_jax.embedded.tasks import TASKS, pretraining_caption
 from pilot_jax.errors import InputError
+from pilot_jax.files import new_folder
 from pilot_jax.models.checkpoints.hf_config import read_vlm_config
 from pilot_jax.models.checkpoints.writing import save_base
 from pilot_jax.models.spec import VlmSpec
 from pilot_jax.models.vlm import Vlm, variables
-from pilot_jax.storage import new_folder
 
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast

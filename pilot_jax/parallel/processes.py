@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from pilot_jax.errors import InputError
 
+HEARTBEAT = 20  # seconds without a sign of life after which a process counts as dead, and the others end
 AT_ONCE = 2**28  # bytes; larger arrays are gathered a row at a time
 
 
@@ -36,11 +37,16 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
     if processes is not None and process is not None and not 0 <= process < processes:
         raise InputError(f"--process-id: {process}, expected 0 to {processes - 1}.")
     try:
-        jax.distributed.initialize(coordinator, processes, process)
+        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT)
     except (RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise InputError(f"--coordinator: cannot join the other processes ({first}). Start all of them, with the same "
                          "address.") from None
+
+
+def is_one_of_several() -> bool:
+    """Whether this process runs a federation together with others."""
+    return jax.process_count() > 1
 
 
 def is_writer() -> bool:

@@ -43,7 +43,8 @@ def pyplot() -> Any:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({
-        "svg.fonttype": "none", "font.size": 8, "font.family": "sans-serif", "text.color": INK, "axes.edgecolor": INK,
+        "svg.fonttype": "none", "text.parse_math": False,
+        "font.size": 8, "font.family": "sans-serif", "text.color": INK, "axes.edgecolor": INK,
         "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
         "axes.spines.right": False, "axes.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 7,
         "axes.titlesize": 8})

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from pilot_jax.files import atomic_write
 from pilot_jax.report import charts
-from pilot_jax.storage import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import jax
 import numpy as np
@@ -19,7 +18,7 @@ from pilot_jax.errors import InputError
 from pilot_jax.federation.roles import Roles
 from pilot_jax.federation.state import AnyState, ClientState, Population
 from pilot_jax.federation.uploads import misfit, not_finite
-from pilot_jax.storage import atomic_write
+from pilot_jax.files import atomic_write, path_part
 
 
 def over_processes(tree: Any) -> bool:
@@ -90,13 +89,8 @@ def read_arrays(path: Path) -> dict[str, Any]:
         except Exception as error:  # orbax and tensorstore raise many kinds
             why = " ".join(str(error).split())[:300]
             raise InputError(f"{path}: damaged, or not a checkpoint of a run ({why}).") from None
-    tree.pop("%", None)  # the placeholder of `_save`; no `file_name` of a client is "%"
+    tree.pop("%", None)  # the placeholder of `_save`; no `path_part` of a client is "%"
     return tree
-
-
-def file_name(client: str) -> str:
-    """Returns a client's id as a folder name without separators or dots, so that it cannot point out of the folder."""
-    return quote(client, safe="").replace(".", "%2E")
 
 
 def save_population(folder: Path, names: Iterable[str], population: Iterable[AnyState], roles: Roles) -> None:
@@ -104,11 +98,11 @@ def save_population(folder: Path, names: Iterable[str], population: Iterable[Any
     names, population = list(names), list(population)
     folder.mkdir(parents=True, exist_ok=True)
     trained = [(n, c) for n, c in zip(names, population, strict=True) if c.stage != "none"]
-    write_arrays(folder / "server", {file_name(n): roles.select(c.adapters, "shared") for n, c in trained})
+    write_arrays(folder / "server", {path_part(n): roles.select(c.adapters, "shared") for n, c in trained})
     (folder / "clients").mkdir(exist_ok=True)
     for name, client in trained:
         rest = roles.select(client.adapters, "local") | roles.select(client.adapters, "received")
-        write_arrays(folder / "clients" / file_name(name), rest)
+        write_arrays(folder / "clients" / path_part(name), rest)
     index = {name: {"stage": c.stage, "rounds": c.rounds} for name, c in zip(names, population, strict=True)}
     atomic_write(folder / "population.json", json.dumps(index, indent=1))
 
@@ -138,8 +132,8 @@ def load_population(folder: Path, names: Iterable[str], initial: dict[str, Any])
         if index[name]["stage"] == "none":
             out.append(ClientState(initial))
             continue
-        rest = read_arrays(folder / "clients" / file_name(name))
-        adapters = {**server.get(file_name(name), {}), **rest}
+        rest = read_arrays(folder / "clients" / path_part(name))
+        adapters = {**server.get(path_part(name), {}), **rest}
         fault = misfit(adapters, initial) or not_finite(adapters)
         if fault:
             raise InputError(f"{folder}: the checkpoint of client {name!r} {fault}. Was it written by another config?")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,10 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
-from pilot_jax.errors import InputError
 from pilot_jax.federation.observer import Record, RunObserver
 from pilot_jax.federation.state import State
-from pilot_jax.storage import atomic_write
+from pilot_jax.files import atomic_write
+from pilot_jax.runs.manifest import Written, written
 
 
 class MetricsFile(RunObserver):
@@ -22,23 +23,20 @@ class MetricsFile(RunObserver):
 
     Args:
         path: the file; None writes no file.
-        keep: how many bytes of an earlier attempt's file are valid. The rest of the file is cut off.
-
-    Raises:
-        InputError: the file has fewer than `keep` bytes.
+        keep: how many bytes of an earlier attempt's file are valid (see `check_written`). The rest is cut off.
     """
 
     def __init__(self, path: Path | None, keep: int = 0) -> None:
         self.records: list[dict[str, Any]] = []
         self._file: BinaryIO | None = None
+        self._digest = hashlib.sha256()
         if path is None:
             return
         self._file = path.open("ab")
-        if self._file.tell() < keep:
-            raise InputError(f"{path}: the file has {self._file.tell()} bytes, but the run had written {keep}. Start a "
-                             "new run, with another --out.")
         self._file.truncate(keep)
-        self.records = [json.loads(line) for line in path.read_bytes().splitlines()]
+        content = path.read_bytes()
+        self._digest.update(content)
+        self.records = [json.loads(line) for line in content.splitlines()]
 
     def client_trained(self, record: Record) -> None:
         self._append(record)
@@ -53,15 +51,17 @@ class MetricsFile(RunObserver):
     def _append(self, record: Record) -> None:
         self.records.append(dict(record))
         if self._file is not None:
-            self._file.write((json.dumps(record) + "\n").encode())
+            line = (json.dumps(record) + "\n").encode()
+            self._file.write(line)
             self._file.flush()
+            self._digest.update(line)
 
-    def synced(self) -> int:
-        """Flushes the file to disk (fsync) and returns its size in bytes; 0 without a file."""
+    def synced(self) -> Written:
+        """Flushes the file to disk (fsync) and returns its size and checksum; those of an empty file without one."""
         if self._file is None:
-            return 0
+            return {"bytes": 0, "sha256": self._digest.hexdigest()}
         os.fsync(self._file.fileno())
-        return self._file.tell()
+        return {"bytes": self._file.tell(), "sha256": self._digest.hexdigest()}
 
     def close(self) -> None:
         if self._file is not None:
@@ -69,15 +69,22 @@ class MetricsFile(RunObserver):
 
 
 class MixingFiles(RunObserver):
-    """Writes each phase's mixing matrix and distances into a folder, as files like `round_0001_stage1.npz`."""
+    """Writes each phase's mixing matrix and distances into a folder, as files like `round_0001_stage1.npz`.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        written: the files of earlier attempts.
+    """
+
+    def __init__(self, folder: Path, written: Mapping[str, Written] | None = None) -> None:
         self._folder = folder
+        self.written: dict[str, Written] = dict(written or {})  # by file name
 
     def phase_ended(self, state: State, record: Record, mixing: Mapping[str, np.ndarray] | None,
                     trained: Sequence[int]) -> None:
         if mixing is not None:
-            self._write(self._folder / f"round_{record['round']:04d}_{record['phase']}.npz", mixing)
+            path = self._folder / f"round_{record['round']:04d}_{record['phase']}.npz"
+            self._write(path, mixing)
+            self.written[path.name] = written(path)
 
     @staticmethod
     def _write(path: Path, mixing: Mapping[str, np.ndarray]) -> None:

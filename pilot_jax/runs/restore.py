@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from pilot_jax.config import Config, EvalConfig, load_config
+from pilot_jax.config import Config, EvalConfig
 from pilot_jax.data.build import build_prompts, encode_prompts
 from pilot_jax.data.features import image_features
 from pilot_jax.data.llava.sample import Sample
@@ -15,10 +15,11 @@ from pilot_jax.evaluation.answers import answers, make_decoder
 from pilot_jax.evaluation.personalised import Evaluation, examinee
 from pilot_jax.federation.state import AnyState, Federation, Population
 from pilot_jax.federation.strategies import Strategy, use
+from pilot_jax.files import read_json
 from pilot_jax.runs.checkpoint import load_population
+from pilot_jax.runs.manifest import check_files, has_ended, run_config
 from pilot_jax.runs.prepare import Setup, initial_adapters, initial_state, prepare_restored, strategy_name
 from pilot_jax.runs.resume import Snapshots
-from pilot_jax.storage import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +80,14 @@ def restore(folder: str | Path, strategy: str | type[Strategy] | Strategy | None
         raise InputError(f"{folder}: not a run directory (no config.yaml or checkpoints). Give a folder that "
                          "`pilot-jax run` wrote.")
     name = None if strategy is None else use(strategy)
-    config = load_config(folder / "config.yaml")
+    config, ended = run_config(folder), has_ended(folder)
+    check_files(folder, lambda name: name == "summary.json" or name.startswith("checkpoints/"))
     if name is not None and strategy_name(config) != name:
         raise InputError(f"--strategy: {name}, but {folder} is a run of {strategy_name(config)}. Give that strategy, "
                          "or leave the option out.")
     setup = prepare_restored(config)
     fed = setup.federation
-    if (folder / "checkpoints" / "population.json").is_file():
+    if ended:
         population = load_population(folder / "checkpoints", fed.names, initial_adapters(fed))
     else:
         snapshots = Snapshots(folder / "checkpoints" / "resume", fed.names, fed.strategy.roles())
@@ -94,9 +96,7 @@ def restore(folder: str | Path, strategy: str | type[Strategy] | Strategy | None
             raise InputError(f"{folder}: the run has not saved anything yet. Continue it with `pilot-jax run … "
                              "--resume`.")
         population = found[0].population
-    summary_file = folder / "summary.json"
-    summary = read_json(summary_file, "") if summary_file.is_file() else {}
-    return Run(setup, population, summary)
+    return Run(setup, population, read_json(folder / "summary.json", "") if ended else {})
 
 
 def answer(run: Run, client: str, image: Path | None, prompt: str, settings: EvalConfig | None = None,

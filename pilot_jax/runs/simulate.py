@@ -22,6 +22,7 @@ from pilot_jax.parallel.processes import is_writer, wait_for_all
 from pilot_jax.runs.checkpoint import save_population
 from pilot_jax.runs.events import CompileClock, MetricsFile, MixingFiles
 from pilot_jax.runs.folder import RunFolder
+from pilot_jax.runs.manifest import Written, fault, written_before
 from pilot_jax.runs.prepare import (
     Setup,
     compute_all_features,
@@ -102,7 +103,8 @@ class RunLoop(RunObserver):
             setup.system.keep_saved, self.fed.mesh)
         self.outside = Observers(*observers)
         self.signals = StopSignals(self.outside.note)
-        self.metrics = MetricsFile(None)
+        self.metrics, self.mixing = MetricsFile(None), MixingFiles(Path())
+        self.files: list[RunObserver] = []
         self.observer = Observers(self.outside, self, self.signals)
 
     def run(self) -> Run:
@@ -126,7 +128,7 @@ class RunLoop(RunObserver):
 
     def resume(self) -> None:
         """Loads the last snapshot, if the folder has one, and opens the run's files."""
-        valid = 0
+        before: dict[str, Written] = {}
         if self.folder is not None and self.folder.resumes:
             assert self.snapshots is not None
             found = self.snapshots.load(self.state, self.fed.store, self.outside.note, self.writes)
@@ -135,24 +137,44 @@ class RunLoop(RunObserver):
             if found is not None:
                 self.state, extra = found
                 self._check_same(extra)
-                self.saved, self.earlier, valid = self.state, Clocks(**extra["clocks"]), extra["metrics"]
+                before = self._files_before(extra)
+                self.saved, self.earlier = self.state, Clocks(**extra["clocks"])
                 self.train_compile = self.earlier.train_compile
                 self.outside.note(f"going on in round {self.state.round} after {self.state.client_steps} client steps")
         if warning := self.fed.strategy.warning():
             self.outside.note(f"warning: {warning}")
-        files: list[RunObserver] = []
         if self.writes:
             assert self.folder is not None
-            self.metrics = MetricsFile(self.folder.path / "metrics.jsonl", valid)
-            files.append(MixingFiles(self.folder.path / "mixing"))
+            metrics = before.pop("metrics.jsonl", None)
+            self.metrics = MetricsFile(self.folder.path / "metrics.jsonl", metrics["bytes"] if metrics else 0)
+            self.mixing = MixingFiles(self.folder.path / "mixing",
+                                      {Path(name).name: entry for name, entry in before.items()})
+            self.files = [self.mixing]
             if self.setup.system.tensorboard:
-                files.append(EventFiles(self.folder.path / "tensorboard", self.metrics.records))
-        self.observer = Observers(*files, self.metrics, self.outside, self, self.signals)
+                self.files.append(EventFiles(self.folder.path / "tensorboard", self.metrics.records))
+        self.observer = Observers(*self.files, self.metrics, self.outside, self, self.signals)
+
+    def _files_before(self, extra: Mapping[str, Any]) -> dict[str, Written]:
+        """Returns the files that the run had written when its snapshot was, without those that are missing.
+
+        Raises:
+            InputError: a file was changed since.
+        """
+        assert self.folder is not None
+        files = written_before(extra)
+        for name in [name for name in files if not (self.folder.path / name).exists()]:
+            del files[name]
+            self.outside.note(f"warning: {self.folder.path / name} is missing. The run goes on without it.")
+        for name, entry in files.items():
+            if what := fault(self.folder.path / name, entry, grows=name == "metrics.jsonl"):
+                raise InputError(f"{self.folder.path / name}: {what}. Put back a copy, or move the file away to go on "
+                                 "without it.")
+        return files
 
     def _check_same(self, saved: Mapping[str, Any]) -> None:
         """Checks that the training data are those of the snapshot; `saved` is the snapshot's `extra`."""
         assert self.folder is not None
-        if not {"data", "versions", "clocks", "metrics"} <= set(saved):
+        if not {"data", "versions", "clocks", "metrics", "mixing"} <= set(saved):
             raise InputError(f"{self.folder.path}: its snapshots were not written by this version of pilot_jax. Start "
                              "another run.")
         if saved["data"] != self.data:
@@ -208,8 +230,8 @@ class RunLoop(RunObserver):
         """Writes a snapshot, unless the current state has been saved already."""
         if self.snapshots is not None and self.saved is not self.state:
             self.snapshots.save(self.state, {
-                "metrics": self.metrics.synced(), "clocks": dataclasses.asdict(self.clocks()), "data": self.data,
-                "versions": versions()})
+                "metrics": self.metrics.synced(), "mixing": self.mixing.written, "data": self.data,
+                "clocks": dataclasses.asdict(self.clocks()), "versions": versions()})
         self.saved = self.state
 
     def finish(self) -> dict[str, Any]:
@@ -224,6 +246,8 @@ class RunLoop(RunObserver):
             assert self.folder is not None and self.snapshots is not None
             save_population(self.folder.path / "checkpoints", self.fed.names, self.state.population,
                             self.fed.strategy.roles())
+            for file in (*self.files, self.metrics):
+                file.close()
             self.folder.end(summary)
             self.snapshots.remove()
         self.observer.run_ended(summary)

@@ -35,10 +35,11 @@ def target(name: str, folder: Path):
         from pilot_jax.errors import InputError
         from pilot_jax.federation.roles import Roles
         from pilot_jax.federation.state import ClientState, State
+        from pilot_jax.files import signed
         from pilot_jax.models.checkpoints import reading, tensor_names
         from pilot_jax.models.checkpoints.hf_config import read_vlm_config
         from pilot_jax.models.pretrained import EMBEDDED, model_directory
-        from pilot_jax.runs import resume
+        from pilot_jax.runs import resume, snapshot_files
 
     logging.disable()
     names = {"config": "c.yaml", "llava": "d.json", "jsonl": "d.jsonl", "image": "x.png",
@@ -52,15 +53,14 @@ def target(name: str, folder: Path):
     entry = Entry("d.json[0]", {"image": "x.png", "conversations": turns}, "t", "c", "train")
     nothing = State((ClientState({}), ClientState({})), {})
 
-    def signed(data: bytes) -> bytes:
+    def resigned(data: bytes) -> bytes:
         """Returns the manifest with a matching checksum, which an attacker could also write."""
         try:
             manifest = json.loads(data)
         except (ValueError, RecursionError):
             return data
         if isinstance(manifest, dict):
-            manifest.setdefault("format", resume.FORMAT)
-            manifest["sha256"] = resume._own_sha256(manifest)
+            return signed({"format": snapshot_files.FORMAT} | manifest).encode()
         return json.dumps(manifest).encode()
 
     def read() -> None:
@@ -81,7 +81,7 @@ def target(name: str, folder: Path):
             resume.Snapshots(folder, ["a", "b"], Roles(()), 2).load(nothing, None, lambda text: None, writing=False)
 
     def one(data: bytes) -> None:
-        file.write_bytes(signed(data) if name == "manifest" else data)
+        file.write_bytes(resigned(data) if name == "manifest" else data)
         with contextlib.suppress(InputError):
             read()
 

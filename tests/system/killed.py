@@ -15,14 +15,14 @@ import threading
 from pilot_jax.config import load_config
 from pilot_jax.federation import mixing
 from pilot_jax.federation.observer import RunObserver
-from pilot_jax.runs import checkpoint, events, folder, resume, simulate
+from pilot_jax.runs import checkpoint, events, folder, resume, simulate, snapshot_files
 
 POINTS = {
     "mixing": (mixing, "check_rows"), "mixing file": (events, "atomic_write"),
     "metrics": (events.MetricsFile, "_append"), "snapshot": (resume.Snapshots, "save"),
-    "arrays": (resume, "write_arrays"), "sync": (resume, "_synced"), "prune": (resume.Snapshots, "_prune"),
+    "arrays": (resume, "write_arrays"), "sync": (snapshot_files, "_synced"), "prune": (resume.Snapshots, "prune"),
     "results": (checkpoint, "write_arrays"), "summary": (folder.RunFolder, "end"),
-    "removal": (resume.Snapshots, "remove"),
+    "manifest": (folder, "write_manifest"), "removal": (resume.Snapshots, "remove"),
 }
 
 

@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 from pilot_jax.errors import InputError
 from pilot_jax.federation import mixing
 from pilot_jax.federation.state import StoredState
+from pilot_jax.files import atomic_write, new_folder
 from pilot_jax.runs import restore, simulate
-from pilot_jax.storage import RowsWriter, Store, append_rows, atomic_write, map_on_disk, new_folder
+from pilot_jax.storage import RowsWriter, Store, append_rows, map_on_disk
 
 
 @pytest.mark.slow

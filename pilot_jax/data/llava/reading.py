@@ -16,7 +16,7 @@ from pilot_jax.config import LimitsConfig
 from pilot_jax.data.llava.sample import LIMITS, Entry, Sample, parse_sample
 from pilot_jax.data.llava.tables import table_values
 from pilot_jax.errors import InputError
-from pilot_jax.storage import new_folder
+from pilot_jax.files import new_folder
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pilot_jax.errors import InputError
+from pilot_jax.files import read_json
 from pilot_jax.models.spec import RopeSpec, TextSpec, VisionSpec, VlmSpec
-from pilot_jax.storage import read_json
 
 MAX_SIZE, MAX_LAYERS = 10_000_000, 1_000  # largest width or count that is accepted, and largest number of layers
 

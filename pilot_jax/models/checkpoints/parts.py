@@ -9,10 +9,10 @@ from typing import Any
 from jaxtyping import PyTree
 
 from pilot_jax.errors import InputError
+from pilot_jax.files import read_json
 from pilot_jax.models.checkpoints.hf_config import join, text_config, vision_config
 from pilot_jax.models.checkpoints.reading import Place, Source, load_tensors, open_tensors, safetensors_files
 from pilot_jax.models.spec import VlmSpec
-from pilot_jax.storage import read_json
 
 # Tensors of a contrastive model that a VLM does not use.
 _UNUSED = ("text_model.", "visual_projection.", "text_projection.", "logit_scale", "logit_bias")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pilot_jax.errors import InputError
-from pilot_jax.storage import read_json
+from pilot_jax.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

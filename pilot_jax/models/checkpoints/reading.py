@@ -8,6 +8,7 @@ device and in the leaf's dtype, so that host memory holds no more than the file 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,12 @@ import numpy as np
 from jaxtyping import PyTree
 
 from pilot_jax.errors import InputError
+from pilot_jax.files import without_duplicates
 from pilot_jax.models.checkpoints.hf_config import read_vlm_config
 from pilot_jax.models.checkpoints.tensor_names import Piece, base_shapes, canonical_name, leaf_at, never_run, pieces
 from pilot_jax.models.spec import VlmSpec
 
+FLOATS = ("float16", "bfloat16", "float32", "float64")  # dtypes of tensors that are read
 # A function from a leaf's path and shape to its sharding, or to None for the default device.
 Place = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding | None]
 
@@ -43,6 +46,13 @@ def safetensors_files(directory: Path) -> list[Path]:
     return files
 
 
+def _check_header(file: Path) -> None:
+    """Raises a ValueError if a name occurs twice in a safetensors file, which its library does not notice."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        json.loads(opened.read(size), object_pairs_hook=without_duplicates)
+
+
 class _SafetensorsFile:
     """A `.safetensors` file, opened for reading."""
 
@@ -51,7 +61,8 @@ class _SafetensorsFile:
 
         try:
             self._handle = safe_open(file, framework="np")
-        except (SafetensorError, OSError) as error:
+            _check_header(file)
+        except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{file}: not a readable safetensors file ({error}). Fetch it again.") from None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -137,11 +148,28 @@ def _insert(leaf: jax.Array, tensor: jax.Array, start: tuple[jax.Array, ...], *,
     return jax.lax.dynamic_update_slice(leaf, tensor, start)
 
 
-def _tensors(sources: list[Source], config: VlmSpec) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Yields each tensor with its piece, file by file: a file is closed before the next one is opened.
+def _check_values(source: Source, key: str, tensor: np.ndarray, kind: jnp.dtype) -> None:
+    """Checks that a tensor holds numbers that the dtype `kind` can hold.
 
     Raises:
-        InputError: a tensor holds NaN or Inf.
+        InputError: it does not.
+    """
+    if tensor.dtype.name not in FLOATS:
+        raise InputError(f"{source.file}: {key} holds {tensor.dtype} values, expected {', '.join(FLOATS)}. Quantised "
+                         "weights are not read: fetch the checkpoint in one of these types.")
+    if not np.isfinite(tensor).all():
+        raise InputError(f"{source.file}: {key} holds NaN or Inf. The checkpoint is broken. Fetch it again.")
+    largest = float(max(tensor.max(), -tensor.min())) if tensor.size else 0.0
+    if largest > float(jnp.finfo(kind).max):
+        raise InputError(f"{source.file}: {key} holds {largest:g}, which {kind} cannot hold. The checkpoint is broken, "
+                         "or model.dtype is too narrow for it.")
+
+
+def _tensors(sources: list[Source], config: VlmSpec, dtype: str) -> Iterator[tuple[Piece, np.ndarray, jnp.dtype]]:
+    """Yields each tensor with its piece and the dtype of its leaf, file by file: one is closed before the next.
+
+    Raises:
+        InputError: a tensor holds values that the leaf cannot hold.
     """
     table = pieces(config)
     for source in sources:
@@ -150,10 +178,10 @@ def _tensors(sources: list[Source], config: VlmSpec) -> Iterator[tuple[Piece, np
             name = source.rename(key)
             if name not in table:
                 continue
-            tensor = tensors.read(key)
-            if not np.isfinite(tensor).all():
-                raise InputError(f"{source.file}: {key} holds NaN or Inf. The checkpoint is broken. Fetch it again.")
-            yield table[name], tensor
+            piece, tensor = table[name], tensors.read(key)
+            kind = jnp.dtype("float32" if piece.leaf[0] == "projector" else dtype)
+            _check_values(source, key, tensor, kind)
+            yield piece, tensor, kind
 
 
 def load_tensors(sources: list[Source], config: VlmSpec, dtype: str = "float32", place: Place | None = None
@@ -164,16 +192,15 @@ def load_tensors(sources: list[Source], config: VlmSpec, dtype: str = "float32",
         place: a function from a leaf's path and shape to its sharding; None: all leaves on the default device.
 
     Raises:
-        InputError: a file cannot be read, or a tensor is missing, unknown, not finite, or of another shape.
+        InputError: a file cannot be read, or a tensor is missing, unknown, of another shape or type, or not finite.
     """
     _check_names(sources, config)
     shapes = base_shapes(config)
     leaves: dict[tuple[str, ...], jax.Array] = {}
-    for piece, tensor in _tensors(sources, config):
+    for piece, tensor, kind in _tensors(sources, config, dtype):
         if piece.leaf not in leaves:
             shape = leaf_at(shapes, piece.leaf).shape
             sharding = None if place is None else place(piece.leaf, shape)
-            kind = jnp.dtype("float32" if piece.leaf[0] == "projector" else dtype)
             leaves[piece.leaf] = jnp.zeros(shape, kind, device=sharding)
         leaves[piece.leaf] = _insert(leaves[piece.leaf], tensor, piece.start, permutation=piece.permutation,
                                      block=piece.block)

@@ -16,10 +16,12 @@ from conftest import DiesAt, Events, Killed, die, same_run, slow_except, toy_ins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pilot_jax import files
 from pilot_jax.config import parse_config
 from pilot_jax.errors import InputError, Interrupted
 from pilot_jax.federation.observer import RunObserver
-from pilot_jax.runs import packing, restore, resume, simulate, summary
+from pilot_jax.runs import folder as folder_module
+from pilot_jax.runs import manifest, packing, restore, resume, simulate, snapshot_files, summary
 from pilot_jax.testing.toy import toy_clients
 
 # Only 4 of 6 clients take part in a round, so snapshots refer to files of earlier snapshots. FedDPA's clients have a
@@ -55,12 +57,11 @@ def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def signed(manifest, **changes):
+def resign(path, **changes):
     """Writes a manifest with changed entries (None removes an entry) and a matching checksum."""
-    content = json.loads(manifest.read_text()) | changes
+    content = json.loads(path.read_text()) | changes
     content = {k: v for k, v in content.items() if v is not None or k not in changes}
-    content["sha256"] = resume._own_sha256(content)
-    manifest.write_text(json.dumps(content))
+    path.write_text(files.signed(content))
 
 
 def flip(path):
@@ -72,9 +73,10 @@ def flip(path):
 
 
 # Where a run can be killed: at the n-th chunk or phase, or where a function is called.
-DEATHS = [("chunk", 1), ("chunk", 2), ("chunk", 3), ("phase", 1), ("phase", 2), ("phase", 3), (resume, "_synced"),
-          (resume, "write_arrays"), (resume.Snapshots, "_prune"), (simulate, "evaluate"), (summary, "evaluate"),
-          (simulate, "save_population"), (resume.Snapshots, "remove")]
+DEATHS = [("chunk", 1), ("chunk", 2), ("chunk", 3), ("phase", 1), ("phase", 2), ("phase", 3),
+          (snapshot_files, "_synced"), (resume, "write_arrays"), (resume.Snapshots, "prune"),
+          (folder_module, "atomic_write"), (simulate, "evaluate"), (summary, "evaluate"),
+          (simulate, "save_population"), (folder_module, "own_files"), (resume.Snapshots, "remove")]
 
 
 def run_until(death, config, folder):
@@ -204,7 +206,60 @@ def test_a_damaged_snapshot_is_passed_over_loudly(undisturbed, tmp_path):
     for _ in range(2):  # the second attempt does not start from nothing either
         with pytest.raises(InputError, match=r"none of the .* is whole"):
             simulate.simulate(config, out=folder, resume=True)
-        assert sorted(p.name for p in resumes(folder).iterdir()) == [f"{name}.damaged" for name in saved]
+        assert sorted(p.name for p in resumes(folder).iterdir()) == saved
+    for path in resumes(folder).iterdir():
+        path.rename(path.with_name(path.name + ".damaged"))
+    with pytest.raises(InputError, match=r"none of the .* is whole"):
+        simulate.simulate(config, out=folder, resume=True)
+
+
+def needed(folder, number):
+    return snapshot_files.SnapshotFolder(resumes(folder)).needs(
+        json.loads((resumes(folder) / f"{number:06d}" / "manifest.json").read_text()), number)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_snapshots_that_are_kept_stand_alone(tmp_path, keep):
+    """No two of the newest snapshots share a file, also after a resume; each alone leads to the undisturbed result."""
+    config = toy_config(system={"keep_saved": keep}, federation={"rounds": 8, "clients_per_round": 1})
+    folder = tmp_path / "run"
+    simulate.simulate(config, out=tmp_path / "plain")
+    for _ in range(2):
+        with pytest.raises(Killed):
+            simulate.simulate(config, out=folder, resume=True, observers=[DiesAt(4, "phase")])
+        newest = sorted(int(p.name) for p in resumes(folder).iterdir())[-keep:]
+        needs = [needed(folder, number) for number in newest]
+        assert len(set().union(*needs)) == sum(map(len, needs)), needs
+    assert max(map(len, needs)) > 1  # some refer to an earlier one
+    for number, its in zip(newest, needs, strict=True):
+        again = tmp_path / f"only-{number}"
+        shutil.copytree(folder, again)
+        for other in set(int(p.name) for p in resumes(again).iterdir()) - its:
+            flip(resumes(again) / f"{other:06d}" / "manifest.json")
+        simulate.simulate(config, out=again, resume=True)
+        same_run(tmp_path / "plain", again)
+
+
+def test_another_number_of_snapshots_from_now_on(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    for keep in (2, 3, 1, 4):
+        with pytest.raises(Killed):
+            simulate.simulate(toy_config(system={"keep_saved": keep}), out=folder, resume=True,
+                              observers=[DiesAt(2, "phase")])
+    newest = sorted(int(p.name) for p in resumes(folder).iterdir())[-2:]
+    assert not needed(folder, newest[0]) & needed(folder, newest[1])
+    ends_as(undisturbed, toy_config(), folder)
+
+
+def test_what_does_not_read_back_removes_nothing(begun, tmp_path, monkeypatch):
+    """A snapshot that is damaged right after it was written stops the run; the earlier ones stay."""
+    folder, real = tmp_path / "run", snapshot_files._synced
+    shutil.copytree(begun[0], folder)
+    names = sorted(p.name for p in resumes(folder).iterdir())
+    monkeypatch.setattr(snapshot_files, "_synced", lambda path: (real(path), flip(path / "server")))
+    with pytest.raises(OSError, match="right after it was written"):
+        simulate.simulate(toy_config(), out=folder, resume=True)
+    assert sorted(p.name for p in resumes(folder).iterdir())[:-1] == names
 
 
 @pytest.fixture(scope="module")
@@ -216,9 +271,11 @@ def begun(tmp_path_factory, six_clients):
     return folder, contents(resumes(folder))
 
 
-@pytest.mark.parametrize("error", [InputError("x: damaged, or no checkpoint of a run (try again)."),
-                                   OSError(5, "Input/output error")], ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("place", ["read_arrays", "_sha256"])
+@pytest.mark.parametrize(("place", "error"), [
+    ((resume, "read_arrays"), InputError("x: damaged, or no checkpoint of a run (try again).")),
+    ((resume, "read_arrays"), OSError(5, "Input/output error")),
+    ((snapshot_files, "file_sha256"), OSError(5, "Input/output error")),
+    ((snapshot_files, "read_signed"), OSError(5, "Input/output error"))], ids=lambda value: str(value)[:60])
 def test_a_read_error_deletes_nothing(undisturbed, begun, tmp_path, monkeypatch, place, error):
     """A read error that may pass leads to no deletion of a snapshot."""
     def fails(*_):
@@ -227,36 +284,12 @@ def test_a_read_error_deletes_nothing(undisturbed, begun, tmp_path, monkeypatch,
     folder = tmp_path / "run"
     shutil.copytree(begun[0], folder)
     with monkeypatch.context() as patch, pytest.raises(type(error), match=re.escape(str(error))):
-        patch.setattr(resume, place, fails)
+        patch.setattr(*place, fails)
         simulate.simulate(toy_config(), out=folder, resume=True)
     assert contents(resumes(folder)) == begun[1]
-    if place == "read_arrays":
+    if place[1] == "read_arrays":
         simulate.simulate(toy_config(), out=folder, resume=True)
         same_run(undisturbed[0], folder)
-
-
-def test_a_read_error_while_old_snapshots_are_removed_deletes_nothing(begun, tmp_path, monkeypatch):
-    folder = tmp_path / "run"
-    shutil.copytree(begun[0], folder)
-    names, real = sorted(p.name for p in resumes(folder).iterdir()), resume.Snapshots._manifest
-
-    def fails(self, number):
-        if number != max(self._numbers()):
-            raise resume.Damaged(number, "no answer")
-        return real(self, number)
-
-    prune = resume.Snapshots._prune
-
-    def pruned(self):
-        with monkeypatch.context() as patch:
-            patch.setattr(resume.Snapshots, "_manifest", fails)
-            prune(self)
-        die()
-
-    monkeypatch.setattr(resume.Snapshots, "_prune", pruned)
-    with pytest.raises(Killed):
-        simulate.simulate(toy_config(), out=folder, resume=True)
-    assert names == sorted(p.name for p in resumes(folder).iterdir())[:-1]
 
 
 @pytest.mark.parametrize(("changes", "says"), [
@@ -268,7 +301,7 @@ def test_a_snapshot_of_another_version_is_refused_by_name(begun, tmp_path, chang
     folder = tmp_path / "run"
     shutil.copytree(begun[0], folder)
     for path in resumes(folder).iterdir():
-        signed(path / "manifest.json", **changes)
+        resign(path / "manifest.json", **changes)
     before = contents(resumes(folder))
     with pytest.raises(InputError, match=says) as caught:
         simulate.simulate(toy_config(), out=folder, resume=True)
@@ -280,7 +313,7 @@ def test_a_snapshot_of_another_strategy_is_refused(begun, tmp_path):
     """This happens when a user has changed a strategy class: the config is the same, the adapters are not."""
     folder, other = tmp_path / "run", toy_config(strategy={"name": "fedavg"})
     shutil.copytree(begun[0], folder)
-    (folder / "config.yaml").write_text(other.to_yaml())
+    manifest.write_manifest(folder, other.to_yaml())
     with pytest.raises(InputError, match=r"Was the run of another strategy, or has its class changed"):
         simulate.simulate(other, out=folder, resume=True)
     assert contents(resumes(folder)) == begun[1]
@@ -294,7 +327,7 @@ def test_a_snapshot_that_lies_is_refused(begun, tmp_path, changes):
     folder = tmp_path / "run"
     shutil.copytree(begun[0], folder)
     for path in resumes(folder).iterdir():
-        signed(path / "manifest.json", **changes)
+        resign(path / "manifest.json", **changes)
     before = contents(resumes(folder))
     with pytest.raises(InputError, match=re.escape(str(resumes(folder)))):
         simulate.simulate(toy_config(), out=folder, resume=True)
@@ -309,8 +342,8 @@ def test_another_config_or_other_data_are_refused(tmp_path):
         simulate.simulate(toy_config(train={"batch_size": 2}), out=folder, resume=True)
     with pytest.raises(InputError, match="add --resume"):
         simulate.simulate(config, out=folder)
-    manifest = next((folder / "checkpoints" / "resume").iterdir()) / "manifest.json"
-    signed(manifest, extra=json.loads(manifest.read_text())["extra"] | {"data": "other"})
+    newest = max(resumes(folder).iterdir()) / "manifest.json"
+    resign(newest, extra=json.loads(newest.read_text())["extra"] | {"data": "other"})
     with pytest.raises(InputError, match="other training samples"):
         simulate.simulate(config, out=folder, resume=True)
     with pytest.raises(InputError, match="Give its folder"):

@@ -1,0 +1,83 @@
+"""The base class of all sections of the configuration, and the section `data`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A section of the config: unknown keys, infinite numbers and NaN are refused, and values cannot be changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class DigitsConfig(Section):
+    """The digit scenes, generated data that are part of the package; they are used with `data.path: digits`."""
+
+    scenario: Literal["a", "b"] = Field(
+        "a", description="Scenario of tasks and clients. a: tasks vqa, ocr and caption, 3 clients of equal size each. "
+        "b: these and grounding, 5 clients each, whose training samples fall from `train` to a quarter of it.")
+    clients_per_task: int | None = Field(
+        None, ge=1, le=100_000, description="Number of clients of each task. null: the scenario's own, 3 or 5. Looks "
+        "and wordings repeat after five clients.")
+    heterogeneity: float = Field(
+        1.0, ge=0, le=1, description="Degree to which a task's clients differ in the look of their scenes and in the "
+        "wording of questions and answers. 0: not at all. 1: each client has its own. Between: looks are interpolated, "
+        "and this share of a client's samples has its own wording.")
+    train: int = Field(
+        480, ge=1, le=100_000, description="Number of training samples of each client; in scenario b, of each task's "
+        "first client.")
+    validation: int = Field(16, ge=1, le=100_000, description="Number of validation samples of each client.")
+    test: int = Field(48, ge=1, le=100_000, description="Number of test samples of each client.")
+    seed: int = Field(
+        0, ge=0, le=2**31 - 1, description="Seed of the scenes. The split of the handwriting into training, validation "
+        "and test images does not depend on it.")
+
+
+class LimitsConfig(Section):
+    """Limits on data, which may come from anyone: input beyond a limit is refused before it can exhaust memory."""
+
+    image_pixels: int = Field(100_000_000, ge=1, le=178_956_970, description="Largest number of pixels of an image, "
+                              "checked before it is decoded. The key's upper bound is Pillow's own limit.")
+    file_bytes: int = Field(
+        4_000_000_000, ge=1, le=10**12, description="Largest size in bytes of a .json file, which is read as a whole. "
+        "It does not apply to .jsonl and .parquet files.")
+    text_characters: int = Field(
+        1_000_000, ge=1, le=10**9, description="Largest number of characters of a turn, and of a reference answer. A "
+        "line of a .jsonl file may have up to 100 times as many.")
+    follow_links: bool = Field(False, description="Whether symbolic links may lead out of the folder of images.")
+
+
+class DataConfig(Section):
+    """The data: where they are, how they become token ids and pixels, and how they are divided among clients."""
+
+    path: str = Field("digits", description="Path of LLaVA-format data: a .json, .jsonl or .parquet file, a folder of "
+                      "such files or of one folder per task, or a Hugging Face `datasets` folder. `digits` means the "
+                      "generated digit scenes of `data.digits`.")
+    image_root: str | None = Field(None, description="Folder from which the samples' `image` paths start. null: the "
+                                   "folder `images` beside the data if it exists, else the folder of the data.")
+    file_names: Literal["task", "client"] = Field(
+        "task", description="Meaning of a data file's name, for samples that do not name their task or client. task: "
+        "the file is named after its task. client: it is named after its client, and its folder after the task. Files "
+        "in folders per task are always named after clients.")
+    template: str = Field(
+        "vicuna_v1", description="Conversation template by which turns become text: vicuna_v1 (Vicuna v1.1, as in "
+        "LLaVA-1.5 and the paper), vicuna_short (without its system sentence), llama2, chatml, plain (no roles), or "
+        "tokenizer (the chat template of the checkpoint's tokenizer).")
+    image_fit: Literal["processor", "pad"] = Field(
+        "processor", description="Treatment of images that are not square. processor: what the checkpoint's image "
+        "processor does. pad: images are first padded to a square with the processor's mean colour, as in LLaVA-1.5.")
+    partition: Literal["given", "equal", "dirichlet"] = Field(
+        "given", description="Assignment of samples to clients. given: each sample names its client. equal, dirichlet: "
+        "each task's samples are shuffled and divided among `federation.clients` / (number of tasks) clients. Training "
+        "samples are divided into equal or Dirichlet-distributed shares, validation and test samples into equal ones.")
+    dirichlet_alpha: float = Field(1.0, gt=0, description="Concentration α of the Dirichlet distribution in "
+                                   "`partition: dirichlet`. Smaller values give more uneven shares.")
+    max_length: int = Field(
+        2048, ge=8, description="Largest number of tokens of a conversation, image tokens included. Longer training "
+        "samples lose their end. A longer evaluation prompt is an error, and so is a sample that would lose image "
+        "tokens or all of its answers.")
+    limits: LimitsConfig = LimitsConfig()
+    digits: DigitsConfig = DigitsConfig()
