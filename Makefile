@@ -37,11 +37,11 @@ PYTEST := $(PY) -m pytest -n 2 --dist worksteal --durations=20
 test: lint  ## style, types, layers, then the core of the tests: three minutes
 	$(PYTEST) -m "not slow and not long"
 
-test-all: $(VENV)/.test  ## every test but the long ones: 30 to 45 minutes
-	$(PYTEST)
+test-all: test  ## and then every other test but the long ones: twenty minutes more
+	$(PYTEST) -m "slow and not long"
 
-test-long: $(VENV)/.test  ## many kills and a soak: half an hour
-	$(PY) -m pytest -m long
+test-long: $(VENV)/.test  ## notebooks, four processes, many kills, a soak: about an hour
+	$(PYTEST) -m long
 
 fuzz: $(VENV)/.test  ## everything that is read from outside; a quarter of an hour; Linux
 	$(INSTALL) atheris

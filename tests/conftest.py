@@ -185,10 +185,13 @@ def same_run(folder, other):
     assert not (other / "checkpoints" / "resume").exists()
 
 
-def slow_except(chosen, values):
-    """Returns the values as parameters of a test, all of them marked as slow but those chosen."""
+def slow_except(chosen, values, slow=None):
+    """Returns the values as parameters of a test: unmarked if chosen, else `slow`, or `long` if not in `slow`."""
+    def mark(value):
+        return pytest.mark.slow if slow is None or value in slow else pytest.mark.long
+
     return [value if value in chosen else
-            pytest.param(*value if isinstance(value, tuple) else (value,), marks=pytest.mark.slow) for value in values]
+            pytest.param(*value if isinstance(value, tuple) else (value,), marks=mark(value)) for value in values]
 
 
 def llava_entry(**changes):

@@ -31,7 +31,7 @@ print(jax.device_count(), 1 if fed.mesh is None else fed.mesh.size)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_devices_change_nothing(tmp_path):
     """Nine clients on one and on four CPU devices get equal adapters to 1e-5. Four divides neither bucket's size."""
     results = {}

@@ -86,7 +86,7 @@ finally:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_processes_give_what_one_gives(one, tmp_path):
     """Two processes form each row of the mesh and divide the base's weights. Only the writer writes files and prints,
     and its run directory can be read on one device. Every image is read in one process only; each reads its share."""
@@ -174,7 +174,7 @@ print(json.dumps(told))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_server_mixes_on_the_devices_of_all(tmp_path):
     """Every kind of aggregation agrees for 20 uploads divided among four devices of two processes. After a whole run of
     a strategy without local subtrees, all clients have one model."""

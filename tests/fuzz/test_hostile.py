@@ -352,7 +352,7 @@ def test_run_directories(call, finished, tmp_path, name):
     refused(call, tmp_path, ["evaluate", folder], wanted)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_names_that_are_markup_are_shown_as_they_are(call, tmp_path):
     """Names such as "[/x]", which Rich would read as markup and fail on, are printed unchanged."""
     entries = [llava_entry(id=f"{c}{i}", client=f"[/{c}]", task="[bold]|t", split=s)

@@ -8,7 +8,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import Records, small_config, tree_max_difference
+from conftest import Records, slow_except, small_config, tree_max_difference
 from scipy import stats
 
 from pilot_jax.compare import runner, statistics, variants
@@ -30,8 +30,7 @@ def field():
     return runner.make_field(small_config(train=SGD), [0, 1], base_samples=3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["pilot", "scaffold"])
+@pytest.mark.parametrize("name", slow_except((), ["pilot", "scaffold"], {"pilot"}))
 def test_seeds_trained_together_equal_separate_runs(field, name):
     """Pilot and SCAFFOLD are the strategies whose clients receive subtrees that differ from seed to seed."""
     [variant] = variants.read_variants(name)

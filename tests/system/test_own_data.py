@@ -278,7 +278,7 @@ def test_pixels_are_the_processors(checkpoint):
                                   processor(images=[square], return_tensors="np")["pixel_values"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_siglip_with_qwen2_runs_too(photos, tmp_path):
     write_checkpoint(tmp_path / "base", text={"model_type": "qwen2"}, vision={"model_type": "siglip_vision_model"},
                      vision_feature_select_strategy="full")

@@ -19,6 +19,7 @@ import killed
 import pytest
 from conftest import ROOT, DiesAt, Events, Killed, same_run, small_config, tree_max_difference
 
+from pilot_jax.config import parse_config
 from pilot_jax.errors import InputError
 from pilot_jax.runs import resume, simulate
 
@@ -32,7 +33,7 @@ def undisturbed(tmp_path_factory):
     return folder, simulate.simulate(small_config(**SECTIONS), out=folder)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_may_change_is_said(tmp_path):
     """A run resumed with another chunk size says that results agree to rounding, and they do."""
     config, folder, seen = small_config(train={"adam_epsilon": 1e-3}), tmp_path / "run", Events()
@@ -48,7 +49,7 @@ def test_what_may_change_is_said(tmp_path):
     assert again.summary == json.loads((folder / "summary.json").read_text()) == run.summary
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_data_that_have_gone(tmp_path, call):
     """A run whose data are missing stops with an error and changes nothing. It goes on once the data are back."""
     assert call("data", "digits", tmp_path / "scenes", "--train", 8, "--validation", 2, "--test", 2)[0] == 0
@@ -83,18 +84,17 @@ def test_determinism_is_asked_for_in_time(monkeypatch):
         devices.ask_for_determinism(asked)
 
 
-def start(config: Path, folder: Path, kind: str, seed: int, cache: Path) -> subprocess.CompletedProcess:
-    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                        "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, killed.__file__, config, folder, kind, str(seed)], env=env, text=True,
+def start(config: Path, folder: Path, kind: str, seed: int, model: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    return subprocess.run([sys.executable, killed.__file__, config, folder, kind, str(seed), model], env=env, text=True,
                           capture_output=True, timeout=600)
 
 
-def kill_and_resume(tmp_path, kinds: list[str]) -> None:
+def kill_and_resume(tmp_path, kinds: list[str], config_of_run, model: str) -> None:
     """Starts a run again and again, killed by SIGKILL at the points `kinds` in turn, until all have been used."""
-    config, cache = tmp_path / "config.yaml", tmp_path / "cache"
-    config.write_text(small_config(**SECTIONS).to_yaml())
-    plain = start(config, tmp_path / "plain", "never", 0, cache)
+    config = tmp_path / "config.yaml"
+    config.write_text(config_of_run.to_yaml())
+    plain = start(config, tmp_path / "plain", "never", 0, model)
     assert plain.returncode == 0, plain.stderr[-2000:]
     kills, runs, starts = 0, 0, 0
     while kills < len(kinds):
@@ -102,7 +102,7 @@ def kill_and_resume(tmp_path, kinds: list[str]) -> None:
         runs += 1
         while True:
             starts += 1  # also the seed, so that a random moment differs from start to start
-            done = start(config, folder, kinds[kills] if kills < len(kinds) else "never", starts, cache)
+            done = start(config, folder, kinds[kills] if kills < len(kinds) else "never", starts, model)
             if done.returncode == 0:
                 break
             assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
@@ -113,16 +113,46 @@ def kill_and_resume(tmp_path, kinds: list[str]) -> None:
         same_run(tmp_path / "plain", folder)
 
 
+# Of each, six clients on the toy: what is kept where, and how a phase ends, differs between them.
+KINDS_OF_RUN = {
+    "fedprox": {"strategy": {"name": "fedprox"}}, "feddpa": {"strategy": {"name": "feddpa"}},
+    "fedadam": {"strategy": {"name": "fedadam"}}, "scaffold": {"strategy": {"name": "scaffold"}},
+    "similarity": {"strategy": {"name": "similarity"}}, "centralised": {"strategy": {"name": "centralised"}},
+    "store": {"system": {"store": "."}}, "privacy": {"federation": {"privacy": {"clip": 0.1, "noise_multiplier": 1.0}}},
+    "participation": {"federation": {"clients_per_round": 2, "dropout": 0.2}}}
+
+
+def toy_config(kind: str, folder: Path):
+    sections = {"federation": {"rounds": 4, "clients_per_round": 4, "local_steps": 2}, "eval": {"every": 2},
+                "train": {"batch_size": 4}, "strategy": {"name": "feddpa"}}
+    for name, section in KINDS_OF_RUN[kind].items():
+        sections[name] = sections.get(name, {}) | section
+    if kind == "store":
+        sections["system"] = {"store": str(folder / "store")}
+    return parse_config(sections)
+
+
 @pytest.mark.slow
 def test_three_kills(tmp_path):
-    kill_and_resume(tmp_path, ["arrays", "mixing", "time"])
+    kill_and_resume(tmp_path, ["arrays", "mixing", "time"], toy_config("feddpa", tmp_path), "toy")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS_OF_RUN)
+def test_kills_of_every_kind_of_run(tmp_path, kind):
+    """Five kills each, at random ones of the points where a kill is most dangerous, and at random moments."""
+    rng = random.Random(kind)
+    points = rng.sample(["time", *killed.POINTS], 5)
+    kill_and_resume(tmp_path, points, toy_config(kind, tmp_path), "toy")
+    assert len(list(tmp_path.glob("store/*"))) <= 2  # the last process's folder and lock, which its end by _exit leaves
 
 
 @pytest.mark.long
 def test_many_kills(tmp_path):
     """24 kills: about half at random moments, the others at the points where a kill is most dangerous."""
     rng = random.Random(0)
-    kill_and_resume(tmp_path, ["time" if rng.random() < 0.5 else rng.choice(list(killed.POINTS)) for _ in range(24)])
+    kill_and_resume(tmp_path, ["time" if rng.random() < 0.5 else rng.choice(list(killed.POINTS)) for _ in range(24)],
+                    small_config(**SECTIONS), "real")
 
 
 @pytest.mark.slow

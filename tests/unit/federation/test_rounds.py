@@ -8,7 +8,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import Records, small_config, tree_max_difference
+from conftest import Records, slow_except, small_config, tree_max_difference
 
 from pilot_jax.evaluation import personalised
 from pilot_jax.federation import rounds
@@ -165,7 +165,7 @@ def test_cohorts_are_seeded_and_streams_are_each_clients_own():
     assert client_generator(0, "c1", 2, "stage2").integers(1 << 60) == streams["c1", 2, "stage2"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_chunk_size_does_not_change_a_round():
     results = []
     for chunk in (2, 9):
@@ -265,8 +265,7 @@ def test_evaluation_of_a_client_that_never_took_part_is_the_base():
         "text_adapter", "task", "client", "task_bank", "cross_task", "router"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["pilot", "scaffold"])
+@pytest.mark.parametrize("name", slow_except((), ["pilot", "scaffold"], {"pilot"}))
 def test_steps_in_portions_are_the_same_steps(tmp_path, name):
     """With `system.steps_at_once`, 5 steps as 2 + 2 + 1 give the same adapters and records, with clients in memory and
     on disk."""
