@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: quickstart report test test-all test-long fuzz bench lint notebooks docs clean
+.PHONY: quickstart report test test-slow test-all test-long fuzz bench lint notebooks docs clean
 
 # uv installs in a quarter of pip's time. It does not read pip's settings, of which these two are passed on.
 ifdef PIP_FIND_LINKS
@@ -37,8 +37,10 @@ PYTEST := $(PY) -m pytest -n 2 --dist worksteal --durations=20
 test: lint  ## style, types, layers, then the core of the tests: three minutes
 	$(PYTEST) -m "not slow and not long"
 
-test-all: test  ## and then every other test but the long ones: twenty minutes more
+test-slow: $(VENV)/.test  ## what `make test` leaves out, but for the long tests: twenty minutes
 	$(PYTEST) -m "slow and not long"
+
+test-all: test test-slow  ## both
 
 test-long: $(VENV)/.test  ## notebooks, four processes, many kills, a soak: about an hour
 	$(PYTEST) -m long

@@ -156,8 +156,9 @@ class Snapshots(SnapshotFolder):
             self._last = max(numbers)
             damaged += self._continue_other_chains(number, warn)
             wait_for_all("snapshots read")  # no process renames what another one is reading
-            for error in damaged if writing and is_writer() else ():
-                self.set_aside(error.number)
+            if writing and is_writer():
+                for one in damaged:
+                    self.set_aside(one.number)
             return found
         if numbers or any(self.folder.glob("*.damaged*")):
             raise InputError(f"{self.folder}: none of the snapshots is whole. Put back copies of them, or start a new "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from pilot_jax.errors import InputError
@@ -53,7 +54,7 @@ def verify_run(folder: Path) -> Verification:
         out.add(name, fault(folder / name, expected, name in growing))
     snapshots = SnapshotFolder(folder / "checkpoints" / "resume")
     for number in snapshots.numbers():
-        out.add(f"checkpoints/resume/{number:06d}", _message(lambda number=number: snapshots.verify(number)))
+        out.add(f"checkpoints/resume/{number:06d}", _message(partial(snapshots.verify, number)))
     if NAME not in out.damaged:
         what = _message(lambda: has_ended(folder))
         out.ended = not what and has_ended(folder)

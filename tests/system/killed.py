@@ -1,7 +1,8 @@
 """Runs a federation in a process that kills itself: `python killed.py CONFIG OUT KIND SEED MODEL`. For test_resume.py.
 
 MODEL is "toy" or "real". KIND is "never", "time" (a random moment of training) or a key of `POINTS`, such as "arrays":
-before or after a snapshot's arrays are written, at a random one of these calls. The process kills itself by SIGKILL, without any cleanup.
+before or after a snapshot's arrays are written, at a random one of these calls. The process kills itself by SIGKILL,
+without any cleanup.
 """
 
 from __future__ import annotations

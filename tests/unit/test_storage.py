@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 import threading
 from functools import partial
 
@@ -108,13 +111,21 @@ def test_atomic_write(tmp_path, durable):
 
 def test_new_folder(tmp_path):
     path = tmp_path / "deep" / "folder"
-    stale = path.with_name("folder.partial")
-    stale.mkdir(parents=True)
-    (stale / "old").touch()  # left behind by a killed process
+    code = "import os, sys; from pathlib import Path; from pilot_jax.files import OwnedFolder\n" \
+        "at = OwnedFolder(Path(sys.argv[1]), '.folder.partial-'); (at.path / 'old').touch(); os._exit(9)"
+    path.parent.mkdir()
+    for _ in range(2):  # each is killed; the second one removes what the first one left
+        assert subprocess.run([sys.executable, "-c", code, path.parent]).returncode == 9
+        assert len(list(path.parent.glob(".folder.partial-*[!k]"))) == 1
     with new_folder(path) as folder:
         (folder / "new").touch()
-        assert not path.exists()
-    assert [p.name for p in path.iterdir()] == ["new"] and not stale.exists()
+        with new_folder(path.with_name("folder")) as other:  # another process at the same time
+            assert folder.exists() and other != folder
+            (other / "newer").touch()
+            other_is_done = True
+        assert other_is_done and path.exists()
+        shutil.rmtree(path)
+    assert [p.name for p in path.iterdir()] == ["new"] and [p.name for p in path.parent.iterdir()] == ["folder"]
     with pytest.raises(FileExistsError, match="exists already"), new_folder(path):
         pass
     assert [p.name for p in path.iterdir()] == ["new"]
