@@ -349,6 +349,8 @@ def test_run_directories(call, finished, tmp_path, name):
     shutil.copytree(finished, folder)
     damage, wanted = RUNS[name]
     damage(folder)
+    refused(call, tmp_path, ["evaluate", folder], ["run"])
+    (folder / "manifest.json").unlink()  # as in a run of an earlier version: no checksum finds the damage
     refused(call, tmp_path, ["evaluate", folder], wanted)
 
 
