@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 
@@ -15,3 +16,13 @@ class Interrupted(Exception):
     def __init__(self, signum: int, partial: Any = None) -> None:
         super().__init__(signum)
         self.signum, self.partial = signum, partial
+
+
+# Errors of the system that are about a path which the user has given.
+WRONG_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+              errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+
+
+def is_wrong_path(error: BaseException) -> bool:
+    """Returns whether an error is the system's answer to a path that cannot be used."""
+    return isinstance(error, OSError) and error.errno in WRONG_PATH

@@ -115,7 +115,7 @@ class OwnedFolder:
 
     def __init__(self, parent: Path, prefix: str) -> None:
         _remove_abandoned(parent, prefix)
-        while True:
+        for _ in range(20):
             self.path = parent / f"{prefix}{secrets.token_hex(4)}"
             self._lock = filelock.FileLock(_lock_of(self.path))
             try:
@@ -123,6 +123,8 @@ class OwnedFolder:
                 break
             except filelock.Timeout:  # another process is just looking whether this new folder is abandoned
                 continue
+        else:
+            raise PermissionError(errno.EACCES, "no file can be locked here", str(parent))
         self.path.mkdir()
 
     def remove(self) -> None:

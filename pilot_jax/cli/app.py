@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 import sys
@@ -16,11 +15,8 @@ import typer
 from pilot_jax.cli import comparisons, data, inspect, models, supervise
 from pilot_jax.cli.run import run
 from pilot_jax.cli.tables import printable
-from pilot_jax.errors import InputError
+from pilot_jax.errors import InputError, is_wrong_path
 
-# Errors of the system that are about a path which the user has given.
-WRONG_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-              errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 app = typer.Typer(name="pilot-jax", no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Federated multimodal instruction tuning in JAX: Pilot, its baselines and its ablations.")
 COMMANDS: tuple[Callable[..., None], ...] = (
@@ -64,9 +60,10 @@ def main() -> None:
     except InputError as error:
         _fail(f"Error: {error}", 2)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        name = str(error.filename or "")
+        where = f"{name[:300]}{'…' * (len(name) > 300)}: " if name else ""
         _fail(f"Error: {where}{error.strerror or error}. Check the path, its permissions and the free space.",
-              2 if error.errno in WRONG_PATH else 1)
+              2 if is_wrong_path(error) else 1)
     except MemoryError:
         _fail("Failed: not enough memory. `pilot-jax plan CONFIG` says how much a run needs.", 1)
     except Exception as error:
@@ -78,6 +75,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
+    if len(message) > 2500:  # a path or a value of thousands of characters
+        message = f"{message[:1200]} … {message[-1200:]}"
     typer.echo(printable(message), err=True)
     if supervise.is_child():
         _end(code)

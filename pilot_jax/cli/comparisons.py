@@ -50,7 +50,7 @@ def compare(config: ConfigPath,
     options = Options(seeds, _read_factors(rates), split)
     split_cpu_for(settings)
     folder = out or Path("runs") / f"compare-{config.stem}"
-    folders = [folder / path_part(value) for value in values] or [folder]
+    folders = [folder / _folder_of(value) for value in values] or [folder]
     titles = [f"{key} = {value}" for value in values] or [""]
     done = _compare_each(list(zip(titles, varied or [settings], folders, strict=True)), variants, options, as_json)
     if values:
@@ -102,6 +102,11 @@ def _read_factors(rates: str) -> tuple[float, ...]:
     if any(not f > 0 for f in factors):
         raise InputError(f"--rates: {rates!r}, factors must be above 0.")
     return factors
+
+
+def _folder_of(value: str) -> str:
+    """Returns a value of --vary as a folder name that cannot point out of the results' folder."""
+    return path_part(value).replace("%2E", ".") if value.strip(".") else path_part(value)
 
 
 def report(runs: Annotated[list[Path], typer.Argument(

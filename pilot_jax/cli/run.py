@@ -13,7 +13,7 @@ import typer
 from pilot_jax.cli.options import ConfigPath, Overrides, StrategyName, check_choice, read_config
 from pilot_jax.cli.supervise import in_child
 from pilot_jax.cli.tables import print_scores, printable
-from pilot_jax.errors import InputError, Interrupted
+from pilot_jax.errors import InputError, Interrupted, is_wrong_path
 
 if TYPE_CHECKING:
     from pilot_jax.config import Config
@@ -78,7 +78,8 @@ def _simulate(config: Config, folder: Path, resume: bool, progress: str) -> Run:
         typer.echo(f"Failed: {printable(str(error))}", err=True)
         raise typer.Exit(1) from None
     except Exception as error:
-        if isinstance(error, InputError) or not (isinstance(error, OSError) or processes.is_one_of_several()):
+        expected = isinstance(error, OSError) or processes.is_one_of_several()
+        if isinstance(error, InputError) or not expected or is_wrong_path(error):
             raise
         what = printable(" ".join(str(error).split())[:500])
         typer.echo(f"Failed: {what}. {_how_to_go_on(config, folder)}", err=True)

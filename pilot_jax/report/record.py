@@ -151,7 +151,7 @@ def _lines(file: Path) -> list[Record]:
 def _mixing(file: Path) -> Mixing:
     try:
         _, round_, label = file.stem.split("_", 2)
-        with np.load(file) as arrays:
+        with file.open("rb") as opened, np.load(opened) as arrays:
             weights = np.asarray(arrays["weights"], np.float64)
             distances = np.asarray(arrays["distances"], np.float64) if "distances" in arrays else None
             mixing = Mixing(f"round {int(round_)}, {label}", [str(c) for c in arrays["client_ids"]], weights, distances,

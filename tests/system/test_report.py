@@ -134,6 +134,7 @@ def test_several_runs_and_unfinished_ones(run, tmp_path, call):
     other = tmp_path / "killed"
     shutil.copytree(run, other)
     (other / "summary.json").unlink()
+    (other / "manifest.json").unlink()
     with (other / "metrics.jsonl").open("a") as file:
         file.write('{"round": 2, "pha')
     code, said, _ = call("report", run, other, "--out", tmp_path / "both.html", "--answers", 0)
@@ -147,7 +148,7 @@ def test_several_runs_and_unfinished_ones(run, tmp_path, call):
 @pytest.mark.slow
 @pytest.mark.parametrize(("breakage", "message"), [
     (lambda d: (d / "metrics.jsonl").unlink(), "not a run directory"),
-    (lambda d: (d / "metrics.jsonl").write_text("[1]\n"), "not a line that `run` writes"),
+    (lambda d: (d / "metrics.jsonl").write_text("[1]\n"), "metrics.jsonl: damaged"),
     (lambda d: (d / "mixing" / "round_0001_stage1.npz").write_bytes(b"PK"), "damaged")])
 def test_what_is_no_run_is_refused(run, tmp_path, breakage, message):
     shutil.copytree(run, tmp_path / "run")

@@ -212,6 +212,6 @@ def test_a_full_disk_leaves_what_was_saved(undisturbed, tmp_path, call):
     code, out, _ = call("run", folder / "config.yaml", "--out", folder, "--resume")
     assert code == 0 and "Score on held-out data" in out  # the run has ended: its results are printed again
     code, _, err = call("run", config, "--out", "/proc/nothing/here")
-    assert code == 2 and "cannot be made" in err
+    assert code == 2 and "cannot be written" in err
     code, _, err = call("run", config, "--resume")
     assert code == 2 and "Give its folder as --out" in err

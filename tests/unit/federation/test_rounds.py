@@ -228,9 +228,12 @@ def test_checkpoints_hold_what_their_place_allows_and_restore(two_runs):
     assert set(client) - {"%"} == {"client", "task_bank", "cross_task", "router"}
     written = (folder / "config.yaml").read_text()
     assert "attention: own" in written
+    manifest = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").unlink()
     (folder / "config.yaml").write_text(written.replace("attention: own", "attention: cudnn"))  # trained on a GPU
     back = restore.restore(folder)
     (folder / "config.yaml").write_text(written)
+    (folder / "manifest.json").write_text(manifest)
     for a, b in zip(run.population, back.population, strict=True):
         assert same(a.adapters, b.adapters) and (a.stage, a.rounds) == (b.stage, b.rounds)
     assert personalised.evaluate(back.evaluation, back.population) == run.summary["score_by_client"]
