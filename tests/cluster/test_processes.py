@@ -135,6 +135,29 @@ def test_two_processes_are_interrupted_and_one_goes_on(one, tmp_path):
     assert metrics.read_text().count("\n") == (folder_of_one / "metrics.jsonl").read_text().count("\n")
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_of_two_processes_is_killed(one, tmp_path, victim):
+    """The other one ends within 30 s with one line. One process on one device then continues to the results of an
+    uninterrupted run."""
+    config, _, alone = one
+    port, folder = free_port(), tmp_path / "killed"
+    both = [command(config, folder, "--set", "system.mesh.clients=2", "--coordinator", f"127.0.0.1:{port}",
+                    "--num-processes", 2, "--process-id", i) for i in range(2)]
+    for _ in range(3000):
+        resume = folder / "checkpoints" / "resume"
+        if any(resume.glob("0*[0-9]")) or any(p.poll() is not None for p in both):
+            break
+        time.sleep(0.1)
+    both[victim].send_signal(signal.SIGKILL)
+    _, err = both[1 - victim].communicate(timeout=30)
+    both[victim].communicate(timeout=30)
+    assert both[1 - victim].returncode == 1 and "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1 and "--resume" in err, err
+    finished([command(config, folder, "--resume")])
+    agree(alone, restore.restore(folder))
+
+
 SERVER = """
 import json, sys
 sys.path.insert(0, "tests")
