@@ -32,7 +32,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **options)
         except KeyboardInterrupt:
-            typer.echo("\nInterrupted. Nothing half-written was left.", err=True)
+            typer.echo("\nInterrupted.", err=True)
             raise typer.Exit(130) from None
 
     return wrapped

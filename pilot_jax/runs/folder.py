@@ -107,7 +107,7 @@ class RunFolder:
         """Writes the checksums of all files, and `summary.json`, which marks the run as finished.
 
         Raises:
-            OSError: a file cannot be written, or is not what was written.
+            OSError: a file cannot be read or written.
         """
         if not self._writes:
             return

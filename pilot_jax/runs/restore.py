@@ -81,7 +81,7 @@ def restore(folder: str | Path, strategy: str | type[Strategy] | Strategy | None
                          "`pilot-jax run` wrote.")
     name = None if strategy is None else use(strategy)
     config, ended = run_config(folder), has_ended(folder)
-    check_files(folder, lambda name: name == "summary.json" or name.startswith("checkpoints/"))
+    check_files(folder, lambda path: path == "summary.json" or path.startswith("checkpoints/"))
     if name is not None and strategy_name(config) != name:
         raise InputError(f"--strategy: {name}, but {folder} is a run of {strategy_name(config)}. Give that strategy, "
                          "or leave the option out.")
