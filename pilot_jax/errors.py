@@ -25,4 +25,4 @@ WRONG_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDI
 
 def is_wrong_path(error: BaseException) -> bool:
     """Returns whether an error is the system's answer to a path that cannot be used."""
-    return isinstance(error, OSError) and error.errno in WRONG_PATH
+    return isinstance(error, OSError) and error.errno in WRONG_PATH and error.filename is not None

@@ -25,7 +25,7 @@ class LoraConfig(Section):
 class PartsConfig(Section):
     """Vision tower, language model and projector as separate checkpoints, as those that the paper starts from."""
 
-    vision: str = Field(description="Folder of a CLIP or SigLIP model in Hugging Face's format.")
+    vision: str = Field(description="Folder of a CLIP, SigLIP or DINOv2 model in Hugging Face's format.")
     language: str = Field(description="Folder of a Llama, Vicuna, Mistral or Qwen2 model in Hugging Face's format, "
                           "with its tokenizer.")
     projector: str = Field(description="File of LLaVA's mm_projector weights: .safetensors, or .bin if torch is "

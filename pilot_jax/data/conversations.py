@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -91,18 +92,23 @@ def _render(turns: Turns, template: Template, eos: str, bos: str) -> tuple[str, 
     return text, spans
 
 
+MOST_TEMPLATE_SECONDS = 5.0
+MOST_TEMPLATE_BYTES = 2**31  # what rendering may add to the process's memory
+MOST_TEMPLATE_CHARACTERS = 10_000_000
+
+
 @contextmanager
-def _time_limit(seconds: float = 5.0) -> Iterator[None]:
+def _time_limit() -> Iterator[None]:
     """Ends the block by a TimeoutError after some seconds, in the main thread and where the system has such a timer."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def end(*_: object) -> None:
-        raise TimeoutError(f"it was not done after {seconds:g} s")
+        raise TimeoutError(f"it was not done after {MOST_TEMPLATE_SECONDS:g} s")
 
     before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, MOST_TEMPLATE_SECONDS)
     try:
         yield
     finally:
@@ -110,17 +116,50 @@ def _time_limit(seconds: float = 5.0) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+@contextmanager
+def _memory_limit() -> Iterator[None]:
+    """Ends the block by a MemoryError if the process grows by `MOST_TEMPLATE_BYTES`, where the system can tell (Linux).
+
+    A template can ask for any amount in one step ('a' * 10**11), which no timer interrupts.
+    """
+    used = Path("/proc/self/statm")
+    if not used.exists():
+        yield
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = int(used.read_text().split()[0]) * resource.getpagesize() + MOST_TEMPLATE_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit if soft == resource.RLIM_INFINITY else min(soft, limit), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _apply_template(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], cue: bool) -> str:
+    """Returns the text of the messages by the checkpoint's chat template, with the cue for an answer if asked.
+
+    Raises:
+        InputError: the template fails, or needs too much time or memory.
+    """
+    try:
+        with _time_limit(), _memory_limit():
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue))
+        if len(text) > MOST_TEMPLATE_CHARACTERS:
+            raise ValueError(f"its text has {len(text)} characters")
+    except Exception as error:  # a template is a program in the checkpoint; transformers runs it in Jinja's sandbox
+        raise InputError(f"data.template: tokenizer: the checkpoint's chat template fails "
+                         f"({str(error) or type(error).__name__}). Choose a named template.") from None
+    return text
+
+
 def _render_by_tokenizer(turns: Turns, tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[tuple[int, int]]]:
     """Returns the same as `_render`, by the tokenizer's chat template; an answer is the text that follows its cue."""
     messages = [{"role": "user" if who == "human" else "assistant", "content": value} for who, value in turns]
 
     def text_of(count: int, cue: bool) -> str:
-        try:
-            with _time_limit():
-                return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=cue))
-        except Exception as error:  # a template is a program in the checkpoint; transformers runs it in Jinja's sandbox
-            raise InputError(f"data.template: tokenizer: the checkpoint's chat template fails ({error}). Choose a "
-                             "named template.") from None
+        return _apply_template(tokenizer, messages[:count], cue)
 
     whole, spans = text_of(len(turns), turns[-1][0] == "human"), []
     for number, (speaker, _) in enumerate(turns):

@@ -219,12 +219,12 @@ def load(path: str | Path = EMBEDDED, **options: Unpack[LoadOptions]) -> Pretrai
 def load_from_parts(vision: str | Path, language: str | Path, projector: str | Path, *,
                     feature_layer: int | list[int] = -2, feature_select: str = "auto",
                     **options: Unpack[LoadOptions]) -> PretrainedModel:
-    """Loads a VLM from a CLIP or SigLIP directory, a language model's directory and a file of `mm_projector` weights.
+    """Loads a VLM from a vision tower's directory, a language model's directory and a file of `mm_projector` weights.
 
     Args:
         feature_layer: LLaVA's vision_feature_layer.
-        feature_select: LLaVA's vision_feature_select_strategy, or "auto", which drops CLIP's CLS token and uses all of
-            SigLIP's tokens.
+        feature_select: LLaVA's vision_feature_select_strategy, or "auto", which drops the CLS token of a tower that
+            has one and uses all of SigLIP's tokens.
         options: as those of `load`.
 
     Raises:

@@ -8,9 +8,9 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class VisionSpec:
-    """The shapes of a CLIP or SigLIP vision tower."""
+    """The shapes of a CLIP, SigLIP or DINOv2 vision tower."""
 
-    family: Literal["clip", "siglip"]
+    family: Literal["clip", "siglip", "dinov2"]
     image_size: int  # side of the square image in pixels
     patch_size: int  # side of a square patch in pixels
     hidden_size: int
@@ -19,6 +19,7 @@ class VisionSpec:
     num_heads: int
     hidden_act: str  # quick_gelu | gelu | gelu_pytorch_tanh
     layer_norm_eps: float
+    trained_side: int | None = None  # patches along a side, for which positions were learnt; None: those of image_size
 
     @property
     def num_layers(self) -> int:
@@ -26,14 +27,24 @@ class VisionSpec:
         return max(self.feature_layers)
 
     @property
+    def side(self) -> int:
+        """The number of whole patches along a side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
     def num_patches(self) -> int:
         """The number of whole patches in an image."""
-        return (self.image_size // self.patch_size) ** 2
+        return self.side**2
+
+    @property
+    def num_positions(self) -> int:
+        """The number of learnt positions, that of the CLS token included."""
+        return (self.trained_side or self.side) ** 2 + int(self.has_cls)
 
     @property
     def has_cls(self) -> bool:
         """Whether a CLS token precedes the patches."""
-        return self.family == "clip"
+        return self.family in ("clip", "dinov2")
 
     @property
     def feature_size(self) -> int:

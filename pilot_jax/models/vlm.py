@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import PyTree
 
-from pilot_jax.models.clip import VisionTower
 from pilot_jax.models.connector import Connector
 from pilot_jax.models.llama import Attention, Cache, CachedKeys, Decoder
 from pilot_jax.models.lora import LORA_SUBTREES, assembled
 from pilot_jax.models.spec import VlmSpec
+from pilot_jax.models.vision import VisionTower
 
 
 def variables(base: Mapping[str, PyTree], adapters: Mapping[str, PyTree]) -> dict[str, PyTree]:

@@ -331,6 +331,8 @@ for name, text in {
         "attributes": "{{ messages.__class__.__mro__ }}{{ ''.__class__.__subclasses__() }}", "divides": "{{ 1 / 0 }}",
         "a range too long": "{% for i in range(10 ** 9) %}{% endfor %}", "unclosed": "{{ messages", "half": "{{ 3 + }}",
         "undefined": "{{ messages[99].content.x }}", "recursion": "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+        "memory": "{{ 'a' * 10 ** 11 }}", "memory of lists": "{{ ([0] * 10 ** 11) | length }}",
+        "a text too long": "{{ 'a' * 10 ** 8 }}", "a format": "{{ '%999999999999d' % 1 }}",
         "turned around": "{{ messages[-1].content }}{{ messages[0].content }}"}.items():
     case("chat templates", name, "template", template(text))
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 
 import pytest
-from bad_inputs import CASES, RESULTS, results
+from bad_inputs import CASES, RESULTS, file, results
+from conftest import QUICK, llava_entry
+from transformers import AutoTokenizer
 
 ALL = [pytest.param(one, id=f"{one.kind}: {one.name}"[:120], marks=[] if number % 30 == 0 else
                     pytest.mark.slow if number % 10 == 0 else pytest.mark.long) for number, one in enumerate(CASES)]
@@ -34,6 +37,24 @@ def test_it_is_refused(call, tmp_path, monkeypatch, one):
     assert "Traceback" not in err and len(err) < 3000
     assert contents(tmp_path) == before
     assert seconds < 30, "a hang; 10 s on a machine that does nothing else"
+
+
+@pytest.mark.slow
+def test_token_ids_beyond_the_vocabulary(call, tmp_path):
+    """A tokenizer with a token that the model has no embedding for is refused where that token occurs."""
+    from pilot_jax.models.pretrained import EMBEDDED, model_directory
+
+    shutil.copytree(model_directory(EMBEDDED), tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(tmp_path / "base")
+    turns = [{"from": "human", "value": "a zebra"}, {"from": "gpt", "value": "a"}]
+    entries = [llava_entry(id=str(n), conversations=turns) for n in range(9)]
+    data = file(tmp_path, "d.json", entries)
+    code, _, err = call("run", QUICK, "--set", f"model.path={tmp_path / 'base'}", "--set", f"data.path={data}",
+                        "--set", "data.template=vicuna_short", "--out", tmp_path / "out")
+    assert code == 2 and "gives 'zebra' the id" in " ".join(err.split()), err
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_in_a_comparison_are_shown_as_they_are(call, tmp_path):

@@ -168,7 +168,7 @@ def test_other_broken_checkpoints(tmp_path):
 
 @pytest.mark.parametrize(("part", "change", "message"), [
     ("text_config", {"model_type": "gpt2"}, "text_config.model_type: 'gpt2' is not supported"),
-    ("vision_config", {"model_type": "dinov2"}, "vision_config.model_type: 'dinov2' is not supported"),
+    ("vision_config", {"model_type": "vit"}, "vision_config.model_type: 'vit' is not supported"),
     ("text_config", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0,
                                          "original_max_position_embeddings": 64}}, "'yarn' is not supported"),
     (None, {"vision_feature_layer": 9}, "9 is outside the tower's 3 layers"),
@@ -286,7 +286,7 @@ def test_unsafe_pickles_run_nothing(tmp_path):
 def test_parts_of_the_wrong_kind(tmp_path):
     write_parts(tmp_path)
     projector = tmp_path / "mm_projector.safetensors"
-    with pytest.raises(InputError, match=r"expected a CLIP or SigLIP model. Correct model.parts.vision"):
+    with pytest.raises(InputError, match=r"expected a CLIP, SigLIP or DINOv2 model. Correct model.parts.vision"):
         pilot_jax.load_from_parts(tmp_path / "language", tmp_path / "language", projector)
     with pytest.raises(InputError, match=r"model.parts.projector: .*nowhere"):
         pilot_jax.load_from_parts(tmp_path / "tower", tmp_path / "language", tmp_path / "nowhere")

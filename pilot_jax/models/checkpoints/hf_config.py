@@ -9,6 +9,7 @@ from typing import Any
 
 from pilot_jax.errors import InputError
 from pilot_jax.files import read_json
+from pilot_jax.models.checkpoints.processors import image_side
 from pilot_jax.models.spec import RopeSpec, TextSpec, VisionSpec, VlmSpec
 
 MAX_SIZE, MAX_LAYERS = 10_000_000, 1_000  # largest width or count that is accepted, and largest number of layers
@@ -90,13 +91,13 @@ def vision_config(hf: Any, feature_layer: int | list[int], file: Path, at: str =
         feature_layer: LLaVA's vision_feature_layer.
         at: the path of the config inside `file`, for messages.
     """
-    families: dict[str, Any] = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
+    families: dict[str, Any] = {"clip_vision_model": "clip", "siglip_vision_model": "siglip", "dinov2": "dinov2"}
     _require(hf.model_type in families, file, f"{at}model_type", f"{hf.model_type!r} is not supported",
-             "Use a CLIP or SigLIP vision tower.")
+             "Use a CLIP, SigLIP or DINOv2 vision tower.")
     _require(hf.hidden_act in ("quick_gelu", "gelu", "gelu_pytorch_tanh"), file, f"{at}hidden_act",
              f"{hf.hidden_act!r} is not supported", "Supported: quick_gelu, gelu, gelu_pytorch_tanh.")
-    _sizes(hf, file, at, "num_hidden_layers", "hidden_size", "intermediate_size", "image_size", "patch_size",
-           "num_attention_heads")
+    _sizes(hf, file, at, "num_hidden_layers", "hidden_size", "image_size", "patch_size", "num_attention_heads")
+    width = _intermediate_size(hf, file, at)
     _epsilon(hf.layer_norm_eps, file, f"{at}layer_norm_eps")
     _require(hf.patch_size <= hf.image_size and hf.hidden_size % hf.num_attention_heads == 0, file,
              f"{at}patch_size, num_attention_heads", "the patch is larger than the image, or the heads do not divide "
@@ -113,10 +114,28 @@ def vision_config(hf: Any, feature_layer: int | list[int], file: Path, at: str =
                  f"{layer} is outside the tower's {total} layers", "Correct the config.")
         layers.append(absolute)
     _require(bool(layers), file, "vision_feature_layer", "the list is empty", "Name at least one layer.")
+    family, side = families[hf.model_type], hf.image_size
+    if family == "dinov2":  # its positions are resized to whatever size of image its processor gives
+        side = image_side(file.parent, family) or side
+        _require(hf.patch_size <= side, file, f"{at}patch_size", f"{hf.patch_size} pixels, larger than the {side} "
+                 "pixels of an image in preprocessor_config.json", "Correct one of them.")
     return VisionSpec(
-        family=families[hf.model_type], image_size=hf.image_size, patch_size=hf.patch_size,
-        hidden_size=hf.hidden_size, intermediate_size=hf.intermediate_size, feature_layers=tuple(layers),
-        num_heads=hf.num_attention_heads, hidden_act=hf.hidden_act, layer_norm_eps=hf.layer_norm_eps)
+        family=family, image_size=side, patch_size=hf.patch_size, hidden_size=hf.hidden_size, intermediate_size=width,
+        feature_layers=tuple(layers), num_heads=hf.num_attention_heads, hidden_act=hf.hidden_act,
+        layer_norm_eps=hf.layer_norm_eps, trained_side=hf.image_size // hf.patch_size)
+
+
+def _intermediate_size(hf: Any, file: Path, at: str) -> int:
+    """Returns the width of the tower's MLP, which DINOv2's config gives as a multiple of `hidden_size`."""
+    if hf.model_type != "dinov2":
+        _sizes(hf, file, at, "intermediate_size")
+        return int(hf.intermediate_size)
+    _require(not hf.use_swiglu_ffn, file, f"{at}use_swiglu_ffn", "true is not supported",
+             "Use DINOv2 small, base or large.")
+    _require(bool(hf.qkv_bias), file, f"{at}qkv_bias", "false is not supported", "Use DINOv2 small, base or large.")
+    _require(isinstance(hf.mlp_ratio, int | float) and 0 < hf.mlp_ratio <= 64, file, f"{at}mlp_ratio",
+             f"{reprlib.repr(hf.mlp_ratio)}, expected a number from 0 to 64", "Correct the config.")
+    return int(hf.hidden_size * hf.mlp_ratio)
 
 
 def _rope(hf: Any, file: Path, at: str) -> RopeSpec:

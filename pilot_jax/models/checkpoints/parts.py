@@ -55,8 +55,8 @@ def read_parts_config(vision: Path, language: Path, projector: Path, feature_lay
     raw, file = _config_of(vision, "vision")
     if raw.get("model_type") in ("clip", "siglip"):  # the whole contrastive model, of which only the tower is used
         raw = {"model_type": raw["model_type"] + "_vision_model"} | raw.get("vision_config", {})
-    if raw.get("model_type") not in ("clip_vision_model", "siglip_vision_model"):
-        raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected a CLIP or SigLIP model. "
+    if raw.get("model_type") not in ("clip_vision_model", "siglip_vision_model", "dinov2"):
+        raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected a CLIP, SigLIP or DINOv2 model. "
                          "Correct model.parts.vision.")
     tower = vision_config(AutoConfig.for_model(**raw), feature_layer, file)
     raw, file = _config_of(language, "language")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 IMAGE_TOKEN = "<image>"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # files of an image processor's settings
 MAX_PIXELS = 8192  # largest side of an image for the vision tower
 
 
@@ -53,15 +54,21 @@ def load_image_processor(directory: Path, family: str) -> Any:
     """Returns the image processor, which resizes with Pillow.
 
     Args:
-        family: the tower's family, "clip" or "siglip", which determines the processor's class if its file names none.
+        family: the tower's family, which determines the processor's class if its file names none.
 
     Raises:
         InputError: there is no image processor, or one of an unsupported class.
     """
-    from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
+    from transformers import (
+        BitImageProcessorPil,
+        CLIPImageProcessorPil,
+        LlavaImageProcessorPil,
+        SiglipImageProcessorPil,
+    )
 
-    kinds = {"CLIP": CLIPImageProcessorPil, "Siglip": SiglipImageProcessorPil, "Llava": LlavaImageProcessorPil}
-    for name in ("preprocessor_config.json", "processor_config.json"):
+    kinds = {"CLIP": CLIPImageProcessorPil, "Siglip": SiglipImageProcessorPil, "Llava": LlavaImageProcessorPil,
+             "Bit": BitImageProcessorPil}
+    for name in PROCESSORS:
         file = directory / name
         if not file.is_file():
             continue
@@ -70,7 +77,7 @@ def load_image_processor(directory: Path, family: str) -> Any:
         if not isinstance(raw, dict):
             raise InputError(f"{file}: image_processor: expected an object. Fetch the checkpoint again.")
         kind = raw.get("image_processor_type") or raw.get("feature_extractor_type")
-        kind = str(kind or {"clip": "CLIP", "siglip": "Siglip"}[family])
+        kind = str(kind or {"clip": "CLIP", "siglip": "Siglip", "dinov2": "Bit"}[family])
         _check_sizes(raw, file)
         for prefix, cls in kinds.items():
             if kind.startswith((f"{prefix}ImageProcessor", f"{prefix}FeatureExtractor")) or kind == prefix:
@@ -80,5 +87,23 @@ def load_image_processor(directory: Path, family: str) -> Any:
                     raise InputError(f"{file}: not an image processor's settings ({error}). Fetch the checkpoint "
                                      "again.") from None
         raise InputError(f"{file}: image_processor_type: {kind!r} is not supported. Supported: the image processors of "
-                         "CLIP, SigLIP and LLaVA.")
-    raise InputError(f"{directory}: no preprocessor_config.json. Save the checkpoint's processor beside its weights.")
+                         "CLIP, SigLIP, DINOv2 and LLaVA.")
+    raise InputError(f"{directory}: no {PROCESSORS[0]}. Save the checkpoint's processor beside its weights.")
+
+
+def image_side(directory: Path, family: str) -> int | None:
+    """Returns the side in pixels of the square images that the directory's image processor makes; None without one.
+
+    Raises:
+        InputError: the processor makes images of another shape, or cannot be read; see `load_image_processor`.
+    """
+    if not any((directory / name).is_file() for name in PROCESSORS):
+        return None
+    processor = load_image_processor(directory, family)
+    cropped = getattr(processor, "do_center_crop", False)
+    size = processor.crop_size if cropped else processor.size
+    height, width = (getattr(size, key, None) for key in ("height", "width"))
+    if not height or height != width:
+        raise InputError(f"{directory}: the image processor makes no square images ("
+                         f"{'crop_size' if cropped else 'size'}: {size}). Give height and width alike.")
+    return int(height)

@@ -70,33 +70,49 @@ def pieces(config: VlmSpec) -> dict[str, Piece]:
     return table
 
 
+_CLIP_NAMES = {
+    "patch": "embeddings.patch_embedding", "position": "embeddings.position_embedding.weight",
+    "class": "embeddings.class_embedding", "layers": "encoder.layers", "norm1": "layer_norm1", "norm2": "layer_norm2",
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "out": "self_attn.out_proj"}
+_VISION_NAMES = {"clip": _CLIP_NAMES, "siglip": _CLIP_NAMES, "dinov2": {
+    "patch": "embeddings.patch_embeddings.projection", "position": "embeddings.position_embeddings",
+    "class": "embeddings.cls_token", "layers": "encoder.layer", "norm1": "norm1", "norm2": "norm2",
+    "q": "attention.attention.query", "k": "attention.attention.key", "v": "attention.attention.value",
+    "out": "attention.output.dense"}}
+
+
 def _vision_pieces(config: VlmSpec, put: Callable[..., None], linear: Callable[..., None]) -> None:
-    v, tower = config.vision, "vision_tower"
-    d, p = v.hidden_size, v.patch_size
+    v, tower, names = config.vision, "vision_tower", _VISION_NAMES[config.vision.family]
+    d, p, dinov2 = v.hidden_size, v.patch_size, v.family == "dinov2"
 
     def norm(name: str, leaf: str, layer: int | None = None) -> None:
         put(f"{name}.weight", f"{leaf}.scale", (d,), layer=layer)
         put(f"{name}.bias", f"{leaf}.bias", (d,), layer=layer)
 
-    put(f"{tower}.embeddings.patch_embedding.weight", f"{tower}.patch_embed.kernel", (d, 3, p, p),
-        permutation=(2, 3, 1, 0), block=(p * p * 3, d))
-    put(f"{tower}.embeddings.position_embedding.weight", f"{tower}.position_embed", (v.num_patches + v.has_cls, d))
-    if v.family == "siglip":
-        put(f"{tower}.embeddings.patch_embedding.bias", f"{tower}.patch_embed.bias", (d,))
-    else:
-        put(f"{tower}.embeddings.class_embedding", f"{tower}.class_embed", (d,))
+    put(f"{tower}.{names['patch']}.weight", f"{tower}.patch_embed.kernel", (d, 3, p, p), permutation=(2, 3, 1, 0),
+        block=(p * p * 3, d))
+    if v.family != "clip":
+        put(f"{tower}.{names['patch']}.bias", f"{tower}.patch_embed.bias", (d,))
+    positions = (v.num_positions, d)  # DINOv2 has leading dimensions of size 1 here
+    put(f"{tower}.{names['position']}", f"{tower}.position_embed", (1, *positions) if dinov2 else positions,
+        block=positions)
+    if v.has_cls:
+        put(f"{tower}.{names['class']}", f"{tower}.class_embed", (1, 1, d) if dinov2 else (d,), block=(d,))
+    if v.family == "clip":
         norm(f"{tower}.pre_layrnorm", f"{tower}.pre_norm")
     for i in range(v.num_layers):
-        name, leaf = f"{tower}.encoder.layers.{i}", f"{tower}.layers"
-        norm(f"{name}.layer_norm1", f"{leaf}.norm1", i)
-        norm(f"{name}.layer_norm2", f"{leaf}.norm2", i)
+        name, leaf = f"{tower}.{names['layers']}.{i}", f"{tower}.layers"
+        norm(f"{name}.{names['norm1']}", f"{leaf}.norm1", i)
+        norm(f"{name}.{names['norm2']}", f"{leaf}.norm2", i)
         for j, letter in enumerate("qkv"):
-            full = f"{name}.self_attn.{letter}_proj"
+            full = f"{name}.{names[letter]}"
             put(f"{full}.weight", f"{leaf}.qkv.kernel", (d, d), permutation=(1, 0), start=(0, j * d), layer=i)
             put(f"{full}.bias", f"{leaf}.qkv.bias", (d,), start=(j * d,), layer=i)
-        linear(f"{name}.self_attn.out_proj", f"{leaf}.out", d, d, i)
+        linear(f"{name}.{names['out']}", f"{leaf}.out", d, d, i)
         linear(f"{name}.mlp.fc1", f"{leaf}.fc1", d, v.intermediate_size, i)
         linear(f"{name}.mlp.fc2", f"{leaf}.fc2", v.intermediate_size, d, i)
+        for number in (1, 2) if dinov2 else ():
+            put(f"{name}.layer_scale{number}.lambda1", f"{leaf}.scale{number}", (d,), layer=i)
 
 
 def _text_pieces(config: VlmSpec, put: Callable[..., None]) -> None:
@@ -119,10 +135,10 @@ def _text_pieces(config: VlmSpec, put: Callable[..., None]) -> None:
 
 def never_run(name: str, config: VlmSpec) -> bool:
     """Returns whether this is a tensor that LLaVA checkpoints may hold although the model computes nothing with it."""
-    layer = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name)
+    layer = re.match(r"vision_tower\.encoder\.layers?\.(\d+)\.", name)
     return ((layer is not None and int(layer[1]) >= config.vision.num_layers)
-            or name.startswith(("vision_tower.post_layernorm.", "vision_tower.head."))
-            or name == "vision_tower.embeddings.position_ids"
+            or name.startswith(("vision_tower.post_layernorm.", "vision_tower.head.", "vision_tower.layernorm."))
+            or name in ("vision_tower.embeddings.position_ids", "vision_tower.embeddings.mask_token")
             or name.endswith("rotary_emb.inv_freq")
             or (name == "lm_head.weight" and config.text.tie_word_embeddings))
 

@@ -1,13 +1,20 @@
-"""The vision towers of CLIP (Radford et al., 2021, arXiv 2103.00020) and SigLIP (Zhai et al., 2023, arXiv 2303.15343).
+"""The vision towers of CLIP (Radford et al., 2021, arXiv 2103.00020), SigLIP (Zhai et al., 2023, arXiv 2303.15343) and
+DINOv2 (Oquab et al., 2023, arXiv 2304.07193).
 
-A tower maps pixels to patch features, the outputs of the chosen layers. Unlike CLIP's, SigLIP's has no CLS token and no
-norm before the encoder, and its patch embedding has a bias. The encoder layers are the same.
+A tower maps pixels to patch features, the outputs of the chosen layers. The three are alike but for this:
+
+|        | CLS token | bias of the patches | norm before the encoder | layer scale | positions         |
+|--------|-----------|---------------------|-------------------------|-------------|-------------------|
+| CLIP   | yes       | no                  | yes                     | no          | of the image size |
+| SigLIP | no        | yes                 | no                      | no          | of the image size |
+| DINOv2 | yes       | yes                 | no                      | yes         | resized to it     |
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from pilot_jax.models.spec import VisionSpec
@@ -39,16 +46,44 @@ class VisionBlock(nn.Module):
         def norm(name: str) -> nn.LayerNorm:
             return nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=jnp.float32, name=name)
 
+        def scaled(h: jax.Array, name: str) -> jax.Array:
+            """Returns `h` times DINOv2's layer scale, a learnt factor per feature; for other towers, `h` itself."""
+            return h * self.param(name, nn.initializers.ones, (width,)).astype(dtype) if c.family == "dinov2" else h
+
         h = norm("norm1")(x).astype(x.dtype)
         # q, k and v read the same input: one matmul.
         q, k, v = jnp.unstack(dense(3 * width, "qkv")(h).reshape(batch, length, 3, heads, head_dim), axis=2)
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
         attended = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, width)
-        x = x + dense(width, "out")(attended)
+        x = x + scaled(dense(width, "out")(attended), "scale1")
         h = norm("norm2")(x).astype(x.dtype)
-        x = x + dense(width, "fc2")(_activation(c.hidden_act, dense(c.intermediate_size, "fc1")(h)))
+        x = x + scaled(dense(width, "fc2")(_activation(c.hidden_act, dense(c.intermediate_size, "fc1")(h))), "scale2")
         return x, x if self.emit else None
+
+
+def bicubic_matrix(source: int, target: int) -> np.ndarray:
+    """Returns the matrix, float32 [target, source], that resizes a row of values by bicubic interpolation.
+
+    It is the one of torch's `interpolate` (mode="bicubic", align_corners=False, no antialiasing), whose kernel is that
+    of Keys (1981) with a = -0.75; beyond an end, the row continues with its last value.
+    """
+    a, place = -0.75, (np.arange(target) + 0.5) * source / target - 0.5
+    first, out = np.floor(place).astype(int), np.zeros((target, source))
+    for offset in range(-1, 3):
+        x = np.abs(place - (first + offset))
+        near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
+        np.add.at(out, (np.arange(target), np.clip(first + offset, 0, source - 1)), np.where(x <= 1, near, far))
+    return out.astype(np.float32)
+
+
+def _resized(positions: jax.Array, source: int, target: int, num_first: int) -> jax.Array:
+    """Returns position embeddings [num_first + target², D] of [num_first + source², D], those of patches resized."""
+    if source == target:
+        return positions
+    matrix, grid = bicubic_matrix(source, target), positions[num_first:].astype(jnp.float32)
+    grid = jnp.einsum("ai,bj,ijd->abd", matrix, matrix, grid.reshape(source, source, -1), precision="highest")
+    return jnp.concatenate([positions[:num_first], grid.reshape(target**2, -1).astype(positions.dtype)])
 
 
 class VisionTower(nn.Module):
@@ -65,19 +100,19 @@ class VisionTower(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        c, p = self.config, self.config.patch_size
-        side = c.image_size // p
+        c, p, side = self.config, self.config.patch_size, self.config.side
         batch = pixels.shape[0]
         # A convolution whose stride is its kernel size is a matmul over flattened patches. Pixels at the right and
         # bottom that fill no patch are left out, as in transformers: 384 = 27·14 + 6.
         pixels = pixels[:, :side * p, :side * p].astype(self.dtype)
         patches = pixels.reshape(batch, side, p, side, p, 3).transpose(0, 1, 3, 2, 4, 5)
-        x = nn.Dense(c.hidden_size, use_bias=c.family == "siglip", dtype=self.dtype, name="patch_embed")(
+        x = nn.Dense(c.hidden_size, use_bias=c.family != "clip", dtype=self.dtype, name="patch_embed")(
             patches.reshape(batch, side * side, p * p * 3))
         if c.has_cls:
             cls = self.param("class_embed", nn.initializers.normal(0.02), (c.hidden_size,)).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(cls, (batch, 1, c.hidden_size)), x], axis=1)
-        x = x + self.param("position_embed", nn.initializers.normal(0.02), x.shape[1:]).astype(self.dtype)
+        positions = self.param("position_embed", nn.initializers.normal(0.02), (c.num_positions, c.hidden_size))
+        x = x + _resized(positions, c.trained_side or side, side, int(c.has_cls)).astype(self.dtype)
         if c.family == "clip":
             x = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=jnp.float32, name="pre_norm")(x).astype(self.dtype)
         features = x
