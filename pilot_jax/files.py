@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 import filelock
+import numpy as np
 
 from pilot_jax.errors import InputError
 
@@ -46,6 +47,21 @@ def atomic_write(path: Path, data: str | bytes | Callable[[Path], object], *, du
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+        OSError: the file could not be written. (The library itself raises an error of its own kind.)
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, " ".join(str(error).split()), str(path)) from None
 
 
 def path_part(name: str) -> str:

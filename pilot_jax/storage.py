@@ -15,10 +15,10 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.typing import DTypeLike
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from pilot_jax.errors import InputError
-from pilot_jax.files import OwnedFolder, atomic_write
+from pilot_jax.files import OwnedFolder, atomic_write, write_safetensors
 from pilot_jax.parallel.host_memory import empty
 
 
@@ -168,7 +168,7 @@ class Store:
         start = time.perf_counter()
         arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flatten_dict(adapters, sep="/").items()}
         # The folder does not outlive the process, so nothing is gained by waiting for the disk.
-        atomic_write(self._path(key), lambda partial: save_file(arrays, partial), durable=False)
+        atomic_write(self._path(key), lambda partial: write_safetensors(partial, arrays), durable=False)
         self.write_seconds += time.perf_counter() - start
         with self._lock:
             self._waiting.pop(key, None)

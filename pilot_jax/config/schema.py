@@ -27,15 +27,15 @@ class PartsConfig(Section):
 
     vision: str = Field(description="Folder of a CLIP, SigLIP or DINOv2 model in Hugging Face's format.")
     language: str = Field(description="Folder of a Llama, Vicuna, Mistral or Qwen2 model in Hugging Face's format, "
-                          "with its tokenizer.")
+                          "with its tokenizer; or a .gguf file of a Llama or Qwen2 model, if gguf is installed.")
     projector: str = Field(description="File of LLaVA's mm_projector weights: .safetensors, or .bin if torch is "
                            "installed.")
     feature_layer: int | list[int] = Field(
         -2, description="Layer of the vision tower whose output is H_v, or list of layers whose outputs are "
         "concatenated. Negative numbers count from the last layer, -1. LLaVA uses -2.")
     feature_select: Literal["auto", "default", "full"] = Field(
-        "auto", description="Choice of the tokens of H_v. default: all but the first, which is CLIP's CLS token. full: "
-        "all. auto: default for CLIP, and full for SigLIP, which has no CLS token.")
+        "auto", description="Choice of the tokens of H_v. default: all but the first, which is the CLS token of CLIP "
+        "and DINOv2. full: all. auto: default for these two, and full for SigLIP, which has no CLS token.")
 
 
 class ModelConfig(Section):
@@ -225,7 +225,8 @@ class SystemConfig(Section):
 
     seed: int = Field(
         0, ge=0, le=2**31 - 1, description="Seed of everything random in a run: initial adapters, partition, sampling "
-        "of clients, batches, noise and sampled answers. The digit scenes have `data.digits.seed`.")
+        "of clients, batches, noise and sampled answers. The digit scenes have `data.digits.seed`, the "
+        "emoji `data.emoji.seed`.")
     client_chunk: int = Field(
         3, ge=1, le=65_536, description="Number of clients trained at once on each device, or on each row of a mesh "
         "along its axis `clients`.")

@@ -19,13 +19,14 @@ from pilot_jax.federation.client import client_loss, phase_spec
 from pilot_jax.federation.executor import chunk_width
 from pilot_jax.federation.roles import Tree, num_bytes
 from pilot_jax.kernels.backend import default_dtype
-from pilot_jax.models.checkpoints.processors import load_tokenizer
+from pilot_jax.models.checkpoints.processors import has_tokenizer, load_tokenizer
 from pilot_jax.models.checkpoints.tensor_names import base_shapes
 from pilot_jax.models.llama import empty_cache
 from pilot_jax.models.spec import VlmSpec
 from pilot_jax.models.vlm import Vlm
 from pilot_jax.parallel.mesh import AXES, base_spec, shard_elements
 from pilot_jax.planning.flops import matmul_flops, saved_bytes
+from pilot_jax.runs.generated import GENERATED
 from pilot_jax.runs.prepare import Outline, load_samples, outline
 
 
@@ -51,8 +52,8 @@ def read_workload(config: Config, run: Outline, *, samples: int = 1000, tasks: i
         text_tokens: text tokens of the longest sample, without its image tokens.
     """
     data, image_tokens = run.data, run.spec.num_image_tokens
-    tokenized = any((run.text_directory / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    if data.path == "digits" or Path(data.path).expanduser().exists():
+    tokenized = has_tokenizer(run.text_directory)
+    if data.path in GENERATED or Path(data.path).expanduser().exists():
         loaded = [s for s in load_samples(config) if s.split == "train"]
         counts = tuple(sum(s.client == name for s in loaded) for name in sorted({s.client for s in loaded}))
         num_tasks = len({s.task for s in loaded})

@@ -85,7 +85,9 @@ def test_determinism_is_asked_for_in_time(monkeypatch):
 
 
 def start(config: Path, folder: Path, kind: str, seed: int, model: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    # A folder of compiled programs of its own: a killed process may leave an entry in it that is not whole.
+    env = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+                        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "programs")}
     return subprocess.run([sys.executable, killed.__file__, config, folder, kind, str(seed), model], env=env, text=True,
                           capture_output=True, timeout=600)
 

@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from pilot_jax.errors import InputError
 from pilot_jax.files import read_json
+from pilot_jax.models.checkpoints.gguf import is_gguf, open_gguf
 from pilot_jax.models.checkpoints.hf_config import join, text_config, vision_config
 from pilot_jax.models.checkpoints.reading import Place, Source, load_tensors, open_tensors, safetensors_files
 from pilot_jax.models.spec import VlmSpec
@@ -39,6 +40,8 @@ def _projector_name(key: str) -> str | None:
 
 
 def _config_of(directory: Path, key: str) -> tuple[dict[str, Any], Path]:
+    if key == "language" and is_gguf(directory):
+        return open_gguf(directory).config, directory
     file = directory / "config.json"
     return read_json(file, f"model.parts.{key} must be a Hugging Face model directory."), file
 
@@ -79,5 +82,5 @@ def load_parts(config: VlmSpec, vision: Path, language: Path, projector: Path, d
                place: Place | None = None) -> dict[str, PyTree]:
     """Returns the frozen base that these parts make; see `reading.load_tensors`."""
     sources = [Source(f, _tower_name) for f in safetensors_files(vision)]
-    sources += [Source(f, _language_name) for f in safetensors_files(language)]
+    sources += [Source(f, _language_name) for f in ([language] if is_gguf(language) else safetensors_files(language))]
     return load_tensors([*sources, Source(projector, _projector_name)], config, dtype, place)

@@ -10,7 +10,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 from jaxtyping import PyTree
 
-from pilot_jax.files import new_folder
+from pilot_jax.files import new_folder, write_safetensors
 from pilot_jax.models.lora import TARGETS, assembled
 
 # Path of the decoder's layers in transformers' LlavaForConditionalGeneration, and in a language model by itself.
@@ -97,18 +97,16 @@ def save_adapters(out: Path, adapters: Mapping[str, PyTree], **details: Unpack[E
         base: the name or path of the base model.
         card: the text of `README.md`.
     """
-    from safetensors.numpy import save_file
-
     lora = assembled(adapters)
     assert lora is not None  # every strategy trains one
     rank = next(iter(lora["layers"].values()))["a"].shape[-2]
     config = peft_config(rank, details["alpha"] * rank / details["rank"], details["kind"], details["base"])
 
     with new_folder(out) as folder:
-        save_file(peft_tensors(lora, details["kind"]), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_safetensors(folder / "adapter_model.safetensors", peft_tensors(lora, details["kind"]), {"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(connector_tensors(adapters, details["stage"], details["task_index"]),
-                  folder / "connector.safetensors",
-                  metadata={"stage": details["stage"], "tasks": json.dumps(details["tasks"]),
-                            "task_index": str(details["task_index"])})
+        write_safetensors(folder / "connector.safetensors",
+                          connector_tensors(adapters, details["stage"], details["task_index"]),
+                          {"stage": details["stage"], "tasks": json.dumps(details["tasks"]),
+                           "task_index": str(details["task_index"])})
         (folder / "README.md").write_text(details["card"], encoding="utf-8")

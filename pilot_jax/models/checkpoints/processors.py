@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pilot_jax.errors import InputError
 from pilot_jax.files import read_json
+from pilot_jax.models.checkpoints.gguf import is_gguf, open_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -16,21 +17,30 @@ PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # files of a
 MAX_PIXELS = 8192  # largest side of an image for the vision tower
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Returns whether a tokenizer's files are in the directory, or whether it is a GGUF file, which holds one."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    return (is_gguf(directory) and directory.is_file()) or any((directory / name).is_file() for name in names)
+
+
+def _from_directory(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not has_tokenizer(directory):
+        raise InputError(f"{directory}: no tokenizer.json. Save the checkpoint's tokenizer beside its weights.")
+    try:
+        return AutoTokenizer.from_pretrained(directory, use_fast=True, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise InputError(f"{directory}: the tokenizer cannot be loaded ({error}). Fetch it again.") from None
+
+
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    """Returns the directory's fast tokenizer; a missing token `<image>` is added at the end of its vocabulary.
+    """Returns the fast tokenizer of a directory or a GGUF file. A missing token `<image>` is added as the last one.
 
     Raises:
         InputError: there is no tokenizer, or it gives no character offsets, or it has no end-of-sequence token.
     """
-    from transformers import AutoTokenizer
-
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise InputError(f"{directory}: no tokenizer.json. Save the checkpoint's tokenizer beside its weights.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True, local_files_only=True,
-                                                  trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise InputError(f"{directory}: the tokenizer cannot be loaded ({error}). Fetch it again.") from None
+    tokenizer = open_gguf(directory).tokenizer() if is_gguf(directory) else _from_directory(directory)
     if not tokenizer.is_fast:
         raise InputError(f"{directory}: the tokenizer has no fast (tokenizer.json) form, whose character offsets are "
                          "needed to find the answers. Convert it with transformers.")
@@ -38,7 +48,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
         raise InputError(f"{directory}: the tokenizer has no end-of-sequence token. Set its eos_token.")
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-    return tokenizer  # type: ignore[return-value]
+    return cast("PreTrainedTokenizerFast", tokenizer)
 
 
 def _check_sizes(raw: dict[str, Any], file: Path) -> None:

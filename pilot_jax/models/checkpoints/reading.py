@@ -20,6 +20,7 @@ from jaxtyping import PyTree
 
 from pilot_jax.errors import InputError
 from pilot_jax.files import without_duplicates
+from pilot_jax.models.checkpoints.gguf import GgufFile, is_gguf, open_gguf
 from pilot_jax.models.checkpoints.hf_config import read_vlm_config
 from pilot_jax.models.checkpoints.tensor_names import Piece, base_shapes, canonical_name, leaf_at, never_run, pieces
 from pilot_jax.models.spec import VlmSpec
@@ -100,8 +101,10 @@ class _TorchFile:
         return tensor.numpy()
 
 
-def open_tensors(file: Path) -> _SafetensorsFile | _TorchFile:
-    """Opens a `.bin` or a `.safetensors` file; of the latter, no tensor is read yet."""
+def open_tensors(file: Path) -> _SafetensorsFile | _TorchFile | GgufFile:
+    """Opens a `.bin`, `.gguf` or `.safetensors` file; of the last two, no tensor is read yet."""
+    if is_gguf(file):
+        return open_gguf(file)
     return _TorchFile(file) if file.suffix == ".bin" else _SafetensorsFile(file)
 
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from pilot_jax.files import write_safetensors
 from pilot_jax.models.checkpoints.tensor_names import leaf_at, pieces
 from pilot_jax.models.spec import VlmSpec
 
@@ -20,8 +21,6 @@ def save_base(directory: str | Path, config: VlmSpec, base: dict[str, PyTree], h
 
     `hf_config` is the content of `config.json`; its vision tower must have exactly the layers that run.
     """
-    from safetensors.numpy import save_file
-
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     written = (("vision_tower.", "vision_tower.vision_model."), ("language_model.", "language_model.model."),
@@ -38,6 +37,6 @@ def save_base(directory: str | Path, config: VlmSpec, base: dict[str, PyTree], h
     # transformers requires the tower's final norm, although LLaVA takes its features before it.
     width, prefix = config.vision.hidden_size, "vision_tower.vision_model.post_layernorm"
     tensors[f"{prefix}.weight"], tensors[f"{prefix}.bias"] = np.ones(width, dtype), np.zeros(width, dtype)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})
     text = json.dumps(hf_config | {"dtype": dtype}, indent=2, sort_keys=True)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
