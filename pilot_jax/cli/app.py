@@ -22,7 +22,7 @@ app = typer.Typer(name="pilot-jax", no_args_is_help=True, pretty_exceptions_enab
 COMMANDS: tuple[Callable[..., None], ...] = (
     run, comparisons.report, inspect.schema, inspect.roles, inspect.plan, models.evaluate, comparisons.compare,
     models.generate, models.export, inspect.verify, models.pretrain)
-DATA_COMMANDS: tuple[Callable[..., None], ...] = (data.digits, data.check)
+DATA_COMMANDS: tuple[Callable[..., None], ...] = (data.digits, data.emoji, data.check)
 
 
 def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
@@ -67,11 +67,19 @@ def main() -> None:
     except MemoryError:
         _fail("Failed: not enough memory. `pilot-jax plan CONFIG` says how much a run needs.", 1)
     except Exception as error:
+        _fail(f"Failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}. This is an error of pilot_jax. "
+              f"Please report it{_where_the_traceback_is()}.", 1)
+
+
+def _where_the_traceback_is() -> str:
+    """Writes the traceback of the error that is being handled to a file, and returns where; "" on a full disk."""
+    try:
         with tempfile.NamedTemporaryFile("w", prefix="pilot-jax-error-", suffix=".txt", delete=False,
                                          encoding="utf-8", errors="backslashreplace") as file:
             traceback.print_exc(file=file)
-        _fail(f"Failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}. This is an error of pilot_jax. "
-              f"Please report it, with the traceback in {file.name}.", 1)
+    except OSError:
+        return ""
+    return f", with the traceback in {file.name}"
 
 
 def _fail(message: str, code: int) -> None:

@@ -1,4 +1,4 @@
-"""The commands `data digits` and `data check`."""
+"""The commands `data digits`, `data emoji` and `data check`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,26 @@ def digits(out: Annotated[Path, typer.Argument(help="New folder for data.json an
     if scenario not in SCENARIOS:
         raise InputError(f"--scenario: {scenario!r}, expected one of {', '.join(SCENARIOS)}.")
     count = write_samples(scene_samples(scenario_clients(scenario, train, validation, test), seed), out)
+    typer.echo(f"{count} samples in {out / 'data.json'}, images in {out / 'images'}")
+
+
+def emoji(out: Annotated[Path, typer.Argument(help="New folder for data.json and the images.")],
+          tasks: Annotated[str, typer.Option(
+              help="Tasks of the clients: kind, colour, describe, yesno, name.")] = "kind,colour,describe,yesno",
+          styles: Annotated[str, typer.Option(
+              help="Drawing styles of the clients; each task in each style is a client.")] = "noto,twemoji,fluent",
+          train: Annotated[int, typer.Option(min=1, help="Number of training samples per client.")] = 48,
+          validation: Annotated[int, typer.Option(min=1, help="Number of validation samples per client.")] = 16,
+          test: Annotated[int, typer.Option(min=1, help="Number of test samples per client.")] = 48,
+          seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of pictures.")] = 0) -> None:
+    """Write the emoji pictures that ship, with questions about them, as a LLaVA data set."""
+    from pilot_jax.config import parse_config
+    from pilot_jax.data.llava.reading import write_samples
+    from pilot_jax.real.emoji_tasks import emoji_samples
+
+    own = {"tasks": tasks.split(","), "styles": styles.split(","), "train": train, "validation": validation,
+           "test": test, "seed": seed}
+    count = write_samples(emoji_samples(parse_config({"data": {"emoji": own}}, "data emoji").data.emoji), out)
     typer.echo(f"{count} samples in {out / 'data.json'}, images in {out / 'images'}")
 
 

@@ -27,13 +27,14 @@ from pilot_jax.config.schema import (
     SystemConfig,
     TrainConfig,
 )
-from pilot_jax.config.sections import DataConfig, DigitsConfig, LimitsConfig, Section
+from pilot_jax.config.sections import DataConfig, DigitsConfig, EmojiConfig, LimitsConfig, Section
 
 __all__ = [
     "STRATEGY_PARAMS",
     "Config",
     "DataConfig",
     "DigitsConfig",
+    "EmojiConfig",
     "EvalConfig",
     "FederationConfig",
     "LimitsConfig",

@@ -45,6 +45,36 @@ class DigitsConfig(Section):
         "and test images does not depend on it.")
 
 
+class EmojiConfig(Section):
+    """Emoji in three drawing styles, pictures that are part of the package; they are used with `data.path: emoji`.
+
+    Each task in each style is a client, named `{task}_{style}`."""
+
+    tasks: tuple[Literal["kind", "colour", "describe", "yesno", "name"], ...] = Field(
+        ("kind", "colour", "describe", "yesno"), min_length=1, description="Tasks of the clients. kind: which kind of "
+        "thing a picture shows, of 36. colour: which colour most of it has. describe: both, as \"a red fruit\". "
+        "yesno: whether it is of some kind or colour, half of the answers yes. name: what it is called, hard for "
+        "pictures of things that no training picture shows.")
+    styles: tuple[Literal["noto", "twemoji", "fluent"], ...] = Field(
+        ("noto", "twemoji", "fluent"), min_length=1, description="Drawing styles of the clients: Google's Noto, "
+        "Twemoji, and Microsoft's Fluent.")
+    train: int = Field(48, ge=1, le=100_000, description="Number of training samples of each client. Above some 170, a "
+                       "client has pictures more than once.")
+    validation: int = Field(16, ge=1, le=100_000, description="Number of validation samples of each client.")
+    test: int = Field(48, ge=1, le=100_000, description="Number of test samples of each client.")
+    seed: int = Field(
+        0, ge=0, le=2**31 - 1, description="Seed of the choice of pictures and questions. The split of the things that "
+        "they show into training, validation and test does not depend on it.")
+
+    @field_validator("tasks", "styles")
+    @classmethod
+    def _none_twice(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuses a task or style that is named twice, which would give two clients one name."""
+        if len(set(value)) < len(value):
+            raise ValueError("a value is in the list twice")
+        return value
+
+
 class LimitsConfig(Section):
     """Limits on data, which may come from anyone: input beyond a limit is refused before it can exhaust memory."""
 
@@ -64,7 +94,7 @@ class DataConfig(Section):
 
     path: str = Field("digits", description="Path of LLaVA-format data: a .json, .jsonl or .parquet file, a folder of "
                       "such files or of one folder per task, or a Hugging Face `datasets` folder. `digits` means the "
-                      "generated digit scenes of `data.digits`.")
+                      "generated digit scenes of `data.digits`, `emoji` the pictures of `data.emoji`.")
     image_root: str | None = Field(None, description="Folder from which the samples' `image` paths start. null: the "
                                    "folder `images` beside the data if it exists, else the folder of the data.")
     file_names: Literal["task", "client"] = Field(
@@ -90,3 +120,4 @@ class DataConfig(Section):
         "tokens or all of its answers.")
     limits: LimitsConfig = LimitsConfig()
     digits: DigitsConfig = DigitsConfig()
+    emoji: EmojiConfig = EmojiConfig()

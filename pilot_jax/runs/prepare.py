@@ -29,7 +29,6 @@ from pilot_jax.data.conversations import stop_tokens
 from pilot_jax.data.features import compute_features
 from pilot_jax.data.llava.reading import read_samples
 from pilot_jax.data.llava.sample import Sample
-from pilot_jax.embedded.scenarios import SCENARIOS, scenario_clients, scene_samples
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.answers import make_decoder
 from pilot_jax.evaluation.metrics import check_metrics
@@ -45,6 +44,7 @@ from pilot_jax.models.spec import VlmSpec
 from pilot_jax.parallel.devices import ask_for_determinism, split_cpu, use_compilation_cache
 from pilot_jax.parallel.mesh import AXES, base_placement, mesh_of, on_training_devices
 from pilot_jax.parallel.processes import to_host
+from pilot_jax.runs.generated import GENERATED
 from pilot_jax.runs.tensorboard import check_installed
 from pilot_jax.storage import Store
 
@@ -108,10 +108,8 @@ def prepare_restored(config: Config) -> Setup:
 def load_samples(config: Config) -> list[Sample]:
     """Returns the samples of `data.path`, each assigned to a client."""
     data = config.data
-    if data.path == "digits":
-        d = data.digits
-        samples = list(scene_samples(scenario_clients(d.scenario, d.train, d.validation, d.test, d.heterogeneity,
-                                                      d.clients_per_task), d.seed))
+    if data.path in GENERATED:
+        samples = list(GENERATED[data.path].samples(data))
     else:
         samples = read_samples(data.path, data.image_root, data.file_names, data.limits)
     return partition(samples, data.partition, config.federation.clients, data.dirichlet_alpha, config.system.seed)
@@ -265,15 +263,16 @@ def outline(config: Config) -> Outline:
 def count_tasks(config: Config) -> int:
     """Returns the number of tasks in the data; images are not read."""
     data = config.data
-    if data.path == "digits":
-        return len(SCENARIOS[data.digits.scenario][0])
+    if data.path in GENERATED:
+        return GENERATED[data.path].num_tasks(data)
     return len({s.task for s in read_samples(data.path, data.image_root, data.file_names, data.limits)})
 
 
 def seeded(config: Config, seed: int) -> Config:
-    """Returns the config with `seed` added to its seeds (initialisation, cohorts, batches; and the digit scenes)."""
+    """Returns the config with `seed` added to its seeds (initialisation, cohorts, batches; and generated data)."""
     return apply_overrides(config, [f"system.seed={config.system.seed + seed}",
-                                    f"data.digits.seed={config.data.digits.seed + seed}"])
+                                    f"data.digits.seed={config.data.digits.seed + seed}",
+                                    f"data.emoji.seed={config.data.emoji.seed + seed}"])
 
 
 def rate_changes(config: Config, factor: float) -> list[str]:

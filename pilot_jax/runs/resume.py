@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +104,15 @@ class Snapshots(SnapshotFolder):
                 "seconds": partial.timings.seconds}}
         server: dict[str, Any] = {"state": {kind: np.concatenate(parts) for kind, parts in values.items()}}
         clients: dict[str, Any] = {}
-        for name, members in (("changed", [state.population[c].adapters for c in changed]),
-                              ("partial", [partial.adapters[c] for c in unfinished] if partial is not None else [])):
+        for name, members in (("changed", {c: state.population[c].adapters for c in changed}),
+                              ("partial", {c: partial.adapters[c] for c in unfinished} if partial is not None else {})):
             if members:
-                server[name] = self._stacked([self._roles.select(m, "shared") for m in members])
-                # The received subtrees are the same for all clients of a phase, so they are written once.
-                clients[name] = {"local": self._stacked([self._roles.select(m, "local") for m in members]),
-                                 "received": self._roles.select(members[0], "received")}
+                trees = list(members.values())
+                server[name] = self._stacked([self._roles.select(m, "shared") for m in trees])
+                # Clients of the same version of the server have the same received subtrees, so these are written once.
+                received = {_version(state.fetched, c): self._roles.select(m, "received") for c, m in members.items()}
+                clients[name] = {"local": self._stacked([self._roles.select(m, "local") for m in trees]),
+                                 "received": received}
         return manifest, server, clients
 
     def _stacked(self, members: list[dict[str, Any]]) -> dict[str, Any]:
@@ -208,7 +210,8 @@ class Snapshots(SnapshotFolder):
         population = self._population(number, manifest, (server, clients), initial, store)
         partial = manifest["partial"]
         if partial is not None:
-            members = {c: _row((server, clients), "partial", k) for k, c in enumerate(partial["clients"])}
+            members = {c: _row((server, clients), "partial", k, _version(manifest["fetched"], c))
+                       for k, c in enumerate(partial["clients"])}
             records = dict(zip(partial["clients"], partial["records"], strict=True))
             partial = Trained(members, records, Timings(partial["seconds"]))
         counters: dict[str, Any] = {n: tuple(v) if isinstance(v := manifest[n], list) else v for n in COUNTERS}
@@ -228,7 +231,7 @@ class Snapshots(SnapshotFolder):
             its = arrays if needed == number else (read_arrays(folder / "server"), read_arrays(folder / "clients"))
             for client, (at, place) in where.items():
                 if at == needed:
-                    adapters = _row(its, "changed", place)
+                    adapters = _row(its, "changed", place, _version(manifest["fetched"], client))
                     if fault := misfit(adapters, initial.population[client].adapters):
                         raise InputError(f"{folder}: the snapshot of {self._names[client]} {fault}. Was the run of "
                                          "another strategy, or has its class changed? Nothing was removed.")
@@ -236,10 +239,16 @@ class Snapshots(SnapshotFolder):
                         adapters, entries[client]["stage"], entries[client]["rounds"]))
         return tuple(population)
 
-def _row(snapshot: tuple[dict, dict], kind: str, index: int) -> dict[str, Any]:
+
+def _version(fetched: Sequence[int], client: int) -> str:
+    """Returns the version of the server that a client has, as a key; see `State.fetched`."""
+    return str(fetched[client] if fetched else 0)
+
+
+def _row(snapshot: tuple[dict, dict], kind: str, index: int, version: str) -> dict[str, Any]:
     """Returns a copy of one client's adapters from a snapshot's arrays (server, clients).
 
     Orbax leaves empty dicts out, such as the shared subtrees of the strategy `local`, so they may be missing."""
     shared, clients = (part.get(kind, {}) for part in snapshot)
     own = row({**shared, **clients.get("local", {})}, index)
-    return {**jax.tree.map(np.array, own), **clients.get("received", {})}
+    return {**jax.tree.map(np.array, own), **clients.get("received", {}).get(version, {})}

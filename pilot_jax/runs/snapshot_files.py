@@ -12,7 +12,7 @@ from pilot_jax import __version__
 from pilot_jax.errors import InputError
 from pilot_jax.files import file_sha256, read_signed, signed
 
-FORMAT = 3  # of a snapshot; snapshots of another format are refused
+FORMAT = 4  # of a snapshot; snapshots of another format are refused
 
 
 class Damaged(Exception):
