@@ -21,7 +21,7 @@ app = typer.Typer(name="pilot-jax", no_args_is_help=True, pretty_exceptions_enab
                   help="Federated multimodal instruction tuning in JAX: Pilot, its baselines and its ablations.")
 COMMANDS: tuple[Callable[..., None], ...] = (
     run, comparisons.report, inspect.schema, inspect.roles, inspect.plan, models.evaluate, comparisons.compare,
-    models.generate, models.export, inspect.verify, models.pretrain)
+    models.generate, models.export, inspect.verify, models.base, models.pretrain)
 DATA_COMMANDS: tuple[Callable[..., None], ...] = (data.digits, data.emoji, data.check)
 
 

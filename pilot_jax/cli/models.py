@@ -1,4 +1,4 @@
-"""The commands `evaluate`, `generate`, `export` and `pretrain`."""
+"""The commands `evaluate`, `generate`, `export`, `base` and `pretrain`."""
 
 from __future__ import annotations
 
@@ -76,6 +76,18 @@ def export(run_dir: RunPath, client: Annotated[str, typer.Option(help="Client wh
 
     export_client(restore(run_dir, strategy=strategy), client, out)
     typer.echo(f"Adapters of {client}: {out}")
+
+
+def base(name: Annotated[str, typer.Argument(help="Name of the base model: smollm2-dinov2.")],
+         out: Annotated[Path, typer.Argument(help="New folder for the base model, in Hugging Face's LLaVA layout.")],
+         side: Annotated[int, typer.Option(
+             min=14, help="Height and width of images in pixels, a multiple of 14. An image takes (side / 14)² "
+                          "tokens.")] = 56) -> None:
+    """Make a base model of a real language model and vision tower, downloaded with pip. Its projector is untrained."""
+    from pilot_jax.real.base import build
+
+    build(name, out, side, typer.echo)
+    typer.echo(f"Base model: {out}")
 
 
 def pretrain(config: ConfigPath,

@@ -53,6 +53,8 @@ WHERE = [
     (r"pilot-jax (evaluate|generate|roles)", "test_cli.py"),
     (r"pilot-jax report", "test_report.py, and notebooks/04"),
     (r"pilot-jax compare", "test_compare.py; these would take hours"),
+    (r"pilot-jax base", "test_base.py, downloads included, in make test-long"),
+    (r"python -m pilot_jax.real.emoji_(tasks|build)", "test_emoji.py"),
     (r"pilot-jax pretrain", "test_cli.py; this one would take twelve minutes"),
     (r"pilot-jax run configs/scale_1024.yaml", "test_storage.py; this one would take minutes"),
     (r"pilot-jax run configs/scenario_a.yaml", "test_privacy.py; this one would take minutes"),

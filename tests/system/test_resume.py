@@ -69,8 +69,8 @@ def test_determinism_is_asked_for_in_time(monkeypatch):
     from pilot_jax.parallel import devices
 
     asked = small_config(system={"deterministic": True}).system
+    assert jax.devices() and devices.has_started()  # so that JAX does not read the flags that follow
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
-    assert jax.devices() and devices.has_started()
     monkeypatch.setattr(devices, "has_started", lambda: False)
     devices.ask_for_determinism(small_config().system)
     assert os.environ["XLA_FLAGS"] == "--xla_a=1"

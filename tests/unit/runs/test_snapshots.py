@@ -100,6 +100,16 @@ def ends_as(undisturbed, config, folder):
     same_run(undisturbed[0], folder)
 
 
+@pytest.mark.parametrize("death", [(simulate, "save_population"), ("chunk", 9)])
+def test_subtrees_that_clients_receive_at_different_times(tmp_path, death):
+    """SCAFFOLD's clients receive the server's control when they take part. Those of one snapshot may have trained in
+    different rounds, so that their controls differ."""
+    config = toy_config(strategy={"name": "scaffold"})
+    plain = simulate.simulate(config, out=tmp_path / "plain")
+    assert run_until(death, config, tmp_path / "run")
+    ends_as((tmp_path / "plain", plain), config, tmp_path / "run")
+
+
 @pytest.mark.parametrize("system", [{}, {"save_every": "round"}, {"store": "store"}])
 def test_goes_on_wherever_it_died(undisturbed, tmp_path, system):
     """The run is killed in training, between phases, while a snapshot is written, while old snapshots are removed, and
