@@ -84,6 +84,7 @@ def test_features_of_any_size(parts, side):
     np.testing.assert_allclose(model.features(pixels), theirs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16(parts):
     """The features' mean error in bfloat16 is at most 1.5 times torch's."""
     pixels = np.random.default_rng(1).normal(size=(2, 3, 24, 24)).astype(np.float32)
