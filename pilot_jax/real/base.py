@@ -34,7 +34,7 @@ class BaseModel:
     feature_layer: int  # LLaVA's vision_feature_layer
     question: str
     answer: str  # a part of the language model's answer to `question`
-    feature_sizes: dict[int, float]  # mean absolute feature of `test_picture(side)`, by side
+    feature_sizes: dict[int, float]  # mean absolute feature of `waves(side)`, by side
     card: str
 
 
@@ -139,7 +139,7 @@ def initial_projector(d_in: int, d_out: int, seed: int = 0) -> dict[str, np.ndar
     return out
 
 
-def test_picture(side: int) -> np.ndarray:
+def waves(side: int) -> np.ndarray:
     """Returns a picture, float32 [1, 3, side, side], that is the same at every size: waves of three directions."""
     y, x = np.mgrid[:side, :side] / side
     return np.stack([np.sin(9 * x), np.cos(7 * y), np.sin(5 * (x + y))]).astype(np.float32)[None]
@@ -160,7 +160,7 @@ def check(base: BaseModel, model: PretrainedModel) -> None:
         raise InputError(f"the converted language model answers {text!r} to {base.question!r}, expected "
                          f"{base.answer!r} in it. Report this.")
     side = model.config.vision.image_size
-    size = float(np.abs(np.asarray(model.features(test_picture(side)))).mean())
+    size = float(np.abs(np.asarray(model.features(waves(side)))).mean())
     if abs(size / base.feature_sizes.get(side, size) - 1) > 1e-3:
         raise InputError(f"the converted vision tower's mean feature is {size:.5f}, expected "
                          f"{base.feature_sizes[side]:.5f}. Report this.")

@@ -41,24 +41,24 @@ def noun_phrase(kind: str, colour: str = "") -> str:
 # -- tasks: each says which pictures it can ask about, and asks about a list of them -----------------------------------
 
 
-def _kind(chosen: Sequence[Picture], _: np.random.Generator) -> list[Question]:
+def _kind(chosen: Sequence[Picture]) -> list[Question]:
     return [("Which kind of thing is this?", one.concept.kinds) for one in chosen]
 
 
-def _colour(chosen: Sequence[Picture], _: np.random.Generator) -> list[Question]:
+def _colour(chosen: Sequence[Picture]) -> list[Question]:
     return [("Which colour is most of it?", one.colours) for one in chosen]
 
 
-def _name(chosen: Sequence[Picture], _: np.random.Generator) -> list[Question]:
+def _name(chosen: Sequence[Picture]) -> list[Question]:
     return [("What is this?", (one.concept.name, *one.concept.names)) for one in chosen]
 
 
-def _describe(chosen: Sequence[Picture], _: np.random.Generator) -> list[Question]:
+def _describe(chosen: Sequence[Picture]) -> list[Question]:
     return [("Describe it in a few words.", tuple(
         noun_phrase(kind, colour) for kind in one.concept.kinds for colour in one.colours)) for one in chosen]
 
 
-def _yesno(chosen: Sequence[Picture], _: np.random.Generator) -> list[Question]:
+def _yesno(chosen: Sequence[Picture]) -> list[Question]:
     """Asks about kinds and colours in turn; half of the questions of each are answered by yes."""
     kinds = _asked([one.concept.kinds for one in chosen[::2]], KINDS)
     colours = _asked([one.colours for one in chosen[1::2]], COLOURS)
@@ -92,7 +92,7 @@ def _asked(right: Sequence[tuple[str, ...]], names: tuple[str, ...]) -> dict[int
     return out
 
 
-TASKS: dict[str, Callable[[Sequence[Picture], np.random.Generator], list[Question]]] = {
+TASKS: dict[str, Callable[[Sequence[Picture]], list[Question]]] = {
     "kind": _kind, "colour": _colour, "describe": _describe, "yesno": _yesno, "name": _name}
 
 
@@ -119,7 +119,7 @@ def client_samples(task: str, style: str, split: str, count: int, seed: int) -> 
     rng = np.random.default_rng([seed, *f"{client}/{split}".encode()])
     chosen = [picture(concept, style) for concept in _drawn(rng, _askable(task, split, style), count)]
     samples = []
-    for number, (one, (question, right)) in enumerate(zip(chosen, TASKS[task](chosen, rng), strict=True)):
+    for number, (one, (question, right)) in enumerate(zip(chosen, TASKS[task](chosen), strict=True)):
         samples.append(Sample(
             id=f"{client}-{split}-{number:05d}", image=one.image,
             turns=(("human", f"<image>\n{question}"), ("gpt", right[0])), task=task, client=client, split=split,
