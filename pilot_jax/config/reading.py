@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,8 +15,12 @@ from pydantic import BaseModel, ValidationError
 from pilot_jax.config.schema import STRATEGY_PARAMS, Config, StrategyParams, strategies
 from pilot_jax.errors import InputError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 MOST_BYTES = 1_000_000  # largest size of a config file
 _Model = TypeVar("_Model", bound=BaseModel)
+_Settings = TypeVar("_Settings", bound="DataclassInstance")
 
 
 def known_keys(model: type[BaseModel] | None = None, prefix: str = "") -> dict[str, str]:
@@ -219,3 +224,27 @@ def _overridden(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         if key == "strategy.name" and ":" in value:  # the user named the module, not a file: it may be imported
             strategies().use(value)
     return raw
+
+
+def read_settings(path: str | Path, settings: type[_Settings]) -> _Settings:
+    """Reads a dataclass of positive numbers and texts, all with defaults, from a YAML file that maps fields to values.
+
+    Raises:
+        InputError: the file cannot be read, or has an unknown key, or a value that is not a positive number or a text.
+    """
+    raw = read_yaml(path)
+    known = {f.name: type(f.default) for f in dataclasses.fields(settings)}
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected a mapping with the keys {', '.join(known)}.")
+    for key, value in raw.items():
+        if key not in known:
+            raise InputError(f"{path}: {key}: unknown key. Known: {', '.join(known)}.")
+        if known[key] is str:
+            if not isinstance(value, str):
+                raise InputError(f"{path}: {key}: expected a text, got {value!r}.")
+            continue
+        numbers = (int,) if known[key] is int else (int, float)
+        is_number = isinstance(value, numbers) and not isinstance(value, bool)
+        if not is_number or not (0 < value < float("inf") or (value == 0 and key == "seed")):
+            raise InputError(f"{path}: {key}: expected a positive {known[key].__name__}, got {value!r}.")
+    return settings(**raw)

@@ -103,8 +103,9 @@ class DataConfig(Section):
         "in folders per task are always named after clients.")
     template: str = Field(
         "vicuna_v1", description="Conversation template by which turns become text: vicuna_v1 (Vicuna v1.1, as in "
-        "LLaVA-1.5 and the paper), vicuna_short (without its system sentence), llama2, chatml, plain (no roles), or "
-        "tokenizer (the chat template of the checkpoint's tokenizer).")
+        "LLaVA-1.5 and the paper), vicuna_short (without its system sentence), llama2, chatml, chatml_short "
+        "(without its system message), plain (no roles), or tokenizer (the chat template of the checkpoint's "
+        "tokenizer).")
     image_fit: Literal["processor", "pad"] = Field(
         "processor", description="Treatment of images that are not square. processor: what the checkpoint's image "
         "processor does. pad: images are first padded to a square with the processor's mean colour, as in LLaVA-1.5.")

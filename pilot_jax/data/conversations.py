@@ -46,6 +46,9 @@ TEMPLATES = {
     "chatml": Template("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "{}",
                        system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", end="<|im_end|>",
                        between="\n"),
+    # The same turns without the system message, so that prompts for small models are short.
+    "chatml_short": Template("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "{}", end="<|im_end|>",
+                             between="\n"),
     # Image, text and end token without roles, as in the pretraining of LLaVA's projectors.
     "plain": Template("{}", "{}"),
 }

