@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: quickstart report test test-slow test-all test-long fuzz bench lint notebooks docs clean
+.PHONY: quickstart real report test test-slow test-all test-long fuzz bench lint notebooks docs clean
 
 # uv installs in a quarter of pip's time. It does not read pip's settings, of which these two are passed on.
 ifdef PIP_FIND_LINKS
@@ -26,6 +26,15 @@ $(VENV)/.test: pyproject.toml $(VENV)/.run
 
 quickstart: $(VENV)/.run  ## 9 clients, 3 tasks, 3 rounds of Pilot on the digit scenes
 	$(VENV)/bin/pilot-jax run configs/quickstart.yaml
+
+build/smollm2-dinov2: $(VENV)/.run
+	$(INSTALL) -e ".[real]"
+	$(VENV)/bin/pilot-jax base smollm2-dinov2 $@
+
+real: build/smollm2-dinov2  ## 12 clients on emoji and a real base (183 MB of downloads), and a page of the run
+	$(INSTALL) -e ".[plots]"
+	$(VENV)/bin/pilot-jax run configs/real.yaml
+	$(VENV)/bin/pilot-jax report "$$(ls -dt runs/*/ | head -1)"
 
 report: $(VENV)/.run  ## a page of the newest run
 	$(INSTALL) -e ".[plots]"

@@ -22,7 +22,7 @@ app = typer.Typer(name="pilot-jax", no_args_is_help=True, pretty_exceptions_enab
 COMMANDS: tuple[Callable[..., None], ...] = (
     run, comparisons.report, inspect.schema, inspect.roles, inspect.plan, models.evaluate, comparisons.compare,
     models.generate, models.export, inspect.verify, models.base, models.pretrain)
-DATA_COMMANDS: tuple[Callable[..., None], ...] = (data.digits, data.emoji, data.check)
+DATA_COMMANDS: tuple[Callable[..., None], ...] = (data.digits, data.emoji, data.stamps, data.check)
 
 
 def _interruptible(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""The commands `data digits`, `data emoji` and `data check`."""
+"""The commands `data digits`, `data emoji`, `data stamps` and `data check`."""
 
 from __future__ import annotations
 
@@ -46,6 +46,20 @@ def emoji(out: Annotated[Path, typer.Argument(help="New folder for data.json and
            "test": test, "seed": seed}
     count = write_samples(emoji_samples(parse_config({"data": {"emoji": own}}, "data emoji").data.emoji), out)
     typer.echo(f"{count} samples in {out / 'data.json'}, images in {out / 'images'}")
+
+
+def stamps(folder: Annotated[Path, typer.Argument(
+               help="Folder of Tux Paint's stamps; Debian's package tuxpaint-stamps-default installs "
+                    "/usr/share/tuxpaint/stamps.")],
+           out: Annotated[Path, typer.Argument(help="New folder for data.json and the images.")],
+           side: Annotated[int, typer.Option(min=16, max=1024, help="Height and width of the images in pixels.")] = 112,
+           ) -> None:
+    """Write Tux Paint's stamps, pictures with sentences in six languages, as a LLaVA data set. They are under GPL-2."""
+    from pilot_jax.data.llava.reading import write_samples
+    from pilot_jax.real.stamps import stamp_samples
+
+    count = write_samples(stamp_samples(folder, side), out)
+    typer.echo(f"{count} samples in {out / 'data.json'}, images in {out / 'images'}. The stamps are under the GPL-2.")
 
 
 def check(path: Annotated[Path, typer.Argument(help="Data file or folder of data files.")],

@@ -11,7 +11,7 @@ from bad_inputs import CASES, RESULTS, file, results
 from conftest import QUICK, llava_entry
 from transformers import AutoTokenizer
 
-ALL = [pytest.param(one, id=f"{one.kind}: {one.name}"[:120], marks=[] if number % 30 == 0 else
+ALL = [pytest.param(one, id=f"{one.kind}: {one.name}"[:120], marks=[] if number % 60 == 0 else
                     pytest.mark.slow if number % 10 == 0 else pytest.mark.long) for number, one in enumerate(CASES)]
 
 

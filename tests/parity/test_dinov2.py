@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_TOKEN, write_llava, write_tokenizer
+from conftest import IMAGE_TOKEN, slow_except, write_llava, write_tokenizer
 from safetensors.torch import save_file
 from transformers import AutoConfig, BitImageProcessorPil, Dinov2Model
 
@@ -71,7 +71,7 @@ def test_rows_are_resized_as_torch_does(source, target):
     np.testing.assert_allclose(np.einsum("ai,bj,...ij->...ab", matrix, matrix, values), theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("side", [40, 24, 52])
+@pytest.mark.parametrize("side", slow_except([24, 52], [40, 24, 52]))
 def test_features_of_any_size(parts, side):
     """A processor may give larger or smaller images than the tower was trained on. Pixels that fill no patch (52 is
     6·8 + 4) are left out. Layers 0 to 3 are the embeddings and the three layers."""
@@ -98,7 +98,7 @@ def test_bfloat16(parts):
     assert 0 < np.abs(ours - exact).mean() <= 1.5 * np.abs(theirs - exact).mean()
 
 
-@pytest.mark.parametrize(("select", "tokens"), [("default", 9), ("full", 10)])
+@pytest.mark.parametrize(("select", "tokens"), slow_except([("full", 10)], [("default", 9), ("full", 10)]))
 def test_whole_models(tmp_path, select, tokens):
     """A LLaVA directory with a DINOv2 tower gives transformers' logits, with the CLS token dropped or kept.
 

@@ -34,7 +34,7 @@ def load(tmp_path):
     return lambda file: pilot_jax.load_from_parts(tmp_path / "tower", file, tmp_path / "projector.safetensors")
 
 
-@pytest.mark.parametrize(("arch", "kind", "tied"), slow_except([("llama", "Q4_1", True), ("qwen2", "Q8_0", True)], [
+@pytest.mark.parametrize(("arch", "kind", "tied"), slow_except([("llama", "Q4_1", True)], [
     ("llama", "Q4_1", True), ("llama", "Q8_0", False), ("llama", "F16", False), ("llama", "BF16", True),
     ("qwen2", "Q8_0", True), ("qwen2", "Q4_0", False), ("llama", "F32", False)]))
 def test_logits_equal_those_of_transformers(tmp_path, load, arch, kind, tied):

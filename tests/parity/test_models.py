@@ -155,6 +155,7 @@ def test_padded_prompts_generate_what_each_alone_does(tiny):
     np.testing.assert_array_equal(both[1], alone[0])
 
 
+@pytest.mark.slow
 def test_lora_against_peft(tiny):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM

@@ -239,6 +239,7 @@ def test_schema_knows_the_configs(call):
         assert list(validator.iter_errors(wrong)), wrong
 
 
+@pytest.mark.slow
 def test_keys_can_be_completed():
     completion = {"_PILOT_JAX_COMPLETE": "complete_bash", "COMP_WORDS": "pilot-jax run x.yaml --set train.lr",
                   "COMP_CWORD": "4"}

@@ -14,7 +14,7 @@ NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))
 
 
 def test_they_are_all_here():
-    assert [name[:3] for name in NAMES] == ["01_", "02_", "03_", "04_"]
+    assert [name[:3] for name in NAMES] == ["01_", "02_", "03_", "04_", "05_"]
 
 
 @pytest.mark.parametrize("name", NAMES)

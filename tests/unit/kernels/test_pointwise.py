@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import IMAGE_TOKEN, write_llava
+from conftest import IMAGE_TOKEN, slow_except, write_llava
 
 import pilot_jax
 from pilot_jax.kernels.low_rank import merged
@@ -31,7 +31,7 @@ def value_and_gradients(function, arguments, cotangent, clients):
     return (run if clients is None else jax.vmap(run))(arguments, cotangent)
 
 
-@pytest.mark.parametrize("clients", [None, 3])
+@pytest.mark.parametrize("clients", slow_except([3], [None, 3]))
 @pytest.mark.parametrize("function", PLAIN, ids=lambda f: f.__name__)
 def test_rule_equals_autodiff_in_float64(function, clients):
     rng = np.random.default_rng(0)

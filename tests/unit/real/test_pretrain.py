@@ -106,6 +106,7 @@ def test_settings_that_cannot_be_used(known, call, tmp_path, change, message):
     assert re.search(message, err), err
 
 
+@pytest.mark.slow
 def test_lessons_in_one_row_do_not_see_each_other(known, tmp_path):
     """The logits of each lesson in a row equal those of the lesson by itself, directly behind the image."""
     bases.build("tiny", tmp_path / "out", 42, lambda text: None)

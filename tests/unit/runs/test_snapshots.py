@@ -100,7 +100,8 @@ def ends_as(undisturbed, config, folder):
     same_run(undisturbed[0], folder)
 
 
-@pytest.mark.parametrize("death", [(simulate, "save_population"), ("chunk", 9)])
+@pytest.mark.parametrize("death", [
+    pytest.param((simulate, "save_population"), marks=pytest.mark.slow), pytest.param(("chunk", 9))])
 def test_subtrees_that_clients_receive_at_different_times(tmp_path, death):
     """SCAFFOLD's clients receive the server's control when they take part. Those of one snapshot may have trained in
     different rounds, so that their controls differ."""
@@ -110,7 +111,7 @@ def test_subtrees_that_clients_receive_at_different_times(tmp_path, death):
     ends_as((tmp_path / "plain", plain), config, tmp_path / "run")
 
 
-@pytest.mark.parametrize("system", [{}, {"save_every": "round"}, {"store": "store"}])
+@pytest.mark.parametrize("system", slow_except([{}], [{}, {"save_every": "round"}, {"store": "store"}]))
 def test_goes_on_wherever_it_died(undisturbed, tmp_path, system):
     """The run is killed in training, between phases, while a snapshot is written, while old snapshots are removed, and
     while results are written. Its adapters, metrics and mixing files equal those of the undisturbed run."""
@@ -148,7 +149,8 @@ def test_every_kind_of_state_is_saved(tmp_path, name):
     same_run(tmp_path / "plain", tmp_path / "run")
 
 
-@pytest.mark.parametrize(("number", "phases"), [(signal.SIGINT, 0), (signal.SIGTERM, 1)])
+@pytest.mark.parametrize(("number", "phases"), slow_except([(signal.SIGTERM, 1)], [
+    (signal.SIGINT, 0), (signal.SIGTERM, 1)]))
 def test_a_signal_saves_the_clients_that_have_trained(request, tmp_path, number, phases):
     """The signal arrives in the middle of a phase. The current chunk is finished, and its clients are not trained
     again after the run is resumed."""
@@ -228,7 +230,7 @@ def needed(folder, number):
         json.loads((resumes(folder) / f"{number:06d}" / "manifest.json").read_text()), number)
 
 
-@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize("keep", slow_except([2], [1, 2, 3]))
 def test_the_snapshots_that_are_kept_stand_alone(tmp_path, keep):
     """No two of the newest snapshots share a file, also after a resume; each alone leads to the undisturbed result."""
     config = toy_config(system={"keep_saved": keep}, federation={"rounds": 8, "clients_per_round": 1})
