@@ -134,8 +134,7 @@ def convert(base: BaseModel, gguf: Path, onnx: Path, folder: Path, side: int, tr
     tensors |= initial_projector(vision["hidden_size"], text["hidden_size"])
     if trained is not None:
         tensors = merge_trained(tensors, trained)
-    write_safetensors(folder / "model.safetensors", {k: np.ascontiguousarray(v.astype(np.float16))
-                                                     for k, v in tensors.items()}, {"format": "pt"})
+    write_safetensors(folder / "model.safetensors", {k: _half(k, v) for k, v in tensors.items()}, {"format": "pt"})
     _write_json(folder / "config.json", {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": token,
         "vision_feature_layer": base.feature_layer, "vision_feature_select_strategy": "default",
@@ -150,6 +149,17 @@ def convert(base: BaseModel, gguf: Path, onnx: Path, folder: Path, side: int, tr
     (folder / "README.md").write_text(base.card.format(
         side=side, tokens=(side // vision["patch_size"]) ** 2, padding=rows - len(tokenizer),
         projector=base.projector if trained else "random: it has not been trained yet"), encoding="utf-8")
+
+
+def _half(name: str, value: np.ndarray) -> np.ndarray:
+    """Returns a tensor in float16.
+
+    Raises:
+        InputError: it has values that float16 has not.
+    """
+    if not np.abs(value).max(initial=0.0) <= np.finfo(np.float16).max:  # also if it is NaN
+        raise InputError(f"{name}: has values that float16 cannot hold. Report this.")
+    return np.ascontiguousarray(value.astype(np.float16))
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

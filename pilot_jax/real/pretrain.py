@@ -1,7 +1,9 @@
-"""Trains the projector of a real base in LLaVA's two stages, on emoji of the pool *base* only.
+"""Trains the projector of a real base in LLaVA's two stages and a third, on emoji of the pool *base* only.
 
 First the projector alone learns to name and describe pictures, while tower and language model are frozen. Then the
-projector and a LoRA of the language model learn from questions in many wordings (`lessons.py`). The LoRA is merged.
+projector and a LoRA of the language model learn from questions in many wordings (`lessons.py`). In the third stage,
+questions that compare are more frequent, and each step also repeats answers of the untrained language model to plain
+questions. The LoRA is merged.
 
 Several lessons about one picture share its image tokens: they are written one after another, each with the positions
 that it would have directly behind the image, and none sees another. That is exactly what separate samples compute, at
@@ -22,7 +24,7 @@ import numpy as np
 import optax
 from PIL import Image
 
-from pilot_jax.data.conversations import encode
+from pilot_jax.data.conversations import TOKENIZER, encode, stop_tokens
 from pilot_jax.data.images import pixel_values
 from pilot_jax.errors import InputError
 from pilot_jax.files import new_folder
@@ -31,7 +33,7 @@ from pilot_jax.models.pretrained import PretrainedModel, load
 from pilot_jax.models.vlm import Vlm, variables
 from pilot_jax.real.base import convert, fetched_parts, known_base
 from pilot_jax.real.emoji import Picture, pictures, pool
-from pilot_jax.real.lessons import TEMPLATE, Lesson, lessons
+from pilot_jax.real.lessons import PLAIN, STAGES, TEMPLATE, Lesson, lessons
 from pilot_jax.real.scores import perplexity, report
 from pilot_jax.real.trained import write_trained
 
@@ -48,10 +50,11 @@ class RealPretrainConfig:
     side: int = 56  # height and width of images in pixels
     projector_steps: int = 250
     instruction_steps: int = 900
+    review_steps: int = 300
     pictures: int = 4  # pictures in a step
     tokens: int = 120  # L, the tokens of a picture with its lessons
     projector_lr: float = 2e-3  # peak learning rate of the first stage
-    lr: float = 5e-4  # of the second, for projector and LoRA
+    lr: float = 5e-4  # of the others, for projector and LoRA
     rank: int = 8  # of the LoRA
     alpha: float = 16.0
     seed: int = 0
@@ -76,7 +79,7 @@ class Packer:
 
     model: PretrainedModel
     length: int  # L
-    targets: int = 32  # A, most supervised tokens of a row
+    targets: int = 48  # A, most supervised tokens of a row
 
     def __post_init__(self) -> None:
         self.tokenizer = self.model.tokenizer()
@@ -117,10 +120,28 @@ class Packer:
             positions[where] = start + np.arange(len(tokens))
             rows += (end + np.flatnonzero(supervised)).tolist()
             end = where.stop
+        return self._with_targets(ids, positions, segment, rows)
+
+    def _with_targets(self, ids: np.ndarray, positions: np.ndarray, segment: np.ndarray, rows: list[int]) -> Batch:
+        """Returns the row, given the places of its supervised tokens."""
         target, weight = np.zeros(self.targets, np.int32), np.zeros(self.targets, np.float32)
         target[:len(rows)], weight[:len(rows)] = rows, 1
         return {"input_ids": ids, "positions": positions, "segment": segment, "weight": weight,
                 "target_positions": np.maximum(target - 1, 0), "targets": ids[target]}
+
+    def plain_row(self, some: Iterator[tuple[np.ndarray, np.ndarray]]) -> Batch:
+        """Returns a row of as many conversations without a picture as find room, given as prompt and answer tokens."""
+        ids, positions = np.zeros(self.length, np.int32), np.zeros(self.length, np.int32)
+        segment, rows, end = np.full(self.length, -1, np.int32), list[int](), 0
+        for number, (prompt, answer) in enumerate(some, 1):
+            count = len(prompt) + len(answer)
+            if end + count > self.length or len(rows) + len(answer) > self.targets:
+                break
+            where = slice(end, end + count)
+            ids[where], positions[where], segment[where] = [*prompt, *answer], np.arange(count), number
+            rows += range(end + len(prompt), end + count)
+            end += count
+        return self._with_targets(ids, positions, segment, rows)
 
 
 def visible(segment: jax.Array) -> jax.Array:
@@ -137,19 +158,45 @@ def packed_logits(module: Vlm, batch: dict[str, jax.Array], features: jax.Array)
     return module.decoder.logits(hidden)
 
 
+def plain_answers(model: PretrainedModel, most: int = 20) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns the model's greedy answers to plain questions: the tokens of each prompt and of its answer.
+
+    Every question is asked in the template of training and in the tokenizer's own.
+    """
+    tokenizer, out = model.tokenizer(), list[tuple[np.ndarray, np.ndarray]]()
+    for template in (TEMPLATE, TOKENIZER):
+        prompts = [encode(tokenizer, (("human", question),), template, 0).input_ids for question in PLAIN]
+        ids = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, :len(prompt)], mask[row, :len(prompt)] = prompt, 1
+        stop = stop_tokens(tokenizer, template)
+        for prompt, answer in zip(prompts, model.generate(ids, mask, max_new_tokens=most, eos_id=stop), strict=True):
+            ends = np.flatnonzero(np.isin(answer, stop))
+            out.append((prompt, answer[:ends[0] + 1] if len(ends) else answer))
+    return out
+
+
 def batches(model: PretrainedModel, config: RealPretrainConfig, stage: str, chosen: list[Picture], seed: int
             ) -> Iterator[Batch]:
-    """Yields batches of augmented pictures with lessons of a stage; no picture comes again before all have come."""
+    """Yields batches of augmented pictures with lessons of a stage; no picture comes again before all have come.
+
+    In the stage "review", each batch has one row more, of plain questions without a picture.
+    """
     rng, packer = np.random.default_rng([config.seed, seed]), Packer(model, config.tokens)
     names = [picture.concept.name for picture in chosen]
+    plain = plain_answers(model) if stage == "review" else []
     order: list[int] = []
     while True:
         while len(order) < config.pictures:
             order += rng.permutation(len(chosen)).tolist()
         part, order = [chosen[i] for i in order[:config.pictures]], order[config.pictures:]
         rows = [packer.row(lessons(rng, picture, stage, names)) for picture in part]
-        yield {"pixels": pixel_values(model, [augmented(rng, picture.image) for picture in part])} | {
-            key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        pixels = pixel_values(model, [augmented(rng, picture.image) for picture in part])
+        if plain:
+            rows.append(packer.plain_row(plain[i] for i in rng.permutation(len(plain))))
+            pixels = np.concatenate([pixels, np.zeros_like(pixels[:1])])
+        yield {"pixels": pixels} | {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def train(model: PretrainedModel, config: RealPretrainConfig, params: Params, stage: str, steps: int, peak: float,
@@ -178,7 +225,7 @@ def train(model: PretrainedModel, config: RealPretrainConfig, params: Params, st
 
     base = {name: model.base[name] for name in ("vision_tower", "decoder")}
     state, recent = optimizer.init(params), list[tuple[float, float]]()
-    data = batches(model, config, stage, list(pictures("base")), seed=len(params))
+    data = batches(model, config, stage, list(pictures("base")), seed=list(STAGES).index(stage) + 1)
     for number in range(1, steps + 1):
         params, state, value, hits = step(params, state, base, next(data))
         recent.append((float(value), float(hits)))
@@ -202,13 +249,14 @@ def scaled_projector(model: PretrainedModel, seed: int) -> Params:
             "linear_2": {"kernel": jnp.asarray(second, jnp.float32), "bias": jnp.zeros(d_out)}}
 
 
-def two_stages(model: PretrainedModel, config: RealPretrainConfig, say: Callable[[str], object]) -> Params:
+def all_stages(model: PretrainedModel, config: RealPretrainConfig, say: Callable[[str], object]) -> Params:
     """Returns a trained projector and LoRA ("projector", "text_adapter") for the model."""
     params: Params = {"projector": scaled_projector(model, config.seed)}
     params = train(model, config, params, "projector", config.projector_steps, config.projector_lr, say)
     lora = init_lora(jax.random.key(config.seed), model.config.text, config.rank)
-    return train(model, config, params | {"text_adapter": lora}, "instructions", config.instruction_steps, config.lr,
-                 say)
+    params |= {"text_adapter": lora}
+    params = train(model, config, params, "instructions", config.instruction_steps, config.lr, say)
+    return train(model, config, params, "review", config.review_steps, config.lr, say)
 
 
 CARD = """# Trained part of {base}
@@ -243,7 +291,7 @@ def pretrain(out: str | Path, config: RealPretrainConfig, say: Callable[[str], o
             convert(base, gguf, onnx, Path(start), config.side)
             model = load(start, dtype="float32")
             before = perplexity(model)
-            params = jax.device_get(two_stages(model, config, say))
+            params = jax.device_get(all_stages(model, config, say))
         trained = folder / "trained"
         trained.mkdir()
         write_trained(trained, params, config.rank, config.alpha, config.base, "")

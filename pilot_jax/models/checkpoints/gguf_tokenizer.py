@@ -16,8 +16,10 @@ CONTROL, USER_DEFINED = 3, 4  # kinds of tokens in `tokenizer.ggml.token_type`
 # The expressions by which Llama 3 and Qwen2 split a text into words. They differ in the digits of a number.
 _WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
           r"|\s+(?!\S)|\s+")
-SPLITS = {"default": None, "gpt-2": None, "smollm": "digits", "llama-bpe": _WORDS.replace("DIGITS", "{1,3}"),
-          "qwen2": _WORDS.replace("DIGITS", "")}  # by `tokenizer.ggml.pre`
+# By `tokenizer.ggml.pre`: the expression, or None for GPT-2's.
+SPLITS = {"default": None, "gpt-2": None, "smollm": None, "llama-bpe": _WORDS.replace("DIGITS", "{1,3}"),
+          "qwen2": _WORDS.replace("DIGITS", "")}
+SINGLE_DIGITS = ("smollm",)  # GPT-2's expression behind a split of numbers into digits
 
 
 def gguf_tokenizer(file: Path, fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
@@ -68,14 +70,13 @@ def _byte_level(file: Path, tokens: list[str], fields: Mapping[str, Any]) -> Tok
     merges = [tuple(m.split(" ")) for m in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges,
                                      ignore_merges=split == "llama-bpe"))
-    words = SPLITS[split]
-    by_regex = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words in (None, "digits"))
-    if words is None:
-        tokenizer.pre_tokenizer = by_regex
-    else:
-        first = (pre_tokenizers.Digits(individual_digits=True) if words == "digits"
-                 else pre_tokenizers.Split(Regex(words), "isolated"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, by_regex])
+    words, steps = SPLITS[split], list[pre_tokenizers.PreTokenizer]()
+    if split in SINGLE_DIGITS:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if words is not None:
+        steps.append(pre_tokenizers.Split(Regex(words), "isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     if split == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()

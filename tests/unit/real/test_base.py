@@ -62,7 +62,7 @@ def test_a_wheel_is_downloaded_once(index, tmp_path):
 def test_downloads_that_fail(index, tmp_path):
     wheel = write_wheel(index)
     wrong = Wheel(**{**wheel.__dict__, "sha256": "0" * 64})
-    with pytest.raises(InputError, match=r"its SHA-256 is .*, expected 0000.* Remove the file and try again"):
+    with pytest.raises(InputError, match=r"as pip has downloaded it: its SHA-256 .*, expected 0000.* Check pip's"):
         fetch(wrong, lambda text: None, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
     (index / wheel.file).unlink()

@@ -22,7 +22,8 @@ from pilot_jax.models.vlm import variables
 from pilot_jax.real import base as bases
 from pilot_jax.real import emoji, emoji_tasks, lessons, pretrain, scores
 
-CONFIG = "{base: tiny, side: 42, projector_steps: 3, instruction_steps: 4, pictures: 2, tokens: 200, rank: 2}"
+CONFIG = ("{base: tiny, side: 42, projector_steps: 3, instruction_steps: 4, review_steps: 2, pictures: 2, tokens: 250, "
+          "rank: 2}")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_the_conversion_equals_transformers(known, call, tmp_path, monkeypatch):
 def test_training_and_merge(known, call, tmp_path):
     """`pretrain` writes the base and its trained part. PEFT merges that part into the same language model."""
     code, out, err = call("pretrain", write(tmp_path, "p.yaml", CONFIG), tmp_path / "out")
-    assert code == 0 and "projector step 3/3" in out and "instructions step 4/4" in out, err
+    assert code == 0 and "projector step 3/3" in out and "review step 2/2" in out, err
     trained = tmp_path / "out" / "trained"
     assert "| kind, of the right family |" in (trained / "README.md").read_text()
     assert not list((tmp_path / "out").glob(".*")) and "random" not in (tmp_path / "out" / "README.md").read_text()
