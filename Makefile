@@ -34,7 +34,7 @@ build/smollm2-dinov2: $(VENV)/.run
 real: build/smollm2-dinov2  ## 12 clients on emoji and a real base (183 MB of downloads), and a page of the run
 	$(INSTALL) -e ".[plots]"
 	$(VENV)/bin/pilot-jax run configs/real.yaml
-	$(VENV)/bin/pilot-jax report "$$(ls -dt runs/*/ | head -1)"
+	$(VENV)/bin/pilot-jax report --questions 2 --answers 2 "$$(ls -dt runs/*/ | head -1)"
 
 report: $(VENV)/.run  ## a page of the newest run
 	$(INSTALL) -e ".[plots]"

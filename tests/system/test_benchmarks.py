@@ -19,6 +19,7 @@ SMALLEST = {
     "scaling.py": ["--only", "chunk"],
     "startup.py": [],
     "step.py": ["--top", "3"],
+    "tower_probe.py": ["embedded"],
 }
 NOT_RUN = {
     "memory.py": "two quickstarts", "population.py": "prepares 128 clients",
