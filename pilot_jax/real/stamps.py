@@ -98,8 +98,8 @@ def on_white(file: Path, side: int) -> Image.Image:
         InputError: the file is not an image.
     """
     try:
-        with Image.open(file, formats=["PNG"]) as image:
-            image = image.convert("RGBA")
+        with Image.open(file, formats=["PNG"]) as opened:
+            image = opened.convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{file}: cannot be read as a PNG image ({error}). Install the stamps again.") from None
     scale = (side - 4) / max(image.size)
