@@ -27,7 +27,7 @@ $(VENV)/.test: pyproject.toml $(VENV)/.run
 quickstart: $(VENV)/.run  ## 9 clients, 3 tasks, 3 rounds of Pilot on the digit scenes
 	$(VENV)/bin/pilot-jax run configs/quickstart.yaml
 
-build/smollm2-dinov2: $(VENV)/.run
+build/smollm2-dinov2: | $(VENV)/.run
 	$(INSTALL) -e ".[real]"
 	$(VENV)/bin/pilot-jax base smollm2-dinov2 $@
 
