@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from pilot_jax.data.images import pixel_values
 from pilot_jax.models.pretrained import PretrainedModel, load
 from pilot_jax.real.emoji import Picture, pictures
-from pilot_jax.real.emoji_tasks import FAMILIES
+from pilot_jax.real.emoji_tasks import family_of
 
 BATCH, DECAY, STEPS = 32, 3e-3, 400
 
@@ -70,8 +70,8 @@ def probe_score(train: np.ndarray, classes: np.ndarray, test: np.ndarray, right:
 
 
 def _families(picture: Picture) -> tuple[str, ...]:
-    found = [str(i) for kind in picture.concept.kinds for i, family in enumerate(FAMILIES) if kind in family]
-    return tuple(dict.fromkeys(found))
+    """Returns the families of a picture's kinds, each by the name of its first kind."""
+    return tuple(dict.fromkeys(family[0] for family in map(family_of, picture.concept.kinds) if family))
 
 
 def main() -> None:

@@ -61,6 +61,14 @@ def training_length(encoded: Sequence[Encoded]) -> tuple[int, int]:
             round_up(max((int(e.supervised.sum()) for e in encoded), default=4), 4))
 
 
+def padded_rows(encoded: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns rows of token ids as input_ids and attention_mask, int32 [n, `length`], padded at the end."""
+    ids, mask = np.zeros((len(encoded), length), np.int32), np.zeros((len(encoded), length), np.int32)
+    for row, item in enumerate(encoded):
+        ids[row, :len(item)], mask[row, :len(item)] = item, 1
+    return ids, mask
+
+
 def bucket_shapes(longest: Mapping[str, tuple[int, int]], spread: float) -> dict[str, tuple[int, int]]:
     """Returns the (L, A) to which each client's arrays are padded: the largest of the clients in the same bucket.
 
@@ -84,12 +92,10 @@ def training_arrays(encoded: Sequence[Encoded], has_image: np.ndarray, length: i
                     answers: int) -> dict[str, np.ndarray]:
     """Returns the arrays of `ClientData.train`, except the features, padded to L = `length` and A = `answers`."""
     n = len(encoded)
-    ids, mask = np.zeros((n, length), np.int32), np.zeros((n, length), np.int32)
+    ids, mask = padded_rows([item.input_ids for item in encoded], length)
     positions, targets = np.zeros((n, answers), np.int32), np.zeros((n, answers), np.int32)
     weights = np.zeros((n, answers), np.float32)
     for row, item in enumerate(encoded):
-        size = len(item.input_ids)
-        ids[row, :size], mask[row, :size] = item.input_ids, 1
         supervised = np.flatnonzero(item.supervised)
         positions[row, :len(supervised)] = supervised - 1
         targets[row, :len(supervised)] = item.input_ids[supervised]

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pilot_jax.config import DataConfig
-from pilot_jax.data.arrays import ClientData, Prompts, bucket_shapes, round_up, training_arrays, training_length
+from pilot_jax.data.arrays import (
+    ClientData,
+    Prompts,
+    bucket_shapes,
+    padded_rows,
+    round_up,
+    training_arrays,
+    training_length,
+)
 from pilot_jax.data.conversations import Encoded, encode
 from pilot_jax.data.features import FeatureRows, Features
 from pilot_jax.data.llava.sample import SPLITS, Sample
@@ -63,10 +71,7 @@ def build_prompts(samples: Sequence[Sample], encoded: Sequence[np.ndarray], feat
                   length: int | None = None) -> Prompts:
     """Returns the prompts as arrays, padded to `length`, or by default to a multiple of 8."""
     length = round_up(max(len(e) for e in encoded), 8) if length is None else length
-    ids, mask = np.zeros((len(samples), length), np.int32), np.zeros((len(samples), length), np.int32)
-    for row, item in enumerate(encoded):
-        ids[row, :len(item)], mask[row, :len(item)] = item, 1
-    return Prompts(ids, mask, features, tuple(s.references for s in samples))
+    return Prompts(*padded_rows(encoded, length), features, tuple(s.references for s in samples))
 
 
 def encode_samples(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample],

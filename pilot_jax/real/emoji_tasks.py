@@ -32,6 +32,11 @@ KINDS = tuple(kind for family in FAMILIES for kind in family)
 Question = tuple[str, tuple[str, ...]]  # a question, and the answers that are right, the first of which is trained
 
 
+def family_of(kind: str) -> tuple[str, ...]:
+    """Returns the family that a kind belongs to, itself included; empty if it is in none."""
+    return next((family for family in FAMILIES if kind in family), ())
+
+
 def noun_phrase(kind: str, colour: str = "") -> str:
     """Returns a kind as the noun of a sentence, with a colour if one is given: "an orange fruit", "food"."""
     text = f"{colour} {kind}".strip()
@@ -81,7 +86,7 @@ def _asked(right: Sequence[tuple[str, ...]], names: tuple[str, ...]) -> dict[int
         first = left.pop(0)
         asked = right[first][0]
         out[first] = asked, True
-        family = next((family for family in FAMILIES if asked in family), ())
+        family = family_of(asked)
         others = sorted((i for i in left if asked not in right[i]), key=lambda i: right[i][0] not in family)
         if others:
             left.remove(others[0])

@@ -1,7 +1,7 @@
 """The questions and answers on which a real base is trained: pictures of the base pool, asked about in many wordings.
 
 No question here is one of scenario R's (`emoji_tasks`), so that what a base scores there is what it does on wordings
-that it has never seen, about things that it has never seen. "Describe it", one of the tasks, is in no lesson at all.
+that it has never seen, about things that it has never seen. No lesson is answered in the form of the task `describe`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from pilot_jax.real.emoji import Picture
 from pilot_jax.real.emoji_colours import COLOURS
-from pilot_jax.real.emoji_tasks import FAMILIES, KINDS, noun_phrase
+from pilot_jax.real.emoji_tasks import KINDS, family_of, noun_phrase
 
 TEMPLATE = "chatml_short"  # the conversation template of training
 # Wordings by lesson. {a} and {b} stand for a word, or two, that the question names.
@@ -52,8 +52,7 @@ def _one(rng: np.random.Generator, choices: tuple[str, ...] | list[str]) -> str:
 
 def _other_kind(rng: np.random.Generator, kinds: tuple[str, ...]) -> str:
     """Returns a kind that a picture is not, in half of all cases of the same family."""
-    family = next((family for family in FAMILIES if kinds[0] in family), KINDS)
-    near = [kind for kind in family if kind not in kinds]
+    near = [kind for kind in family_of(kinds[0]) if kind not in kinds]
     return _one(rng, near if near and rng.random() < 0.5 else [kind for kind in KINDS if kind not in kinds])
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import optax
 from PIL import Image
 
+from pilot_jax.data.arrays import padded_rows
 from pilot_jax.data.conversations import TOKENIZER, encode, stop_tokens
 from pilot_jax.data.images import pixel_values
 from pilot_jax.errors import InputError
@@ -98,18 +99,28 @@ class Packer:
         return out.input_ids, out.supervised
 
     def row(self, some: Iterator[Lesson]) -> Batch:
-        """Returns a row of as many of the lessons as find room.
+        """Returns a row of as many lessons about one picture as find room behind it, as `_packed` does."""
+        start = len(self.before)
+        encoded = (self.encoded(question, answer) for question, answer in some)
+        return self._packed(self.before, ((ids[start:], supervised[start:]) for ids, supervised in encoded))
 
-        It has input_ids, positions and segment, int32 [L]: 0 for the image and what precedes it, i for the i-th lesson,
-        -1 for padding; target_positions, targets, int32 [A], and weight, float32 [A].
+    def plain_row(self, some: Iterator[tuple[np.ndarray, np.ndarray]]) -> Batch:
+        """Returns a row of as many conversations without a picture as find room, given as prompt and answer tokens."""
+        return self._packed(self.before[:0], (
+            (np.concatenate([prompt, answer]), np.arange(len(prompt) + len(answer)) >= len(prompt))
+            for prompt, answer in some))
+
+    def _packed(self, before: np.ndarray, some: Iterator[tuple[np.ndarray, np.ndarray]]) -> Batch:
+        """Returns a row: the tokens `before`, then lessons, each given as its tokens and whether they are supervised.
+
+        It has input_ids, positions and segment, int32 [L]: 0 for the tokens before, i for the i-th lesson, -1 for
+        padding; target_positions, targets, int32 [A], and weight, float32 [A].
         """
         ids, positions = np.zeros(self.length, np.int32), np.zeros(self.length, np.int32)
         segment, rows = np.full(self.length, -1, np.int32), list[int]()
-        end = start = len(self.before)
-        ids[:start], positions[:start], segment[:start] = self.before, np.arange(start), 0
-        number = 0
-        for question, answer in some:
-            tokens, supervised = (part[start:] for part in self.encoded(question, answer))
+        end, number = len(before), 0
+        ids[:end], positions[:end], segment[:end] = before, np.arange(end), 0
+        for tokens, supervised in some:
             where = slice(end, end + len(tokens))
             if where.stop > self.length or len(rows) + supervised.sum() > self.targets:
                 if number:
@@ -117,31 +128,13 @@ class Packer:
                 continue  # it is longer than a row
             number += 1
             ids[where], segment[where] = tokens, number
-            positions[where] = start + np.arange(len(tokens))
+            positions[where] = len(before) + np.arange(len(tokens))
             rows += (end + np.flatnonzero(supervised)).tolist()
             end = where.stop
-        return self._with_targets(ids, positions, segment, rows)
-
-    def _with_targets(self, ids: np.ndarray, positions: np.ndarray, segment: np.ndarray, rows: list[int]) -> Batch:
-        """Returns the row, given the places of its supervised tokens."""
         target, weight = np.zeros(self.targets, np.int32), np.zeros(self.targets, np.float32)
         target[:len(rows)], weight[:len(rows)] = rows, 1
         return {"input_ids": ids, "positions": positions, "segment": segment, "weight": weight,
                 "target_positions": np.maximum(target - 1, 0), "targets": ids[target]}
-
-    def plain_row(self, some: Iterator[tuple[np.ndarray, np.ndarray]]) -> Batch:
-        """Returns a row of as many conversations without a picture as find room, given as prompt and answer tokens."""
-        ids, positions = np.zeros(self.length, np.int32), np.zeros(self.length, np.int32)
-        segment, rows, end = np.full(self.length, -1, np.int32), list[int](), 0
-        for number, (prompt, answer) in enumerate(some, 1):
-            count = len(prompt) + len(answer)
-            if end + count > self.length or len(rows) + len(answer) > self.targets:
-                break
-            where = slice(end, end + count)
-            ids[where], positions[where], segment[where] = [*prompt, *answer], np.arange(count), number
-            rows += range(end + len(prompt), end + count)
-            end += count
-        return self._with_targets(ids, positions, segment, rows)
 
 
 def visible(segment: jax.Array) -> jax.Array:
@@ -166,10 +159,7 @@ def plain_answers(model: PretrainedModel, most: int = 20) -> list[tuple[np.ndarr
     tokenizer, out = model.tokenizer(), list[tuple[np.ndarray, np.ndarray]]()
     for template in (TEMPLATE, TOKENIZER):
         prompts = [encode(tokenizer, (("human", question),), template, 0).input_ids for question in PLAIN]
-        ids = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
-        mask = np.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, :len(prompt)], mask[row, :len(prompt)] = prompt, 1
+        ids, mask = padded_rows(prompts, max(map(len, prompts)))
         stop = stop_tokens(tokenizer, template)
         for prompt, answer in zip(prompts, model.generate(ids, mask, max_new_tokens=most, eos_id=stop), strict=True):
             ends = np.flatnonzero(np.isin(answer, stop))
@@ -294,7 +284,7 @@ def pretrain(out: str | Path, config: RealPretrainConfig, say: Callable[[str], o
             params = jax.device_get(all_stages(model, config, say))
         trained = folder / "trained"
         trained.mkdir()
-        write_trained(trained, params, config.rank, config.alpha, config.base, "")
+        write_trained(trained, params, config.rank, config.alpha, config.base)
         convert(base, gguf, onnx, folder, config.side, trained)
         say("scoring …")
         settings = ", ".join(f"{key}: {value}" for key, value in dataclasses.asdict(config).items())

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from pilot_jax.data.arrays import padded_rows, round_up
 from pilot_jax.data.conversations import encode, stop_tokens
 from pilot_jax.data.images import pixel_values
 from pilot_jax.models.pretrained import PretrainedModel, load
 from pilot_jax.real.emoji import STYLES, Picture, picture
-from pilot_jax.real.emoji_tasks import FAMILIES, TASKS, askable
+from pilot_jax.real.emoji_tasks import TASKS, askable, family_of
 from pilot_jax.real.lessons import TEMPLATE
 
 BATCH = 32
@@ -30,13 +31,10 @@ def answers(model: PretrainedModel, questions: Sequence[str], images: Sequence[P
     tokenizer, count, out = model.tokenizer(), model.config.num_image_tokens, list[str]()
     before = "" if images is None else "<image>\n"
     prompts = [encode(tokenizer, (("human", before + question),), TEMPLATE, count).input_ids for question in questions]
-    width = -(-max(map(len, prompts)) // 32) * 32  # few widths, so that few programs are compiled
+    width = round_up(max(map(len, prompts)), 32)  # few widths, so that few programs are compiled
     stop = stop_tokens(tokenizer, TEMPLATE)
     for first in range(0, len(prompts), BATCH):
-        rows = (prompts[first:first + BATCH] + [prompts[-1]] * BATCH)[:BATCH]
-        ids, mask = np.zeros((BATCH, width), np.int32), np.zeros((BATCH, width), np.int32)
-        for row, prompt in enumerate(rows):
-            ids[row, :len(prompt)], mask[row, :len(prompt)] = prompt, 1
+        ids, mask = padded_rows((prompts[first:first + BATCH] + [prompts[-1]] * BATCH)[:BATCH], width)
         pixels = None
         if images is not None:
             part = (list(images[first:first + BATCH]) + [images[-1]] * BATCH)[:BATCH]
@@ -49,10 +47,6 @@ def answers(model: PretrainedModel, questions: Sequence[str], images: Sequence[P
 def _right(answers_: Sequence[str], references: Sequence[tuple[str, ...]]) -> float:
     """Returns the share of answers that equal a reference, apart from case and a full stop."""
     return float(np.mean([a.lower().rstrip(".") in r for a, r in zip(answers_, references, strict=True)]))
-
-
-def _family(kind: str) -> int:
-    return next((i for i, family in enumerate(FAMILIES) if kind in family), -1)
 
 
 def task_scores(model: PretrainedModel, task: str, pool: str = "test") -> dict[str, float]:
@@ -70,8 +64,8 @@ def task_scores(model: PretrainedModel, task: str, pool: str = "test") -> dict[s
               "blind": _right([alone[q] for q in questions], right),
               "majority": _right([common] * len(right), right)}
     if task == "kind":
-        families = [{_family(kind) for kind in kinds} - {-1} for kinds in right]
-        scores["family"] = float(np.mean([_family(a) in f for a, f in zip(found, families, strict=True)]))
+        near = [{other for kind in kinds for other in family_of(kind)} for kinds in right]
+        scores["family"] = float(np.mean([a in kinds for a, kinds in zip(found, near, strict=True)]))
     return scores
 
 

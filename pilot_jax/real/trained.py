@@ -25,7 +25,7 @@ def trained_folder(name: str) -> Path | None:
     return ASSETS / name if (ASSETS / name).is_dir() else None
 
 
-def write_trained(folder: Path, params: dict[str, Any], rank: int, alpha: float, base: str, card: str) -> None:
+def write_trained(folder: Path, params: dict[str, Any], rank: int, alpha: float, base: str) -> None:
     """Writes the trained parameters ("projector", "text_adapter") into an existing folder."""
     projector = {f"mm_projector.{2 * i}.{ours[0]}": np.asarray(params["projector"][f"linear_{i + 1}"][ours[1]]).T
                  for i in range(2) for ours in (("weight", "kernel"), ("bias", "bias"))}
@@ -35,7 +35,6 @@ def write_trained(folder: Path, params: dict[str, Any], rank: int, alpha: float,
                                           for name, value in tensors.items()}, {"format": "pt"})
     config = peft_config(rank, alpha, "language_model", base)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def merge_trained(tensors: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
