@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("PILOT_JAX_KEEP", "0")  # tests replace functions, of which a kept program would know nothing
 # Compiling is most of the tests' time. All test processes, and the processes that tests start, share one folder of
 # compiled programs, which the next run of the tests uses again; `make clean` removes it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / "build" / "programs"))
@@ -39,6 +40,7 @@ from pilot_jax.evaluation.personalised import Evaluation
 from pilot_jax.federation.executor import Executor
 from pilot_jax.federation.observer import RunObserver
 from pilot_jax.federation.strategies import STRATEGIES, make_strategy
+from pilot_jax.models.checkpoints import library
 from pilot_jax.runs import prepare, restore, simulate
 from pilot_jax.runs.events import MetricsFile
 from pilot_jax.storage import Store
@@ -51,6 +53,9 @@ from pilot_jax.testing.checkpoints import (  # noqa: F401  # for the tests that 
     write_llava,
     write_tokenizer,
 )
+
+# Tests call the command line in their own process, which needs transformers' torch models as oracles.
+library.leave_out_torch = lambda: None
 
 QUICK = str(ROOT / "configs" / "quickstart.yaml")
 

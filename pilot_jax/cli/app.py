@@ -16,6 +16,7 @@ from pilot_jax.cli import comparisons, data, inspect, models, supervise
 from pilot_jax.cli.run import run
 from pilot_jax.cli.tables import printable
 from pilot_jax.errors import InputError, is_wrong_path
+from pilot_jax.models.checkpoints import library
 
 app = typer.Typer(name="pilot-jax", no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Federated multimodal instruction tuning in JAX: Pilot, its baselines and its ablations.")
@@ -51,6 +52,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    library.leave_out_torch()
     try:
         app()
     except SystemExit as end:

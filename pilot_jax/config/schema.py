@@ -261,8 +261,12 @@ class SystemConfig(Section):
         "`--resume` takes the one before.")
     tensorboard: bool = Field(False, description="Whether losses and scores are also written as TensorBoard files into "
                               "the run directory, which needs the extra `tensorboard`.")
-    compilation_cache: str | None = Field(None, description="Folder in which JAX stores compiled programs for later "
-                                          "runs. null: they are not stored.")
+    cache: str | None = Field(
+        "auto", description="Folder in which compiled programs, generated samples and image features are kept for "
+        "later runs, of any config. auto: the user's cache folder. null: nothing is kept.")
+    compilation_cache: str | None = Field(
+        None, description="Folder of JAX's own cache of compiled programs, which several processes or machines can "
+        "share. null: none; one process needs none beside `cache`.")
 
     @model_validator(mode="after")
     def _whole_on_a_device(self) -> SystemConfig:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pilot_jax.cache import Cache
 from pilot_jax.config import DataConfig
 from pilot_jax.data.arrays import (
     ClientData,
@@ -103,7 +104,8 @@ def encode_samples(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, s
 
 
 def build_clients(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample],
-                  data: DataConfig, length_spread: float, folder: Path | None = None) -> list[ClientData]:
+                  data: DataConfig, length_spread: float, folder: Path | None = None,
+                  kept: Cache | None = None) -> list[ClientData]:
     """Returns every client's data, ordered by the clients' names. No image is read yet.
 
     Clients with samples of similar lengths share L and A, so that few programs train all of them, with little padding.
@@ -111,6 +113,7 @@ def build_clients(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, sa
     Args:
         length_spread: see `bucket_shapes`.
         folder: the folder in which the training arrays and the features are stored; None: in memory.
+        kept: a cache in which features are looked up before they are computed, and kept.
 
     Raises:
         InputError: a client has no training sample or several tasks, or a sample is too long or has no answer token.
@@ -124,7 +127,7 @@ def build_clients(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, sa
                        strict=True))
     prompts = dict(zip(prompt_rows, encode_prompts(model, tokenizer, [samples[i] for i in prompt_rows], data),
                        strict=True))
-    features = Features(model, samples, data, None if folder is None else folder / "features")
+    features = Features(model, samples, data, None if folder is None else folder / "features", kept)
     prompt_length = round_up(max((len(ids) for ids in prompts.values()), default=8), 8)
     shapes = bucket_shapes({name: training_length([encoded[i] for i in rows if is_train[i]])
                             for name, rows in rows_by_client.items()}, length_spread)

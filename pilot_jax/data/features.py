@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
+from pilot_jax.cache import Cache
 from pilot_jax.config import DataConfig
-from pilot_jax.data.images import check_shape, pixel_values, read_image
+from pilot_jax.data.images import check_shape, image_identity, pixel_values, read_image
 from pilot_jax.data.llava.sample import Sample
 from pilot_jax.errors import InputError
+from pilot_jax.models.checkpoints.processors import processor_files
 from pilot_jax.parallel.mesh import mesh_of
-from pilot_jax.parallel.processes import largest_of_all, own_parts, own_rows, place_of, places
+from pilot_jax.parallel.processes import largest_of_all, own_parts, own_rows, place_of, places, to_host
+from pilot_jax.programs import surroundings
 from pilot_jax.storage import Rows, RowsWriter
 
 if TYPE_CHECKING:
@@ -34,13 +38,15 @@ class Features:
     """
 
     def __init__(self, model: PretrainedModel, samples: Sequence[Sample], data: DataConfig | None = None,
-                 file: Path | None = None) -> None:
+                 file: Path | None = None, kept: Cache | None = None) -> None:
         """Prepares the storage of the features, which are computed later.
 
         Args:
             file: the file in which the features are stored; None: in memory.
+            kept: a cache that may have the features of the same images, and keeps them, if they are in memory.
         """
         self._model, self._data = model, data or DataConfig()
+        self._kept = kept if file is None and jax.process_count() == 1 else None
         self._samples: list[Sample | None] = [sample if sample.image is not None else None for sample in samples]
         self.shape = len(samples), model.config.num_image_tokens, model.config.vision.feature_size
         self.dtype = np.dtype(jnp.dtype(model.module.dtype))
@@ -54,6 +60,7 @@ class Features:
         # Whether each process has stored each sample's features, [processes, n]; all processes have the same table.
         self._computed = np.zeros((jax.process_count(), len(samples)), bool)
         self._computed[:, [sample is None for sample in self._samples]] = True
+        self._in_one_go = True  # whether no part has been computed on its own, which may give other last digits
         self._batch_sizes: set[int] = set()  # images on one device, for which a program has been compiled
 
     @property
@@ -91,7 +98,9 @@ class Features:
         Raises:
             InputError: an image cannot be read; every process raises it.
         """
-        mesh = mesh_of(self._model.base)
+        mesh, key = mesh_of(self._model.base), self._key()
+        if key and self._kept is not None and self._take(self._kept.read(key)):
+            return
         owners = [sorted(processes) for processes in places(mesh)]
         if jax.process_count() == 1:
             by_place = [np.concatenate([np.asarray(p, np.int64) for p in by_place])] * len(owners)
@@ -110,6 +119,38 @@ class Features:
             self._store_batch(devices_at_place, *running)
         for own, indices in zip(owners, by_place, strict=True):
             self._computed[np.ix_(np.asarray(own), np.asarray(indices, np.int64))] = True
+        self._in_one_go &= bool(self._computed.all())
+        if self._computed.all():
+            self._samples = [None] * len(self._samples)  # generated images need memory
+            if key and self._kept is not None and self._in_one_go:
+                assert isinstance(self._values, np.ndarray)
+                self._kept.write(key, [self._values.reshape(-1).view(np.uint8).data])
+
+    def _key(self) -> str:
+        """Returns the key of these features in the cache; "" if there is none, or nothing is missing."""
+        if self._kept is None or self._computed.all():
+            return ""
+        digest = hashlib.sha256()
+        for leaf in jax.tree.leaves(to_host(self._model.base["vision_tower"])):
+            digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+        try:
+            for sample in self._samples:
+                digest.update(b"-" if sample is None else image_identity(sample))
+            for file in processor_files(self._model.image_directory):
+                digest.update(file.read_bytes())
+        except OSError:  # reading the image will say what is wrong
+            return ""
+        return (f"features {surroundings()} {self._model.config.vision} {self.shape} {self.dtype} "
+                f"{self._data.image_fit} {digest.hexdigest()}")
+
+    def _take(self, content: memoryview | None) -> bool:
+        """Takes over the features from the cache; returns whether it has them."""
+        if content is None or content.nbytes != np.prod(self.shape) * self.dtype.itemsize:
+            return False
+        self._store = self._values = np.frombuffer(content, self.dtype).reshape(self.shape)
+        self._computed[:] = True
+        self._samples = [None] * len(self._samples)
+        return True
 
     def _missing(self, owners: list[list[int]], by_place: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Returns the indices of the samples to compute at each place.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from pilot_jax.config import LimitsConfig
-from pilot_jax.data.llava.sample import LIMITS, Sample, StoredImage
+from pilot_jax.data.llava.sample import LIMITS, DrawnImage, Sample, StoredImage
 from pilot_jax.errors import InputError
 from pilot_jax.models.checkpoints.processors import load_image_processor
 
@@ -32,6 +33,8 @@ def read_image(sample: Sample, limits: LimitsConfig = LIMITS) -> Image.Image:
     """
     if isinstance(sample.image, Image.Image):
         return sample.image
+    if isinstance(sample.image, DrawnImage):
+        return sample.image.draw()
     assert sample.image is not None
     name = sample.image if isinstance(sample.image, Path) else "the stored image"
     try:
@@ -49,6 +52,24 @@ def read_image(sample: Sample, limits: LimitsConfig = LIMITS) -> Image.Image:
         why = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{sample.source}: image: {name} cannot be decoded ({why}). "
                          "Replace the file or remove the entry.") from None
+
+
+def image_identity(sample: Sample) -> bytes:
+    """Returns bytes that differ for samples with different images; a file is read, but not decoded.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    image = sample.image
+    if image is None:
+        return b""
+    if isinstance(image, DrawnImage):
+        return image.name.encode()
+    if isinstance(image, Image.Image):
+        content = repr((image.mode, image.size)).encode() + image.tobytes()
+    else:
+        content = image.open().read() if isinstance(image, StoredImage) else image.read_bytes()
+    return hashlib.sha256(content).digest()
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from pilot_jax.data.llava.sample import Sample
+from pilot_jax.data.llava.sample import DrawnImage, Sample
 from pilot_jax.embedded.scenes import Style, draw_scene
 from pilot_jax.embedded.tasks import TASKS, pretraining_caption
 
@@ -74,17 +75,50 @@ def scene_samples(specs: list[ClientSpec], seed: int) -> Iterator[Sample]:
     """Yields every client's samples, which depend only on the seed, the client's specification and the split."""
     for spec in specs:
         for split, size in spec.sizes.items():
-            rng = np.random.default_rng([seed, *f"{spec.name}/{split}".encode()])
-            for number in range(size):
-                scene = draw_scene(rng, split, spec.style)
-                style = spec.style
-                # No random number is drawn at full heterogeneity, where it could not matter.
-                own = style.own_wording == 1 or rng.random() < style.own_wording
-                question, answer = TASKS[spec.task](rng, scene, style.wording if own else 0)
-                yield Sample(
-                    id=f"{spec.name}-{split}-{number:05d}", image=scene.image,
-                    turns=(("human", f"<image>\n{question}"), ("gpt", answer)),
-                    task=spec.task, client=spec.name, split=split, source=f"digits:{spec.name}/{split}[{number}]")
+            yield from _samples(spec.name, spec.task, spec.style, split, size, seed)
+
+
+def _samples(name: str, task: str, style: Style, split: str, size: int, seed: int) -> Iterator[Sample]:
+    rng = np.random.default_rng([seed, *f"{name}/{split}".encode()])
+    for number in range(size):
+        scene = draw_scene(rng, split, style)
+        # No random number is drawn at full heterogeneity, where it could not matter.
+        own = style.own_wording == 1 or rng.random() < style.own_wording
+        question, answer = TASKS[task](rng, scene, style.wording if own else 0)
+        turns = ("human", f"<image>\n{question}"), ("gpt", answer)
+        yield _sample(name, task, split, number, scene.image, turns)
+
+
+def _sample(name: str, task: str, split: str, number: int, image: Any, turns: tuple[tuple[str, str], ...]) -> Sample:
+    return Sample(id=f"{name}-{split}-{number:05d}", image=image, turns=turns, task=task, client=name, split=split,
+                  source=f"digits:{name}/{split}[{number}]")
+
+
+@functools.lru_cache(maxsize=2)
+def _images(name: str, task: str, style: Style, split: str, size: int, seed: int) -> list[Any]:
+    return [sample.image for sample in _samples(name, task, style, split, size, seed)]
+
+
+def lazy_samples(specs: list[ClientSpec], seed: int, turns: list[list[list[str]]] | None = None) -> Iterator[Sample]:
+    """Yields the samples of `scene_samples` with images that are drawn when they are needed.
+
+    Args:
+        turns: the samples' conversations, if they are known; otherwise everything is drawn now.
+    """
+    rest = iter(turns or [])
+    for spec in specs:
+        for split, size in spec.sizes.items():
+            stream = spec.name, spec.task, spec.style, split, size, seed
+            drawn = _samples(*stream) if turns is None else (
+                _sample(spec.name, spec.task, split, number, None, tuple((who, text) for who, text in next(rest)))
+                for number in range(size))
+            for number, sample in enumerate(drawn):
+                yield dataclasses.replace(sample, image=DrawnImage(
+                    f"digits {stream} {number}", functools.partial(_image, sample.image, stream, number)))
+
+
+def _image(image: Any, stream: tuple[Any, ...], number: int) -> Any:
+    return _images(*stream)[number] if image is None else image
 
 
 def pretraining_samples(count: int, seed: int) -> list[Sample]:

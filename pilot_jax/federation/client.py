@@ -22,6 +22,7 @@ from pilot_jax.config import TrainConfig
 from pilot_jax.federation.losses import LossWeights, loss_weights, stage_loss
 from pilot_jax.federation.roles import Roles, Tree, optimizer_labels
 from pilot_jax.models.vlm import variables
+from pilot_jax.programs import KeptJit
 
 AnyArray = Array | np.ndarray
 
@@ -291,7 +292,7 @@ def _constrained(tree: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(one, specs, tree, is_leaf=lambda node: isinstance(node, PartitionSpec))
 
 
-@partial(jax.jit, static_argnames=("spec", "mesh"))
+@partial(KeptJit, static=("spec", "mesh"))
 def local_update(spec: PhaseSpec, base: Mapping[str, Tree], adapters: Adapters, batch: ClientBatch,
                  mesh: jax.sharding.Mesh | None = None) -> tuple[dict[str, Tree], dict[str, jax.Array]]:
     """Trains a chunk of k clients for one phase.
@@ -310,13 +311,13 @@ def local_update(spec: PhaseSpec, base: Mapping[str, Tree], adapters: Adapters, 
     return _on_mesh(whole, mesh, (base, adapters, batch), (COMMON, ADAPTERS, OWN), OWN)
 
 
-@partial(jax.jit, static_argnames=("spec", "mesh"))
+@partial(KeptJit, static=("spec", "mesh"))
 def start(spec: PhaseSpec, adapters: Adapters, batch: ClientBatch, mesh: jax.sharding.Mesh | None = None) -> Carry:
     """Returns the carry before the first step of a phase."""
     return _on_mesh(lambda row, *arguments: _start(spec, *arguments), mesh, (adapters, batch), (ADAPTERS, OWN), CARRY)
 
 
-@partial(jax.jit, static_argnames=("spec", "mesh"), donate_argnames=("carry",))
+@partial(KeptJit, static=("spec", "mesh"), donate=("carry",))
 def advance(spec: PhaseSpec, base: Mapping[str, Tree], carry: Carry, batch: ClientBatch, offset: jax.Array,
             mesh: jax.sharding.Mesh | None = None) -> Carry:
     """Returns the carry after some more steps. `batch` has the data of these steps alone, from step `offset` on, so
@@ -324,7 +325,7 @@ def advance(spec: PhaseSpec, base: Mapping[str, Tree], carry: Carry, batch: Clie
     return _on_mesh(partial(_advance, spec), mesh, (base, carry, batch, offset), (COMMON, CARRY, OWN, COMMON), CARRY)
 
 
-@partial(jax.jit, static_argnames=("spec", "mesh"))
+@partial(KeptJit, static=("spec", "mesh"))
 def finish(spec: PhaseSpec, carry: Carry, mesh: jax.sharding.Mesh | None = None) -> tuple[dict, dict]:
     """Returns what `local_update` returns, after all steps."""
     return _on_mesh(lambda row, carry: _finish(spec, carry), mesh, (carry,), (CARRY,), OWN)

@@ -86,12 +86,16 @@ def chunk_width(client_chunk: int, clients: int, mesh: jax.sharding.Mesh | jax.s
     return rows * min(client_chunk, -(-clients // rows))
 
 
+def _shape(job: _Job) -> tuple[int, int]:
+    """Returns (L, A) of the client's arrays."""
+    return job.data.train["input_ids"].shape[1], job.data.train["target_ids"].shape[1]
+
+
 def chunks(jobs: Sequence[_Job], width: int) -> list[list[_Job]]:
     """Returns `jobs` in groups of at most `width` clients with arrays of one shape: one program trains a group."""
-    by_shape: dict[tuple[int, ...], list[_Job]] = {}
+    by_shape: dict[tuple[int, int], list[_Job]] = {}
     for job in jobs:
-        train = job.data.train
-        by_shape.setdefault((train["input_ids"].shape[1], train["target_ids"].shape[1]), []).append(job)
+        by_shape.setdefault(_shape(job), []).append(job)
     return [group[i:i + width] for _, group in sorted(by_shape.items()) for i in range(0, len(group), width)]
 
 
@@ -136,6 +140,28 @@ class _Phase:
             before = [self.works[job.work].adapters[job.client] for job in piece.members]
             adapters = self._stacked(before)
         return _Loaded(before, adapters, self._batch(piece), time.perf_counter() - began)
+
+    def compile_ahead(self) -> None:
+        """Starts to compile the programs of this phase in a thread, from shapes alone."""
+        if self.steps_at_once < self.steps:
+            return
+        for piece in {_shape(piece.members[0]): piece for piece in self.pieces()}.values():
+            before = [self.works[job.work].adapters[job.client] for job in piece.members]
+            shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._stacked(before))
+            local_update.compile_ahead(self.spec, self.base, shape, self._batch_shapes(piece), mesh=self.mesh)
+
+    def _batch_shapes(self, piece: _Piece) -> ClientBatch:
+        """Returns the shapes of what `_batch` returns for a whole phase; no features are read."""
+        train, width = piece.members[0].fed.train, self.width
+
+        def shape(*sizes: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((width, *sizes), dtype)
+
+        data = {name: shape(self.samples, *v.shape[1:], dtype=v.dtype)
+                for name, v in piece.members[0].data.train.items()}
+        order = self.steps, train.batch_size
+        return ClientBatch(data, shape(*order, dtype=np.int32), shape(*order), shape(dtype=np.int32),
+                           shape(dtype=np.int32), {name: shape() for name in peak_rates(train, self.spec.stage)})
 
     def _stacked(self, members: list[dict[str, Tree]]) -> Adapters:
         """Returns the members' adapters side by side; the first is repeated where members are fewer than the width."""
@@ -218,6 +244,15 @@ class Executor:
 
     client_chunk: int = 3  # clients trained at once on each row of the mesh
     steps_at_once: int | None = None  # steps whose samples are on the devices at once; None: a whole phase's
+
+    def compile_ahead(self, fed: Federation, round_: int, adapters: Mapping[int, dict[str, Tree]]) -> None:
+        """Starts to compile the programs of a round in a thread, in the order of its phases.
+
+        Args:
+            adapters: those of the clients that take part, or others of the same shapes.
+        """
+        for stage in dict.fromkeys(fed.strategy.stages(True, round_)):
+            _Phase([Work(fed, adapters, round_, stage, stage)], self.client_chunk, self.steps_at_once).compile_ahead()
 
     def train(self, works: Sequence[Work], observer: RunObserver | None = None) -> list[Trained]:
         """Trains the clients of all `works`, whose phases must be equal.

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Real
 
 from pilot_jax.federation.distances import distances, targets
 from pilot_jax.kernels.pairwise import exact_einsum
+from pilot_jax.programs import KeptJit
 
 AnyArray = Array | np.ndarray
 
@@ -141,7 +142,7 @@ def ata(uploads: Mapping[str, Any], sizes: Real[AnyArray, " S"], client_ids: Int
     return ata_weights(between, sizes, client_ids, **options), between
 
 
-@partial(jax.jit, static_argnames=("terms",))
+@partial(KeptJit, static=("terms",))
 def product_gap(matrix: Float[AnyArray, "M S"], uploads: Mapping, terms: int | None = None) -> Float[Array, " M"]:
     """Returns ‖Σ_j w_kj B_jA_j − B̄_kĀ_k‖ / ‖Σ_j w_kj B_jA_j‖ per row: the error of mixing A and B separately.
 

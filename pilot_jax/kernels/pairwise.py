@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pilot_jax.kernels.backend import columns_at_once
 from pilot_jax.parallel.mesh import mesh_of, on_parts
+from pilot_jax.programs import KeptJit
 
 PAIRS = 32  # pairs whose differences are in memory at once
 
@@ -60,7 +61,7 @@ def _over_strips(function: Callable[[jax.Array], jax.Array], leaf: jax.Array, wi
     return total + of_strip(strips * width, rest) if rest else total
 
 
-@jax.jit
+@KeptJit
 def factor_gram(leaf: Float[Array, "S ..."]) -> Float32[Array, "S S"]:
     """Returns ⟨x_k − x̄, x_j − x̄⟩ for every pair of rows, x̄ the mean over the cohort."""
     def of_strip(x: jax.Array) -> jax.Array:
@@ -71,7 +72,7 @@ def factor_gram(leaf: Float[Array, "S ..."]) -> Float32[Array, "S S"]:
     return _over_strips(of_strip, leaf, columns_at_once(len(leaf)))
 
 
-@jax.jit
+@KeptJit
 def product_gram(a: Float[Array, "S layers R d_in"], b: Float[Array, "S layers d_out R"]) -> Float32[Array, "S S"]:
     """Returns ⟨B_kA_k, B_jA_j⟩ for every pair of clients, summed over the layers of one LoRA target."""
     cohort, _, rank, _ = a.shape
@@ -86,7 +87,7 @@ def product_gram(a: Float[Array, "S layers R d_in"], b: Float[Array, "S layers d
     return jnp.sum(jax.lax.map(of_layer, by_layer), axis=0)
 
 
-@jax.jit
+@KeptJit
 def factor_pairs(leaf: Float[Array, "S ..."], rows: Int[Array, " pairs"], columns: Int[Array, " pairs"],
                  count: Int[Array, ""]) -> Float32[Array, " pairs"]:
     """Returns ‖x_k − x_j‖² of the first `count` pairs (k, j) in `rows` and `columns`; later entries are undefined."""
@@ -107,7 +108,7 @@ def factor_pairs(leaf: Float[Array, "S ..."], rows: Int[Array, " pairs"], column
     return _over_strips(of_strip, leaf, columns_at_once(len(leaf), pairs=True))[:len(rows)]
 
 
-@jax.jit
+@KeptJit
 def product_pairs(a: Float[Array, "S layers R d_in"], b: Float[Array, "S layers d_out R"], rows: Int[Array, " pairs"],
                   columns: Int[Array, " pairs"], count: Int[Array, ""]) -> Float32[Array, " pairs"]:
     """Returns ‖B_kA_k − B_jA_j‖² summed over layers, of the first `count` pairs (k, j); later entries are zero."""

@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 
 from pilot_jax.models.llama import Cache, empty_cache
 from pilot_jax.models.vlm import Vlm, variables
+from pilot_jax.programs import KeptJit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ class _Carry(NamedTuple):
     visible: jax.Array  # bool [K, B, L + max_new_tokens]: slots of the cache that hold visible tokens
 
 
-@partial(jax.jit, static_argnames=("module", "stage", "how"))
+@partial(KeptJit, static=("module", "stage", "how"))
 def generate(module: Vlm, base: Mapping[str, PyTree], adapters: Mapping[str, PyTree], prompts: Mapping[str, jax.Array],
              task_index: jax.Array, *, stage: str, how: Decoding) -> jax.Array:
     """Returns continuations of right-padded prompts, int32 [K, B, max_new_tokens], by K models that share one base.

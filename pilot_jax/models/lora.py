@@ -7,6 +7,7 @@ orientation, that of W' = W + (α/r)·B·A, and each target's layers are stacked
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from pilot_jax.kernels.low_rank import linears_with_low_rank
 from pilot_jax.models.spec import TextSpec
+from pilot_jax.programs import KeptJit
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 # Names of the subtrees that make up a client's LoRA: the whole, or its two factors for strategies that treat A and B
@@ -23,6 +25,7 @@ LORA_SUBTREES = ("text_adapter", "text_adapter_a", "text_adapter_b", "private_ad
 LoraTree = dict[str, dict[str, dict[str, jax.Array]]]
 
 
+@partial(KeptJit, static=("config", "rank"))
 def init_lora(key: Key[Array, ""], config: TextSpec, rank: int) -> LoraTree:
     """Returns a new LoRA in float32: A is uniform in ±1/√d_in (PEFT's Kaiming-uniform with a = √5), and B is 0."""
     layers = {}

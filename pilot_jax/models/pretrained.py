@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack, cast
 
@@ -24,6 +25,7 @@ from pilot_jax.models.spec import VlmSpec
 from pilot_jax.models.vlm import Vlm, variables
 from pilot_jax.parallel.mesh import mesh_of
 from pilot_jax.parallel.processes import from_host
+from pilot_jax.programs import KeptJit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -150,7 +152,7 @@ class PretrainedModel:
         return ids, mask
 
 
-@jax.jit(static_argnums=(0, 1))
+@partial(KeptJit, static=("module", "out"))
 def _features(module: Vlm, out: NamedSharding | None, tower: PyTree, pixel_values: jax.Array) -> jax.Array:
     pixels = pixel_values.transpose(0, 2, 3, 1)
     features = cast(jax.Array, module.apply({"params": {"vision_tower": tower}}, pixels, method="features"))

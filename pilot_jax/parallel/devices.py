@@ -17,6 +17,8 @@ from pilot_jax.config import SystemConfig
 from pilot_jax.errors import InputError
 
 PROGRAMS_KEPT = 16 * 2**30  # bytes of `system.compilation_cache`; the least recently used programs are deleted first
+COMPILED_IN = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion", "jax_default_prng_impl",
+               "jax_threefry_partitionable", "jax_numpy_rank_promotion")
 DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
 
 
@@ -38,6 +40,21 @@ def use_compilation_cache(folder: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
     if jax.config.jax_compilation_cache_max_size == -1:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_max_size", PROGRAMS_KEPT)
+
+
+def jax_keeps_programs() -> bool:
+    """Whether JAX stores compiled programs in a folder of its own."""
+    return bool(jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]
+
+
+def options_of_programs() -> tuple[object, ...]:
+    """Returns the values of JAX's options that change what a program computes."""
+    return tuple(getattr(jax.config, name) for name in COMPILED_IN)
+
+
+def flags_of_xla() -> tuple[str | None, ...]:
+    """Returns the environment variables that change how XLA compiles."""
+    return tuple(os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
 
 
 def has_started() -> bool:

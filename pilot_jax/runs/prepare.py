@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pilot_jax.cache import open_cache
 from pilot_jax.config import (
     Config,
     DataConfig,
@@ -44,9 +45,13 @@ from pilot_jax.models.spec import VlmSpec
 from pilot_jax.parallel.devices import ask_for_determinism, split_cpu, use_compilation_cache
 from pilot_jax.parallel.mesh import AXES, base_placement, mesh_of, on_training_devices
 from pilot_jax.parallel.processes import to_host
+from pilot_jax.programs import keep_in
 from pilot_jax.runs.generated import GENERATED
 from pilot_jax.runs.tensorboard import check_installed
 from pilot_jax.storage import Store
+
+# Bytes in `system.cache`. The least recently used of each kind are removed.
+PROGRAMS_KEPT, SAMPLES_KEPT, FEATURES_KEPT = 2**30, 2**28, 2**33
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +90,7 @@ def configure(config: Config) -> None:
         InputError: see `parallel.devices.ask_for_determinism` and `runs.tensorboard.check_installed`.
     """
     use_compilation_cache(config.system.compilation_cache)
+    keep_in(open_cache(config.system.cache, "programs", PROGRAMS_KEPT))
     ask_for_determinism(config.system)
     if config.system.tensorboard:
         check_installed()
@@ -109,7 +115,7 @@ def load_samples(config: Config) -> list[Sample]:
     """Returns the samples of `data.path`, each assigned to a client."""
     data = config.data
     if data.path in GENERATED:
-        samples = list(GENERATED[data.path].samples(data))
+        samples = list(GENERATED[data.path].samples(data, open_cache(config.system.cache, "samples", SAMPLES_KEPT)))
     else:
         samples = read_samples(data.path, data.image_root, data.file_names, data.limits)
     return partition(samples, data.partition, config.federation.clients, data.dirichlet_alpha, config.system.seed)
@@ -164,8 +170,9 @@ def prepare(config: Config, strategy: Strategy | None = None) -> Setup:
     tokenizer = model.tokenizer()
     stop_tokens(tokenizer, config.data.template)  # raises if the tokenizer lacks the template's stop token
     store = None if system.store is None else Store(system.store)
+    kept = open_cache(system.cache, "features", FEATURES_KEPT) if store is None else None
     clients = tuple(build_clients(model, tokenizer, samples, config.data, system.length_spread,
-                                  None if store is None else store.folder))
+                                  None if store is None else store.folder, kept))
     fed = Federation(strategy, model, clients, tuple(tasks), config.federation, config.train, system.seed,
                      config.model.lora.rank, store, spread_uploads=system.mesh.devices > 1)
     evaluation = Evaluation(
@@ -212,6 +219,14 @@ def compute_all_features(setup: Setup) -> None:
     if setup.federation.store is None and jax.process_count() == 1:
         compute_features([f for c in setup.evaluation.clients
                           for f in (*(p.features for p in c.evaluation.values()), c.features)], 1)
+
+
+def compile_first_round(setup: Setup, state: State) -> None:
+    """Starts to compile the programs of the first round in a thread, while the features are computed."""
+    fed = setup.federation
+    if fed.store is None:
+        members = fed.members(state.round)
+        setup.executor.compile_ahead(fed, state.round, {c: state.population[c].adapters for c in members})
 
 
 def initial_adapters(fed: Federation) -> dict[str, Tree]:

@@ -25,6 +25,7 @@ from pilot_jax.runs.folder import RunFolder
 from pilot_jax.runs.manifest import Written, fault, written_before
 from pilot_jax.runs.prepare import (
     Setup,
+    compile_first_round,
     compute_all_features,
     configure,
     initial_state,
@@ -69,10 +70,12 @@ def simulate(config: Config, *, out: str | Path | None = None, resume: bool = Fa
             return restore(folder.path)
         setup = prepare(config, strategy)
         setup = _tampered(setup, tamper)
+        state = initial_state(setup.federation)
+        compile_first_round(setup, state)
         compute_all_features(setup)
         if folder is not None:
             folder.begin()
-        loop = RunLoop(setup, folder, clock, began, observers)
+        loop = RunLoop(setup, state, folder, clock, began, observers)
         return loop.run()
     finally:
         clock.stop()
@@ -91,11 +94,11 @@ class RunLoop(RunObserver):
     It is also an observer of its own rounds: after each phase it takes over the new state, and saves it.
     """
 
-    def __init__(self, setup: Setup, folder: RunFolder | None, clock: CompileClock, began: float,
+    def __init__(self, setup: Setup, state: State, folder: RunFolder | None, clock: CompileClock, began: float,
                  observers: Sequence[RunObserver]) -> None:
         self.setup, self.fed, self.folder, self.clock, self.began = setup, setup.federation, folder, clock, began
         self.writes = folder is not None and is_writer()
-        self.state = self.saved = initial_state(self.fed)
+        self.state = self.saved = state
         self.earlier, self.train_compile, self.compiled = Clocks(), 0.0, 0.0
         self.data = "" if folder is None else data_sha256(setup.evaluation.clients)
         self.snapshots = None if folder is None else Snapshots(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,19 @@ class StoredImage:
 
 
 @dataclasses.dataclass(frozen=True)
+class DrawnImage:
+    """A generated image, which is drawn when it is needed."""
+
+    name: str  # differs for images that differ
+    draw: Callable[[], Image.Image]
+
+
+@dataclasses.dataclass(frozen=True)
 class Sample:
     """A checked sample: a conversation, with or without an image."""
 
     id: str
-    image: Path | Image.Image | StoredImage | None  # None: text only
+    image: Path | Image.Image | StoredImage | DrawnImage | None  # None: text only
     turns: tuple[tuple[str, str], ...]  # ("human" | "gpt", text), alternating, ending in "gpt"
     task: str
     client: str

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pilot_jax.errors import InputError
+from pilot_jax.models.checkpoints.library import transformers
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -33,7 +34,6 @@ def gguf_tokenizer(file: Path, fields: Mapping[str, Any]) -> PreTrainedTokenizer
         InputError: the tokenizer is of a kind that is not read, or is incomplete.
     """
     from tokenizers import AddedToken, processors
-    from transformers import PreTrainedTokenizerFast
 
     kind, tokens, types = (fields.get(f"tokenizer.ggml.{key}") for key in ("model", "tokens", "token_type"))
     if kind not in ("gpt2", "llama") or not isinstance(tokens, list) or not isinstance(types, list):
@@ -51,8 +51,9 @@ def gguf_tokenizer(file: Path, fields: Mapping[str, Any]) -> PreTrainedTokenizer
             bos = named["bos_token"]
             tokenizer.post_processor = processors.TemplateProcessing(
                 single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))])
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=fields.get("tokenizer.chat_template"),
-                                       clean_up_tokenization_spaces=False, **named)
+        return cast("PreTrainedTokenizerFast", transformers().PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, chat_template=fields.get("tokenizer.chat_template"),
+            clean_up_tokenization_spaces=False, **named))
     except InputError:
         raise
     except Exception as error:  # the tokenizers library raises plain Exception

@@ -9,6 +9,7 @@ from typing import Any
 
 from pilot_jax.errors import InputError
 from pilot_jax.files import read_json
+from pilot_jax.models.checkpoints.library import transformers
 from pilot_jax.models.checkpoints.processors import image_side
 from pilot_jax.models.spec import RopeSpec, TextSpec, VisionSpec, VlmSpec
 
@@ -28,15 +29,13 @@ def read_vlm_config(directory: str | Path) -> VlmSpec:
         InputError: `config.json` cannot be read, is not a LLaVA model's, or asks for something that this package does
             not implement.
     """
-    from transformers import LlavaConfig
-
     file = Path(directory) / "config.json"
     raw = read_json(file, "model.path must be a Hugging Face LLaVA directory (or 'embedded').")
     if raw.get("model_type") != "llava":
         raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected 'llava'. "
                          "model.path must be a LlavaForConditionalGeneration checkpoint.")
     # transformers leaves out values that equal its defaults, so its config class fills them in.
-    config = _hf_config(LlavaConfig, raw, file)
+    config = _hf_config(transformers().LlavaConfig, raw, file)
     _require(config.projector_hidden_act == "gelu", file, "projector_hidden_act",
              f"{config.projector_hidden_act!r} is not supported", "Supported: gelu.")
     image_token = getattr(config, "image_token_id", None)

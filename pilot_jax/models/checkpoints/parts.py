@@ -12,6 +12,7 @@ from pilot_jax.errors import InputError
 from pilot_jax.files import read_json
 from pilot_jax.models.checkpoints.gguf import is_gguf, open_gguf
 from pilot_jax.models.checkpoints.hf_config import join, text_config, vision_config
+from pilot_jax.models.checkpoints.library import transformers
 from pilot_jax.models.checkpoints.reading import Place, Source, load_tensors, open_tensors, safetensors_files
 from pilot_jax.models.spec import VlmSpec
 
@@ -53,20 +54,18 @@ def read_parts_config(vision: Path, language: Path, projector: Path, feature_lay
     Raises:
         InputError: a directory has no config.json, or its model is one that this package does not implement.
     """
-    from transformers import AutoConfig
-
     raw, file = _config_of(vision, "vision")
     if raw.get("model_type") in ("clip", "siglip"):  # the whole contrastive model, of which only the tower is used
         raw = {"model_type": raw["model_type"] + "_vision_model"} | raw.get("vision_config", {})
     if raw.get("model_type") not in ("clip_vision_model", "siglip_vision_model", "dinov2"):
         raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected a CLIP, SigLIP or DINOv2 model. "
                          "Correct model.parts.vision.")
-    tower = vision_config(AutoConfig.for_model(**raw), feature_layer, file)
+    tower = vision_config(transformers().AutoConfig.for_model(**raw), feature_layer, file)
     raw, file = _config_of(language, "language")
     if raw.get("model_type") not in ("llama", "mistral", "qwen2"):
         raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected llama, mistral or qwen2. "
                          "Correct model.parts.language.")
-    text = text_config(AutoConfig.for_model(**raw), file)
+    text = text_config(transformers().AutoConfig.for_model(**raw), file)
     if not projector.is_file():
         raise InputError(f"model.parts.projector: {projector} does not exist. Give mm_projector.safetensors or .bin.")
     names = {_projector_name(key) for key in open_tensors(projector).shapes()}

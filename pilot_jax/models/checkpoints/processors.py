@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pilot_jax.errors import InputError
 from pilot_jax.files import read_json
 from pilot_jax.models.checkpoints.gguf import is_gguf, open_gguf
+from pilot_jax.models.checkpoints.library import transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,12 +25,11 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def _from_directory(directory: Path) -> Any:
-    from transformers import AutoTokenizer
-
     if not has_tokenizer(directory):
         raise InputError(f"{directory}: no tokenizer.json. Save the checkpoint's tokenizer beside its weights.")
     try:
-        return AutoTokenizer.from_pretrained(directory, use_fast=True, local_files_only=True, trust_remote_code=False)
+        return transformers().AutoTokenizer.from_pretrained(directory, use_fast=True, local_files_only=True,
+                                                            trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise InputError(f"{directory}: the tokenizer cannot be loaded ({error}). Fetch it again.") from None
 
@@ -60,6 +60,11 @@ def _check_sizes(raw: dict[str, Any], file: Path) -> None:
                 raise InputError(f"{file}: {key}: {value!r}, expected pixels, at most {MAX_PIXELS}. Correct it.")
 
 
+def processor_files(directory: Path) -> list[Path]:
+    """Returns the files of a directory that hold an image processor's settings."""
+    return [directory / name for name in PROCESSORS if (directory / name).is_file()]
+
+
 def load_image_processor(directory: Path, family: str) -> Any:
     """Returns the image processor, which resizes with Pillow.
 
@@ -69,15 +74,7 @@ def load_image_processor(directory: Path, family: str) -> Any:
     Raises:
         InputError: there is no image processor, or one of an unsupported class.
     """
-    from transformers import (
-        BitImageProcessorPil,
-        CLIPImageProcessorPil,
-        LlavaImageProcessorPil,
-        SiglipImageProcessorPil,
-    )
-
-    kinds = {"CLIP": CLIPImageProcessorPil, "Siglip": SiglipImageProcessorPil, "Llava": LlavaImageProcessorPil,
-             "Bit": BitImageProcessorPil}
+    kinds = {name: getattr(transformers(), f"{name}ImageProcessorPil") for name in ("CLIP", "Siglip", "Llava", "Bit")}
     for name in PROCESSORS:
         file = directory / name
         if not file.is_file():

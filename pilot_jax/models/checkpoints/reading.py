@@ -24,6 +24,7 @@ from pilot_jax.models.checkpoints.gguf import GgufFile, is_gguf, open_gguf
 from pilot_jax.models.checkpoints.hf_config import read_vlm_config
 from pilot_jax.models.checkpoints.tensor_names import Piece, base_shapes, canonical_name, leaf_at, never_run, pieces
 from pilot_jax.models.spec import VlmSpec
+from pilot_jax.programs import KeptJit
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")  # dtypes of tensors that are read
 # A function from a leaf's path and shape to its sharding, or to None for the default device.
@@ -143,7 +144,7 @@ def _check_names(sources: list[Source], config: VlmSpec) -> None:
                          f"{_shown(sorted(unread))}. Fetch config.json and the weights again, from one checkpoint.")
 
 
-@partial(jax.jit, donate_argnums=0, static_argnames=("permutation", "block"))
+@partial(KeptJit, donate=("leaf",), static=("permutation", "block"))
 def _insert(leaf: jax.Array, tensor: jax.Array, start: tuple[jax.Array, ...], *, permutation: tuple[int, ...],
             block: tuple[int, ...]) -> jax.Array:
     """Writes a tensor, transposed and cast, into one block of a leaf, on the leaf's device and in its memory."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from conftest import small_config
 
 import pilot_jax
+from pilot_jax.cache import Cache
+from pilot_jax.config import DataConfig
 from pilot_jax.data import features as features_module
 from pilot_jax.data.features import (
     FeatureRows,
@@ -17,7 +20,8 @@ from pilot_jax.data.features import (
     concatenate_features,
     image_features,
 )
-from pilot_jax.data.images import pixel_values
+from pilot_jax.data.images import image_identity, pixel_values
+from pilot_jax.data.llava.sample import DrawnImage
 from pilot_jax.errors import InputError
 from pilot_jax.federation import rounds
 from pilot_jax.runs import prepare
@@ -114,3 +118,65 @@ def test_a_population_on_disk_is_seen_when_drawn(tmp_path, seen):
 def test_image_features_of_a_list(model, samples):
     every = image_features(model, samples)
     assert every.shape == (20, *np.asarray(every).shape[1:]) and not np.asarray(every)[3].any()
+
+
+@pytest.fixture
+def kept(tmp_path):
+    (tmp_path / "kept").mkdir()
+    return Cache(tmp_path / "kept", 2**24)
+
+
+def all_of(features):
+    compute_features([features.rows(range(20))], 1)
+    return np.array(features.rows(range(20)))
+
+
+def test_kept_features_are_read_and_no_image_is(model, samples, seen, kept):
+    new = all_of(Features(model, samples, kept=kept))
+    assert len(seen) == 19
+    np.testing.assert_array_equal(all_of(Features(model, samples, kept=kept)), new)
+    assert len(seen) == 19
+
+
+@pytest.mark.parametrize("change", ["image", "order", "fit", "tower", "damage"])
+def test_features_of_other_images_or_of_another_tower_are_computed(model, samples, seen, kept, change):
+    before = all_of(Features(model, samples, kept=kept))
+    seen.clear()
+    data = DataConfig(image_fit="pad") if change == "fit" else DataConfig()
+    if change == "image":
+        samples = [*samples[:-1], dataclasses.replace(samples[-1], image=samples[-2].image)]
+    if change == "order":
+        samples = samples[::-1]
+    if change == "tower":
+        tower = jax.tree.map(lambda x: x * 1.01, model.base["vision_tower"])
+        model = dataclasses.replace(model, base={**model.base, "vision_tower": tower})
+    if change == "damage":
+        file, = kept.folder.glob("*.kept")
+        file.write_bytes(file.read_bytes()[:-1])
+    after = all_of(Features(model, samples, data, kept=kept))
+    assert len(seen) == 19 and (change in ("fit", "damage")) == bool((after == before).all())
+    np.testing.assert_array_equal(after, all_of(Features(model, samples, data)))
+
+
+def test_features_computed_in_parts_are_not_kept(model, samples, kept):
+    """Batches of other sizes may round differently, and a second run shall compute what the first one has."""
+    features = Features(model, samples, kept=kept)
+    compute_features([features.rows(range(5))], 1)
+    all_of(features)
+    assert not list(kept.folder.glob("*.kept"))
+
+
+@pytest.mark.parametrize("kind", ["file", "drawn", "memory"])
+def test_images_differ_in_their_identity(samples, tmp_path, kind):
+    def sample(number):
+        image = samples[number].image
+        if kind == "file":
+            image.save(tmp_path / f"{number}.png")
+            image = tmp_path / f"{number}.png"
+        if kind == "drawn":
+            image = DrawnImage(str(number), lambda: image)
+        return dataclasses.replace(samples[0], image=image)
+
+    one, other = sample(0), sample(1)
+    assert image_identity(one) == image_identity(sample(0)) != image_identity(other)
+    assert image_identity(dataclasses.replace(one, image=None)) == b""

@@ -117,3 +117,12 @@ def test_bad_entries_name_file_entry_and_key(tmp_path, entry, message):
     with pytest.raises(InputError, match=message) as caught:
         read_samples(file)
     assert f"{file}[0]" in str(caught.value)
+
+
+def test_the_handwriting_is_that_of_scikit_learn():
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images, labels = scenes.handwriting()
+    np.testing.assert_array_equal(images, data.images / 16)
+    np.testing.assert_array_equal(labels, data.target)

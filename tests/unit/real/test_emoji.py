@@ -182,7 +182,7 @@ def test_answers_that_ignore_the_picture_score_little(samples):
 
 def test_the_config_names_the_set():
     data = parse_config({"data": {"path": "emoji", "emoji": {"tasks": ["kind"], "train": 3}}}, "c.yaml").data
-    assert len(list(GENERATED["emoji"].samples(data))) == 3 * (3 + 16 + 48)
+    assert len(list(GENERATED["emoji"].samples(data, None))) == 3 * (3 + 16 + 48)
     assert GENERATED["emoji"].num_tasks(data) == 1
     for wrong in ({"tasks": ["kind", "kind"]}, {"tasks": []}, {"styles": ["apple"]}, {"train": 0}):
         with pytest.raises(InputError, match=rf"data\.emoji\.{next(iter(wrong))}"):

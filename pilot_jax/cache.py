@@ -1,0 +1,112 @@
+"""The user's cache folder: files that save time in later runs, checked when they are read, and bounded in size."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+import filelock
+
+from pilot_jax.files import atomic_write
+
+DIGEST = 32  # bytes of SHA-256, at the start of every file
+GIB = 2**30
+
+
+def cache_folder() -> Path:
+    """Returns the user's cache folder, which $PILOT_JAX_CACHE or $XDG_CACHE_HOME can move."""
+    own, general = os.environ.get("PILOT_JAX_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if own:
+        return Path(own).expanduser()
+    return (Path(general) if general else Path.home() / ".cache") / "pilot_jax"
+
+
+def private_folder(path: Path) -> Path | None:
+    """Returns the folder, made if need be, if no other user can write to it; None if one can, or it cannot be made.
+
+    Programs are loaded from it, so whoever can write to it can run code as this user.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+    except OSError:
+        return None
+    if not hasattr(os, "getuid"):  # Windows, where a user's own folders are private
+        return path
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        return None
+    return path if os.access(path, os.W_OK) else None
+
+
+def open_cache(where: str | None, name: str, limit: int) -> Cache | None:
+    """Returns the cache `name` in a folder.
+
+    Args:
+        where: the value of `system.cache`: a folder, "auto" or None.
+        limit: size in bytes.
+
+    Returns: None if nothing is to be kept: with None; with "auto" if $PILOT_JAX_KEEP is 0; or if other users can write
+        to the folder.
+    """
+    if where is None or (where == "auto" and os.environ.get("PILOT_JAX_KEEP") == "0"):
+        return None
+    folder = private_folder((cache_folder() if where == "auto" else Path(where).expanduser()) / name)
+    return None if folder is None else Cache(folder, limit)
+
+
+class Cache:
+    """Files by key in a folder, of at most `limit` bytes in all; the least recently used are removed first.
+
+    Each file begins with the SHA-256 of the rest. A file is written aside and renamed. Whatever goes wrong with a file
+    makes it count as missing, and it is written again.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.kept"
+
+    def read(self, key: str) -> memoryview | None:
+        """Returns what was written with this key, or None. A damaged file is removed."""
+        path = self._path(key)
+        try:
+            content = memoryview(path.read_bytes())
+            if hashlib.sha256(content[DIGEST:]).digest() == content[:DIGEST]:
+                os.utime(path)  # it is in use
+                return content[DIGEST:]
+            path.unlink()
+        except OSError:
+            pass
+        return None
+
+    def write(self, key: str, parts: Iterable[bytes | memoryview]) -> None:
+        """Stores the parts, one after another. Without the space or the permission for it, nothing is stored."""
+        parts = [memoryview(part).cast("B") for part in parts]
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        if DIGEST + sum(map(len, parts)) > self.limit // 2:
+            return
+
+        def fill(path: Path) -> None:
+            with path.open("wb") as file:
+                file.writelines([digest.digest(), *parts])
+
+        with contextlib.suppress(OSError, filelock.Timeout), filelock.FileLock(self.folder / ".lock", timeout=10):
+            atomic_write(self._path(key), fill, durable=False)
+            self._shrink()
+
+    def _shrink(self) -> None:
+        files = sorted((entry.stat().st_mtime, entry.stat().st_size, entry.path)
+                       for entry in os.scandir(self.folder) if entry.name.endswith(".kept"))
+        excess = sum(size for _, size, _ in files) - self.limit
+        for _, size, path in files:
+            if excess <= 0:
+                return
+            Path(path).unlink()
+            excess -= size
