@@ -15,7 +15,9 @@ import inspect
 import pickle
 import platform
 import threading
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +30,8 @@ from jax.experimental.serialize_executable import deserialize_and_load, serializ
 from pilot_jax.cache import Cache
 from pilot_jax.parallel.devices import flags_of_xla, jax_keeps_programs, options_of_programs
 
+THREADS = "compile-ahead"
+WAITED = "/pilot_jax/waited_for_program_duration"  # event: seconds in which a call has waited for `compile_ahead`
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 _store: Cache | None = None
 
@@ -36,6 +40,11 @@ def keep_in(store: Cache | None) -> None:
     """Makes every `KeptJit` keep compiled programs in a cache; None: they are not kept."""
     global _store
     _store = store
+
+
+def in_compiling_thread() -> bool:
+    """Whether the caller runs in the thread of `KeptJit.compile_ahead`."""
+    return threading.current_thread().name.startswith(THREADS)
 
 
 class _NotKeepable(Exception):
@@ -122,7 +131,7 @@ class KeptJit:
         donate: names of arguments whose memory may be used for the results.
     """
 
-    _threads = ThreadPoolExecutor(1, thread_name_prefix="compile")
+    _threads = ThreadPoolExecutor(1, thread_name_prefix=THREADS)
 
     def __init__(self, function: Callable[..., Any], static: Sequence[str] = (), donate: Sequence[str] = ()) -> None:
         self.jitted = jax.jit(function, static_argnames=tuple(static), donate_argnames=tuple(donate))
@@ -183,6 +192,10 @@ class KeptJit:
                 with self._lock:
                     del self._ready[call]
                 future.set_exception(error)
+        elif not future.done():
+            began = time.perf_counter()
+            futures.wait([future])
+            jax.monitoring.record_event_duration_secs(WAITED, time.perf_counter() - began)
         return future.result()
 
     def _made(self, call: _Call, bound: inspect.BoundArguments) -> Callable[..., Any]:

@@ -184,7 +184,7 @@ def _records_and_mixing(folder):
 def same_run(folder, other):
     """Asserts that two finished runs wrote the same, except for times."""
     one, two = (json.loads((f / "summary.json").read_text()) for f in (folder, other))
-    timed = {"wall_seconds", "compile_seconds", "client_steps_per_second", "peak_memory_bytes"}
+    timed = {"wall_seconds", "compile_seconds", "client_steps_per_second", "peak_memory_bytes", "memory_bytes"}
     assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
     assert _records_and_mixing(folder) == _records_and_mixing(other)
     assert not (other / "checkpoints" / "resume").exists()

@@ -36,10 +36,13 @@ def print_scores(summary: dict) -> None:
                       shown(summary["score_by_task"][task]), style="bold", end_section=True)
     table.add_row("all", "mean", shown(summary["score_base"]), shown(summary["score_mean"]), style="bold")
     Console(width=None if sys.stdout.isatty() else 80).print(table)
-    typer.echo(f"{summary['client_steps']} client steps, {summary['client_steps_per_second']:.1f}/s; "
+    speed = summary["client_steps_per_second"]
+    typer.echo(f"{summary['client_steps']} client steps{'' if speed is None else f', {speed:.1f}/s'}; "
                f"{summary['bytes_up'] / 1e6:.1f} MB up, {summary['bytes_down'] / 1e6:.1f} MB down; "
-               f"{summary['wall_seconds']:.0f} s, of which compiling {summary['compile_seconds']:.0f} s; "
-               f"peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
+               f"{summary['wall_seconds']:.0f} s with evaluation, of which compiling "
+               f"{summary['compile_seconds']:.0f} s")
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in summary.get("memory_bytes", {}).items())
+    typer.echo(f"peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB{f', of which {parts}' if parts else ''}")
     if summary.get("quarantined"):
         typer.echo(f"{summary['quarantined']} uploads were refused; metrics.jsonl says why (key `fault`)")
     if summary.get("epsilon") is not None:

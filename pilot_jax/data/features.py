@@ -64,6 +64,11 @@ class Features:
         self._batch_sizes: set[int] = set()  # images on one device, for which a program has been compiled
 
     @property
+    def bytes_in_memory(self) -> int:
+        """The size of the features; 0 if they are on disk."""
+        return self._values.nbytes if isinstance(self._values, np.ndarray) else 0
+
+    @property
     def places(self) -> int:
         """The number of places along the `clients` axis of the mesh on which the model lies."""
         return len(places(mesh_of(self._model.base)))

@@ -92,11 +92,19 @@ def _shape(job: _Job) -> tuple[int, int]:
 
 
 def chunks(jobs: Sequence[_Job], width: int) -> list[list[_Job]]:
-    """Returns `jobs` in groups of at most `width` clients with arrays of one shape: one program trains a group."""
+    """Returns `jobs` in groups of at most `width` clients with arrays of one shape: one program trains a group.
+
+    A group takes as many steps as its longest client, so clients of a shape are taken in the order of their steps, and
+    the longest groups come first, which leaves the shortest ones for the end.
+    """
     by_shape: dict[tuple[int, int], list[_Job]] = {}
     for job in jobs:
         by_shape.setdefault(_shape(job), []).append(job)
-    return [group[i:i + width] for _, group in sorted(by_shape.items()) for i in range(0, len(group), width)]
+    out = []
+    for _, group in sorted(by_shape.items()):
+        group.sort(key=lambda job: -job.steps)
+        out += [group[i:i + width] for i in range(0, len(group), width)]
+    return out
 
 
 class _Phase:

@@ -139,14 +139,14 @@ def most_uploads(fed: Federation) -> int:
     return max(count)
 
 
-def steps_by_stage(fed: Federation) -> dict[str, int]:
-    """Returns the client steps of the whole run in each stage, which are known before it starts."""
+def all_steps(fed: Federation) -> dict[tuple[str, int], int]:
+    """Returns the steps of the whole run by stage and client, which are known before it starts."""
     seen: set[int] = set()
-    out: dict[str, int] = {}
+    out: dict[tuple[str, int], int] = {}
     for round_ in range(1, fed.settings.rounds + 1):
         for c in fed.members(round_):
             for stage in fed.strategy.stages(c not in seen, round_):
-                out[stage] = out.get(stage, 0) + fed.steps(c, round_)
+                out[stage, c] = out.get((stage, c), 0) + fed.steps(c, round_)
             seen.add(c)
     return out
 

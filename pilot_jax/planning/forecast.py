@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pilot_jax.federation.state import Federation, steps_by_stage
-from pilot_jax.planning.estimate import Workload, memory, phase_shapes, step_flops
+from pilot_jax.federation.state import Federation, all_steps
+from pilot_jax.planning.estimate import Shapes, Workload, memory, phase_shapes, step_flops
 from pilot_jax.runs.prepare import Outline
 
 
@@ -22,7 +22,7 @@ def product_speed(devices: Sequence[jax.Device], dtype: DTypeLike) -> float:
     factors = [jax.device_put(jnp.ones((side, side), dtype), device) for device in devices]
     jax.block_until_ready([product(x) for x in factors])  # compiles, which is not timed
     best = float("inf")
-    for _ in range(3):
+    for _ in range(10):  # other threads compile at the same time; the best of several is least disturbed
         start = time.perf_counter()
         jax.block_until_ready([product(x) for x in factors])
         best = min(best, time.perf_counter() - start)
@@ -35,11 +35,19 @@ def forecast(fed: Federation, run: Outline) -> dict[str, float]:
     Training takes longer than `seconds`, since it is not all matrix products. Compilation and evaluation are not
     counted.
     """
-    trained = [c.train for c in fed.clients]
-    length, answers = (max(t[name].shape[1] for t in trained) for name in ("input_ids", "target_ids"))
-    work = Workload(tuple(c.size for c in fed.clients), len(fed.tasks), length, answers)
-    shapes = phase_shapes(dataclasses.replace(run, strategy=fed.strategy), work)
-    flops = sum(steps * step_flops(shapes, stage) for stage, steps in steps_by_stage(fed).items())
+    sizes = [(c.train["input_ids"].shape[1], c.train["target_ids"].shape[1]) for c in fed.clients]
+    longest = max(length for length, _ in sizes), max(answers for _, answers in sizes)
+
+    def shapes_of(size: tuple[int, int]) -> Shapes:
+        work = Workload(tuple(c.size for c in fed.clients), len(fed.tasks), *size)
+        return phase_shapes(dataclasses.replace(run, strategy=fed.strategy), work)
+
+    flops, steps_of = 0, dict[tuple[str, tuple[int, int]], int]()
+    for (stage, client), steps in all_steps(fed).items():
+        steps_of[stage, sizes[client]] = steps_of.get((stage, sizes[client]), 0) + steps
+    for (stage, size), steps in steps_of.items():
+        flops += steps * step_flops(shapes_of(size), stage)
+    shapes = shapes_of(longest)
     devices = list(fed.mesh.devices.ravel()) if fed.mesh is not None else jax.devices()[:1]
     return {"flops": float(flops), "seconds": flops / product_speed(devices, shapes.module.dtype),
             "bytes": float(max(kinds["total"] for kinds in memory(shapes).values()))}

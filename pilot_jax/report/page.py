@@ -70,7 +70,7 @@ def _tiles(run: RunRecord) -> dict[str, str]:
     values = {"test score, mean over clients": decimal(s["score_mean"]),
               "test score of the base model": decimal(s["score_base"]),
               "client steps": f"{s['client_steps']:,}",
-              "client steps per second": f"{s['client_steps_per_second']:.1f}",
+              "client steps per second": decimal(s["client_steps_per_second"], 1),
               "MB uploaded / downloaded": f"{s['bytes_up'] / 1e6:.1f} / {s['bytes_down'] / 1e6:.1f}",
               "seconds in total / of compilation": f"{s['wall_seconds']:.0f} / {s['compile_seconds']:.0f}",
               "peak memory": f"{s['peak_memory_bytes'] / 1e9:.2f} GB"}

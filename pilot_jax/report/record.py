@@ -98,7 +98,7 @@ class _Summary(BaseModel, extra="allow"):
     score_mean: FiniteFloat | None
     score_base: FiniteFloat | None
     client_steps: int
-    client_steps_per_second: float
+    client_steps_per_second: float | None
     bytes_up: int
     bytes_down: int
     wall_seconds: float

@@ -15,6 +15,7 @@ import numpy as np
 from pilot_jax.federation.observer import Record, RunObserver
 from pilot_jax.federation.state import State
 from pilot_jax.files import atomic_write
+from pilot_jax.programs import WAITED, in_compiling_thread
 from pilot_jax.runs.manifest import Written, written
 
 
@@ -96,7 +97,10 @@ class MixingFiles(RunObserver):
 
 
 class CompileClock:
-    """Counts the seconds of XLA compilation and the compiled programs since the clock was created."""
+    """Counts the programs compiled since the clock was created, and the seconds that compilation has held up the run.
+
+    A program that a thread compiles ahead (`programs.KeptJit`) holds the run up only while the run waits for it.
+    """
 
     def __init__(self) -> None:
         self.seconds, self.programs = 0.0, 0
@@ -104,8 +108,10 @@ class CompileClock:
 
     def _heard(self, event: str, duration: float, **_: Any) -> None:
         if event.endswith("backend_compile_duration"):
-            self.seconds += duration
             self.programs += 1
+            self.seconds += 0.0 if in_compiling_thread() else duration
+        elif event == WAITED:
+            self.seconds += duration
 
     def stop(self) -> None:
         jax.monitoring.unregister_event_duration_listener(self._heard)  # type: ignore[arg-type]

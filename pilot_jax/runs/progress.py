@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from pilot_jax.federation.observer import Record, RunObserver
-from pilot_jax.federation.state import Federation, State, steps_by_stage
+from pilot_jax.federation.state import Federation, State, all_steps
 
 
 class ProgressDisplay(RunObserver):
@@ -33,7 +33,7 @@ class ProgressDisplay(RunObserver):
         self._bar: Progress | None = None
 
     def run_started(self, fed: Federation, state: State) -> None:
-        self.begin(sum(steps_by_stage(fed).values()), fed.settings.rounds)
+        self.begin(sum(all_steps(fed).values()), fed.settings.rounds)
         rounds = f"{self._rounds} round{'s' * (self._rounds > 1)}"
         self.note(f"{fed.strategy.name}: {len(fed.clients)} clients, {len(fed.tasks)} tasks ({', '.join(fed.tasks)}), "
                   f"{rounds}, {self._total} client steps on {jax.devices()[0].device_kind}"

@@ -35,7 +35,7 @@ from pilot_jax.runs.prepare import (
 from pilot_jax.runs.restore import Run, restore
 from pilot_jax.runs.resume import Snapshots
 from pilot_jax.runs.signals import StopSignals
-from pilot_jax.runs.summary import Clocks, data_sha256, summarise, versions
+from pilot_jax.runs.summary import Clocks, costs, data_sha256, summarise, versions
 from pilot_jax.runs.tensorboard import EventFiles
 
 
@@ -241,7 +241,7 @@ class RunLoop(RunObserver):
         """Scores the test split, writes the results, and returns the summary."""
         self.observer.note("evaluating on the test split …")
         self.signals.waits = False
-        summary = summarise(self.setup.evaluation, self.state, self.clocks())
+        summary = summarise(self.setup.evaluation, self.state)
         self.signals.waits = True
         if self.fed.store is not None:
             self.fed.store.flush()  # raises if something could not be written
@@ -251,6 +251,9 @@ class RunLoop(RunObserver):
                             self.fed.strategy.roles())
             for file in (*self.files, self.metrics):
                 file.close()
+        summary |= costs(self.setup.evaluation, self.state, self.clocks())
+        if self.writes:
+            assert self.folder is not None and self.snapshots is not None
             self.folder.end(summary)
             self.snapshots.remove()
         self.observer.run_ended(summary)

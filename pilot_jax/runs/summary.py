@@ -17,7 +17,7 @@ from pilot_jax import __version__
 from pilot_jax.data.arrays import ClientData
 from pilot_jax.evaluation.personalised import Evaluation, evaluate, mean_score, score_by_task
 from pilot_jax.federation.privacy import epsilon
-from pilot_jax.federation.state import State
+from pilot_jax.federation.state import ClientState, State
 from pilot_jax.runs.checkpoint import adapters_sha256
 
 
@@ -55,24 +55,45 @@ def _scores(evaluation: Evaluation, state: State) -> dict[str, Any]:
         "score_base_by_client": base}
 
 
-def summarise(evaluation: Evaluation, state: State, clocks: Clocks) -> dict[str, Any]:
-    """Returns the summary of a trained run: scores, bytes, speed and memory."""
+def summarise(evaluation: Evaluation, state: State) -> dict[str, Any]:
+    """Returns what a trained run has reached: scores and bytes. The test split is answered here."""
     fed, clients, scores = evaluation.fed, evaluation.clients, _scores(evaluation, state)
-    device = jax.local_devices()[0].memory_stats() or {}
-    host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "strategy": fed.strategy.name, "seed": fed.seed, "rounds": fed.settings.rounds,
         "clients": [c.name for c in clients], "tasks": list(fed.tasks),
         "task_by_client": {c.name: c.task for c in clients}, **scores,
         "bytes_up": state.bytes_up, "bytes_down": state.bytes_down, "client_steps": state.client_steps,
-        # Without compilation, which has a key of its own and would hide the speed of a long run.
-        "client_steps_per_second": state.client_steps / max(state.train_seconds - clocks.train_compile, 1e-9),
         "quarantined": state.quarantined,
         # ε of the client with the most uploads; None without differential privacy.
         "epsilon": epsilon(fed.noise_multiplier, max(state.uploads), fed.settings.privacy.delta)
         if fed.noise_multiplier else None,
-        "wall_seconds": clocks.wall, "compile_seconds": clocks.compile,
-        "peak_memory_bytes": int(device.get("peak_bytes_in_use", host_peak)),
         "versions": {"pilot_jax": __version__} | versions(),
         "adapters_sha256": adapters_sha256(fed.names, state.population),
     }
+
+
+def costs(evaluation: Evaluation, state: State, clocks: Clocks) -> dict[str, Any]:
+    """Returns what a run has cost: seconds and memory."""
+    training = state.train_seconds - clocks.train_compile
+    return {
+        # Without compilation, which has a key of its own and would hide the speed of a long run. None if the clocks
+        # cannot tell them apart.
+        "client_steps_per_second": state.client_steps / training if training > 0 else None,
+        "wall_seconds": clocks.wall, "compile_seconds": clocks.compile, **_memory(evaluation, state)}
+
+
+def _memory(evaluation: Evaluation, state: State) -> dict[str, Any]:
+    """Returns the peak of the memory, and the bytes that the run's parts take of it, in memory or on the devices."""
+    fed = evaluation.fed
+    device = jax.local_devices()[0].memory_stats() or {}
+    host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    features = {id(source): source for source in (getattr(c.features, "source", None) for c in evaluation.clients)
+                if source is not None}
+    tokens = sum(array.nbytes for c in evaluation.clients for array in c.train.values()
+                 if isinstance(array, np.ndarray))
+    adapters = {id(leaf): leaf.nbytes for one in state.population if isinstance(one, ClientState)
+                for leaf in jax.tree.leaves(one.adapters)}  # clients share some leaves
+    return {"peak_memory_bytes": int(device.get("peak_bytes_in_use", host_peak)), "memory_bytes": {
+        "base": sum(shard.data.nbytes for leaf in jax.tree.leaves(fed.model.base) for shard in leaf.addressable_shards),
+        "features": sum(source.bytes_in_memory for source in features.values()), "tokens": tokens,
+        "adapters": sum(adapters.values())}}

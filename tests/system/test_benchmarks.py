@@ -20,6 +20,7 @@ SMALLEST = {
     "startup.py": [],
     "step.py": ["--top", "3"],
     "tower_probe.py": ["embedded"],
+    "uneven.py": ["--clients", "4", "--largest", "20", "--repetitions", "1"],
 }
 NOT_RUN = {
     "memory.py": "two quickstarts", "population.py": "prepares 128 clients",
