@@ -29,6 +29,7 @@ from jax.experimental.serialize_executable import deserialize_and_load, serializ
 
 from pilot_jax.cache import Cache
 from pilot_jax.parallel.devices import flags_of_xla, jax_keeps_programs, options_of_programs
+from pilot_jax.parallel.host_memory import give_back
 
 THREADS = "compile-ahead"
 WAITED = "/pilot_jax/waited_for_program_duration"  # event: seconds in which a call has waited for `compile_ahead`
@@ -217,6 +218,7 @@ class KeptJit:
 
     def _compiled(self, bound: inspect.BoundArguments, store: Cache | None, key: str) -> jax.stages.Compiled:
         compiled = self.jitted.lower(*bound.args, **bound.kwargs).compile()
+        give_back()  # the compiler leaves hundreds of megabytes
         if store is not None and key:
             store.write(key, [pickle.dumps((_devices(compiled), *serialize(compiled)))])
         return compiled

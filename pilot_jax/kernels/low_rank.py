@@ -11,6 +11,7 @@ The A of all targets are passed as one array [ΣR, d_in], so that x is read once
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,11 +25,15 @@ Arrays = tuple[jax.Array, ...]
 
 
 def linears_with_low_rank(x: Float[Array, "tokens d_in"], kernels: tuple[Float[Array, "d_in _d_out"], ...],
-                          a: Float[Array, "_sum_of_R d_in"], bs: tuple[Float[Array, "_R _d_out"], ...]
-                          ) -> tuple[Float[Array, "tokens _d_out"], ...]:
-    """Returns x·W_i + x·A_iᵀ·B_i of every target, computed as `backend.merges_low_rank` chooses."""
+                          a: Float[Array, "_sum_of_R d_in"], bs: tuple[Float[Array, "_R _d_out"], ...],
+                          operands: str = "float32") -> tuple[Float[Array, "tokens _d_out"], ...]:
+    """Returns x·W_i + x·A_iᵀ·B_i of every target, computed as `backend.merges_low_rank` chooses.
+
+    Args:
+        operands: the dtype to which `merged` rounds the factors of its products with W_i + A_iᵀ·B_i.
+    """
     if merges_low_rank(x.dtype):
-        return merged(x, kernels, a, bs)
+        return merged(x, kernels, a, bs, operands)
     return tuple(x @ w + delta for w, delta in zip(kernels, low_rank(x, a, bs), strict=True))
 
 
@@ -71,33 +76,42 @@ def _backward(saved: tuple[jax.Array, jax.Array, jax.Array, Arrays], gs: Arrays
 low_rank.defvjp(_forward, _backward)
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def merged(x: Float[Array, "tokens d_in"], kernels: tuple[Float[Array, "d_in _d_out"], ...],
-           a: Float[Array, "_sum_of_R d_in"], bs: tuple[Float[Array, "_R _d_out"], ...]
-           ) -> tuple[Float[Array, "tokens _d_out"], ...]:
+           a: Float[Array, "_sum_of_R d_in"], bs: tuple[Float[Array, "_R _d_out"], ...],
+           operands: str = "float32") -> tuple[Float[Array, "tokens _d_out"], ...]:
     """Returns x·(W_i + A_iᵀ·B_i) of every target, one product each.
 
     The sums are formed for one layer at a time, and again for the gradient; none is stored. The kernels W get no
     gradient: a weight that has LoRA beside it is frozen.
+
+    Args:
+        operands: the dtype to which the factors are rounded; "bfloat16" is faster on CPUs that multiply it. Products
+            are added in float32, and the gradients of A and B are float32 products.
     """
-    return _merged_forward(x, kernels, a, bs)[0]
+    return _merged_forward(x, kernels, a, bs, operands)[0]
+
+
+def _product(x: jax.Array, w: jax.Array, axis: int, operands: str) -> jax.Array:
+    """Returns x times w, summed over the last axis of x and `axis` of w, with both rounded to the dtype `operands`."""
+    return jax.lax.dot_general(x.astype(operands), w.astype(operands), (((1,), (axis,)), ((), ())),
+                               preferred_element_type=x.dtype)
 
 
 def _sums(kernels: Arrays, a: jax.Array, bs: Arrays) -> list[jax.Array]:
     return [w + part.T @ b for w, part, b in zip(kernels, [p.T for p in _split(a.T, bs)], bs, strict=True)]
 
 
-def _merged_forward(x: jax.Array, kernels: Arrays, a: jax.Array, bs: Arrays
+def _merged_forward(x: jax.Array, kernels: Arrays, a: jax.Array, bs: Arrays, operands: str
                     ) -> tuple[Arrays, tuple[jax.Array, Arrays, jax.Array, Arrays]]:
-    return tuple(x @ w for w in _sums(kernels, a, bs)), (x, kernels, a, bs)
+    return tuple(_product(x, w, 0, operands) for w in _sums(kernels, a, bs)), (x, kernels, a, bs)
 
 
-def _merged_backward(saved: tuple[jax.Array, Arrays, jax.Array, Arrays], gs: Arrays
+def _merged_backward(operands: str, saved: tuple[jax.Array, Arrays, jax.Array, Arrays], gs: Arrays
                      ) -> tuple[jax.Array, Arrays, jax.Array, Arrays]:
     x, kernels, a, bs = saved
     da, dbs, _ = _factor_gradients(x, x @ a.T, bs, gs)
-    over_outputs = (((1,), (1,)), ((), ()))
-    dx: Any = sum(jax.lax.dot_general(g, w, over_outputs) for g, w in zip(gs, _sums(kernels, a, bs), strict=True))
+    dx: Any = sum(_product(g, w, 1, operands) for g, w in zip(gs, _sums(kernels, a, bs), strict=True))
     return dx, tuple(jnp.zeros_like(w) for w in kernels), da, dbs
 
 

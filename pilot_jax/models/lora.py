@@ -62,15 +62,16 @@ def assembled(adapters: Mapping[str, PyTree]) -> PyTree | None:
 
 
 def lora_linears(x: Float[Array, "tokens d_in"], kernels: tuple[Float[Array, "d_in _d_out"], ...],
-                 adapters: Mapping[str, Mapping[str, Float[Array, "_ _"]]], names: tuple[str, ...], scale: float
-                 ) -> tuple[Float[Array, "tokens _d_out"], ...]:
+                 adapters: Mapping[str, Mapping[str, Float[Array, "_ _"]]], names: tuple[str, ...], scale: float,
+                 operands: str = "float32") -> tuple[Float[Array, "tokens _d_out"], ...]:
     """Returns x·W + scale·x·Aᵀ·Bᵀ of every target in `names`; all of them read the same x.
 
     Args:
         kernels: W of each target, in the order of `names`.
         adapters: one layer of a LoRA, {target: {"a": [R, d_in], "b": [d_out, R]}}.
         scale: α/r.
+        operands: the dtype of the factors of products with W + scale·B·A; see `kernels.low_rank.merged`.
     """
     a = jnp.concatenate([adapters[n]["a"] for n in names]).astype(x.dtype)  # [len(names)·R, d_in]: reads x once
     bs = tuple((adapters[n]["b"].T * scale).astype(x.dtype) for n in names)
-    return linears_with_low_rank(x, kernels, a, bs)
+    return linears_with_low_rank(x, kernels, a, bs, operands)

@@ -17,7 +17,7 @@ SMALLEST = {
                        "data.digits.test=2", "eval.max_new_tokens=2"],
     "peer.py": ["--repetitions", "1", "--steps", "2"],
     "scaling.py": ["--only", "chunk"],
-    "startup.py": [],
+    "startup.py": ["--repetitions", "1"],
     "step.py": ["--top", "3"],
     "tower_probe.py": ["embedded"],
     "uneven.py": ["--clients", "4", "--largest", "20", "--repetitions", "1"],

@@ -86,6 +86,26 @@ def test_merged_linears(clients):
         assert not any(np.any(g) for g in to_kernels(tuple(jnp.asarray(w, jnp.float32) for w in kernels)))
 
 
+def test_merged_linears_of_rounded_factors():
+    """With bfloat16 operands, x·(W + BA) and the gradient of x are products of rounded factors, added in float32."""
+    rng = np.random.default_rng(1)
+    x, w, a, b, g = (rng.normal(size=shape).astype(np.float32) for shape in ((9, 6), (6, 7), (2, 6), (2, 7), (9, 7)))
+
+    def rounded(array):
+        return array.astype(jnp.bfloat16).astype(np.float64)
+
+    out, vjp = jax.vjp(lambda x, a, b: merged(x, (jnp.asarray(w),), a, (b,), "bfloat16")[0],
+                       *map(jnp.asarray, (x, a, b)))
+    dx, da, db = vjp(jnp.asarray(g))
+    whole = w + a.T @ b
+    np.testing.assert_allclose(out, rounded(x) @ rounded(whole), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx, rounded(g) @ rounded(whole).T, rtol=1e-5, atol=1e-5)
+    x, a, b, g = (array.astype(np.float64) for array in (x, a, b, g))
+    np.testing.assert_allclose(da, (g @ b.T).T @ x, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(db, (x @ a.T).T @ g, rtol=1e-4, atol=1e-4)
+    assert np.abs(out - x @ (w + a.T @ b)).max() > 1e-3  # the rounding is there
+
+
 VARIANTS = {
     "llama": {},
     "qwen2, windows per layer": {"text": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4,
