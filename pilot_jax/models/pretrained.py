@@ -56,6 +56,9 @@ def read_shapes(config: ModelConfig) -> tuple[VlmSpec, Path]:
         directory = shapes_directory(config.path)
         return read_vlm_config(directory), directory
     parts = config.parts
+    if not config.takes_images:
+        directory = shapes_directory(parts.language)
+        return read_language_config(directory), directory
     paths = _part_paths(parts.vision, parts.language, parts.projector)
     return _parts_spec(*paths, parts.feature_layer, parts.feature_select), paths[1]
 

@@ -14,7 +14,6 @@ from jax.typing import DTypeLike
 
 from pilot_jax.config import Config
 from pilot_jax.data.arrays import num_steps, round_up, training_length
-from pilot_jax.data.build import refuse_images
 from pilot_jax.data.conversations import encode
 from pilot_jax.federation.client import client_loss, phase_spec
 from pilot_jax.federation.executor import chunk_width
@@ -57,7 +56,6 @@ def read_workload(config: Config, run: Outline, *, samples: int = 1000, tasks: i
     tokenized = has_tokenizer(run.text_directory)
     if data.path in GENERATED or Path(data.path).expanduser().exists():
         loaded = [s for s in load_samples(config) if s.split == "train"]
-        refuse_images(loaded, run.spec)
         counts = tuple(sum(s.client == name for s in loaded) for name in sorted({s.client for s in loaded}))
         num_tasks = len({s.task for s in loaded})
         if tokenized:

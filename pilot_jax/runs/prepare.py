@@ -25,7 +25,7 @@ from pilot_jax.config import (
     apply_overrides,
 )
 from pilot_jax.data.arrays import pooled
-from pilot_jax.data.build import build_clients, partition
+from pilot_jax.data.build import build_clients, partition, refuse_images
 from pilot_jax.data.conversations import stop_tokens
 from pilot_jax.data.features import compute_features
 from pilot_jax.data.llava.reading import read_samples
@@ -112,12 +112,17 @@ def prepare_restored(config: Config) -> Setup:
 
 
 def load_samples(config: Config) -> list[Sample]:
-    """Returns the samples of `data.path`, each assigned to a client."""
+    """Returns the samples of `data.path`, each assigned to a client.
+
+    Raises:
+        InputError: the data are wrong, or have an image that the base does not take.
+    """
     data = config.data
     if data.path in GENERATED:
         samples = list(GENERATED[data.path].samples(data, open_cache(config.system.cache, "samples", SAMPLES_KEPT)))
     else:
         samples = read_samples(data.path, data.image_root, data.file_names, data.limits)
+    refuse_images(samples, config.model.takes_images)
     return partition(samples, data.partition, config.federation.clients, data.dirichlet_alpha, config.system.seed)
 
 

@@ -104,8 +104,8 @@ def test_a_gradient_step_of_lora_against_peft(both):
         lambda own: client_loss(spec, model.base, own, {}, batch, 0)[0]))(trained)
     np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
     step = make_optimizer(optimizer, optimizer_labels(trained), jnp.int32(10), {"lora": jnp.float32(RATE)})
-    updates, _ = step.update(gradient, step.init(trained), trained)
-    after = jax.tree.map(jnp.add, trained, updates)["text_adapter"]
+    updates, _ = jax.jit(lambda gradient, own: step.update(gradient, step.init(own), own))(gradient, trained)
+    after = jax.tree.map(np.add, trained, updates)["text_adapter"]
     expected = {"layers": {name: {x: np.stack([getattr(m, f"lora_{x.upper()}")["default"].weight.detach().numpy()
                                                for m in modules]) for x in ("a", "b")}
                            for name, modules in linears.items()}}

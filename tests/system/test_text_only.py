@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    ROOT,
     DiesAt,
     Killed,
     llava_entry,
@@ -20,11 +21,14 @@ from conftest import (
 from PIL import Image
 
 import pilot_jax
-from pilot_jax.config import apply_overrides, parse_config
+from pilot_jax.config import apply_overrides, load_config, parse_config
 from pilot_jax.data.check import check_data
 from pilot_jax.errors import InputError
 from pilot_jax.federation.observer import RunObserver
-from pilot_jax.federation.roles import num_bytes
+from pilot_jax.federation.roles import num_bytes, num_parameters
+from pilot_jax.models.checkpoints.tensor_names import base_shapes
+from pilot_jax.models.lora import init_lora
+from pilot_jax.models.pretrained import read_shapes
 from pilot_jax.models.vlm import variables
 from pilot_jax.planning.estimate import make_plan
 from pilot_jax.planning.lowering import programs
@@ -154,6 +158,37 @@ def test_the_export_is_a_lora_that_peft_loads(fedit, tmp_path):
         after = PeftModel.from_pretrained(reference, tmp_path / "out")(input_ids=torch.tensor(ids)).logits.numpy()
     assert np.abs(after - before).max() > 1e-2
     np.testing.assert_allclose(ours, after, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_shipped_config_from_plan_to_export(call, fedit, tmp_path):
+    """The documented commands, one after another, on the tiny model and its data."""
+    folder, *_ = fedit
+    settings = [f"model.parts.language={folder / 'llm'}", f"data.path={folder / 'data.json'}", "data.partition=given",
+                "federation.clients=null", "federation.clients_per_round=null", "federation.rounds=1",
+                "data.template=vicuna_short", "eval.max_new_tokens=4", "train.batch_size=4", "model.dtype=float32",
+                "model.remat=false"]
+    config = [ROOT / "configs" / "text_only.yaml", *(part for s in settings for part in ("--set", s))]
+    code, out, err = call("plan", *config)
+    assert code == 0 and "2 clients, 1 tasks" in out and "for the image" not in out, err
+    code, out, err = call("run", *config, "--out", tmp_path / "run")
+    assert code == 0, err
+    code, out, err = call("evaluate", tmp_path / "run")
+    assert code == 0, err
+    code, out, err = call("generate", tmp_path / "run", "--client", "a", "--prompt", "what is 1 of a?")
+    assert code == 0, err
+    code, out, err = call("export", tmp_path / "run", "--client", "a", "--out", tmp_path / "out")
+    assert code == 0 and (tmp_path / "out" / "adapter_model.safetensors").is_file(), err
+    code, out, err = call("report", tmp_path / "run")
+    assert code == 0, err
+
+
+def test_the_shipped_config_is_planned_without_weights():
+    """Vicuna-7B has 6,738,415,616 parameters, and LoRA of rank 16 on its linear layers a quarter of that of rank 64."""
+    spec, _ = read_shapes(load_config(ROOT / "configs" / "text_only.yaml").model)
+    assert num_parameters(base_shapes(spec)) == 6_738_415_616
+    lora = jax.eval_shape(lambda: init_lora.jitted(jax.random.key(0), spec.text, 16))
+    assert num_parameters(lora) == 159_907_840 // 4
 
 
 def test_pilot_is_refused_before_anything_is_loaded(fedit, monkeypatch):
