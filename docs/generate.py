@@ -22,7 +22,7 @@ from typing import Any
 from typer.models import ArgumentInfo, OptionInfo
 
 from pilot_jax.cli.app import app
-from pilot_jax.config import json_schema
+from pilot_jax.config import StrategyParams, json_schema
 from pilot_jax.federation.strategies import STRATEGIES
 
 DOCS = Path(__file__).parent
@@ -40,7 +40,7 @@ exist, or a value of the wrong type or out of bounds, is refused before anything
 the JSON schema from which this page is made; editors complete and check YAML files with it.
 """
 STRATEGY = """\
-Each strategy takes its own keys beside `name`. Keys of other strategies are checked and then ignored, so that one
+Each strategy takes its own keys beside these. Keys of other strategies are checked and then ignored, so that one
 file serves a comparison of several. A strategy without a table has no keys of its own. [The
 method](method.md#the-other-strategies) says what each strategy does.
 """
@@ -187,18 +187,20 @@ def section_tables(schema: dict[str, Any], section: dict[str, Any], name: str, l
 
 
 def strategy_tables(schema: dict[str, Any]) -> str:
-    """`strategy.name`, and the keys of each strategy of the package; strategies with equal keys share a table."""
+    """The keys of all strategies, and those of each one of the package; strategies with equal keys share a table."""
     every = sorted(schema["properties"]["strategy"]["oneOf"], key=lambda own: own["title"])
     sections = {own["title"]: own for own in every
                 if STRATEGIES[own["title"]].__module__.startswith("pilot_jax.")}
     names = ", ".join(f"`{name}`" for name in sections)
-    name = next(iter(sections.values()))["properties"]["name"]
-    row = ["`strategy.name`", f"{names}, or `module:Class`", "`pilot`", "", escaped(name["description"])]
-    out = f"\n{table(HEAD, [row])}\n{STRATEGY}"
+    shared = {key: next(iter(sections.values()))["properties"][key] for key in StrategyParams.model_fields}
+    rows = [["`strategy.name`", f"{names}, or `module:Class`", "`pilot`", "", escaped(shared["name"]["description"])]]
+    rows += [[f"`strategy.{key}`", *value_type(schema, own)[:1], code(own["default"]), "", escaped(own["description"])]
+             for key, own in shared.items() if key != "name"]
+    out = f"\n{table(HEAD, rows)}\n{STRATEGY}"
     groups: dict[str, list[str]] = {}
     for title, own in sections.items():
-        if set(own["properties"]) > {"name"}:
-            groups.setdefault(section_tables(schema, own, "strategy", 3, ("name",)), []).append(title)
+        if set(own["properties"]) > set(shared):
+            groups.setdefault(section_tables(schema, own, "strategy", 3, tuple(shared)), []).append(title)
     return out + "".join(f"\n### Keys of {', '.join(titles)}\n{text}" for text, titles in groups.items())
 
 

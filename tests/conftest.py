@@ -50,6 +50,7 @@ from pilot_jax.testing.checkpoints import (  # noqa: F401  # for the tests that 
     TINY_TEXT,
     TINY_VISION,
     write_checkpoint,
+    write_language_model,
     write_llava,
     write_tokenizer,
 )

@@ -52,8 +52,9 @@ def print_scores(summary: dict) -> None:
 def print_plan(plan: dict) -> None:
     devices = f"{plan['devices']} device{'s' * (plan['devices'] > 1)}"
     rounds = f"{plan['rounds']} round{'s' * (plan['rounds'] > 1)}"
+    image = f", {plan['image_tokens']} of them for the image" if plan["image_tokens"] else ""
     typer.echo(f"{plan['clients']} clients, {plan['tasks']} tasks, {rounds}, {devices}; the longest sequence has "
-               f"{plan['longest_sequence']} tokens, {plan['image_tokens']} of them for the image")
+               f"{plan['longest_sequence']} tokens{image}")
     if plan["assumed"]:
         typer.echo(f"Assumed: {plan['assumed']}")
     memory = plan["memory_per_device"]

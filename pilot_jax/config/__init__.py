@@ -13,6 +13,7 @@ from pilot_jax.config.reading import (
     read_yaml,
 )
 from pilot_jax.config.schema import (
+    BOTH_OR_NEITHER,
     STRATEGY_PARAMS,
     Config,
     EvalConfig,
@@ -31,6 +32,7 @@ from pilot_jax.config.schema import (
 from pilot_jax.config.sections import DataConfig, DigitsConfig, EmojiConfig, LimitsConfig, Section
 
 __all__ = [
+    "BOTH_OR_NEITHER",
     "STRATEGY_PARAMS",
     "Config",
     "DataConfig",

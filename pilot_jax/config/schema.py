@@ -22,20 +22,33 @@ class LoraConfig(Section):
                          "paper has 128.")
 
 
-class PartsConfig(Section):
-    """Vision tower, language model and projector as separate checkpoints, as those that the paper starts from."""
+BOTH_OR_NEITHER = "Give vision and projector both, or neither of them for a language model alone."
 
-    vision: str = Field(description="Folder of a CLIP, SigLIP or DINOv2 model in Hugging Face's format.")
+
+class PartsConfig(Section):
+    """Vision tower, language model and projector as separate checkpoints, as those that the paper starts from.
+
+    Without tower and projector, the base is a language model alone, which takes no images.
+    """
+
+    vision: str | None = Field(None, description="Folder of a CLIP, SigLIP or DINOv2 model in Hugging Face's format. "
+                               "null, and `projector` null: a language model alone.")
     language: str = Field(description="Folder of a Llama, Vicuna, Mistral or Qwen2 model in Hugging Face's format, "
                           "with its tokenizer; or a .gguf file of a Llama or Qwen2 model, if gguf is installed.")
-    projector: str = Field(description="File of LLaVA's mm_projector weights: .safetensors, or .bin if torch is "
-                           "installed.")
+    projector: str | None = Field(None, description="File of LLaVA's mm_projector weights: .safetensors, or .bin if "
+                                  "torch is installed. null, and `vision` null: a language model alone.")
     feature_layer: int | list[int] = Field(
         -2, description="Layer of the vision tower whose output is H_v, or list of layers whose outputs are "
         "concatenated. Negative numbers count from the last layer, -1. LLaVA uses -2.")
     feature_select: Literal["auto", "default", "full"] = Field(
         "auto", description="Choice of the tokens of H_v. default: all but the first, which is the CLS token of CLIP "
         "and DINOv2. full: all. auto: default for these two, and full for SigLIP, which has no CLS token.")
+
+    @model_validator(mode="after")
+    def _tower_with_projector(self) -> PartsConfig:
+        if (self.vision is None) != (self.projector is None):
+            raise ValueError(f"{'projector' if self.vision is None else 'vision'} is given alone. {BOTH_OR_NEITHER}")
+        return self
 
 
 class ModelConfig(Section):
@@ -56,6 +69,11 @@ class ModelConfig(Section):
         if self.parts is not None and self.path != "embedded":
             raise ValueError("give either path or parts, not both")
         return self
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether the base has a vision tower; without one, it is a language model alone."""
+        return self.parts is None or self.parts.vision is not None
 
 
 class ParticipationEntry(Section):
@@ -136,6 +154,11 @@ class StrategyParams(Section):
 
     name: str = Field("pilot", description="Name of the strategy, which determines what clients train, upload and "
                       "receive: one of the package's strategies, or `module:Class` for one of your own.")
+    projector: Literal["trained", "frozen"] = Field(
+        "trained", description="Treatment of the base's projector by strategies that train LoRA and the projector. "
+        "trained: it is trained and shared. frozen: it stays the base's, and LoRA alone is trained and uploaded, as "
+        "always with a language model alone, which has no projector. Pilot, whose visual adapters start from the "
+        "projector, refuses frozen.")
 
 
 # The class of each strategy's section, by the strategy's name; the files of `federation/strategies/` fill it.
@@ -164,7 +187,10 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="Coefficient of AdamW's decoupled weight decay. SGD has none.")
     adam_epsilon: float = Field(1e-8, gt=0, description="Constant ε in AdamW's step m / (√v + ε).")
     warmup: float = Field(0.03, ge=0, le=1, description="Share of a client's steps in a phase in which the "
-                          "learning rate rises linearly to its peak. Over the whole phase it falls as a half cosine.")
+                          "learning rate rises linearly to its peak. 0: no rise.")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="Course of the learning rate over a phase, beside the warm-up. cosine: a fall as a half "
+        "cosine over the whole phase, warm-up included. constant: no fall.")
     lr_connector: float = Field(1e-3, gt=0, description="Peak learning rate of all connector adapters: Pilot's ψ_t, "
                                 "ψ_s, ψ_c and router, and the projector of other strategies. "
                                 "configs/llava15_7b.yaml has 2e-5 for a 7B model.")

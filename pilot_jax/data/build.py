@@ -21,7 +21,7 @@ from pilot_jax.data.arrays import (
     training_arrays,
     training_length,
 )
-from pilot_jax.data.conversations import Encoded, encode
+from pilot_jax.data.conversations import IMAGE, Encoded, encode
 from pilot_jax.data.features import FeatureRows, Features
 from pilot_jax.data.llava.sample import SPLITS, Sample
 from pilot_jax.errors import InputError
@@ -35,14 +35,28 @@ if TYPE_CHECKING:
 logger = logging.getLogger("pilot_jax")
 
 
+def refuse_images(samples: Sequence[Sample], takes_images: bool) -> None:
+    """Refuses samples with an image unless the model takes images, which a language model alone does not.
+
+    Raises:
+        InputError: there is one; the message names the first.
+    """
+    if not takes_images:
+        for sample in samples:
+            if sample.image is not None or any(IMAGE in text for _, text in sample.turns):
+                raise InputError(f"{sample.source}: image: the model is a language model alone, which takes no images. "
+                                 "Leave samples with images out, or give model.parts.vision and model.parts.projector.")
+
+
 def encode_prompts(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample],
                    data: DataConfig) -> list[np.ndarray]:
     """Returns the token ids, int32 [length], of each conversation without its last answer.
 
     Raises:
         InputError: a prompt is longer than `data.max_length`. It is not cut, because it would then ask something else.
-            Or it has a token that the model does not know.
+            Or it has a token that the model does not know, or an image that it does not take.
     """
+    refuse_images(samples, model.config.vision is not None)
     n_image, prompts = model.config.num_image_tokens, []
     for sample in samples:
         ids = encode(tokenizer, sample.turns[:-1], data.template, n_image).input_ids
@@ -83,8 +97,9 @@ def encode_samples(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, s
 
     Raises:
         InputError: the limit would cut an image, or leave a sample without an answer token, or a token is not one of
-            the model's.
+            the model's, or the model takes no images.
     """
+    refuse_images(samples, model.config.vision is not None)
     encoded = []
     for sample in samples:
         try:

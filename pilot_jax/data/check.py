@@ -97,7 +97,7 @@ def check_data(path: str | Path, data: DataConfig, model: PretrainedModel | None
         try:
             sample = parse_sample(entry, root, data.limits)
             if sample.image is not None:
-                side = 336 if model is None else model.config.vision.image_size
+                side = 336 if model is None else model.config.tower.image_size
                 check_shape(sample, read_image(sample, data.limits), data.image_fit, data.limits, side)
             if model is None or tokenizer is None:
                 lengths.append(sum(len(text) for _, text in sample.turns))

@@ -33,6 +33,7 @@ LEAST_ON_DEVICE = 16  # images of a full batch on each device at least, even if 
 class Features:
     """The features H_v of samples' images, [n, N, D] in the model's dtype; zeros for a sample without an image.
 
+    For a language model alone, N and D are 0.
     With several processes, each one computes and stores the features that the models on its own devices read; see
     `compute`.
     """
@@ -48,7 +49,7 @@ class Features:
         self._model, self._data = model, data or DataConfig()
         self._kept = kept if file is None and jax.process_count() == 1 else None
         self._samples: list[Sample | None] = [sample if sample.image is not None else None for sample in samples]
-        self.shape = len(samples), model.config.num_image_tokens, model.config.vision.feature_size
+        self.shape = len(samples), model.config.num_image_tokens, model.config.feature_size
         self.dtype = np.dtype(jnp.dtype(model.module.dtype))
         self._store: np.ndarray | RowsWriter
         self._values: np.ndarray | Rows
@@ -141,7 +142,7 @@ class Features:
         try:
             for sample in self._samples:
                 digest.update(b"-" if sample is None else image_identity(sample))
-            for file in processor_files(self._model.image_directory):
+            for file in processor_files(self._model.image_directory or Path()):
                 digest.update(file.read_bytes())
         except OSError:  # reading the image will say what is wrong
             return ""
@@ -193,7 +194,7 @@ class Features:
 
         Rows on other processes' devices, and padding rows, are zeros.
         """
-        side, fault = self._model.config.vision.image_size, None
+        side, fault = self._model.config.tower.image_size, None
         out = np.zeros((len(batch) * size, 3, side, side), np.float32)
         row = np.concatenate([_positions(len(indices), size, devices_at_place) + place * size
                               for place, indices in enumerate(batch)])

@@ -123,7 +123,9 @@ def pixel_values(model: PretrainedModel, images: list[Image.Image], fit: str = "
     Raises:
         InputError: the checkpoint's image processor fails, or its output has another size than the tower takes.
     """
-    processor = load_image_processor(model.image_directory, model.config.vision.family)
+    tower = model.config.tower
+    assert model.image_directory is not None
+    processor = load_image_processor(model.image_directory, tower.family)
     if fit == "pad":
         red, green, blue = (int(255 * c) for c in processor.image_mean)
         images = [pad_to_square(image, (red, green, blue)) for image in images]
@@ -132,7 +134,7 @@ def pixel_values(model: PretrainedModel, images: list[Image.Image], fit: str = "
     except Exception as error:  # the processor's checks of its own settings raise many kinds
         raise InputError(f"{model.image_directory}: the image processor fails ({error}). Correct "
                          "preprocessor_config.json.") from None
-    side = model.config.vision.image_size
+    side = tower.image_size
     if pixels.shape[1:] != (3, side, side):
         raise InputError(f"{model.image_directory}: the image processor gives {pixels.shape[1:]}, the tower takes "
                          f"{(3, side, side)}. Correct preprocessor_config.json or set data.image_fit: pad.")

@@ -215,7 +215,7 @@ def _initial_language(module: Vlm, config: PretrainConfig) -> Params:
     """Returns the initial weights of projector and decoder."""
     keys = jax.random.split(jax.random.key(config.seed + 1), 3)
     spec = module.config
-    vision, text = spec.vision.hidden_size, spec.text.hidden_size
+    vision, text = spec.tower.hidden_size, spec.text.hidden_size
     projector = {"linear_1": {"kernel": jax.random.normal(keys[0], (vision, text)) * 0.6 * vision**-0.5,
                               "bias": jnp.zeros(text)},
                  "linear_2": {"kernel": jax.random.normal(keys[1], (text, text)) * 0.6 * text**-0.5,

@@ -17,7 +17,7 @@ from pilot_jax.data.conversations import stop_tokens
 from pilot_jax.data.features import compute_features
 from pilot_jax.evaluation.metrics import METRICS
 from pilot_jax.models.generate import Decoding, generate
-from pilot_jax.models.pretrained import PretrainedModel
+from pilot_jax.models.pretrained import PretrainedModel, plain_connector
 from pilot_jax.parallel.mesh import mesh_of
 from pilot_jax.parallel.processes import is_on_this_process, over_clients, to_host
 
@@ -130,4 +130,4 @@ def scores(model: PretrainedModel, decoder: Decoder, examinees: list[Examinee], 
 
 def base_examinee(model: PretrainedModel, task: str, prompts: Prompts) -> Examinee:
     """Returns the base model without training, with prompts to answer."""
-    return Examinee({"projector": model.base["projector"]}, "plain", 0, task, prompts)
+    return Examinee(plain_connector(model.base), "plain", 0, task, prompts)

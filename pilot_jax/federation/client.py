@@ -64,6 +64,7 @@ class OptimizerSpec:
     weight_decay: float
     epsilon: float
     warmup: float  # fraction of a client's steps
+    schedule: str = "cosine"  # cosine | constant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ def phase_spec(module: Module, roles: Roles, stage: str, train: TrainConfig, rul
     return PhaseSpec(
         module, stage, roles.names(stage=stage, mode="trained"), roles.names(stage=stage, mode="frozen"),
         roles.names(stage=stage, mode="carried"), roles.names(scope="received"), loss_weights(train, stage),
-        OptimizerSpec(train.optimizer, train.weight_decay, train.adam_epsilon, train.warmup), rule)
+        OptimizerSpec(train.optimizer, train.weight_decay, train.adam_epsilon, train.warmup, train.schedule), rule)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["own", "common"], meta_fields=[])
@@ -144,14 +145,17 @@ def peak_rates(train: TrainConfig, stage: str) -> dict[str, float]:
 
 
 def learning_rate(peak: float | Float[AnyArray, ""], warmup: float, step: Real[AnyArray, ""],
-                  total: Real[AnyArray, ""]) -> Float[Array, ""]:
+                  total: Real[AnyArray, ""], schedule: str = "cosine") -> Float[Array, ""]:
     """Returns peak · min(1, (i+1)/w) · ½(1+cos(π·i/S_k)), w = max(1, ⌈warmup·S_k⌉); `total` is the client's S_k.
 
+    With `schedule` "constant", there is no cosine: the rate stays at its peak after the warm-up.
     The schedules of optax are not used because they do not accept a traced number of steps.
     """
     steps = jnp.maximum(total, 1).astype(jnp.float32)
     ramp = jnp.maximum(1.0, jnp.ceil(warmup * steps))
     i = jnp.asarray(step, jnp.float32)
+    if schedule == "constant":
+        return jnp.asarray(peak * jnp.minimum(1.0, (i + 1) / ramp))
     return jnp.asarray(peak * jnp.minimum(1.0, (i + 1) / ramp) * 0.5 * (1 + jnp.cos(jnp.pi * i / steps)))
 
 
@@ -162,7 +166,7 @@ def make_optimizer(spec: OptimizerSpec, labels: Mapping[str, Tree], total_steps:
 
     def one(peak: jax.Array) -> optax.GradientTransformation:
         def schedule(count: jax.Array) -> jax.Array:
-            return learning_rate(peak, spec.warmup, count, total_steps)
+            return learning_rate(peak, spec.warmup, count, total_steps, spec.schedule)
 
         if spec.kind == "sgd":
             return optax.sgd(schedule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack, cast
@@ -13,11 +14,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from pilot_jax.config import ModelConfig
+from pilot_jax.config import BOTH_OR_NEITHER, ModelConfig
 from pilot_jax.errors import InputError
 from pilot_jax.kernels.backend import default_dtype
 from pilot_jax.models.checkpoints.hf_config import read_vlm_config
-from pilot_jax.models.checkpoints.parts import load_parts, read_parts_config
+from pilot_jax.models.checkpoints.parts import load_parts, read_language_config, read_parts_config
 from pilot_jax.models.checkpoints.processors import IMAGE_TOKEN, load_tokenizer
 from pilot_jax.models.checkpoints.reading import Place, load_base
 from pilot_jax.models.generate import Decoding, generate
@@ -55,14 +56,38 @@ def read_shapes(config: ModelConfig) -> tuple[VlmSpec, Path]:
         directory = shapes_directory(config.path)
         return read_vlm_config(directory), directory
     parts = config.parts
-    vision, language, projector = (Path(p).expanduser() for p in (parts.vision, parts.language, parts.projector))
-    return _parts_spec(vision, language, projector, parts.feature_layer, parts.feature_select), language
+    if not config.takes_images:
+        directory = shapes_directory(parts.language)
+        return read_language_config(directory), directory
+    paths = _part_paths(parts.vision, parts.language, parts.projector)
+    return _parts_spec(*paths, parts.feature_layer, parts.feature_select), paths[1]
 
 
-def _parts_spec(vision: Path, language: Path, projector: Path, feature_layer: int | list[int], feature_select: str
-                ) -> VlmSpec:
+def _part_paths(vision: str | Path | None, language: str | Path, projector: str | Path | None
+                ) -> tuple[Path | None, Path, Path | None]:
+    """Returns the paths of a model's parts.
+
+    Raises:
+        InputError: there is a vision tower without a projector, or the reverse.
+    """
+    if (vision is None) != (projector is None):
+        given = "projector" if vision is None else "vision"
+        raise InputError(f"model.parts: {given} is given alone. {BOTH_OR_NEITHER}")
+    tower, between = (None if path is None else Path(path).expanduser() for path in (vision, projector))
+    return tower, Path(language).expanduser(), between
+
+
+def _parts_spec(vision: Path | None, language: Path, projector: Path | None, feature_layer: int | list[int],
+                feature_select: str) -> VlmSpec:
+    if vision is None or projector is None:
+        return read_language_config(language)
     token = cast(int, load_tokenizer(language).convert_tokens_to_ids(IMAGE_TOKEN))
     return read_parts_config(vision, language, projector, feature_layer, feature_select, token)
+
+
+def plain_connector(base: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """Returns the connector of a base model that has no adapters: its projector, or nothing if it has none."""
+    return {name: base[name] for name in ("projector",) if name in base}
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -84,12 +109,12 @@ def _decoding(max_new_tokens: int = 32, eos_id: int | tuple[int, ...] = 2, tempe
 
 @dataclasses.dataclass(frozen=True)
 class PretrainedModel:
-    """A frozen LLaVA base model and its directories. Its methods take NumPy or JAX arrays."""
+    """A frozen base model and its directories. Its methods take NumPy or JAX arrays."""
 
     text_directory: Path  # with the tokenizer
-    image_directory: Path  # with the image processor
+    image_directory: Path | None  # with the image processor; None for a language model alone
     config: VlmSpec
-    base: dict[str, PyTree]  # {"vision_tower", "projector", "decoder"}
+    base: dict[str, PyTree]  # {"vision_tower", "projector", "decoder"}; {"decoder"} for a language model alone
     module: Vlm
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -100,7 +125,7 @@ class PretrainedModel:
         """
         tokenizer = load_tokenizer(self.text_directory)
         found = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        if found != self.config.image_token_id:
+        if self.config.vision is not None and found != self.config.image_token_id:
             raise InputError(f"{self.text_directory}: {IMAGE_TOKEN} is token {found} of the tokenizer, but in "
                              f"config.json image_token_index is {self.config.image_token_id}. Correct one of them.")
         return tokenizer
@@ -110,7 +135,11 @@ class PretrainedModel:
 
         On a mesh whose size divides B, each device computes its share of the images, and H_v is spread over the mesh's
         axis `clients`.
+
+        Raises:
+            InputError: the model is a language model alone.
         """
+        _ = self.config.tower  # raises without one
         mesh, out = mesh_of(self.base), None
         if mesh is not None and len(pixel_values) % mesh.size == 0:
             pixel_values = from_host(pixel_values, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
@@ -141,7 +170,7 @@ class PretrainedModel:
         prompts = {"input_ids": ids[None], "attention_mask": mask[None], "keys": keys}
         if pixel_values is not None:
             prompts["features"] = self.features(pixel_values)[None]
-        adapters = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], {"projector": self.base["projector"]})
+        adapters = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], plain_connector(self.base))
         out = generate(self.module, self.base, adapters, prompts, jnp.zeros(1, jnp.int32), stage="plain", how=how)
         return np.asarray(out[0])
 
@@ -162,8 +191,7 @@ def _features(module: Vlm, out: NamedSharding | None, tower: PyTree, pixel_value
 @jax.jit(static_argnums=0)
 def _logits(module: Vlm, base: dict[str, PyTree], ids: jax.Array, mask: jax.Array, features: jax.Array | None
             ) -> jax.Array:
-    adapters = {"projector": base["projector"]}
-    return cast(jax.Array, module.apply(variables(base, adapters), ids, mask, features, method="logits"))
+    return cast(jax.Array, module.apply(variables(base, plain_connector(base)), ids, mask, features, method="logits"))
 
 
 class LoadOptions(TypedDict, total=False):
@@ -218,12 +246,13 @@ def load(path: str | Path = EMBEDDED, **options: Unpack[LoadOptions]) -> Pretrai
     return PretrainedModel(directory, directory, config, base, settings.module(config))
 
 
-def load_from_parts(vision: str | Path, language: str | Path, projector: str | Path, *,
+def load_from_parts(vision: str | Path | None, language: str | Path, projector: str | Path | None, *,
                     feature_layer: int | list[int] = -2, feature_select: str = "auto",
                     **options: Unpack[LoadOptions]) -> PretrainedModel:
     """Loads a VLM from a vision tower's directory, a language model's directory and a file of `mm_projector` weights.
 
     Args:
+        vision, projector: None for both loads the language model alone, which takes no images.
         feature_layer: LLaVA's vision_feature_layer.
         feature_select: LLaVA's vision_feature_select_strategy, or "auto", which drops the CLS token of a tower that
             has one and uses all of SigLIP's tokens.
@@ -233,7 +262,7 @@ def load_from_parts(vision: str | Path, language: str | Path, projector: str | P
         InputError: a part is missing, or is a model that this package cannot run.
     """
     settings = _Settings(**options)
-    vision, language, projector = (Path(p).expanduser() for p in (vision, language, projector))
-    config = _parts_spec(vision, language, projector, feature_layer, feature_select)
-    base = load_parts(config, vision, language, projector, settings.actual_dtype, settings.place)
-    return PretrainedModel(language, vision, config, base, settings.module(config))
+    tower, decoder, between = _part_paths(vision, language, projector)
+    config = _parts_spec(tower, decoder, between, feature_layer, feature_select)
+    base = load_parts(config, tower, decoder, between, settings.actual_dtype, settings.place)
+    return PretrainedModel(decoder, tower, config, base, settings.module(config))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from pilot_jax.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class VisionSpec:
@@ -106,15 +108,36 @@ class TextSpec:
 
 @dataclasses.dataclass(frozen=True)
 class VlmSpec:
-    """The shapes of a vision–language model: a vision tower, a decoder, and the projector between them."""
+    """The shapes of a vision–language model: a vision tower, a decoder, and the projector between them.
 
-    vision: VisionSpec
+    A language model alone has the decoder only.
+    """
+
+    vision: VisionSpec | None  # None: a language model alone
     text: TextSpec
-    image_token_id: int
+    image_token_id: int  # -1, which is no token, for a language model alone
     drop_first: bool  # whether H_v lacks the tower's first token (LLaVA's vision_feature_select_strategy: default)
     projector_bias: bool
 
     @property
     def num_image_tokens(self) -> int:
-        """N, the number of tokens that an image takes."""
-        return self.vision.num_patches + int(self.vision.has_cls) - int(self.drop_first)
+        """N, the number of tokens that an image takes; 0 for a language model alone."""
+        return 0 if self.vision is None else (
+            self.vision.num_patches + int(self.vision.has_cls) - int(self.drop_first))
+
+    @property
+    def feature_size(self) -> int:
+        """D, the width of the features; 0 for a language model alone."""
+        return 0 if self.vision is None else self.vision.feature_size
+
+    @property
+    def tower(self) -> VisionSpec:
+        """The shapes of the vision tower.
+
+        Raises:
+            InputError: the model is a language model alone.
+        """
+        if self.vision is None:
+            raise InputError("The model is a language model alone, which takes no images. Leave the image out, or give "
+                             "model.parts.vision and model.parts.projector.")
+        return self.vision

@@ -23,9 +23,11 @@ from pilot_jax.models.vision import VisionTower
 def variables(base: Mapping[str, PyTree], adapters: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """Returns the variables of `Vlm`: the frozen base and one client's adapters.
 
-    `adapters` has the connector's subtrees (`projector`, or `task`, `client`, …) and, optionally, LoRA's.
+    `adapters` has the connector's subtrees (`projector`, or `task`, `client`, …) and, optionally, LoRA's. Without the
+    former, the connector is the base's projector.
     """
     connector, lora = {n: t for n, t in adapters.items() if n not in LORA_SUBTREES}, assembled(adapters)
+    connector = connector or {n: base[n] for n in ("projector",) if n in base}
     out = {"params": {k: base[k] for k in ("vision_tower", "decoder") if k in base},
            "connector": {"connector": connector}}
     if lora is not None:
@@ -45,7 +47,7 @@ def causal_mask(attention_mask: jax.Array) -> jax.Array:
 
 
 class Vlm(nn.Module):
-    """The whole model.
+    """The whole model; without `config.vision`, the decoder alone.
 
     In its methods, `stage` chooses the connector, "plain" (LLaVA's projector), "stage1" or "stage2", and `task_index`
     is the number of the client's own task.
@@ -60,8 +62,9 @@ class Vlm(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.vision_tower = VisionTower(c.vision, c.drop_first, self.dtype)
-        self.connector = Connector()
+        if c.vision is not None:
+            self.vision_tower = VisionTower(c.vision, c.drop_first, self.dtype)
+            self.connector = Connector()
         self.decoder = Decoder(c.text, self.lora_scale, self.dtype, self.remat, self.unroll, self.kernel)
 
     def features(self, pixels: jax.Array) -> jax.Array:
@@ -76,11 +79,11 @@ class Vlm(nn.Module):
 
         Args:
             input_ids: int [B, L]; a row that has an image holds N image tokens.
-            features: H_v [B, N, D]; None if no row has an image.
+            features: H_v [B, N, D]; None if no row has an image. A language model alone does not read them.
         """
         is_image = input_ids == self.config.image_token_id
         x = self.decoder.embed(jnp.where(is_image, 0, input_ids))
-        if features is None:
+        if features is None or self.config.vision is None:
             return x, {}
         image, aux = self.connector(features.astype(self.dtype), stage, task_index)
         slot = jnp.clip(jnp.cumsum(is_image, axis=-1) - 1, 0, image.shape[1] - 1)

@@ -22,6 +22,7 @@ from pilot_jax.kernels.backend import default_dtype
 from pilot_jax.models.checkpoints.processors import has_tokenizer, load_tokenizer
 from pilot_jax.models.checkpoints.tensor_names import base_shapes
 from pilot_jax.models.llama import empty_cache
+from pilot_jax.models.pretrained import plain_connector
 from pilot_jax.models.spec import VlmSpec
 from pilot_jax.models.vlm import Vlm
 from pilot_jax.parallel.mesh import AXES, base_spec, shard_elements
@@ -90,15 +91,15 @@ def phase_shapes(run: Outline, work: Workload) -> Shapes:
     module = Vlm(run.spec, lora.alpha / lora.rank, dtype, run.model.remat, run.system.unroll)
     base = {name: jax.tree.map(lambda leaf, n=name: jax.ShapeDtypeStruct(
         leaf.shape, jnp.float32 if n == "projector" else dtype), tree) for name, tree in base_shapes(run.spec).items()}
-    adapters = adapter_shapes(run, base["projector"], work.num_tasks)
+    adapters = adapter_shapes(run, plain_connector(base), work.num_tasks)
     return Shapes(run, work, module, base, adapters, data_shapes(run.spec, dtype, work, run.train.batch_size))
 
 
-def adapter_shapes(run: Outline, projector: Tree, num_tasks: int) -> dict[str, Tree]:
-    """Returns the shapes of one client's adapters; `projector` has those of the base model's projector."""
+def adapter_shapes(run: Outline, connector: Tree, num_tasks: int) -> dict[str, Tree]:
+    """Returns the shapes of one client's adapters; `connector` has those of the base model's `plain_connector`."""
     return jax.eval_shape(
         lambda key, tree: run.strategy.initial_adapters(key, tree, run.spec, run.model.lora.rank, num_tasks),
-        jax.eval_shape(lambda: jax.random.key(0)), projector)
+        jax.eval_shape(lambda: jax.random.key(0)), connector.get("projector", {}))
 
 
 def data_shapes(spec: VlmSpec, dtype: DTypeLike, work: Workload, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -109,7 +110,7 @@ def data_shapes(spec: VlmSpec, dtype: DTypeLike, work: Workload, rows: int) -> d
     return {"input_ids": shape(length, jnp.int32), "attention_mask": shape(length, jnp.int32),
             "target_positions": shape(answers, jnp.int32), "target_ids": shape(answers, jnp.int32),
             "target_weights": shape(answers, jnp.float32), "has_image": shape((rows,), jnp.float32),
-            "features": shape((rows, spec.num_image_tokens, spec.vision.feature_size), dtype)}
+            "features": shape((rows, spec.num_image_tokens, spec.feature_size), dtype)}
 
 
 def _bytes(tree: Tree) -> int:
@@ -183,7 +184,9 @@ def memory(shapes: Shapes) -> dict[str, dict[str, int]]:
 
 
 def _feature_flops(shapes: Shapes) -> int:
-    """Returns the FLOPs of the vision tower for one image."""
+    """Returns the FLOPs of the vision tower for one image; 0 if there is none."""
+    if shapes.run.spec.vision is None:
+        return 0
     side = shapes.run.spec.vision.image_size
     return matmul_flops(
         lambda base, x: shapes.module.apply({"params": {"vision_tower": base["vision_tower"]}}, x, method="features"),

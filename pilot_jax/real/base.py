@@ -196,7 +196,7 @@ def check(base: BaseModel, model: PretrainedModel) -> None:
     if base.answer not in text:
         raise InputError(f"the converted language model answers {text!r} to {base.question!r}, expected "
                          f"{base.answer!r} in it. Report this.")
-    side = model.config.vision.image_size
+    side = model.config.tower.image_size
     size = float(np.abs(np.asarray(model.features(waves(side)))).mean())
     if abs(size / base.feature_sizes.get(side, size) - 1) > 1e-3:
         raise InputError(f"the converted vision tower's mean feature is {size:.5f}, expected "

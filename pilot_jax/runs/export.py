@@ -13,12 +13,13 @@ from pilot_jax.runs.restore import Run
 
 
 def _model_card(run: Run, client: str, base: str, stage: str) -> str:
-    setup, summary = run.setup, run.summary
+    setup, summary, has_connector = run.setup, run.summary, bool(run.federation.strategy.visual_adapters())
     own, state, lora = run.evaluation.clients[run.client(client)], run.state(client), setup.model.lora
     rows = [
         ("base model", base), ("method", summary.get("strategy", run.federation.strategy.name)), ("client", client),
         ("task", own.task), ("training samples", own.size), ("rounds taken part in", state.rounds),
-        ("rounds of the run", run.federation.settings.rounds), ("stage of the connector", stage),
+        ("rounds of the run", run.federation.settings.rounds),
+        *([("stage of the connector", stage)] if has_connector else []),
         ("LoRA rank, alpha", f"{lora.rank}, {lora.alpha:g}"),
         ("conversation template", run.evaluation.data.template), ("seed", setup.system.seed),
         ("adapters_sha256 of the run", summary.get("adapters_sha256", "unknown: the run was not finished")),
@@ -29,11 +30,12 @@ def _model_card(run: Run, client: str, base: str, stage: str) -> str:
         rows.append((label, "not evaluated" if score is None else f"{score:.3f} "
                      f"({run.evaluation.metrics.get(own.task, 'exact')})"))
     table = "\n".join(f"| {name} | {str(value).replace('|', ' ')} |" for name, value in rows)
-    front = f"---\nlibrary_name: peft\nbase_model: {json.dumps(base)}\ntags: [lora, llava, federated]\n---\n"
+    tags = "lora, llava, federated" if setup.model.takes_images else "lora, federated"
+    front = f"---\nlibrary_name: peft\nbase_model: {json.dumps(base)}\ntags: [{tags}]\n---\n"
+    connector = ("; `connector.safetensors` takes the place of the vision–language projector (layout and loader: "
+                 "`docs/exported-adapters.md` of pilot_jax).") if has_connector else "."
     return (f"{front}\n# {client}\n\nThe personalised adapters of one client of a federated run.\n\n| | |\n|---|---|\n"
-            f"{table}\n\n`adapter_model.safetensors` is a PEFT LoRA of the language model; `connector.safetensors` "
-            "takes the place of the vision–language projector (layout and loader: `docs/exported-adapters.md` of "
-            "pilot_jax).\n")
+            f"{table}\n\n`adapter_model.safetensors` is a PEFT LoRA of the language model{connector}\n")
 
 
 def export_client(run: Run, client: str, out: Path) -> None:

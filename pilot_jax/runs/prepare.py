@@ -25,7 +25,7 @@ from pilot_jax.config import (
     apply_overrides,
 )
 from pilot_jax.data.arrays import pooled
-from pilot_jax.data.build import build_clients, partition
+from pilot_jax.data.build import build_clients, partition, refuse_images
 from pilot_jax.data.conversations import stop_tokens
 from pilot_jax.data.features import compute_features
 from pilot_jax.data.llava.reading import read_samples
@@ -112,12 +112,17 @@ def prepare_restored(config: Config) -> Setup:
 
 
 def load_samples(config: Config) -> list[Sample]:
-    """Returns the samples of `data.path`, each assigned to a client."""
+    """Returns the samples of `data.path`, each assigned to a client.
+
+    Raises:
+        InputError: the data are wrong, or have an image that the base does not take.
+    """
     data = config.data
     if data.path in GENERATED:
         samples = list(GENERATED[data.path].samples(data, open_cache(config.system.cache, "samples", SAMPLES_KEPT)))
     else:
         samples = read_samples(data.path, data.image_root, data.file_names, data.limits)
+    refuse_images(samples, config.model.takes_images)
     return partition(samples, data.partition, config.federation.clients, data.dirichlet_alpha, config.system.seed)
 
 
@@ -163,6 +168,7 @@ def prepare(config: Config, strategy: Strategy | None = None) -> Setup:
         strategy = make_strategy(config.strategy, schedule=config.federation.schedule)
     else:
         config, strategy = with_own_strategy(config, strategy)
+    strategy = strategy.for_base(config.model.takes_images)
     samples = load_samples(config)
     names, tasks = sorted({s.client for s in samples}), sorted({s.task for s in samples})
     _check_names(config, names, tasks)
@@ -188,7 +194,7 @@ def with_strategy(setup: Setup, strategy: Strategy, config: Config | None = None
     """Returns the setup with the same data and model, but another strategy.
 
     `config`, if given, replaces the setup's. It may differ in `strategy`, `train`, `federation` and `eval` only."""
-    config = config or setup.config
+    config, strategy = config or setup.config, strategy.for_base(setup.model.takes_images)
     clients, settings = setup.evaluation.clients, config.federation
     models = tuple(range(len(clients)))
     if strategy.pools_data:
@@ -232,8 +238,8 @@ def compile_first_round(setup: Setup, state: State) -> None:
 def initial_adapters(fed: Federation) -> dict[str, Tree]:
     """Returns the adapters that every client starts with; all clients have the same random LoRA matrix A."""
     key = jax.random.fold_in(jax.random.key(fed.seed), 0x696E6974)  # "init"
-    adapters = fed.strategy.initial_adapters(key, to_host(fed.model.base["projector"]), fed.model.config, fed.rank,
-                                             len(fed.tasks))
+    projector = to_host(fed.model.base.get("projector", {}))
+    adapters = fed.strategy.initial_adapters(key, projector, fed.model.config, fed.rank, len(fed.tasks))
     fed.strategy.roles().check(adapters)
     return to_host(adapters)
 
@@ -270,7 +276,7 @@ def outline(config: Config) -> Outline:
         InputError: there is no config.json at model.path.
     """
     spec, text_directory = read_shapes(config.model)
-    strategy = make_strategy(config.strategy, schedule=config.federation.schedule)
+    strategy = make_strategy(config.strategy, schedule=config.federation.schedule).for_base(config.model.takes_images)
     return Outline(spec, text_directory, strategy, config.model, config.data, config.federation, config.train,
                    config.eval, config.system)
 

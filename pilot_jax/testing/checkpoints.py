@@ -1,4 +1,4 @@
-"""Writers of tiny checkpoints with random weights: LLaVA models as transformers writes them, with a tokenizer.
+"""Writers of tiny checkpoints with random weights, as transformers writes them: LLaVA and language models.
 
 They need torch, transformers and tokenizers (the extra `dev`), which are imported when a writer is called.
 
@@ -16,6 +16,33 @@ TINY_VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 
 IMAGE_TOKEN = 5
 
 
+def _randomise(model):
+    """Gives a torch model random weights: random biases and norms too, so that a mix-up shows."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            std = 0.3 if parameter.ndim == 1 else 0.15
+            parameter.copy_(torch.randn_like(parameter) * std + (1.0 if "norm" in name and "weight" in name else 0.0))
+
+
+def write_language_model(folder, *, chat_template=None, **text):
+    """Writes a random language model with its tokenizer, for `model.parts.language`, and returns the torch model.
+
+    `text` overrides the tiny shapes; `model_type` chooses the family (default Llama).
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    raw = {"model_type": "llama"} | TINY_TEXT | {"vocab_size": 400} | text
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw)).eval()
+    _randomise(model)
+    model.save_pretrained(folder)
+    assert len(write_tokenizer(folder, chat_template=chat_template, image=False)) <= raw["vocab_size"]
+    return model
+
+
 def write_llava(folder, *, vision=None, text=None, **options):
     """Writes a random LLaVA checkpoint by transformers and returns the torch model.
 
@@ -31,10 +58,7 @@ def write_llava(folder, *, vision=None, text=None, **options):
     options |= {name: AutoConfig.for_model(**raw).to_dict() for name, raw in parts.items()}
     config = LlavaConfig(image_token_index=IMAGE_TOKEN, **options)
     model = LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():  # random biases and norms too, so that a mix-up shows
-        for name, parameter in model.named_parameters():
-            std = 0.3 if parameter.ndim == 1 else 0.15
-            parameter.copy_(torch.randn_like(parameter) * std + (1.0 if "norm" in name and "weight" in name else 0.0))
+    _randomise(model)
     model.to(save.pop("dtype", torch.float32)).save_pretrained(folder, **save)
     if model.dtype != torch.float32:  # model.float() would leave the rotary buffers rounded
         model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()

@@ -1,8 +1,8 @@
 """A federation of softmax regressions with LoRA, which shows in seconds what a strategy does.
 
 Its model has the two subtrees of every strategy that trains LoRA and the projector, under the same names as in the real
-model: the projector is W [V, D], and LoRA's only target "q" is A [1, R, D] and B [1, V, R]; the logits are
-X·(W + B·A)ᵀ. It is small enough to be computed again in NumPy, or by hand:
+model: the projector is W [V, D], part of the base if it is frozen, and LoRA's only target "q" is A [1, R, D] and
+B [1, V, R]; the logits are X·(W + B·A)ᵀ. It is small enough to be computed again in NumPy, or by hand:
 
     from pilot_jax.testing.toy import run_toy, toy_federation
 
@@ -90,7 +90,8 @@ def toy_adapters(strategy: Strategy, seed: int = 7) -> dict[str, Tree]:
     known = {"projector": {"w": p["w"]}, "text_adapter": _lora(p["a"], p["b"]),
              "private_adapter": _lora(p["a2"], p["b2"]),
              "text_adapter_a": {"q": p["a"][None]}, "text_adapter_b": {"q": p["b"][None]}}
-    zeros = jax.tree.map(np.zeros_like, {name: known[name] for name in ("text_adapter", "projector")})
+    zeros = jax.tree.map(np.zeros_like, {name: known[name] for name in ("text_adapter", "projector")
+                                         if name in roles.names()})
     adapters = {}
     for row in roles.adapter_rows:
         unseen = set(row.modes.values()) <= {"carried", "-"}
@@ -115,7 +116,9 @@ def toy_federation(strategy: Strategy, clients: Sequence[ClientData] | None = No
     """
     clients = tuple(toy_clients() if clients is None else clients)
     tasks = tuple(sorted({client.task for client in clients}))
-    model = cast(Any, types.SimpleNamespace(module=Regression(), base={}))
+    frozen = {"projector": {"w": toy_numbers()["w"].astype(np.float32)}}
+    base = frozen if strategy.params.projector == "frozen" else {}
+    model = cast(Any, types.SimpleNamespace(module=Regression(), base=base))
     held = (pooled(clients),) if strategy.pools_data else clients
     return Federation(strategy, model, held, tasks, settings, train, seed, RANK)
 

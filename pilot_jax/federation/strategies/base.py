@@ -15,11 +15,12 @@ import numpy as np
 import optax
 
 from pilot_jax.config import STRATEGY_PARAMS, StrategyParams
+from pilot_jax.errors import InputError
 from pilot_jax.federation import mixing
 from pilot_jax.federation.client import PLAIN_RULE, LocalRule
 from pilot_jax.federation.cohort import Cohort
 from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, Scope, Tree, num_bytes
-from pilot_jax.models.lora import init_lora
+from pilot_jax.models.lora import LORA_SUBTREES, init_lora
 from pilot_jax.models.spec import VlmSpec
 from pilot_jax.parallel.processes import to_host
 
@@ -41,6 +42,7 @@ class Aggregated(NamedTuple):
 class Strategy:
     """The base of all strategies: projector and LoRA are trained as in plain LLaVA, and averaged.
 
+    With `params.projector: frozen`, and on a language model alone, LoRA is trained without the projector.
     Pilot trains a client for one phase more than it has rounds. Baselines do the same by a second phase in round 1.
     """
 
@@ -63,6 +65,30 @@ class Strategy:
     def name(self) -> str:
         return name_of(type(self))
 
+    def for_base(self, takes_images: bool) -> Strategy:
+        """Returns the strategy as it runs on a base model, of which a language model alone takes no images.
+
+        Raises:
+            InputError: it trains visual adapters, and the base has no images or `params.projector` is frozen.
+        """
+        if takes_images and self.params.projector == "trained":
+            return self
+        frozen = dataclasses.replace(self, params=self.params.model_copy(update={"projector": "frozen"}))
+        visual = frozen.visual_adapters()
+        if visual and takes_images:
+            raise InputError(f"strategy.projector: frozen, but {self.name} trains {', '.join(visual)}. Set it to "
+                             f"trained, or use a strategy that can train LoRA alone: {', '.join(_text_strategies())}.")
+        if visual:
+            raise InputError(f"strategy.name: {self.name} trains adapters of images ({', '.join(visual)}), but "
+                             "model.parts is a language model alone. Use a strategy that can train LoRA alone: "
+                             f"{', '.join(_text_strategies())}.")
+        return frozen
+
+    def visual_adapters(self) -> tuple[str, ...]:
+        """Returns the subtrees, other than LoRA, that the model reads in some stage."""
+        return tuple(row.subtree for row in self.roles().adapter_rows
+                     if row.subtree not in LORA_SUBTREES and set(row.modes.values()) & {"trained", "frozen"})
+
     def stages(self, first_time: bool, round_: int) -> tuple[str, ...]:
         """Returns the stages of a client's phases in a round. A baseline's extra phase is in round 1, where all clients
         are new: in a later round, new clients alone would train it and replace the model of all others."""
@@ -72,12 +98,22 @@ class Strategy:
         """Returns the ownership table: which subtree is trained, frozen, uploaded and received in which stage."""
         return Roles((*BASE_ROWS,
                       Role("text_adapter", {"plain": "trained"}, self.scope, self.aggregated_by),
-                      Role("projector", {"plain": "trained"}, self.scope, self.aggregated_by)))
+                      self.projector_role(self.scope, self.aggregated_by)))
+
+    def projector_role(self, scope: Scope, aggregated_by: str) -> Role:
+        """Returns the projector's row of the table. If it is frozen, it is a part of the base and no adapter."""
+        if self.params.projector == "frozen":
+            return Role("projector", {"plain": "frozen"}, "base", "never")
+        return Role("projector", {"plain": "trained"}, scope, aggregated_by)
 
     def initial_adapters(self, key: jax.Array, projector: Mapping[str, Tree], model: VlmSpec, rank: int,
                          num_tasks: int) -> dict[str, Tree]:
-        """Returns the initial adapters, equal for all clients: else LoRA distances would measure randomness."""
-        return {"text_adapter": init_lora(key, model.text, rank), "projector": float32(projector)}
+        """Returns the initial adapters, equal for all clients: else LoRA distances would measure randomness.
+
+        `projector` is the base's; {} for a language model alone.
+        """
+        lora = {"text_adapter": init_lora(key, model.text, rank)}
+        return lora if self.params.projector == "frozen" else {**lora, "projector": float32(projector)}
 
     def warning(self) -> str | None:
         """Returns a warning about these parameters for the user, or None."""
@@ -144,6 +180,12 @@ class Strategy:
 def float32(tree: Tree) -> Tree:
     """Returns the tree with float32 leaves."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
+
+
+def _text_strategies() -> list[str]:
+    """Returns the names of the package's strategies that can train LoRA alone."""
+    return [name for name, kind in STRATEGIES.items()
+            if kind.__module__.startswith("pilot_jax.") and set(kind().visual_adapters()) <= {"projector"}]
 
 
 STRATEGIES: dict[str, type[Strategy]] = {}

@@ -18,11 +18,11 @@ class FfaLora(Strategy):
         return Roles((*BASE_ROWS,
                       Role("text_adapter_a", {"plain": "frozen"}, "local", "never"),
                       Role("text_adapter_b", {"plain": "trained"}, "shared", "mean"),
-                      Role("projector", {"plain": "trained"}, "shared", "mean")))
+                      self.projector_role("shared", "mean")))
 
     def initial_adapters(self, key, projector, model, rank, num_tasks):
         whole = super().initial_adapters(key, projector, model, rank, num_tasks)
-        return {**factors(whole["text_adapter"]), "projector": whole["projector"]}
+        return {**factors(whole.pop("text_adapter")), **whole}
 
 
 @register("fedsa_lora")
@@ -34,7 +34,7 @@ class FedSaLora(FfaLora):
         return Roles((*BASE_ROWS,
                       Role("text_adapter_a", {"plain": "trained"}, "shared", "mean"),
                       Role("text_adapter_b", {"plain": "trained"}, "local", "never"),
-                      Role("projector", {"plain": "trained"}, "shared", "mean")))
+                      self.projector_role("shared", "mean")))
 
 
 @register("feddpa")

@@ -58,11 +58,15 @@ class Scaffold(Strategy):
         zero = jax.tree.map(jnp.zeros_like, trained)
         return {**trained, "control": zero, "control_change": zero, "server_control": zero}
 
+    def _model(self):
+        """Returns the names of the subtrees that the server averages as a model: LoRA and, unless frozen, projector."""
+        return tuple(name for name in self.roles().names(scope="shared") if name != "control_change")
+
     def server_optimizer(self):
         return optax.sgd(self.params.server.learning_rate or 1.0)
 
     def initial_server_state(self, adapters, sizes, tasks):
-        model = {n: adapters[n] for n in ("text_adapter", "projector")}
+        model = {n: adapters[n] for n in self._model()}
         return {"model": model, "optimizer": self.server_optimizer().init(model), "control": adapters["server_control"],
                 "total_size": int(np.sum(sizes))}
 
@@ -78,6 +82,6 @@ class Scaffold(Strategy):
         return Aggregated({**downloads, "server_control": state["control"]}, state, log)
 
     def sent_bytes(self, adapters):
-        size = {n: num_bytes(adapters[n]) for n in ("text_adapter", "projector")}
+        size = {n: num_bytes(adapters[n]) for n in self._model()}
         control = num_bytes(adapters["control"])
         return {**size, "control_change": control}, {**size, "server_control": control}

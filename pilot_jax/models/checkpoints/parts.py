@@ -1,4 +1,7 @@
-"""Reads a VLM from separate parts: a vision tower, a language model, and LLaVA's `mm_projector` between them."""
+"""Reads a VLM from separate parts: a vision tower, a language model, and LLaVA's `mm_projector` between them.
+
+Without tower and projector, the model is the language model alone.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +50,20 @@ def _config_of(directory: Path, key: str) -> tuple[dict[str, Any], Path]:
     return read_json(file, f"model.parts.{key} must be a Hugging Face model directory."), file
 
 
+def read_language_config(language: Path) -> VlmSpec:
+    """Returns the shapes of a language model alone.
+
+    Raises:
+        InputError: the directory has no config.json, or its model is one that this package does not implement.
+    """
+    raw, file = _config_of(language, "language")
+    if raw.get("model_type") not in ("llama", "mistral", "qwen2"):
+        raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected llama, mistral or qwen2. "
+                         "Correct model.parts.language.")
+    text = text_config(transformers().AutoConfig.for_model(**raw), file)
+    return VlmSpec(None, text, image_token_id=-1, drop_first=False, projector_bias=False)
+
+
 def read_parts_config(vision: Path, language: Path, projector: Path, feature_layer: int | list[int],
                       feature_select: str, image_token_id: int) -> VlmSpec:
     """Returns the shapes of the VLM that these parts make.
@@ -61,11 +78,7 @@ def read_parts_config(vision: Path, language: Path, projector: Path, feature_lay
         raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected a CLIP, SigLIP or DINOv2 model. "
                          "Correct model.parts.vision.")
     tower = vision_config(transformers().AutoConfig.for_model(**raw), feature_layer, file)
-    raw, file = _config_of(language, "language")
-    if raw.get("model_type") not in ("llama", "mistral", "qwen2"):
-        raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected llama, mistral or qwen2. "
-                         "Correct model.parts.language.")
-    text = text_config(transformers().AutoConfig.for_model(**raw), file)
+    text = read_language_config(language).text
     if not projector.is_file():
         raise InputError(f"model.parts.projector: {projector} does not exist. Give mm_projector.safetensors or .bin.")
     names = {_projector_name(key) for key in open_tensors(projector).shapes()}
@@ -77,9 +90,10 @@ def read_parts_config(vision: Path, language: Path, projector: Path, feature_lay
     return join(tower, text, image_token_id, feature_select, "multi_modal_projector.linear_1.bias" in names, file)
 
 
-def load_parts(config: VlmSpec, vision: Path, language: Path, projector: Path, dtype: str,
+def load_parts(config: VlmSpec, vision: Path | None, language: Path, projector: Path | None, dtype: str,
                place: Place | None = None) -> dict[str, PyTree]:
     """Returns the frozen base that these parts make; see `reading.load_tensors`."""
-    sources = [Source(f, _tower_name) for f in safetensors_files(vision)]
+    sources = [] if vision is None else [Source(f, _tower_name) for f in safetensors_files(vision)]
     sources += [Source(f, _language_name) for f in ([language] if is_gguf(language) else safetensors_files(language))]
-    return load_tensors([*sources, Source(projector, _projector_name)], config, dtype, place)
+    sources += [] if projector is None else [Source(projector, _projector_name)]
+    return load_tensors(sources, config, dtype, place)

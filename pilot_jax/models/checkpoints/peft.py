@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from pilot_jax.files import new_folder, write_safetensors
-from pilot_jax.models.lora import TARGETS, assembled
+from pilot_jax.models.lora import LORA_SUBTREES, TARGETS, assembled
 
 # Path of the decoder's layers in transformers' LlavaForConditionalGeneration, and in a language model by itself.
 LAYERS = {"llava": "model.language_model.layers", "language_model": "model.layers"}
@@ -86,7 +86,7 @@ class ExportDetails(TypedDict):
 def save_adapters(out: Path, adapters: Mapping[str, PyTree], **details: Unpack[ExportDetails]) -> None:
     """Writes `adapter_model.safetensors`, `adapter_config.json`, `connector.safetensors` and `README.md` into `out`.
 
-    The folder appears under its name only when it is complete.
+    The folder appears under its name only when it is complete. Adapters that are LoRA alone have no connector's file.
 
     Args:
         adapters: the client's adapters that `stage` uses.
@@ -105,8 +105,9 @@ def save_adapters(out: Path, adapters: Mapping[str, PyTree], **details: Unpack[E
     with new_folder(out) as folder:
         write_safetensors(folder / "adapter_model.safetensors", peft_tensors(lora, details["kind"]), {"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_safetensors(folder / "connector.safetensors",
-                          connector_tensors(adapters, details["stage"], details["task_index"]),
-                          {"stage": details["stage"], "tasks": json.dumps(details["tasks"]),
-                           "task_index": str(details["task_index"])})
+        if set(adapters) - set(LORA_SUBTREES):
+            write_safetensors(folder / "connector.safetensors",
+                              connector_tensors(adapters, details["stage"], details["task_index"]),
+                              {"stage": details["stage"], "tasks": json.dumps(details["tasks"]),
+                               "task_index": str(details["task_index"])})
         (folder / "README.md").write_text(details["card"], encoding="utf-8")

@@ -192,6 +192,8 @@ def load_tensors(sources: list[Source], config: VlmSpec, dtype: str = "float32",
                  ) -> dict[str, PyTree]:
     """Returns {"vision_tower", "projector", "decoder"}, trees of JAX arrays in `dtype`; the projector is in float32.
 
+    Of a language model alone, it returns {"decoder"}.
+
     Args:
         place: a function from a leaf's path and shape to its sharding; None: all leaves on the default device.
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from pilot_jax.models.spec import VlmSpec
+from pilot_jax.models.spec import VisionSpec, VlmSpec
 from pilot_jax.models.vlm import Vlm
 
 
@@ -62,10 +62,11 @@ def pieces(config: VlmSpec) -> dict[str, Piece]:
         if bias:
             put(f"{name}.bias", f"{leaf}.bias", (d_out,), layer=layer)
 
-    _vision_pieces(config, put, linear)
-    d, c = config.vision.feature_size, config.text.hidden_size
-    linear("multi_modal_projector.linear_1", "projector.linear_1", d, c, bias=config.projector_bias)
-    linear("multi_modal_projector.linear_2", "projector.linear_2", c, c, bias=config.projector_bias)
+    if config.vision is not None:
+        _vision_pieces(config.vision, put, linear)
+        d, c = config.feature_size, config.text.hidden_size
+        linear("multi_modal_projector.linear_1", "projector.linear_1", d, c, bias=config.projector_bias)
+        linear("multi_modal_projector.linear_2", "projector.linear_2", c, c, bias=config.projector_bias)
     _text_pieces(config, put)
     return table
 
@@ -81,8 +82,8 @@ _VISION_NAMES = {"clip": _CLIP_NAMES, "siglip": _CLIP_NAMES, "dinov2": {
     "out": "attention.output.dense"}}
 
 
-def _vision_pieces(config: VlmSpec, put: Callable[..., None], linear: Callable[..., None]) -> None:
-    v, tower, names = config.vision, "vision_tower", _VISION_NAMES[config.vision.family]
+def _vision_pieces(v: VisionSpec, put: Callable[..., None], linear: Callable[..., None]) -> None:
+    tower, names = "vision_tower", _VISION_NAMES[v.family]
     d, p, dinov2 = v.hidden_size, v.patch_size, v.family == "dinov2"
 
     def norm(name: str, leaf: str, layer: int | None = None) -> None:
@@ -136,7 +137,7 @@ def _text_pieces(config: VlmSpec, put: Callable[..., None]) -> None:
 def never_run(name: str, config: VlmSpec) -> bool:
     """Returns whether this is a tensor that LLaVA checkpoints may hold although the model computes nothing with it."""
     layer = re.match(r"vision_tower\.encoder\.layers?\.(\d+)\.", name)
-    return ((layer is not None and int(layer[1]) >= config.vision.num_layers)
+    return ((layer is not None and int(layer[1]) >= config.tower.num_layers)
             or name.startswith(("vision_tower.post_layernorm.", "vision_tower.head.", "vision_tower.layernorm."))
             or name in ("vision_tower.embeddings.position_ids", "vision_tower.embeddings.mask_token")
             or name.endswith("rotary_emb.inv_freq")
@@ -144,13 +145,18 @@ def never_run(name: str, config: VlmSpec) -> bool:
 
 
 def base_shapes(config: VlmSpec) -> dict[str, PyTree]:
-    """Returns the shapes of the frozen base in float32, {"vision_tower", "projector", "decoder"}; allocates nothing."""
+    """Returns the shapes of the frozen base in float32, {"vision_tower", "projector", "decoder"}; allocates nothing.
+
+    A language model alone has the decoder only.
+    """
     module, v = Vlm(config), config.vision
     key = jax.eval_shape(lambda: jax.random.key(0))
-    pixels = jax.ShapeDtypeStruct((1, v.image_size, v.image_size, 3), jnp.float32)
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    tower = jax.eval_shape(lambda k, p: module.init(k, p, method="features"), key, pixels)
     text = jax.eval_shape(lambda k, i: module.init(k, i, jnp.ones_like(i), None, method="logits"), key, ids)
+    if v is None:
+        return {"decoder": text["params"]["decoder"]}
+    pixels = jax.ShapeDtypeStruct((1, v.image_size, v.image_size, 3), jnp.float32)
+    tower = jax.eval_shape(lambda k, p: module.init(k, p, method="features"), key, pixels)
 
     def layer(d_in: int) -> dict[str, jax.ShapeDtypeStruct]:
         width = config.text.hidden_size

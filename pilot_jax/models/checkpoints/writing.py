@@ -35,7 +35,7 @@ def save_base(directory: str | Path, config: VlmSpec, base: dict[str, PyTree], h
         tensor = piece.from_leaf(leaf_at(host, piece.leaf)).astype(np.float32).astype(dtype)
         tensors[name] = np.ascontiguousarray(tensor)
     # transformers requires the tower's final norm, although LLaVA takes its features before it.
-    width, prefix = config.vision.hidden_size, "vision_tower.vision_model.post_layernorm"
+    width, prefix = config.tower.hidden_size, "vision_tower.vision_model.post_layernorm"
     tensors[f"{prefix}.weight"], tensors[f"{prefix}.bias"] = np.ones(width, dtype), np.zeros(width, dtype)
     write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})
     text = json.dumps(hf_config | {"dtype": dtype}, indent=2, sort_keys=True)

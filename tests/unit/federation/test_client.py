@@ -154,6 +154,16 @@ def test_learning_rate():
     assert rates[0] > 0
 
 
+@pytest.mark.parametrize(("warmup", "ramp"), [(0.03, 3), (0.0, 1), (0.005, 1), (1.0, 100)])
+def test_a_constant_learning_rate_stays_at_its_peak(warmup, ramp):
+    """After ⌈warmup·S⌉ steps, or from the first step on without warm-up, it is the peak."""
+    total = 100
+    rates = [learning_rate(2.0, warmup, jnp.asarray(i), jnp.asarray(total), "constant") for i in range(total)]
+    expected = 2.0 * np.minimum(1, (np.arange(total, dtype=np.float64) + 1) / ramp)
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+    assert float(rates[-1]) == 2.0 and (warmup > 0.01 or float(rates[0]) == 2.0)
+
+
 def test_visiting_order_covers_each_epoch_once():
     order, real = visiting_order(np.random.default_rng(0), 10, 4, 6)
     for epoch in (slice(0, 3), slice(3, 6)):

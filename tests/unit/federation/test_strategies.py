@@ -70,7 +70,8 @@ def numbers(adapters):
     whole = adapters.get("text_adapter")
     a = whole["layers"]["q"]["a"] if whole else adapters["text_adapter_a"]["q"]
     b = whole["layers"]["q"]["b"] if whole else adapters["text_adapter_b"]["q"]
-    out = {"w": adapters["projector"]["w"], "a": a[0], "b": b[0]}
+    w = adapters["projector"]["w"] if "projector" in adapters else toy_numbers()["w"]  # frozen
+    out = {"w": w, "a": a[0], "b": b[0]}
     if "private_adapter" in adapters:
         pair = adapters["private_adapter"]["layers"]["q"]
         out |= {"a2": pair["a"][0], "b2": pair["b"][0]}
@@ -235,6 +236,36 @@ def test_against_the_papers_own_update(name):
     if name not in ("fedavg", "centralised"):  # each result differs from FedAvg's by far more than the tolerance
         plain = federated(data)
         assert max(np.abs(got[k] - want[k]).max() for got, want in zip(ours, plain, strict=True) for k in "wab") > 1e-3
+
+
+@pytest.mark.parametrize("name", slow_except({"fedavg", "scaffold", "fedsa_lora"}, CASES))
+def test_lora_without_the_projector(name, monkeypatch):
+    """With a frozen projector, the NumPy loops with gradient 0 for w agree, and w is neither held nor uploaded."""
+    settings, expected = CASES[name]
+    fed = toy_federation(make_strategy(name, {**settings, "projector": "frozen"}))
+    state = run_toy(fed)
+    whole = gradient
+    monkeypatch.setitem(globals(), "gradient", lambda p, x, y: whole(p, x, y) | {"w": np.zeros_like(p["w"])})
+    for client, want in zip(state.population, expected(problem()), strict=True):
+        assert "projector" not in client.adapters
+        got = numbers(client.adapters)
+        for key in got:
+            np.testing.assert_allclose(got[key], want[key], atol=2e-5, err_msg=key)
+        assert np.abs(got["b"] - toy_numbers()["b"]).max() > 1e-2
+    up, down = fed.strategy.sent_bytes(state.population[0].adapters)
+    lora = 4 * RANK * (FEATURES + CLASSES)
+    share = {"local": 0, "centralised": 0, "scaffold": 2, "ffa_lora": CLASSES / (FEATURES + CLASSES),
+             "fedsa_lora": FEATURES / (FEATURES + CLASSES)}.get(name, 1)  # SCAFFOLD's control is as large as LoRA
+    assert sum(up.values()) == sum(down.values()) == lora * share
+
+
+def test_pilot_needs_its_projector():
+    with pytest.raises(InputError, match=r"strategy\.projector: frozen, but pilot trains task, client, .*Set it to "
+                       "trained, or use a strategy that can train LoRA alone: fedavg, .*scaffold"):
+        make_strategy("pilot", {"projector": "frozen"}).for_base(takes_images=True)
+    for name in CASES:
+        assert make_strategy(name).for_base(takes_images=False).params.projector == "frozen"
+        assert make_strategy(name).for_base(takes_images=True).params.projector == "trained"
 
 
 def test_absent_clients_keep_their_control():
@@ -528,7 +559,7 @@ def test_the_section_of_a_strategy_of_ones_own(another_process):
     assert "strategy.share" in known_keys()
     assert apply_overrides(parse_config({}), [f"strategy.name={name}", "strategy.share=1"]).strategy.share == 1
     assert yaml.safe_load(parse_config({"strategy": {"name": name}}).to_yaml())["strategy"] == {
-        "name": name, "share": 0.5}
+        "name": name, "projector": "trained", "share": 0.5}
 
 
 def test_keys_of_other_strategies_are_checked_and_dropped():
