@@ -86,7 +86,7 @@ class Client:
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def train(self, client: int, round_: int) -> float:
-        """Trains a client from LoRA's current factors on, in round `round_` (from 0); returns the mean of its losses."""
+        """Trains a client in round `round_`, from 0, on LoRA's current factors; returns its mean loss."""
         embeddings, targets = self.inputs(client)
         self.optimizer.state.clear()
         losses = []

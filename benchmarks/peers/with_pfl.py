@@ -100,7 +100,8 @@ def train(folder: str, threads: int) -> None:
         by_round: list[float] = []  # noqa: RUF012 - there is one run
 
         def after_central_iteration(self, aggregate_metrics, model, *, central_iteration):
-            self.by_round.append(float(torch.stack(module.losses).mean()))
+            total, count = group.all_reduce([torch.stack(module.losses).sum(), torch.tensor(float(len(module.losses)))])
+            self.by_round.append(float(total / count))
             module.losses.clear()
             return False, Metrics()
 
@@ -117,7 +118,7 @@ def train(folder: str, threads: int) -> None:
         backend, model,
         NNTrainHyperParams(local_num_epochs=1, local_learning_rate=settings["rate"],
                            local_batch_size=settings["batch"]),
-        callbacks=[losses])
+        callbacks=[losses], send_metrics_to_platform=False)
     if group.global_rank == 0:
         report(time.perf_counter() - began, client.start, client.arrays(), losses.by_round)
 
