@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: quickstart real report test test-slow test-all test-long fuzz bench lint notebooks docs clean
+.PHONY: quickstart real report test test-slow test-all test-long fuzz bench bench-peers lint notebooks docs clean
 
 # uv installs in a quarter of pip's time. It does not read pip's settings, of which these two are passed on.
 ifdef PIP_FIND_LINKS
@@ -60,6 +60,19 @@ fuzz: $(VENV)/.test  ## everything that is read from outside; a quarter of an ho
 
 bench: $(VENV)/.test  ## this package and torch on the same work, side by side
 	$(PY) benchmarks/peer.py
+
+# Simulators with which whole jobs are compared, each in an environment of its own.
+build/peers/torch/.made: PEER := transformers
+build/peers/flower/.made: PEER := transformers "flwr[simulation]==1.42.0"
+build/peers/pfl/.made: PEER := transformers "pfl[pytorch]==0.6.0"
+
+build/peers/%/.made: | $(VENV)/.run
+	$(VENV)/bin/uv venv --quiet --clear --python $(PY) $(@D)
+	$(VENV)/bin/uv pip install --quiet --python $(@D)/bin/python "torch==2.13.0" $(PEER)
+	touch $@
+
+bench-peers: $(VENV)/.run $(patsubst %,build/peers/%/.made,torch flower pfl)  ## whole jobs of Flower, pfl-research, torch
+	$(PY) benchmarks/peers/run.py
 
 lint: $(VENV)/.test  ## style, types, layers
 	$(PY) -m ruff check .

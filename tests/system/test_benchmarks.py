@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 
@@ -27,6 +29,7 @@ NOT_RUN = {
     "projection.py": "its smallest size is its only one, and takes minutes",
     "torch_peer.py": "a part of peer.py",
 }
+PEERS = BENCHMARKS / "peers"  # needs environments of its own; what this one can run of it is below
 
 
 @pytest.mark.long
@@ -39,3 +42,17 @@ def test_benchmark_runs(name):
 
 def test_no_benchmark_is_forgotten():
     assert {path.name for path in BENCHMARKS.glob("*.py")} == SMALLEST.keys() | NOT_RUN.keys()
+
+
+@pytest.mark.long
+def test_peers_do_the_same_work(tmp_path):
+    def run(script, *arguments):
+        done = subprocess.run([sys.executable, PEERS / script, tmp_path / "work", *arguments], capture_output=True,
+                              text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    run("work.py", "--clients", "2")
+    ours, theirs = (json.loads(run(script)) for script in ("with_pilot_jax.py", "with_torch.py"))
+    for key in ("lora_norm", "change_norm", "loss_first_round", "loss_last_round"):
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-3)
