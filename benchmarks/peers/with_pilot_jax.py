@@ -19,9 +19,7 @@ from work import client_names
 
 from pilot_jax.config import Config
 from pilot_jax.data.arrays import ClientData
-from pilot_jax.federation import client as local_training
 from pilot_jax.federation.observer import RunObserver
-from pilot_jax.federation.roles import BASE_ROWS, Role, Roles
 from pilot_jax.federation.rounds import run_round
 from pilot_jax.federation.state import Federation
 from pilot_jax.federation.strategies import Strategy
@@ -34,12 +32,8 @@ class LoraAlone(Strategy):
     first_stages = ("plain",)
     lora: Any = None  # that of the work
 
-    def roles(self) -> Roles:
-        return Roles((*BASE_ROWS, Role("text_adapter", {"plain": "trained"}, "shared", "mean"),
-                      Role("projector", {"plain": "frozen"}, "local", "never")))
-
     def initial_adapters(self, key, projector, model, rank, num_tasks):
-        return {"text_adapter": self.lora, "projector": projector}
+        return {"text_adapter": self.lora}
 
 
 class Losses(RunObserver):
@@ -52,18 +46,14 @@ class Losses(RunObserver):
         self.by_round.setdefault(record["round"], []).append(record["loss"])
 
 
-def constant_rate(peak, warmup, step, total):
-    """Replaces `federation.client.learning_rate`, a cosine."""
-    return peak
-
-
 def configured(folder: Path, chunk: int) -> Config:
     """Returns the config of the work."""
     given = read_settings(folder)
     return Config.model_validate({
         "model": {"path": str(folder / "base"), "lora": {"rank": given["rank"], "alpha": given["alpha"]}},
         "federation": {"rounds": given["rounds"], "local_epochs": 1},
-        "train": {"batch_size": given["batch"], "lr_lora_stage1": given["rate"], "weight_decay": given["weight_decay"]},
+        "train": {"batch_size": given["batch"], "lr_lora_stage1": given["rate"], "weight_decay": given["weight_decay"],
+                  "schedule": "constant", "warmup": 0.0},
         "system": {"seed": given["seed"], "client_chunk": chunk, "save_every": "never"}})
 
 
@@ -98,7 +88,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--chunk", type=int, default=3, help="system.client_chunk")
     args = parser.parse_args()
-    local_training.learning_rate = constant_rate
     config = configured(args.folder, args.chunk)
     with np.load(args.folder / "work.npz") as stored:
         work = dict(stored)
@@ -109,7 +98,8 @@ def main() -> None:
     features = np.zeros((*work["pixels"].shape[:2], model.config.num_image_tokens, model.config.vision.feature_size),
                         np.float32)
     LoraAlone.lora = as_tree(start)
-    fed = Federation(LoraAlone(), model, client_data(work, read_settings(args.folder)["learnt"], features), ("work",),
+    fed = Federation(LoraAlone(LoraAlone.Params(projector="frozen")), model,
+                     client_data(work, read_settings(args.folder)["learnt"], features), ("work",),
                      config.federation, config.train, config.system.seed, config.model.lora.rank)
     state, losses = prepare.initial_state(fed), Losses()
     executor = prepare.Executor(config.system.client_chunk, config.system.steps_at_once)
