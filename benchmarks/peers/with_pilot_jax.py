@@ -27,9 +27,8 @@ from pilot_jax.runs import prepare
 
 
 class LoraAlone(Strategy):
-    """FedAvg of the LoRA, in one phase a round; the projector stays the base's."""
+    """FedAvg that starts from the work's LoRA."""
 
-    first_stages = ("plain",)
     lora: Any = None  # that of the work
 
     def initial_adapters(self, key, projector, model, rank, num_tasks):
@@ -51,7 +50,7 @@ def configured(folder: Path, chunk: int) -> Config:
     given = read_settings(folder)
     return Config.model_validate({
         "model": {"path": str(folder / "base"), "lora": {"rank": given["rank"], "alpha": given["alpha"]}},
-        "federation": {"rounds": given["rounds"], "local_epochs": 1},
+        "federation": {"rounds": given["rounds"], "local_epochs": 1, "schedule": "single"},
         "train": {"batch_size": given["batch"], "lr_lora_stage1": given["rate"], "weight_decay": given["weight_decay"],
                   "schedule": "constant", "warmup": 0.0},
         "system": {"seed": given["seed"], "client_chunk": chunk, "save_every": "never"}})
@@ -98,7 +97,7 @@ def main() -> None:
     features = np.zeros((*work["pixels"].shape[:2], model.config.num_image_tokens, model.config.vision.feature_size),
                         np.float32)
     LoraAlone.lora = as_tree(start)
-    fed = Federation(LoraAlone(LoraAlone.Params(projector="frozen")), model,
+    fed = Federation(LoraAlone(LoraAlone.Params(projector="frozen"), config.federation.schedule), model,
                      client_data(work, read_settings(args.folder)["learnt"], features), ("work",),
                      config.federation, config.train, config.system.seed, config.model.lora.rank)
     state, losses = prepare.initial_state(fed), Losses()

@@ -144,9 +144,10 @@ class FederationConfig(Section):
     local_steps: int | None = Field(
         None, ge=1, le=10**7, description="Number of a client's steps in a phase, instead of `local_epochs`. null: the "
         "steps of `local_epochs` passes.")
-    schedule: Literal["first_time", "every_round"] = Field(
+    schedule: Literal["first_time", "every_round", "single"] = Field(
         "first_time", description="Rounds in which a client trains stage 1 before stage 2. first_time: its first "
-        "round. every_round: all. Strategies without stages train a second phase in round 1, or in every round.")
+        "round. every_round: all. Strategies without stages train a second phase in round 1, or in every round. "
+        "single: every round is one phase, as in papers on FedAvg; strategies with two stages refuse it.")
 
 
 class StrategyParams(Section):

@@ -60,6 +60,9 @@ class Strategy:
     def __post_init__(self) -> None:
         params = self.Params() if self.params is None else self.params
         object.__setattr__(self, "params", params.model_copy(update={"name": self.name}))
+        if self.schedule == "single" and set(self.first_stages) != set(self.later_stages):
+            raise InputError(f"federation.schedule: single, but {self.name} trains "
+                             f"{' and then '.join(self.first_stages)}. Set it to first_time or every_round.")
 
     @property
     def name(self) -> str:
@@ -92,7 +95,11 @@ class Strategy:
     def stages(self, first_time: bool, round_: int) -> tuple[str, ...]:
         """Returns the stages of a client's phases in a round. A baseline's extra phase is in round 1, where all clients
         are new: in a later round, new clients alone would train it and replace the model of all others."""
-        return self.first_stages if round_ == 1 or self.schedule == "every_round" else self.later_stages
+        return self._stages(round_ == 1)
+
+    def _stages(self, first: bool) -> tuple[str, ...]:
+        both = self.schedule == "every_round" or (first and self.schedule == "first_time")
+        return self.first_stages if both else self.later_stages
 
     def roles(self) -> Roles:
         """Returns the ownership table: which subtree is trained, frozen, uploaded and received in which stage."""

@@ -149,7 +149,7 @@ class Pilot(Strategy):
         return {"bank": bank, "members": {}}
 
     def stages(self, first_time, round_):
-        return self.first_stages if first_time or self.schedule == "every_round" else self.later_stages
+        return self._stages(first_time)
 
     def fetch(self, adapters, server, task):
         """Returns the adapters with the server's bank and ψ_t from its slot of the task. LoRA is the client's own."""

@@ -735,3 +735,16 @@ def test_the_toys_own_example_runs():
     assert tree_max_difference(scope["state"].population[0].adapters, alone.population[0].adapters) == 0
     with pytest.raises(ValueError, match="does not know the subtree 'task'"):
         toy_adapters(make_strategy("pilot"))
+
+
+def test_single_phases():
+    """With `federation.schedule: single`, a run of R rounds has R phases, and its first is that of a plain run."""
+    single, double = (toy.run_toy(toy.toy_federation(make_strategy("fedavg", schedule=schedule),
+                                                     settings=FederationConfig(rounds=rounds, local_epochs=3)))
+                      for schedule, rounds in (("single", 2), ("first_time", 1)))
+    for one, other in zip(single.population, double.population, strict=True):
+        assert tree_max_difference(one.adapters, other.adapters) < 1e-6  # the batches are whole, in another order
+    assert single.version == double.version == 2
+    with pytest.raises(InputError, match=r"federation\.schedule: single, but pilot trains stage1 and then stage2"):
+        make_strategy("pilot", schedule="single")
+    assert make_strategy("pilot", {"cross_task": False}, schedule="single").stages(True, 1) == ("stage1",)
