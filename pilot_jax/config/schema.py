@@ -60,6 +60,10 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Data type of the frozen weights and of the computation; adapters are always stored in "
         "float32. auto: float32 on CPU, bfloat16 on GPU and TPU.")
+    operands: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Data type to which factors are rounded in products with the language model's weights, "
+        "on CPU with dtype float32. bfloat16 is faster on CPUs that multiply it (avx512_bf16), and changes losses in "
+        "the third digit: not for results that are compared with others.")
     remat: bool = Field(False, description="Whether the backward pass computes the decoder layers' activations again "
                         "instead of storing them, which takes less memory and more time.")
     lora: LoraConfig = LoraConfig()

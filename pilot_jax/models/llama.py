@@ -105,13 +105,15 @@ class DecoderBlock(nn.Module):
     config: TextSpec
     lora_scale: float
     kernel: Attention = "own"
+    operands: str = "float32"
 
     def _linears(self, x: jax.Array, names: tuple[str, ...], lora: Mapping[str, Mapping[str, jax.Array]] | None
                  ) -> list[jax.Array]:
         """Returns x·W (+ bias) (+ scale·x·Aᵀ·Bᵀ) of every linear in `names`; x [B·L, d_in]."""
         shapes = self.config.linear_shapes
         kernels = tuple(self.param(n, nn.initializers.normal(0.02), shapes[n]).astype(x.dtype) for n in names)
-        outs = [x @ w for w in kernels] if lora is None else lora_linears(x, kernels, lora, names, self.lora_scale)
+        outs = [x @ w for w in kernels] if lora is None else lora_linears(
+            x, kernels, lora, names, self.lora_scale, self.operands)
         return [y + self.param(f"{n}_bias", nn.initializers.zeros, y.shape[-1:]).astype(x.dtype)
                 if n in self.config.biases else y for n, y in zip(names, outs, strict=True)]
 
@@ -172,6 +174,7 @@ class Decoder(nn.Module):
     remat: bool = False
     unroll: int = 1
     kernel: Attention = "own"
+    operands: str = "float32"
 
     def setup(self) -> None:
         c = self.config
@@ -181,7 +184,7 @@ class Decoder(nn.Module):
         scanned = nn.scan(
             block, variable_axes={"params": 0, "lora": 0}, split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast), length=c.num_layers, unroll=self.unroll)
-        self.layers = scanned(c, self.lora_scale, self.kernel)
+        self.layers = scanned(c, self.lora_scale, self.kernel, self.operands)
         self.norm = self.param("norm", nn.initializers.ones, (c.hidden_size,))
         if not c.tie_word_embeddings:
             self.head = self.param("head", nn.initializers.normal(0.02), (c.hidden_size, c.vocab_size))
@@ -228,7 +231,7 @@ class Decoder(nn.Module):
 
         The layers are written out one after another, because a scan over all but the last would copy their weights.
         """
-        block = DecoderBlock(self.config, self.lora_scale, parent=None)
+        block = DecoderBlock(self.config, self.lora_scale, operands=self.operands, parent=None)
         stacked = {name: self.variables[name]["layers"] for name in ("params", "lora") if name in self.variables}
         last = self.config.num_layers - 1
         for i in range(last + 1):

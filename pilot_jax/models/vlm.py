@@ -59,13 +59,14 @@ class Vlm(nn.Module):
     remat: bool = False
     unroll: int = 1
     kernel: Attention = "own"  # the implementation of attention in training, see `Decoder`
+    operands: str = "float32"  # the dtype of the factors of products with W + B·A, see `kernels.low_rank.merged`
 
     def setup(self) -> None:
         c = self.config
         if c.vision is not None:
             self.vision_tower = VisionTower(c.vision, c.drop_first, self.dtype)
             self.connector = Connector()
-        self.decoder = Decoder(c.text, self.lora_scale, self.dtype, self.remat, self.unroll, self.kernel)
+        self.decoder = Decoder(c.text, self.lora_scale, self.dtype, self.remat, self.unroll, self.kernel, self.operands)
 
     def features(self, pixels: jax.Array) -> jax.Array:
         """Returns H_v [B, N, D] of pixels [B, height, width, 3]."""

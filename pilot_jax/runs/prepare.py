@@ -151,8 +151,8 @@ def load_model(config: Config) -> PretrainedModel:
         "remat": config.model.remat, "unroll": system.unroll, "place": base_placement(system.mesh)}
     parts = config.model.parts
     model = load(config.model.path, **options) if parts is None else load_from_parts(**parts.model_dump(), **options)
-    return dataclasses.replace(model, module=model.module.clone(kernel=system.attention),
-                               base=on_training_devices(model.base, system))
+    module = model.module.clone(kernel=system.attention, operands=config.model.operands)
+    return dataclasses.replace(model, module=module, base=on_training_devices(model.base, system))
 
 
 def prepare(config: Config, strategy: Strategy | None = None) -> Setup:

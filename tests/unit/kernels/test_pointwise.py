@@ -106,6 +106,22 @@ def test_merged_linears_of_rounded_factors():
     assert np.abs(out - x @ (w + a.T @ b)).max() > 1e-3  # the rounding is there
 
 
+def test_a_model_with_rounded_operands(tiny):
+    """`operands` changes logits in the third digit, where LoRA is given, and nothing where it is not."""
+    model = tiny[1]
+    ids = np.arange(6, 26, dtype=np.int32).reshape(2, 10)
+    adapter = jax.tree.map(lambda x: x + 0.1, init_lora(jax.random.key(1), model.config.text, 2))
+
+    def logits(operands, **adapters):
+        module = model.module.clone(operands=operands)
+        variables = pilot_jax.models.vlm.variables(model.base, {"projector": model.base["projector"], **adapters})
+        return np.asarray(module.apply(variables, ids, np.ones_like(ids), None, method="logits"))
+
+    exact, rounded = (logits(operands, text_adapter=adapter) for operands in ("float32", "bfloat16"))
+    assert 1e-5 < np.abs(exact - rounded).max() / np.abs(exact).max() < 2e-2
+    np.testing.assert_array_equal(logits("float32"), logits("bfloat16"))
+
+
 VARIANTS = {
     "llama": {},
     "qwen2, windows per layer": {"text": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4,
