@@ -172,7 +172,7 @@ def differences(stages, package, tasks):
     for number, stage in enumerate(stages):
         label, phase = f"stage{number + 1}", seen.adapters[number]
         records = [r for r in seen.records if r["phase"] == label and "client" in r]
-        sent = uploads[number * len(phase):][:len(phase)]
+        sent = sorted(uploads[number * len(phase):][:len(phase)], key=lambda pair: pair[0])  # they come as trained
         assert [r["client"] for r in records] == [name for name, _ in sent] == [f"c{k}" for k in range(len(phase))]
         out = {(label, "weights of ATA"): float(np.abs(seen.mixing[1, label]["weights"] - stage["weights"]).max())}
         for k, adapters in enumerate(phase):
