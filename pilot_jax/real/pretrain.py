@@ -49,9 +49,9 @@ class RealPretrainConfig:
 
     base: str = "smollm2-dinov2"  # a key of `pilot_jax.real.base.BASES`
     side: int = 56  # height and width of images in pixels
-    projector_steps: int = 250
-    instruction_steps: int = 900
-    review_steps: int = 300
+    projector_steps: int = 300
+    instruction_steps: int = 1500
+    review_steps: int = 600
     pictures: int = 4  # pictures in a step
     tokens: int = 120  # L, the tokens of a picture with its lessons
     projector_lr: float = 2e-3  # peak learning rate of the first stage
