@@ -133,7 +133,7 @@ def test_a_killed_run_goes_on(fedit, tmp_path):
     same_run(folder / "run", tmp_path / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_clients_on_disk_and_step_by_step_give_the_same(fedit, tmp_path):
     folder, _, run, _ = fedit
     on_disk = pilot_jax.simulate(text_config(folder, system={"store": str(tmp_path), "steps_at_once": 1}))
@@ -231,9 +231,12 @@ def test_the_programs_can_be_lowered(fedit):
         assert program.lower().as_text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["scaffold", "fedprox", "fedadam", "ffa_lora", "fedsa_lora", "feddpa", "local",
-                                      "centralised", "median", "similarity"])
+OTHERS = ("scaffold", "fedprox", "fedadam", "ffa_lora", "fedsa_lora", "feddpa", "local", "centralised", "median",
+          "similarity")
+
+
+@pytest.mark.parametrize("strategy", [
+    pytest.param(name, marks=pytest.mark.slow if name == "feddpa" else pytest.mark.long) for name in OTHERS])
 def test_a_phase_under_another_strategy(fedit, strategy):
     folder, *_ = fedit
     config = text_config(folder, strategy={"name": strategy}, federation={"rounds": 1}, train={"schedule": "constant"})
@@ -242,7 +245,7 @@ def test_a_phase_under_another_strategy(fedit, strategy):
     assert "projector" not in names and any(name.startswith("text_adapter") for name in names)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_frozen_projector_stays_the_bases():
     """On a vision–language model, the projector is used and neither trained, nor uploaded, nor saved."""
     fixed = ["strategy.name=fedavg", "train.lr_connector=1.0e-30"]  # a step that changes no float32

@@ -171,7 +171,7 @@ def test_last_layer_on_answers_alone(tmp_path, name, monkeypatch):
              "scan": results(scanned, True), "a library's attention": results(scanned.clone(kernel="xla"), True),
              "a library's, unrolled": results(unrolled.clone(kernel="xla"), True)}
     # The plain way: every position in the last layer, and no merging of LoRA into the kernels.
-    monkeypatch.setattr(pilot_jax.models.llama, "lora_linears", lambda x, kernels, adapters, names, scale: tuple(
+    monkeypatch.setattr(pilot_jax.models.llama, "lora_linears", lambda x, kernels, adapters, names, scale, _: tuple(
         x @ w + scale * (x @ adapters[n]["a"].T @ adapters[n]["b"].T) for n, w in zip(names, kernels, strict=True)))
     plain = results(scanned, False)
     for case in cases.values():
