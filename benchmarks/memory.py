@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--repetitions 3] [--set KEY=VALUE …]
 
-Runs alternate, each in a new process with an empty compilation cache. The medians are printed.
+Runs alternate, each in a new process that keeps nothing in the cache folder. The medians are printed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if sys.argv[1] == "without":
 from pilot_jax.config import load_config
 from pilot_jax.runs.prepare import split_cpu_for
 from pilot_jax.runs.simulate import simulate
-config = load_config(sys.argv[2], ["federation.rounds=1", *sys.argv[3:]])
+config = load_config(sys.argv[2], ["federation.rounds=1", "system.cache=null", *sys.argv[3:]])
 split_cpu_for(config)
 print(simulate(config).summary["peak_memory_bytes"])
 """

@@ -23,6 +23,7 @@ from pilot_jax.federation.observer import RunObserver
 from pilot_jax.federation.rounds import run_round
 from pilot_jax.federation.state import Federation
 from pilot_jax.federation.strategies import Strategy
+from pilot_jax.models.checkpoints.library import leave_out_torch
 from pilot_jax.runs import prepare
 
 
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--chunk", type=int, default=3, help="system.client_chunk")
     args = parser.parse_args()
+    leave_out_torch()  # as the command line does
     config = configured(args.folder, args.chunk)
     with np.load(args.folder / "work.npz") as stored:
         work = dict(stored)
