@@ -14,7 +14,6 @@ import filelock
 from pilot_jax.files import atomic_write
 
 DIGEST = 32  # bytes of SHA-256, at the start of every file
-GIB = 2**30
 
 
 def cache_folder() -> Path:

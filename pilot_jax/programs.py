@@ -79,7 +79,9 @@ def _described(value: Hashable) -> str:
     if isinstance(value, frozenset):
         return f"{name}({','.join(sorted(map(_described, value)))})"
     if dataclasses.is_dataclass(value) and kind.__module__.split(".")[0] == "pilot_jax":
-        fields = [f.name for f in dataclasses.fields(value) if f.name not in ("parent", "name")]  # Flax's own
+        fields = [f.name for f in dataclasses.fields(value)]
+        if "parent" in fields:  # a Flax module, whose parent and name say where it is used, not what it computes
+            fields = [n for n in fields if n not in ("parent", "name")]
         return f"{name}({','.join(f'{n}={_described(getattr(value, n))}' for n in fields)})"
     raise _NotKeepable(name)
 

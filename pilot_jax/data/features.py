@@ -61,7 +61,6 @@ class Features:
         # Whether each process has stored each sample's features, [processes, n]; all processes have the same table.
         self._computed = np.zeros((jax.process_count(), len(samples)), bool)
         self._computed[:, [sample is None for sample in self._samples]] = True
-        self._in_one_go = True  # whether no part has been computed on its own, which may give other last digits
         self._batch_sizes: set[int] = set()  # images on one device, for which a program has been compiled
 
     @property
@@ -104,8 +103,11 @@ class Features:
         Raises:
             InputError: an image cannot be read; every process raises it.
         """
-        mesh, key = mesh_of(self._model.base), self._key()
-        if key and self._kept is not None and self._take(self._kept.read(key)):
+        # Only the first computation looks into the cache, and fills it if it computes everything: in parts, batches of
+        # other sizes may give other last digits.
+        mesh, kept, self._kept = mesh_of(self._model.base), self._kept, None
+        key = "" if kept is None else self._key()
+        if kept is not None and key and self._take(kept.read(key)):
             return
         owners = [sorted(processes) for processes in places(mesh)]
         if jax.process_count() == 1:
@@ -125,16 +127,15 @@ class Features:
             self._store_batch(devices_at_place, *running)
         for own, indices in zip(owners, by_place, strict=True):
             self._computed[np.ix_(np.asarray(own), np.asarray(indices, np.int64))] = True
-        self._in_one_go &= bool(self._computed.all())
         if self._computed.all():
             self._samples = [None] * len(self._samples)  # generated images need memory
-            if key and self._kept is not None and self._in_one_go:
+            if kept is not None and key:
                 assert isinstance(self._values, np.ndarray)
-                self._kept.write(key, [self._values.reshape(-1).view(np.uint8).data])
+                kept.write(key, [self._values.reshape(-1).view(np.uint8).data])
 
     def _key(self) -> str:
         """Returns the key of these features in the cache; "" if there is none, or nothing is missing."""
-        if self._kept is None or self._computed.all():
+        if self._computed.all():
             return ""
         digest = hashlib.sha256()
         for leaf in jax.tree.leaves(to_host(self._model.base["vision_tower"])):

@@ -222,3 +222,11 @@ def test_lazy_samples_are_the_samples():
     assert len({sample.image.name for sample in drawn}) == len(plain)
     other = next(lazy_samples(scenario_clients("b", 3, 1, 2, heterogeneity=0.5), 5))
     assert other.image.name not in {sample.image.name for sample in drawn[1:]}
+
+
+def test_names_are_part_of_a_description_but_for_flax_modules(tiny):
+    named = dataclasses.make_dataclass("Named", [("name", str)], frozen=True)
+    named.__module__ = "pilot_jax.somewhere"
+    assert _described(named("a")) != _described(named("b"))
+    module = tiny[1].module
+    assert _described(module) == _described(module.clone(name="other")) != _described(module.clone(lora_scale=2.0))
