@@ -69,12 +69,17 @@ def generate(run_dir: RunPath, client: Annotated[str, typer.Option(help="Client 
 
 def export(run_dir: RunPath, client: Annotated[str, typer.Option(help="Client whose adapters are exported.")],
            out: Annotated[Path, typer.Option(help="New folder for the adapters.")],
+           rank: Annotated[int | None, typer.Option(
+               min=1, help="Largest rank of the exported LoRA. Default: what the adapters need; what a smaller one "
+                           "loses is printed.")] = None,
            strategy: RunStrategy = None) -> None:
     """Write a client's LoRA as a PEFT adapter and its connector as safetensors, with a model card."""
     from pilot_jax.runs.export import export_client
     from pilot_jax.runs.restore import restore
 
-    export_client(restore(run_dir, strategy=strategy), client, out)
+    lost = export_client(restore(run_dir, strategy=strategy), client, out, rank)
+    if lost > 1e-6:
+        typer.echo(f"LoRA of rank {rank} loses {lost:.2g} of the change of the weights (Frobenius norm).")
     typer.echo(f"Adapters of {client}: {out}")
 
 

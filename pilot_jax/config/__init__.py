@@ -1,5 +1,6 @@
 """The configuration: its schema, and the functions that read and check config files. Imports only `errors`."""
 
+from pilot_jax.config.lora import Combine, LoraConfig, combine_field
 from pilot_jax.config.reading import (
     apply_overrides,
     differences,
@@ -18,7 +19,6 @@ from pilot_jax.config.schema import (
     Config,
     EvalConfig,
     FederationConfig,
-    LoraConfig,
     MeshConfig,
     ModelConfig,
     ParticipationEntry,
@@ -34,6 +34,7 @@ from pilot_jax.config.sections import DataConfig, DigitsConfig, EmojiConfig, Lim
 __all__ = [
     "BOTH_OR_NEITHER",
     "STRATEGY_PARAMS",
+    "Combine",
     "Config",
     "DataConfig",
     "DigitsConfig",
@@ -53,6 +54,7 @@ __all__ = [
     "SystemConfig",
     "TrainConfig",
     "apply_overrides",
+    "combine_field",
     "differences",
     "json_schema",
     "known_keys",

@@ -9,18 +9,8 @@ from typing import Literal
 import yaml
 from pydantic import Field, SerializeAsAny, model_validator
 
+from pilot_jax.config.lora import Combine, LoraConfig, combine_field
 from pilot_jax.config.sections import DataConfig, Section
-
-
-class LoraConfig(Section):
-    """LoRA on every linear layer of the language model but its head: W' = W + (alpha / rank)·B·A."""
-
-    rank: int = Field(
-        8, ge=1, le=4_096, description="Rank R of LoRA's factors A [R, d_in] and B [d_out, R]. The paper has 64 for a "
-        "7B model.")
-    alpha: float = Field(16.0, gt=0, description="Numerator of the factor alpha / rank by which B·A is multiplied. The "
-                         "paper has 128.")
-
 
 BOTH_OR_NEITHER = "Give vision and projector both, or neither of them for a language model alone."
 
@@ -164,6 +154,12 @@ class StrategyParams(Section):
         "trained: it is trained and shared. frozen: it stays the base's, and LoRA alone is trained and uploaded, as "
         "always with a language model alone, which has no projector. Pilot, whose visual adapters start from the "
         "projector, refuses frozen.")
+    combine: Combine = combine_field("factors")
+    residual_rank: int | None = Field(
+        None, ge=1, description="Largest rank of the change of the frozen weights with `combine: exact`. null: that of "
+        "the weights, so that nothing is lost; the change then takes up to twice their memory.")
+    rotation: float = Field(1.0, gt=0, le=1, description="Strength λ of the rotation with `combine: aligned`. Below 1, "
+                            "each pair is rotated only a part of the way to its reference.")
 
 
 # The class of each strategy's section, by the strategy's name; the files of `federation/strategies/` fill it.

@@ -37,7 +37,7 @@ class Evaluation:
 
 def used_adapters(fed: Federation, state: AnyState) -> dict[str, Tree]:
     """Returns the subtrees that a client's model reads: those that were trained or frozen in its last stage."""
-    roles = fed.strategy.roles()
+    roles = fed.strategy.ownership()
     used = roles.names(stage=state.stage, mode="trained") + roles.names(stage=state.stage, mode="frozen")
     adapters = state.adapters
     return {n: adapters[n] for n in used}

@@ -16,6 +16,7 @@ from pilot_jax.errors import Interrupted
 from pilot_jax.federation import mixing
 from pilot_jax.federation.cohort import Cohort
 from pilot_jax.federation.executor import Executor, Work
+from pilot_jax.federation.lora_options import common, fetched, fitted
 from pilot_jax.federation.observer import Observers, RunObserver
 from pilot_jax.federation.privacy import epsilon
 from pilot_jax.federation.roles import Tree
@@ -33,14 +34,18 @@ class CurrentAdapters(Mapping[int, dict[str, Tree]]):
         self._fed, self._population, self._clients, self._server = fed, population, clients, server
 
     def __getitem__(self, client: int) -> dict[str, Tree]:
-        old = self._population[client].adapters
-        return to_host(self._fed.strategy.fetch(old, self._server, self._fed.task_index(client)))
+        return to_host(_up_to_date(self._fed, client, self._population[client].adapters, self._server))
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._clients)
 
     def __len__(self) -> int:
         return len(self._clients)
+
+
+def _up_to_date(fed: Federation, client: int, adapters: dict[str, Tree], server: Mapping[str, Any]) -> dict[str, Tree]:
+    """Returns a client's adapters with the server's current subtrees for it, which are fitted to the client's rank."""
+    return fetched(lambda own: fed.strategy.fetch(own, server, fed.task_index(client)), adapters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +81,18 @@ def begin_phase(fed: Federation, state: State) -> PhasePlan | None:
 
 def _bytes_fetched(fed: Federation, state: State, clients: Sequence[int]) -> int:
     """Returns the bytes of the server's changes since these clients last downloaded from it."""
-    behind = [c for c in clients if _versions(fed, state)[c] != state.version]
-    if not behind:
-        return 0
-    old = state.population[behind[0]].adapters
-    new = fed.strategy.fetch(old, state.server, fed.task_index(behind[0]))
-    changed = sum(size for name, size in fed.strategy.sent_bytes(new)[1].items() if new[name] is not old[name])
-    return changed * len(behind)
+    behind: dict[int, list[int]] = {}  # by LoRA rank, as the clients of one rank download as much
+    for client in clients:
+        if _versions(fed, state)[client] != state.version:
+            behind.setdefault(fed.rank_of(client), []).append(client)
+    total = 0
+    for rank, (first, *others) in behind.items():
+        old = state.population[first].adapters
+        new = _up_to_date(fed, first, old, state.server)
+        changed = sum(size for name, size in fed.strategy.traffic(new, rank, fed.rank)[1].items()
+                      if new[name] is not old[name])
+        total += changed * (1 + len(others))
+    return total
 
 
 def _versions(fed: Federation, state: State) -> tuple[int, ...]:
@@ -131,16 +141,16 @@ def _report_refused(fed: Federation, state: State, plan: PhasePlan, refused: Map
 def _phase_record(fed: Federation, state: State, plan: PhasePlan, trained: Trained,
                   refused: Mapping[int, str]) -> dict[str, Any]:
     """Returns a phase's line of metrics.jsonl, without the values that its aggregation adds."""
-    up, down = fed.strategy.sent_bytes(trained.adapters[min(plan.clients)])
-    uploading, used, timings = len(plan.clients), len(plan.clients) - len(refused), trained.timings
+    timings, clients = trained.timings, [c for c in plan.clients if c not in refused]
+    up = fed.bytes_of(0, trained.adapters, plan.clients)
+    down = fed.bytes_of(1, trained.adapters, clients)
     record = {
-        "round": plan.round, "phase": plan.label, "clients": used,
+        "round": plan.round, "phase": plan.label, "clients": len(clients),
         "client_steps": sum(r["step"] for r in trained.records.values()), "seconds": round(timings.seconds, 3),
         "prepare_seconds": round(timings.prepare_seconds, 3), "waited_seconds": round(timings.waited_seconds, 3),
-        "feature_seconds": round(timings.feature_seconds, 3), "bytes_up": uploading * sum(up.values()),
-        "bytes_down": used * sum(down.values()) + plan.bytes_fetched,
-        "bytes_up_by_subtree": {n: v * uploading for n, v in up.items()},
-        "bytes_down_by_subtree": {n: v * used for n, v in down.items()},
+        "feature_seconds": round(timings.feature_seconds, 3), "bytes_up": sum(up.values()),
+        "bytes_down": sum(down.values()) + plan.bytes_fetched, "bytes_up_by_subtree": up,
+        "bytes_down_by_subtree": down,
         "quarantined": [fed.clients[c].name for c in refused]}
     if fed.noise_multiplier:
         uploads = max(n + (c in plan.clients) for c, n in enumerate(state.uploads or (0,) * len(fed.clients)))
@@ -166,8 +176,8 @@ def _aggregated(fed: Federation, plan: PhasePlan, trained: Trained, used: Sequen
                 ) -> tuple[dict[int, dict[str, Tree]], dict[str, Any], dict[str, np.ndarray]]:
     """Aggregates the uploads of the clients `used`. Returns (each one's adapters afterwards, the server's state, arrays
     to log)."""
-    roles = fed.strategy.roles()
-    uploads = stack([roles.select(trained.adapters[c], "shared") for c in used])
+    roles = fed.strategy.ownership()
+    uploads = stack([common(roles.select(trained.adapters[c], "shared"), trained.adapters[c]) for c in used])
     cohort = Cohort(spread(uploads, fed.server_mesh), np.asarray([fed.clients[c].size for c in used]),
                     np.asarray([fed.task_index(c) for c in used]), np.asarray(used), plan.round)
     downloads, server, log = fed.strategy.aggregate(cohort, server)
@@ -175,8 +185,9 @@ def _aggregated(fed: Federation, plan: PhasePlan, trained: Trained, used: Sequen
     downloads, received, after = to_host(downloads), roles.names(scope="received"), {}
     for k, client in enumerate(used):
         own = {n: t if n in received else row(t, k) for n, t in downloads.items()}
+        adapters = {**trained.adapters[client], **fitted(own, trained.adapters[client])}
         # Fetching again replaces copies by the server's own arrays, which clients can then share.
-        after[client] = fed.strategy.fetch({**trained.adapters[client], **own}, server, fed.task_index(client))
+        after[client] = _up_to_date(fed, client, adapters, server)
     return after, server, {"effective_neighbors": np.asarray(mixing.effective_neighbors(log["weights"]))} | log
 
 
@@ -185,7 +196,7 @@ def _mixing_record(trained: Trained, used: Sequence[int], log: Mapping[str, np.n
     records = [trained.records[c] for c in used]
     out = {"loss": float(np.average([r["loss"] for r in records], weights=[r["step"] for r in records])),
            "effective_neighbors": float(np.mean(log["effective_neighbors"]))}
-    return out | ({"product_gap": float(np.mean(log["product_gap"]))} if "product_gap" in log else {})
+    return out | {name: float(np.mean(log[name])) for name in ("product_gap", "residual_lost") if name in log}
 
 
 def end_round(fed: Federation, state: State) -> State:

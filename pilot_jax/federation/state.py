@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from pilot_jax.config import FederationConfig, TrainConfig
 from pilot_jax.data.arrays import ClientData, num_steps
 from pilot_jax.federation.client import PhaseSpec, phase_spec
 from pilot_jax.federation.cohort import participants
+from pilot_jax.federation.lora_options import with_rank
 from pilot_jax.federation.privacy import multiplier
 from pilot_jax.federation.randomness import client_generator
 from pilot_jax.federation.roles import Tree
@@ -74,7 +76,8 @@ class Federation:
     settings: FederationConfig
     train: TrainConfig
     seed: int
-    rank: int = 8  # LoRA rank
+    rank: int = 8  # LoRA rank; the largest, if the clients' differ
+    ranks: tuple[int, ...] | None = None  # LoRA rank of each client, if they differ
     store: Store | None = None  # holds clients' adapters and data, if they are not in memory
     spread_uploads: bool = False  # whether a cohort's uploads are divided among the devices of the mesh
     most_uploads: int = 0  # of any client in the run, if none is refused; for `settings.privacy`
@@ -103,6 +106,22 @@ class Federation:
         task = self.clients[client].task
         return self.tasks.index(task) if task in self.tasks else 0
 
+    def rank_of(self, client: int) -> int:
+        """Returns the LoRA rank of a client."""
+        return self.rank if self.ranks is None else self.ranks[client]
+
+    def bytes_of(self, direction: int, adapters: Mapping[int, dict[str, Tree]],
+                 clients: Sequence[int]) -> dict[str, int]:
+        """Returns the bytes of each subtree that `clients` upload (direction 0) or download (1) together in a phase."""
+        out: dict[str, int] = {}
+        counts = collections.Counter({self.rank_of(c): 0 for c in adapters})
+        counts.update(self.rank_of(c) for c in clients)
+        for rank, count in counts.items():  # clients of one rank have adapters of the same size
+            one = next(c for c in adapters if self.rank_of(c) == rank)
+            for name, size in self.strategy.traffic(adapters[one], rank, self.rank)[direction].items():
+                out[name] = out.get(name, 0) + size * count
+        return out
+
     def full_steps(self, client: int) -> int:
         """Returns the number of steps of a client's phase, if the client is no straggler."""
         return num_steps(self.clients[client].size, self.train.batch_size, self.settings.local_epochs,
@@ -121,13 +140,13 @@ class Federation:
     def noise_multiplier(self) -> float:
         """z of `settings.privacy`; 0 without privacy, or if the strategy uploads nothing."""
         privacy = self.settings.privacy
-        if privacy.clip is None or not self.strategy.roles().names(scope="shared"):
+        if privacy.clip is None or not self.strategy.ownership().names(scope="shared"):
             return 0.0
         return multiplier(privacy, self.most_uploads)
 
     def phase(self, stage: str) -> PhaseSpec:
         """Returns the static part of a phase of `stage`."""
-        return phase_spec(self.model.module, self.strategy.roles(), stage, self.train, self.strategy.local_rule())
+        return phase_spec(self.model.module, self.strategy.ownership(), stage, self.train, self.strategy.local_rule())
 
 
 def most_uploads(fed: Federation) -> int:
@@ -189,6 +208,14 @@ class State:
     benched: tuple[int, ...] = ()  # clients whose upload was refused in this round
     quarantined: int = 0  # number of refused uploads in the whole run
     partial: Trained | None = None  # results of an interrupted phase
+
+
+def initial_population(fed: Federation, adapters: dict[str, Tree]) -> Population:
+    """Returns the clients before their first round; with ranks that differ, the LoRA of each is cut to its own."""
+    if fed.ranks is None:
+        return (ClientState(adapters),) * len(fed.clients)
+    by_rank = {rank: ClientState(with_rank(adapters, rank, fed.rank)) for rank in set(fed.ranks)}
+    return tuple(by_rank[rank] for rank in fed.ranks)
 
 
 def stored(store: Store | None, client: int, state: AnyState) -> AnyState:

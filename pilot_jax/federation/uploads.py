@@ -26,7 +26,7 @@ def after_upload(fed: Federation, client: int, round_: int, label: str, before: 
     Returns: `after` with the shared subtrees as they were uploaded (clipped and noised where `settings.privacy` asks),
         and {"update_norm": L2 norm of the shared subtrees' change} or {"fault": why the server cannot use it}.
     """
-    roles = fed.strategy.roles()
+    roles = fed.strategy.ownership()
     start, upload = roles.select(before, "shared"), roles.select(after, "shared")
     fault, privacy = not_finite(roles.select(after, "local")), fed.settings.privacy
     name = fed.clients[client].name

@@ -6,8 +6,9 @@ orientation, that of W' = W + (α/r)·B·A, and each target's layers are stacked
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,10 @@ from pilot_jax.programs import KeptJit
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 # Names of the subtrees that make up a client's LoRA: the whole, or its two factors for strategies that treat A and B
-# differently, and a second LoRA that is private.
-LORA_SUBTREES = ("text_adapter", "text_adapter_a", "text_adapter_b", "private_adapter")
+# differently, and a second LoRA that is private. Two more go with it: the factors of a change of the frozen weights,
+# which is the same for all clients, and the factor α/r of a client's own rank, relative to the model's α/R.
+RESIDUAL, SCALE = "text_residual", "text_scale"
+LORA_SUBTREES = ("text_adapter", "text_adapter_a", "text_adapter_b", "private_adapter", RESIDUAL, SCALE)
 
 LoraTree = dict[str, dict[str, dict[str, jax.Array]]]
 
@@ -43,22 +46,52 @@ def factors(adapter: Mapping[str, PyTree]) -> dict[str, dict[str, PyTree]]:
     return {f"text_adapter_{x}": {name: pair[x] for name, pair in adapter["layers"].items()} for x in ("a", "b")}
 
 
+def on_factors(name: str, tree: PyTree, on_a: Callable[[Any], Any], on_b: Callable[[Any], Any]) -> PyTree:
+    """Returns the subtree `name` of LORA_SUBTREES with a function applied to every A and another to every B."""
+    if name == "text_adapter_a":
+        return jax.tree.map(on_a, tree)
+    if name == "text_adapter_b":
+        return jax.tree.map(on_b, tree)
+    return {"layers": {target: {"a": on_a(pair["a"]), "b": on_b(pair["b"])} for target, pair in tree["layers"].items()}}
+
+
+def joined(first: PyTree, second: PyTree) -> PyTree:
+    """Returns the sum of two LoRAs as one LoRA of both ranks: B_1·A_1 + B_2·A_2 = [B_1 B_2]·[A_1; A_2]."""
+    return {"layers": {name: {"a": jnp.concatenate([pair["a"], second["layers"][name]["a"]], axis=-2),
+                              "b": jnp.concatenate([pair["b"], second["layers"][name]["b"]], axis=-1)}
+                       for name, pair in first["layers"].items()}}
+
+
 def assembled(adapters: Mapping[str, PyTree]) -> PyTree | None:
     """Returns the LoRA that a client's subtrees in LORA_SUBTREES add up to; None if it has none of them.
 
-    The sum of two LoRAs is one LoRA of twice the rank: B_1·A_1 + B_2·A_2 = [B_1 B_2]·[A_1; A_2].
+    A change of the frozen weights (RESIDUAL) is not part of it; `joined` adds it.
     """
     if "text_adapter_a" in adapters:
         a, b = adapters["text_adapter_a"], adapters["text_adapter_b"]
-        shared: PyTree | None = {"layers": {name: {"a": a[name], "b": b[name]} for name in a}}
+        lora: PyTree | None = {"layers": {name: {"a": a[name], "b": b[name]} for name in a}}
     else:
-        shared = adapters.get("text_adapter")
-    private = adapters.get("private_adapter")
-    if private is None or shared is None:
-        return shared
-    return {"layers": {name: {"a": jnp.concatenate([pair["a"], private["layers"][name]["a"]], axis=-2),
-                              "b": jnp.concatenate([pair["b"], private["layers"][name]["b"]], axis=-1)}
-                       for name, pair in shared["layers"].items()}}
+        lora = adapters.get("text_adapter")
+    if lora is None:
+        return None
+    if "private_adapter" in adapters:
+        lora = joined(lora, adapters["private_adapter"])
+    if SCALE in adapters:
+        factor = adapters[SCALE]["factor"]
+        lora = {"layers": {name: {"a": pair["a"], "b": pair["b"] * factor} for name, pair in lora["layers"].items()}}
+    return lora
+
+
+def collection(adapters: Mapping[str, PyTree]) -> PyTree | None:
+    """Returns `assembled` as the decoder reads it: with the factors of a change of the frozen weights, if there is one.
+
+    They are leaves of their own, so that clients that train side by side share them.
+    """
+    lora, residual = assembled(adapters), adapters.get(RESIDUAL)
+    if lora is None or residual is None:
+        return lora
+    return {"layers": {name: {**pair, "residual_a": residual["layers"][name]["a"],
+                              "residual_b": residual["layers"][name]["b"]} for name, pair in lora["layers"].items()}}
 
 
 def lora_linears(x: Float[Array, "tokens d_in"], kernels: tuple[Float[Array, "d_in _d_out"], ...],
@@ -68,10 +101,14 @@ def lora_linears(x: Float[Array, "tokens d_in"], kernels: tuple[Float[Array, "d_
 
     Args:
         kernels: W of each target, in the order of `names`.
-        adapters: one layer of a LoRA, {target: {"a": [R, d_in], "b": [d_out, R]}}.
+        adapters: one layer of a LoRA, {target: {"a": [R, d_in], "b": [d_out, R]}}. With "residual_a" [C, d_in] and
+            "residual_b" [d_out, C] beside them, W is W + scale·(residual_b·residual_a)ᵀ.
         scale: α/r.
         operands: the dtype of the factors of products with W + scale·B·A; see `kernels.low_rank.merged`.
     """
+    if "residual_a" in adapters[names[0]]:
+        kernels = tuple(w + (scale * adapters[n]["residual_a"].T @ adapters[n]["residual_b"].T).astype(w.dtype)
+                        for n, w in zip(names, kernels, strict=True))
     a = jnp.concatenate([adapters[n]["a"] for n in names]).astype(x.dtype)  # [len(names)·R, d_in]: reads x once
     bs = tuple((adapters[n]["b"].T * scale).astype(x.dtype) for n in names)
     return linears_with_low_rank(x, kernels, a, bs, operands)

@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from pilot_jax.models.connector import Connector
 from pilot_jax.models.llama import Attention, Cache, CachedKeys, Decoder
-from pilot_jax.models.lora import LORA_SUBTREES, assembled
+from pilot_jax.models.lora import LORA_SUBTREES, collection
 from pilot_jax.models.spec import VlmSpec
 from pilot_jax.models.vision import VisionTower
 
@@ -26,7 +26,7 @@ def variables(base: Mapping[str, PyTree], adapters: Mapping[str, PyTree]) -> dic
     `adapters` has the connector's subtrees (`projector`, or `task`, `client`, …) and, optionally, LoRA's. Without the
     former, the connector is the base's projector.
     """
-    connector, lora = {n: t for n, t in adapters.items() if n not in LORA_SUBTREES}, assembled(adapters)
+    connector, lora = {n: t for n, t in adapters.items() if n not in LORA_SUBTREES}, collection(adapters)
     connector = connector or {n: base[n] for n in ("projector",) if n in base}
     out = {"params": {k: base[k] for k in ("vision_tower", "decoder") if k in base},
            "connector": {"connector": connector}}

@@ -28,7 +28,7 @@ from pilot_jax.models.vlm import Vlm
 from pilot_jax.parallel.mesh import AXES, base_spec, shard_elements
 from pilot_jax.planning.flops import matmul_flops, saved_bytes
 from pilot_jax.runs.generated import GENERATED
-from pilot_jax.runs.prepare import Outline, load_samples, outline
+from pilot_jax.runs.prepare import Outline, client_ranks, load_samples, outline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Workload:
     num_tasks: int  # T
     length: int  # L, tokens of the longest training sample, padded
     answers: int  # A, supervised tokens of the longest answer, padded
+    ranks: tuple[int, ...] | None = None  # LoRA rank of each client, if they differ
     assumed: str = ""  # says which sizes are assumptions, because data or tokenizer are missing; "" if none
 
 
@@ -56,20 +57,22 @@ def read_workload(config: Config, run: Outline, *, samples: int = 1000, tasks: i
     tokenized = has_tokenizer(run.text_directory)
     if data.path in GENERATED or Path(data.path).expanduser().exists():
         loaded = [s for s in load_samples(config) if s.split == "train"]
-        counts = tuple(sum(s.client == name for s in loaded) for name in sorted({s.client for s in loaded}))
+        names = sorted({s.client for s in loaded})
+        counts = tuple(sum(s.client == name for s in loaded) for name in names)
+        ranks = client_ranks(run.model.lora.rank, names)
         num_tasks = len({s.task for s in loaded})
         if tokenized:
             tokenizer = load_tokenizer(run.text_directory)
             length, answers = training_length([
                 encode(tokenizer, s.turns, data.template, image_tokens, data.max_length) for s in loaded])
-            return Workload(counts, num_tasks, length, answers)
+            return Workload(counts, num_tasks, length, answers, ranks)
         assumed = f"no tokenizer: {text_tokens} text tokens"
     else:
-        counts, num_tasks = (samples,) * (run.settings.clients or 3 * tasks), tasks
+        counts, num_tasks, ranks = (samples,) * (run.settings.clients or 3 * tasks), tasks, None
         assumed = (f"no data at {data.path}: {num_tasks} tasks, {samples} samples per client, "
                    f"{text_tokens} text tokens")
     length = min(image_tokens + text_tokens, data.max_length)
-    return Workload(counts, num_tasks, round_up(length, 8), round_up(text_tokens, 4), assumed)
+    return Workload(counts, num_tasks, round_up(length, 8), round_up(text_tokens, 4), ranks, assumed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +91,7 @@ def phase_shapes(run: Outline, work: Workload) -> Shapes:
     """Returns the shapes of a phase of a run whose data have the sizes `work`."""
     dtype = jnp.dtype(default_dtype() if run.model.dtype == "auto" else run.model.dtype)
     lora = run.model.lora
-    module = Vlm(run.spec, lora.alpha / lora.rank, dtype, run.model.remat, run.system.unroll)
+    module = Vlm(run.spec, lora.alpha / lora.largest, dtype, run.model.remat, run.system.unroll)
     base = {name: jax.tree.map(lambda leaf, n=name: jax.ShapeDtypeStruct(
         leaf.shape, jnp.float32 if n == "projector" else dtype), tree) for name, tree in base_shapes(run.spec).items()}
     adapters = adapter_shapes(run, plain_connector(base), work.num_tasks)
@@ -97,9 +100,13 @@ def phase_shapes(run: Outline, work: Workload) -> Shapes:
 
 def adapter_shapes(run: Outline, connector: Tree, num_tasks: int) -> dict[str, Tree]:
     """Returns the shapes of one client's adapters; `connector` has those of the base model's `plain_connector`."""
-    return jax.eval_shape(
-        lambda key, tree: run.strategy.initial_adapters(key, tree, run.spec, run.model.lora.rank, num_tasks),
-        jax.eval_shape(lambda: jax.random.key(0)), connector.get("projector", {}))
+    rank = run.model.lora.largest
+
+    def start(key: jax.Array, projector: Tree) -> dict[str, Tree]:
+        return run.strategy.with_options(
+            run.strategy.initial_adapters(key, projector, run.spec, rank, num_tasks), rank)
+
+    return jax.eval_shape(start, jax.eval_shape(lambda: jax.random.key(0)), connector.get("projector", {}))
 
 
 def data_shapes(spec: VlmSpec, dtype: DTypeLike, work: Workload, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -119,7 +126,7 @@ def _bytes(tree: Tree) -> int:
 
 def stage_loss_of(shapes: Shapes, stage: str) -> tuple[Callable[..., Any], dict[str, Tree], dict[str, Tree]]:
     """Returns (loss, trained, frozen): the loss as a function of (trained, frozen, base, batch), and both as shapes."""
-    spec = phase_spec(shapes.module, shapes.run.strategy.roles(), stage, shapes.run.train)
+    spec = phase_spec(shapes.module, shapes.run.strategy.ownership(), stage, shapes.run.train)
     trained, frozen = spec.split(shapes.adapters)
 
     def loss(trained: Tree, frozen: Tree, base: Tree, batch: Tree) -> jax.Array:
@@ -162,7 +169,7 @@ def memory(shapes: Shapes) -> dict[str, dict[str, int]]:
     Activations are not divided among fsdp and tensor devices, so that they are an upper bound on such a mesh.
     """
     run, work, width, dtype = shapes.run, shapes.work, _width(shapes), shapes.module.dtype
-    mesh, roles, at_once = run.system.mesh, run.strategy.roles(), run.system.steps_at_once
+    mesh, roles, at_once = run.system.mesh, run.strategy.ownership(), run.system.steps_at_once
     base = sum(shard_elements(leaf.shape, base_spec(tuple(k.key for k in path), leaf.shape, mesh), mesh)
                * leaf.dtype.itemsize
                for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.base))
@@ -206,7 +213,9 @@ def make_plan(config: Config, **assumptions: int) -> dict[str, Any]:
     cohort = min(settings.clients_per_round or len(steps), len(steps))
     per_round = sum(steps) * cohort / len(steps)
     flops = {stage: step_flops(shapes, stage) for stage in dict.fromkeys(strategy.first_stages)}
-    up, down = (sum(sizes.values()) for sizes in strategy.sent_bytes(shapes.adapters))
+    ranks, largest = work.ranks or (run.model.lora.largest,) * len(steps), run.model.lora.largest
+    up, down = (sum(sum(strategy.traffic(shapes.adapters, rank, largest)[i].values()) for rank in ranks) / len(ranks)
+                for i in (0, 1))
     rounds = {"round_1": strategy.stages(True, 1), "later_rounds": strategy.stages(False, 2)}
     return {
         "clients": len(steps), "tasks": work.num_tasks, "rounds": settings.rounds, "assumed": work.assumed,
@@ -217,6 +226,6 @@ def make_plan(config: Config, **assumptions: int) -> dict[str, Any]:
         "flops_per_client_step": flops, "flops_features": _feature_flops(shapes) * sum(work.sizes),
         "client_steps": {name: round(per_round * len(stages)) for name, stages in rounds.items()},
         "flops": {name: int(per_round * sum(flops[s] for s in stages)) for name, stages in rounds.items()},
-        "bytes_up": {name: up * cohort * len(stages) for name, stages in rounds.items()},
-        "bytes_down": {name: down * cohort * len(stages) for name, stages in rounds.items()},
+        "bytes_up": {name: round(up * cohort * len(stages)) for name, stages in rounds.items()},
+        "bytes_down": {name: round(down * cohort * len(stages)) for name, stages in rounds.items()},
     }

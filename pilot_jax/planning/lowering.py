@@ -56,7 +56,7 @@ def _stacked(tree: Tree, count: int) -> Tree:
 
 def _local(shapes: Shapes, mesh: Mesh, width: int, stage: str) -> Program:
     """Returns the program that trains `width` clients for one phase."""
-    run, work, roles = shapes.run, shapes.work, shapes.run.strategy.roles()
+    run, work, roles = shapes.run, shapes.work, shapes.run.strategy.ownership()
     received, train, settings = roles.names(scope="received"), run.train, run.settings
     steps = max(num_steps(n, train.batch_size, settings.local_epochs, settings.local_steps) for n in work.sizes)
     order, scalar = (steps, train.batch_size), _struct((), jnp.int32)
@@ -76,7 +76,7 @@ def _local(shapes: Shapes, mesh: Mesh, width: int, stage: str) -> Program:
 
 def _generation(shapes: Shapes, mesh: Mesh, width: int) -> Program:
     """Returns the program with which the models of `width` clients answer a batch of prompts each."""
-    run, roles, stage = shapes.run, shapes.run.strategy.roles(), shapes.run.strategy.first_stages[-1]
+    run, roles, stage = shapes.run, shapes.run.strategy.ownership(), shapes.run.strategy.first_stages[-1]
     rows, settings = run.eval.batch_size, run.eval
     used = roles.names(stage=stage, mode="trained") + roles.names(stage=stage, mode="frozen")
     batch = data_shapes(run.spec, shapes.module.dtype, shapes.work, rows)
@@ -98,7 +98,7 @@ def _server(shapes: Shapes, mesh: Mesh, cohort: int) -> dict[str, Program]:
     uploads = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(
             mesh, columns(leaf.shape, mesh))),
-        _stacked(strategy.roles().select(shapes.adapters, "shared"), cohort))
+        _stacked(strategy.ownership().select(shapes.adapters, "shared"), cohort))
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def whole(shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:

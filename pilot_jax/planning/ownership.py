@@ -23,7 +23,7 @@ def ownership_table(config: Config) -> list[dict[str, Any]]:
     run = outline(config)
     base = base_shapes(run.spec)
     adapters = adapter_shapes(run, plain_connector(base), count_tasks(config))
-    roles, stages = run.strategy.roles(), tuple(dict.fromkeys(run.strategy.first_stages))
+    roles, stages = run.strategy.ownership(), tuple(dict.fromkeys(run.strategy.first_stages))
     roles.check(adapters)
     rows = []
     for role in roles.rows:

@@ -8,19 +8,22 @@ from pathlib import Path
 from pilot_jax import __version__
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.personalised import used_adapters
-from pilot_jax.models.checkpoints.peft import save_adapters
+from pilot_jax.models.checkpoints.peft import lora_rank, peft_lora, save_adapters
+from pilot_jax.models.lora import RESIDUAL
 from pilot_jax.runs.restore import Run
 
 
-def _model_card(run: Run, client: str, base: str, stage: str) -> str:
+def _model_card(run: Run, client: str, base: str, rank: int, lost: float) -> str:
     setup, summary, has_connector = run.setup, run.summary, bool(run.federation.strategy.visual_adapters())
-    own, state, lora = run.evaluation.clients[run.client(client)], run.state(client), setup.model.lora
+    own, state, index = run.evaluation.clients[run.client(client)], run.state(client), run.client(client)
+    trained = run.federation.rank_of(run.evaluation.model_of_client[index])
     rows = [
         ("base model", base), ("method", summary.get("strategy", run.federation.strategy.name)), ("client", client),
         ("task", own.task), ("training samples", own.size), ("rounds taken part in", state.rounds),
         ("rounds of the run", run.federation.settings.rounds),
-        *([("stage of the connector", stage)] if has_connector else []),
-        ("LoRA rank, alpha", f"{lora.rank}, {lora.alpha:g}"),
+        *([("stage of the connector", state.stage)] if has_connector else []),
+        ("LoRA rank, alpha in training", f"{trained}, {setup.model.lora.alpha:g}"), ("LoRA rank here", rank),
+        *([("part of the change of the weights that this rank loses", f"{lost:.2g}")] if lost > 1e-6 else []),
         ("conversation template", run.evaluation.data.template), ("seed", setup.system.seed),
         ("adapters_sha256 of the run", summary.get("adapters_sha256", "unknown: the run was not finished")),
         ("written by", f"pilot_jax {__version__}")]
@@ -38,8 +41,12 @@ def _model_card(run: Run, client: str, base: str, stage: str) -> str:
             f"{table}\n\n`adapter_model.safetensors` is a PEFT LoRA of the language model{connector}\n")
 
 
-def export_client(run: Run, client: str, out: Path) -> None:
+def export_client(run: Run, client: str, out: Path, rank: int | None = None) -> float:
     """Writes a client's adapters into the new folder `out`.
+
+    rank: largest rank of the LoRA that is written.
+
+    Returns: the part of the change of the weights that this rank loses, ‖ΔW − B·A‖_F / ‖ΔW‖_F.
 
     Raises:
         InputError: the run has no such client, the client took part in no round, or the folder exists already.
@@ -50,6 +57,10 @@ def export_client(run: Run, client: str, out: Path) -> None:
     if state.stage == "none":
         raise InputError(f"--client: {client} took part in no round, so it has no adapters of its own.")
     kind, base = ("llava", model.path) if model.parts is None else ("language_model", model.parts.language)
-    save_adapters(out, used_adapters(fed, state), stage=state.stage, tasks=fed.tasks,
-                  task_index=fed.task_index(run.evaluation.model_of_client[index]), rank=model.lora.rank,
-                  alpha=model.lora.alpha, kind=kind, base=base, card=_model_card(run, client, base, state.stage))
+    number, adapters = run.evaluation.model_of_client[index], used_adapters(fed, state)
+    lora, lost = peft_lora(adapters, fed.rank, rank)
+    own_rank = fed.rank if RESIDUAL in adapters else fed.rank_of(number)
+    save_adapters(out, adapters, lora, stage=state.stage, tasks=fed.tasks, task_index=fed.task_index(number),
+                  alpha_over_rank=model.lora.alpha / own_rank, kind=kind, base=base,
+                  card=_model_card(run, client, base, lora_rank(lora), lost))
+    return lost

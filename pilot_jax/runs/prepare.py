@@ -6,7 +6,7 @@ This is the only file that reads a whole config. All others are given the sectio
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from pilot_jax.evaluation.personalised import Evaluation
 from pilot_jax.federation.cohort import participants
 from pilot_jax.federation.executor import Executor, chunk_width
 from pilot_jax.federation.roles import Tree
-from pilot_jax.federation.state import ClientState, Federation, State, most_uploads
+from pilot_jax.federation.state import Federation, State, initial_population, most_uploads
 from pilot_jax.federation.strategies import Strategy, make_strategy, use
 from pilot_jax.kernels.attention import check_cudnn
 from pilot_jax.models.pretrained import PretrainedModel, load, load_from_parts, read_shapes
@@ -147,7 +147,7 @@ def load_model(config: Config) -> PretrainedModel:
         text = read_shapes(config.model)[0].text
         check_cudnn(text.head_dim, text.layers_see_alike, config.model.dtype)
     options: dict[str, Any] = {
-        "dtype": None if config.model.dtype == "auto" else config.model.dtype, "lora_scale": lora.alpha / lora.rank,
+        "dtype": None if config.model.dtype == "auto" else config.model.dtype, "lora_scale": lora.alpha / lora.largest,
         "remat": config.model.remat, "unroll": system.unroll, "place": base_placement(system.mesh)}
     parts = config.model.parts
     model = load(config.model.path, **options) if parts is None else load_from_parts(**parts.model_dump(), **options)
@@ -168,10 +168,11 @@ def prepare(config: Config, strategy: Strategy | None = None) -> Setup:
         strategy = make_strategy(config.strategy, schedule=config.federation.schedule)
     else:
         config, strategy = with_own_strategy(config, strategy)
-    strategy = strategy.for_base(config.model.takes_images)
+    strategy = _fitting(config.model, strategy)
     samples = load_samples(config)
     names, tasks = sorted({s.client for s in samples}), sorted({s.task for s in samples})
     _check_names(config, names, tasks)
+    ranks = client_ranks(config.model.lora.rank, names)
     model, system = load_model(config), config.system
     tokenizer = model.tokenizer()
     stop_tokens(tokenizer, config.data.template)  # raises if the tokenizer lacks the template's stop token
@@ -180,7 +181,7 @@ def prepare(config: Config, strategy: Strategy | None = None) -> Setup:
     clients = tuple(build_clients(model, tokenizer, samples, config.data, system.length_spread,
                                   None if store is None else store.folder, kept))
     fed = Federation(strategy, model, clients, tuple(tasks), config.federation, config.train, system.seed,
-                     config.model.lora.rank, store, spread_uploads=system.mesh.devices > 1)
+                     config.model.lora.largest, ranks, store, spread_uploads=system.mesh.devices > 1)
     evaluation = Evaluation(
         fed, clients, tuple(range(len(clients))),
         make_decoder(tokenizer, config.data.template, config.eval, system.seed), config.eval.metrics,
@@ -194,14 +195,15 @@ def with_strategy(setup: Setup, strategy: Strategy, config: Config | None = None
     """Returns the setup with the same data and model, but another strategy.
 
     `config`, if given, replaces the setup's. It may differ in `strategy`, `train`, `federation` and `eval` only."""
-    config, strategy = config or setup.config, strategy.for_base(setup.model.takes_images)
+    config, strategy = config or setup.config, _fitting(setup.model, strategy)
     clients, settings = setup.evaluation.clients, config.federation
     models = tuple(range(len(clients)))
     if strategy.pools_data:
         settings, models = _pooled_settings(settings, len(clients)), (0,) * len(clients)
     fed = dataclasses.replace(
         setup.federation, strategy=strategy, settings=settings, train=config.train, seed=config.system.seed,
-        clients=(pooled(list(clients)),) if strategy.pools_data else clients)
+        clients=(pooled(list(clients)),) if strategy.pools_data else clients,
+        ranks=None if strategy.pools_data else setup.federation.ranks)
     if settings.privacy.clip is not None:
         fed = dataclasses.replace(fed, most_uploads=most_uploads(fed))
         _ = fed.noise_multiplier  # raises before anything is trained if the privacy accountant is not installed
@@ -235,23 +237,48 @@ def compile_first_round(setup: Setup, state: State) -> None:
         setup.executor.compile_ahead(fed, state.round, {c: state.population[c].adapters for c in members})
 
 
+def _fitting(model: ModelConfig, strategy: Strategy) -> Strategy:
+    """Returns the strategy as it runs on the base and with the LoRA ranks of `model`."""
+    differ = isinstance(model.lora.rank, dict) and not strategy.pools_data
+    return dataclasses.replace(strategy, ranks_differ=differ).for_base(model.takes_images)
+
+
+def client_ranks(rank: int | Mapping[str, int], names: Sequence[str]) -> tuple[int, ...] | None:
+    """Returns the LoRA rank of each client; None for one rank of all.
+
+    Raises:
+        InputError: a client has no rank, or there is no client of a name.
+    """
+    if isinstance(rank, int):
+        return None
+    if unknown := sorted(set(rank) - {*names, "*"}):
+        raise InputError(f"model.lora.rank: unknown client {unknown[0]!r}. Known: {', '.join(names)}.")
+    if missing := [name for name in names if name not in rank and "*" not in rank]:
+        raise InputError(f"model.lora.rank: no rank for client {missing[0]!r}. Add it, or give '*' for all others.")
+    return tuple(rank[name] if name in rank else rank["*"] for name in names)
+
+
 def initial_adapters(fed: Federation) -> dict[str, Tree]:
-    """Returns the adapters that every client starts with; all clients have the same random LoRA matrix A."""
+    """Returns the adapters that every client starts with; all clients have the same random LoRA matrix A.
+
+    Their LoRA has the largest rank. `state.initial_population` has those of clients whose ranks differ.
+    """
     key = jax.random.fold_in(jax.random.key(fed.seed), 0x696E6974)  # "init"
     projector = to_host(fed.model.base.get("projector", {}))
     adapters = fed.strategy.initial_adapters(key, projector, fed.model.config, fed.rank, len(fed.tasks))
-    fed.strategy.roles().check(adapters)
+    adapters = fed.strategy.with_options(adapters, fed.rank)
+    fed.strategy.ownership().check(adapters)
     return to_host(adapters)
 
 
 def initial_state(fed: Federation) -> State:
     """Returns the state of a federation before its first round."""
     adapters = initial_adapters(fed)
-    roles = fed.strategy.roles()
+    roles = fed.strategy.ownership()
     server = to_host(fed.strategy.initial_server_state(
         roles.select(adapters, "shared") | roles.select(adapters, "received"),
         np.asarray([c.size for c in fed.clients]), np.asarray([fed.task_index(i) for i in range(len(fed.clients))])))
-    return State(tuple(ClientState(adapters) for _ in fed.clients), server)
+    return State(initial_population(fed, adapters), server)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +303,7 @@ def outline(config: Config) -> Outline:
         InputError: there is no config.json at model.path.
     """
     spec, text_directory = read_shapes(config.model)
-    strategy = make_strategy(config.strategy, schedule=config.federation.schedule).for_base(config.model.takes_images)
+    strategy = _fitting(config.model, make_strategy(config.strategy, schedule=config.federation.schedule))
     return Outline(spec, text_directory, strategy, config.model, config.data, config.federation, config.train,
                    config.eval, config.system)
 

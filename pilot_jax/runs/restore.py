@@ -90,7 +90,7 @@ def restore(folder: str | Path, strategy: str | type[Strategy] | Strategy | None
     if ended:
         population = load_population(folder / "checkpoints", fed.names, initial_adapters(fed))
     else:
-        snapshots = Snapshots(folder / "checkpoints" / "resume", fed.names, fed.strategy.roles())
+        snapshots = Snapshots(folder / "checkpoints" / "resume", fed.names, fed.strategy.ownership())
         found = snapshots.load(initial_state(fed), None, lambda text: None, writing=False)
         if found is None:
             raise InputError(f"{folder}: the run has not saved anything yet. Continue it with `pilot-jax run … "

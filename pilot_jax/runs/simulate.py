@@ -102,7 +102,7 @@ class RunLoop(RunObserver):
         self.earlier, self.train_compile, self.compiled = Clocks(), 0.0, 0.0
         self.data = "" if folder is None else data_sha256(setup.evaluation.clients)
         self.snapshots = None if folder is None else Snapshots(
-            folder.path / "checkpoints" / "resume", self.fed.names, self.fed.strategy.roles(),
+            folder.path / "checkpoints" / "resume", self.fed.names, self.fed.strategy.ownership(),
             setup.system.keep_saved, self.fed.mesh)
         self.outside = Observers(*observers)
         self.signals = StopSignals(self.outside.note)
@@ -248,7 +248,7 @@ class RunLoop(RunObserver):
         if self.writes:
             assert self.folder is not None and self.snapshots is not None
             save_population(self.folder.path / "checkpoints", self.fed.names, self.state.population,
-                            self.fed.strategy.roles())
+                            self.fed.strategy.ownership())
             for file in (*self.files, self.metrics):
                 file.close()
         summary |= costs(self.setup.evaluation, self.state, self.clocks())

@@ -32,7 +32,7 @@ from pilot_jax.federation.executor import Executor
 from pilot_jax.federation.observer import RunObserver
 from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.rounds import run_round
-from pilot_jax.federation.state import ClientState, Federation, State
+from pilot_jax.federation.state import Federation, State, initial_population
 from pilot_jax.federation.strategies import Strategy
 
 FEATURES, CLASSES, RANK = 5, 4, 2  # D, V, R
@@ -49,6 +49,8 @@ class Regression:
     def apply(self, variables: Any, batch: Any, stage: str, task_index: Any, *, method: str) -> tuple[Any, dict]:
         w = variables["connector"]["connector"]["projector"]["w"]
         pair = variables["lora"]["decoder"]["layers"]["q"]
+        if "residual_a" in pair:  # a change of the frozen weights, with `combine: exact`
+            w = w + pair["residual_b"][0] @ pair["residual_a"][0]
         return (batch["features"] @ (w + pair["b"][0] @ pair["a"][0]).T)[:, None], {}
 
 
@@ -98,7 +100,7 @@ def toy_adapters(strategy: Strategy, seed: int = 7) -> dict[str, Tree]:
         if row.subtree not in known and not unseen:
             raise ValueError(f"the toy's model does not know the subtree {row.subtree!r}")
         adapters[row.subtree] = zeros if unseen else known[row.subtree]
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), adapters)
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), strategy.with_options(adapters, RANK))
 
 
 def _lora(a: np.ndarray, b: np.ndarray) -> Tree:
@@ -106,33 +108,36 @@ def _lora(a: np.ndarray, b: np.ndarray) -> Tree:
 
 
 def toy_federation(strategy: Strategy, clients: Sequence[ClientData] | None = None,
-                   settings: FederationConfig = ROUNDS, train: TrainConfig = DESCENT, seed: int = 0) -> Federation:
+                   settings: FederationConfig = ROUNDS, train: TrainConfig = DESCENT, seed: int = 0,
+                   ranks: tuple[int, ...] | None = None) -> Federation:
     """Returns a federation of the toy's model under a strategy.
 
     Args:
         clients: default: `toy_clients()`; they are pooled if the strategy pools data.
         settings, train: sections `federation` and `train` of a config; default: two rounds, three full-batch steps
             per phase.
+        ranks: LoRA rank of each client, at most RANK, if they differ.
     """
+    strategy = dataclasses.replace(strategy, ranks_differ=ranks is not None)
     clients = tuple(toy_clients() if clients is None else clients)
     tasks = tuple(sorted({client.task for client in clients}))
     frozen = {"projector": {"w": toy_numbers()["w"].astype(np.float32)}}
     base = frozen if strategy.params.projector == "frozen" else {}
     model = cast(Any, types.SimpleNamespace(module=Regression(), base=base))
     held = (pooled(clients),) if strategy.pools_data else clients
-    return Federation(strategy, model, held, tasks, settings, train, seed, RANK)
+    return Federation(strategy, model, held, tasks, settings, train, seed, RANK, ranks)
 
 
 def toy_state(fed: Federation, adapters: dict[str, Tree] | None = None) -> State:
     """Returns the state before round 1, in which every client has `adapters` (default: `toy_adapters`)."""
     adapters = toy_adapters(fed.strategy) if adapters is None else adapters
-    roles = fed.strategy.roles()
+    roles = fed.strategy.ownership()
     roles.check(adapters)
     sizes = np.asarray([client.size for client in fed.clients])
     tasks = np.asarray([fed.task_index(k) for k in range(len(fed.clients))])
     server = fed.strategy.initial_server_state(
         roles.select(adapters, "shared") | roles.select(adapters, "received"), sizes, tasks)
-    return State(tuple(ClientState(adapters) for _ in fed.clients), server)
+    return State(initial_population(fed, adapters), server)
 
 
 def run_toy(fed: Federation, state: State | None = None, observer: RunObserver | None = None) -> State:

@@ -16,11 +16,12 @@ import optax
 
 from pilot_jax.config import STRATEGY_PARAMS, StrategyParams
 from pilot_jax.errors import InputError
-from pilot_jax.federation import mixing
+from pilot_jax.federation import combining, mixing
 from pilot_jax.federation.client import PLAIN_RULE, LocalRule
 from pilot_jax.federation.cohort import Cohort
+from pilot_jax.federation.lora_options import empty_residual, extra_rows, traffic, with_rank
 from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, Scope, Tree, num_bytes
-from pilot_jax.models.lora import LORA_SUBTREES, init_lora
+from pilot_jax.models.lora import LORA_SUBTREES, RESIDUAL, init_lora
 from pilot_jax.models.spec import VlmSpec
 from pilot_jax.parallel.processes import to_host
 
@@ -48,6 +49,7 @@ class Strategy:
 
     params: Any = None  # an instance of the class' `Params`; None: the defaults
     schedule: str = "first_time"
+    ranks_differ: bool = False  # whether the clients' LoRA ranks differ
 
     Params: ClassVar[type[StrategyParams]] = StrategyParams  # the keys of the section `strategy` beside `name`
     first_stages: ClassVar[Any] = ("plain", "plain")  # stages of a client's first round
@@ -56,10 +58,19 @@ class Strategy:
     aggregated_by: ClassVar[str] = "mean"
     one_model: ClassVar[bool] = True  # whether clients begin a phase with the server's model, not their own
     pools_data: ClassVar[bool] = False  # whether there is one client, with the data of all
+    restarts_lora: ClassVar[bool] = False  # whether, with `combine: exact`, LoRA starts anew after each aggregation
+    in_one_scale: ClassVar[bool] = False  # whether the rule compares or adds LoRA's entries over phases or clients
 
     def __post_init__(self) -> None:
         params = self.Params() if self.params is None else self.params
         object.__setattr__(self, "params", params.model_copy(update={"name": self.name}))
+        if self.params.combine not in self.combines():
+            raise InputError(f"strategy.combine: {self.params.combine} does not fit {self.name}. It takes "
+                             f"{', '.join(self.combines())}.")
+        if self.ranks_differ and (self.in_one_scale or (self.params.combine == "exact" and not self.restarts_lora)):
+            why = "compares clients entry by entry" if self.in_one_scale else "combines them exactly"
+            raise InputError(f"model.lora.rank: the clients' ranks differ, but {self.name} {why}. Give one rank for "
+                             "all, or use another strategy, such as flexlora or flora.")
         if self.schedule == "single" and set(self.first_stages) != set(self.later_stages):
             raise InputError(f"federation.schedule: single, but {self.name} trains "
                              f"{' and then '.join(self.first_stages)}. Set it to first_time or every_round.")
@@ -67,6 +78,19 @@ class Strategy:
     @property
     def name(self) -> str:
         return name_of(type(self))
+
+    def combines(self) -> tuple[str, ...]:
+        """Returns the values of `combine` that the strategy can have.
+
+        All others than factors need a LoRA that is shared as a whole, and no rule of the strategy's own for uploads.
+        exact needs a model that is common to all, for its change of the frozen weights to be added to.
+        """
+        own_rule = type(self).combine is not Strategy.combine or "control_change" in self.roles().names(scope="shared")
+        if own_rule or "text_adapter" not in self.roles().names(scope="shared"):
+            return ("factors",)
+        if self.server_optimizer() is not None:  # its moments belong to the entries of A and B
+            return "factors", "aligned"
+        return ("factors", "product", "aligned", "exact") if self.one_model else ("factors", "product", "aligned")
 
     def for_base(self, takes_images: bool) -> Strategy:
         """Returns the strategy as it runs on a base model, of which a language model alone takes no images.
@@ -107,6 +131,12 @@ class Strategy:
                       Role("text_adapter", {"plain": "trained"}, self.scope, self.aggregated_by),
                       self.projector_role(self.scope, self.aggregated_by)))
 
+    def ownership(self) -> Roles:
+        """Returns the whole ownership table: `roles`, and the rows that options of LoRA add."""
+        stages = dict.fromkeys((*self.first_stages, *self.later_stages))
+        extra = extra_rows(tuple(stages), self.params.combine == "exact", self.ranks_differ)
+        return Roles((*self.roles().rows, *extra))
+
     def projector_role(self, scope: Scope, aggregated_by: str) -> Role:
         """Returns the projector's row of the table. If it is frozen, it is a part of the base and no adapter."""
         if self.params.projector == "frozen":
@@ -121,6 +151,13 @@ class Strategy:
         """
         lora = {"text_adapter": init_lora(key, model.text, rank)}
         return lora if self.params.projector == "frozen" else {**lora, "projector": float32(projector)}
+
+    def with_options(self, adapters: Mapping[str, Tree], rank: int) -> dict[str, Tree]:
+        """Returns `initial_adapters`, whose LoRA has the given rank, and the subtrees that options of LoRA add."""
+        out = dict(adapters)
+        if self.params.combine == "exact":
+            out[RESIDUAL] = empty_residual(adapters["text_adapter"], self.params.residual_rank)
+        return with_rank(out, rank, rank) if self.ranks_differ else out
 
     def warning(self) -> str | None:
         """Returns a warning about these parameters for the user, or None."""
@@ -141,11 +178,13 @@ class Strategy:
             return {}
         model = {n: adapters[n] for n in self.roles().names(scope="shared") if n in adapters}
         optimizer = self.server_optimizer()
-        return {"model": model} | ({} if optimizer is None else {"optimizer": optimizer.init(model)})
+        exact = {"residual": adapters[RESIDUAL], "start": adapters["text_adapter"]} if RESIDUAL in adapters else {}
+        return {"model": model} | exact | ({} if optimizer is None else {"optimizer": optimizer.init(model)})
 
     def fetch(self, adapters: dict[str, Tree], server: Mapping[str, Any], task: int) -> dict[str, Tree]:
         """Returns a client's adapters at the start of a phase: its own, with the server's current subtrees for it."""
-        return {**adapters, **server["model"]} if self.one_model else adapters
+        residual = {RESIDUAL: server["residual"]} if "residual" in server else {}
+        return {**adapters, **server["model"], **residual} if self.one_model else adapters
 
     def mix(self, cohort: Cohort) -> jax.Array:
         """Returns the mixing matrix [S, S] of all shared subtrees; by default FedAvg's, with n_j/Σn in every row."""
@@ -160,12 +199,48 @@ class Strategy:
     def aggregate(self, cohort: Cohort, server: Mapping[str, Any]) -> Aggregated:
         """Returns what each client of the cohort downloads, and the server's state afterwards."""
         weights, state = to_host(self.mix(cohort)), dict(server)
-        downloads = self.combine(cohort, weights[:1] if self.one_model else weights)
+        rows, log = weights[:1] if self.one_model else weights, {"weights": weights}
+        downloads = self.combine(cohort, rows)
+        if self.params.combine == "exact":
+            downloads["text_adapter"], state["residual"], lost = to_host(self._exactly(cohort, rows[0], server))
+            log["residual_lost"] = lost
+        elif self.params.combine != "factors":
+            downloads["text_adapter"] = self.combine_lora(cohort, rows, server)
         if self.one_model:
             model = to_host(jax.tree.map(lambda leaf: leaf[0], downloads))
             model, state = self._server_step(model, state)
             downloads = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (len(cohort), *leaf.shape)), model)
-        return Aggregated(downloads, state, {"weights": weights})
+            downloads |= {RESIDUAL: state["residual"]} if "residual" in state else {}
+        return Aggregated(downloads, state, log)
+
+    def combine_lora(self, cohort: Cohort, weights: jax.Array, server: Mapping[str, Any]) -> Tree:
+        """Returns the LoRAs [M, …] that `params.combine`, other than exact, makes of the uploads.
+
+        weights: [M, S]; with `one_model` a single row.
+        """
+        loras = cohort.uploads["text_adapter"]
+        if self.params.combine == "product":
+            return combining.product(weights, loras, terms=self.most_weights(len(cohort)))
+        if self.params.combine == "aligned" and cohort.round > 1:  # FedRot-LoRA's first round has no rotation
+            reference = (jax.tree.map(lambda leaf: leaf[None], server["model"]["text_adapter"]) if self.one_model
+                         else loras)
+            return combining.aligned(weights, loras, reference, factor="a" if cohort.round % 2 else "b",
+                                     strength=self.params.rotation)
+        return mixing.apply(weights, loras)
+
+    def most_weights(self, cohort: int) -> int:
+        """Returns how many weights in a row of the mixing matrix can be above 0."""
+        return cohort
+
+    def _exactly(self, cohort: Cohort, weights: jax.Array, server: Mapping[str, Any]) -> tuple[Tree, Tree, jax.Array]:
+        """Returns (the next LoRA [1, …], the change of the frozen weights that it leaves to them, what that loses)."""
+        loras = cohort.uploads["text_adapter"]
+        mean = jax.tree.map(lambda leaf: leaf[0], mixing.apply(weights[None], loras))
+        if self.restarts_lora:
+            mean = jax.tree.map(jnp.zeros_like, mean)
+        residual, lost = combining.residual(weights, loras, server["residual"], mean)
+        following = combining.redrawn(server["start"], cohort.round) if self.restarts_lora else mean
+        return jax.tree.map(lambda leaf: leaf[None], following), residual, lost
 
     def _server_step(self, mixed: dict[str, Tree], state: dict[str, Any]) -> tuple[dict[str, Tree], dict[str, Any]]:
         """Returns the server's model and state after its optimizer, if any. Its gradient is the negated mean change of
@@ -182,6 +257,15 @@ class Strategy:
         """Returns the bytes of each subtree that one client (uploads, downloads) in a phase, as float32."""
         up = {name: num_bytes(tree) for name, tree in self.roles().select(adapters, "shared").items()}
         return up, dict(up)
+
+
+    def traffic(self, adapters: Mapping[str, Tree], rank: int = 1, largest: int = 1,
+                ) -> tuple[dict[str, int], dict[str, int]]:
+        """Returns `sent_bytes` with what options of LoRA change: a client's rank below the largest, of which its arrays
+        are, and a change of the frozen weights that is downloaded."""
+        up, down = self.sent_bytes(adapters)
+        extra = {RESIDUAL: num_bytes(adapters[RESIDUAL])} if RESIDUAL in adapters else {}
+        return traffic(up, rank, largest), traffic({**down, **extra}, rank, largest)
 
 
 def float32(tree: Tree) -> Tree:

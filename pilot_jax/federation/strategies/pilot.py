@@ -162,17 +162,22 @@ class Pilot(Strategy):
         between = self.distances(text_adapters)
         weights = to_host(self.weights(between, cohort))
         downloads = {
-            "text_adapter": mixing.apply(weights, text_adapters),
+            "text_adapter": self.combine_lora(cohort, weights, server),
             "task": jax.tree.map(lambda leaf: leaf[cohort.tasks], bank),
         } | ({"task_bank": bank} if self.params.cross_task else {})
-        log = {"weights": weights, "distances": between, "effective_neighbors": mixing.effective_neighbors(weights),
-               "product_gap": mixing.product_gap(weights, text_adapters, self._most_weights(len(cohort)))}
+        log = {"weights": weights, "distances": between, "effective_neighbors": mixing.effective_neighbors(weights)}
+        if self.params.combine == "factors":
+            log["product_gap"] = mixing.product_gap(weights, text_adapters, self.most_weights(len(cohort)))
         return Aggregated(downloads, {**server, "bank": bank, "members": members}, to_host(log))
 
     def distances(self, text_adapters):
-        """Returns the distances d_kj [S, S] between LoRA uploads with leaves [S, …]."""
+        """Returns the distances d_kj [S, S] between LoRA uploads with leaves [S, …].
+
+        With ranks that differ, they are those of the products B·A: the factors' entries do not belong together.
+        """
         c = self.params.ata
-        return distances(text_adapters, c.neighbors, "factors" if c.preset == "notes" else c.space)
+        space = "factors" if c.preset == "notes" else c.space
+        return distances(text_adapters, c.neighbors, "product" if self.ranks_differ else space)
 
     def weights(self, between, cohort):
         """Returns the mixing matrix [S, S] of LoRA, from the distances [S, S]."""
@@ -188,7 +193,7 @@ class Pilot(Strategy):
             options = {"weighting": "softmax", "temperature": 1.0, "include_self": True, "size_weighted": False}
         return mixing.ata_weights(between, sizes, jnp.asarray(cohort.ids), neighbors=c.neighbors, **options)
 
-    def _most_weights(self, cohort: int) -> int:
+    def most_weights(self, cohort: int) -> int:
         """Returns how many weights of a row can be above 0: M + 1 under ATA, else up to S."""
         is_ata = type(self).weights is Pilot.weights and self.params.text_aggregation == "ata"
         return self.params.ata.neighbors + 1 if is_ata else cohort

@@ -42,6 +42,7 @@ class Scaffold(Strategy):
     """SCAFFOLD; the module's text describes it."""
 
     Params = ServerParams
+    in_one_scale = True
 
     def roles(self):
         rows = super().roles().rows

@@ -27,6 +27,7 @@ class Similarity(Strategy):
 
     aggregated_by = "similarity"
     one_model = False
+    in_one_scale = True
 
     def initial_server_state(self, adapters, sizes, tasks):
         return {"start": adapters}
@@ -38,4 +39,7 @@ class Similarity(Strategy):
         norm = jnp.sqrt(jnp.diag(gram))
         cosine = gram / jnp.maximum(norm[:, None] * norm, 1e-30)
         weights = to_host(jax.nn.softmax(cosine / self.params.similarity_temperature, axis=1))
-        return Aggregated(self.combine(cohort, weights), dict(server), {"weights": weights})
+        downloads = self.combine(cohort, weights)
+        if self.params.combine != "factors":
+            downloads["text_adapter"] = self.combine_lora(cohort, weights, server)
+        return Aggregated(downloads, dict(server), {"weights": weights})

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from pilot_jax.files import new_folder, write_safetensors
-from pilot_jax.models.lora import LORA_SUBTREES, TARGETS, assembled
+from pilot_jax.models.lora import LORA_SUBTREES, RESIDUAL, SCALE, TARGETS, assembled, joined, on_factors
 
 # Path of the decoder's layers in transformers' LlavaForConditionalGeneration, and in a language model by itself.
 LAYERS = {"llava": "model.language_model.layers", "language_model": "model.layers"}
@@ -70,20 +70,75 @@ def connector_tensors(adapters: Mapping[str, PyTree], stage: str, task_index: in
     return tensors
 
 
+def smallest(lora: Mapping[str, PyTree], most: int | None = None) -> tuple[PyTree, float]:
+    """Returns (the LoRA of the smallest rank with the same products B·A, in NumPy; what is lost).
+
+    Every target and layer gets the same rank: the largest that one of them has, up to rounding, or at most `most`.
+    What is lost is ‖ΔW − B·A‖_F / ‖ΔW‖_F over all targets and layers, of the products before (ΔW) and after.
+    """
+    parts, largest = {}, 1
+    for name, pair in lora["layers"].items():
+        a, b = np.asarray(pair["a"], np.float64), np.asarray(pair["b"], np.float64)
+        (q_b, r_b), (q_a, r_a) = np.linalg.qr(b), np.linalg.qr(a.swapaxes(-1, -2))
+        u, values, vt = np.linalg.svd(r_b @ r_a.swapaxes(-1, -2), full_matrices=False)
+        parts[name] = vt @ q_a.swapaxes(-1, -2), (q_b @ u) * values[:, None], values
+        largest = max(largest, int(np.max(np.sum(values > 1e-6 * values[:, :1], axis=-1))))
+    rank = min(largest, most or largest)
+    pairs = {name: {"a": _wide(a[:, :rank], rank, 1), "b": _wide(b[..., :rank], rank, 2)}
+             for name, (a, b, _) in parts.items()}
+    whole = sum(float(np.sum(values**2)) for *_, values in parts.values())
+    lost = sum(float(np.sum(values[:, rank:]**2)) for *_, values in parts.values())
+    return {"layers": pairs}, (lost / whole) ** 0.5 if whole else 0.0
+
+
+def _wide(factor: np.ndarray, rank: int, axis: int) -> np.ndarray:
+    """Returns a factor with zeros up to `rank` along `axis`, float32."""
+    spare = [(0, rank - factor.shape[i] if i == axis else 0) for i in range(factor.ndim)]
+    return np.pad(factor, spare).astype(np.float32)
+
+
+def peft_lora(adapters: Mapping[str, PyTree], rank: int, most: int | None = None) -> tuple[PyTree, float]:
+    """Returns (the LoRA that a client's subtrees in LORA_SUBTREES add up to; what is lost, see `smallest`).
+
+    A change of the frozen weights is added to LoRA. The result then has the smallest rank that holds both.
+
+    Args:
+        rank: R, that of the arrays. A client with a rank r of its own gets B and A of rank r, whose factor is α/r,
+            unless a change of the weights, whose factor is α/R, is added.
+        most: the largest rank of the result.
+    """
+    if SCALE in adapters and RESIDUAL not in adapters:
+        own = round(rank / float(adapters[SCALE]["factor"]))
+        adapters = {n: on_factors(n, t, lambda a: a[..., :own, :], lambda b: b[..., :own])
+                    for n, t in adapters.items() if n in LORA_SUBTREES and n != SCALE}
+    lora = assembled(adapters)
+    assert lora is not None  # every strategy trains one
+    if RESIDUAL in adapters:
+        lora = joined(lora, adapters[RESIDUAL])
+    elif most is None or lora_rank(lora) <= most:
+        return lora, 0.0
+    return smallest(lora, most)
+
+
+def lora_rank(lora: Mapping[str, PyTree]) -> int:
+    """Returns the rank of a LoRA's arrays."""
+    return next(iter(lora["layers"].values()))["a"].shape[-2]
+
+
 class ExportDetails(TypedDict):
     """Keywords of `save_adapters`."""
 
     stage: str
     tasks: tuple[str, ...]
     task_index: int
-    rank: int
-    alpha: float
+    alpha_over_rank: float
     kind: str
     base: str
     card: str
 
 
-def save_adapters(out: Path, adapters: Mapping[str, PyTree], **details: Unpack[ExportDetails]) -> None:
+def save_adapters(out: Path, adapters: Mapping[str, PyTree], lora: Mapping[str, PyTree],
+                  **details: Unpack[ExportDetails]) -> None:
     """Writes `adapter_model.safetensors`, `adapter_config.json`, `connector.safetensors` and `README.md` into `out`.
 
     The folder appears under its name only when it is complete. Adapters that are LoRA alone have no connector's file.
@@ -92,15 +147,14 @@ def save_adapters(out: Path, adapters: Mapping[str, PyTree], **details: Unpack[E
         adapters: the client's adapters that `stage` uses.
         stage: the connector's stage: "plain", "stage1" or "stage2".
         tasks: the names of all tasks; `task_index` is the number of the client's own.
-        rank, alpha: LoRA's, as in the config. Two LoRAs are saved as one of twice the rank with the same alpha/rank.
+        lora: their LoRA, from `peft_lora`.
+        alpha_over_rank: the factor by which LoRA's B·A is multiplied.
         kind: a key of LAYERS.
         base: the name or path of the base model.
         card: the text of `README.md`.
     """
-    lora = assembled(adapters)
-    assert lora is not None  # every strategy trains one
-    rank = next(iter(lora["layers"].values()))["a"].shape[-2]
-    config = peft_config(rank, details["alpha"] * rank / details["rank"], details["kind"], details["base"])
+    rank = lora_rank(lora)
+    config = peft_config(rank, details["alpha_over_rank"] * rank, details["kind"], details["base"])
 
     with new_folder(out) as folder:
         write_safetensors(folder / "adapter_model.safetensors", peft_tensors(lora, details["kind"]), {"format": "pt"})

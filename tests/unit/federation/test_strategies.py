@@ -18,6 +18,7 @@ import pytest
 import yaml
 from conftest import Records, slow_except, small_config, tree_max_difference
 from pydantic import Field
+from scipy.linalg import orthogonal_procrustes
 
 import pilot_jax
 from pilot_jax.config import (
@@ -32,7 +33,7 @@ from pilot_jax.config import (
 )
 from pilot_jax.errors import InputError, Interrupted
 from pilot_jax.evaluation.personalised import evaluate
-from pilot_jax.federation import executor, mixing, rounds
+from pilot_jax.federation import combining, executor, mixing, rounds
 from pilot_jax.federation.cohort import Cohort
 from pilot_jax.federation.observer import RunObserver
 from pilot_jax.federation.state import stack
@@ -71,6 +72,9 @@ def numbers(adapters):
     a = whole["layers"]["q"]["a"] if whole else adapters["text_adapter_a"]["q"]
     b = whole["layers"]["q"]["b"] if whole else adapters["text_adapter_b"]["q"]
     w = adapters["projector"]["w"] if "projector" in adapters else toy_numbers()["w"]  # frozen
+    if "text_residual" in adapters:  # the toy's frozen weight and the projector are added up, so W has ΔW too
+        pair = adapters["text_residual"]["layers"]["q"]
+        w = w + pair["b"][0] @ pair["a"][0]
     out = {"w": w, "a": a[0], "b": b[0]}
     if "private_adapter" in adapters:
         pair = adapters["private_adapter"]["layers"]["q"]
@@ -193,6 +197,55 @@ def centralised(data):
     return [model]
 
 
+def mean_product(uploads, sizes):
+    return sum(n * u["b"] @ u["a"] for n, u in zip(sizes, uploads, strict=True)) / np.sum(sizes)
+
+
+def by_svd(uploads, sizes):
+    """Bai et al., 2024: the mean of the products, and its best approximation of LoRA's rank as B = UΣ, A = Vᵀ.
+
+    Each row of A has its largest entry positive, since an SVD is unique up to signs only.
+    """
+    u, s, vt = np.linalg.svd(mean_product(uploads, sizes), full_matrices=False)
+    a, b = vt[:RANK], (u * s)[:, :RANK]
+    sign = np.sign([row[np.argmax(np.abs(row))] for row in a])
+    return {"w": average(uploads, sizes)["w"], "a": a * sign[:, None], "b": b * sign}
+
+
+def rotated():
+    """Zhang et al., 2026: B before A by turns, not in round 1; the last of the toy's three phases is round 2."""
+    models = [toy_numbers()]
+
+    def step(uploads, sizes):
+        if len(models) == PHASES:
+            turns = [orthogonal_procrustes(u["b"], models[-1]["b"])[0] for u in uploads]
+            uploads = [u | {"a": q.T @ u["a"], "b": u["b"] @ q} for u, q in zip(uploads, turns, strict=True)]
+        models.append(average(uploads, sizes))
+        return models[-1]
+
+    return step
+
+
+def with_residual(uploads, sizes):
+    """Singhal et al., 2024: W ← W + Σ w_j B_jA_j − B̄Ā, where the clients' W is already their model's."""
+    mean = average(uploads, sizes)
+    return mean | {"w": mean["w"] + mean_product(uploads, sizes) - mean["b"] @ mean["a"]}
+
+
+def stacked():
+    """Wang et al., 2024: W ← W + Σ w_j B_jA_j, and a new LoRA with B = 0, whose A is the package's draw."""
+    start, phases = toy_adapters(make_strategy("fedavg"))["text_adapter"], []
+
+    def step(uploads, sizes):
+        phases.append(None)
+        drawn = combining.redrawn(start, 1 if len(phases) < PHASES else 2)["layers"]["q"]
+        assert sorted(np.ravel(drawn["a"])) == sorted(np.ravel(start["layers"]["q"]["a"]))
+        return {"w": average(uploads, sizes)["w"] + mean_product(uploads, sizes), "a": np.float64(drawn["a"][0]),
+                "b": np.zeros((CLASSES, RANK))}
+
+    return step
+
+
 def trimmed(uploads, sizes):
     return {k: np.sort([u[k] for u in uploads], axis=0)[1:-1].mean(0) for k in uploads[0]}
 
@@ -213,6 +266,10 @@ CASES = {
     "fedsa_lora": ({}, lambda d: federated(d, shared="wa")),
     "feddpa": ({}, lambda d: federated(d, trained=("w", "a", "b", "a2", "b2"), private=True)),
     "similarity": ({"similarity_temperature": 0.5}, similarity),
+    "flexlora": ({}, lambda d: federated(d, by_svd)),
+    "fedrot_lora": ({}, lambda d: federated(d, rotated())),
+    "fedex_lora": ({}, lambda d: federated(d, with_residual)),
+    "flora": ({}, lambda d: federated(d, stacked())),
     "median": ({}, lambda d: federated(d, lambda ups, _: {k: np.median([u[k] for u in ups], axis=0) for k in ups[0]})),
     "trimmed_mean": ({"trim": 0.34}, lambda d: federated(d, trimmed)),
 }

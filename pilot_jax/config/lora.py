@@ -1,0 +1,44 @@
+"""The keys of LoRA: its rank and scale, and how the server makes one LoRA of several."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pilot_jax.config.sections import Section
+
+Combine = Literal["factors", "product", "aligned", "exact"]
+Rank = Annotated[int, Field(ge=1, le=4_096)]
+
+
+class LoraConfig(Section):
+    """LoRA on every linear layer of the language model but its head: W' = W + (alpha / rank)·B·A."""
+
+    rank: Rank | dict[str, Rank] = Field(
+        8, description="Rank R of LoRA's factors A [R, d_in] and B [d_out, R]. The paper has 64 for a 7B model. With "
+        "ranks that differ, {client: rank}; `\"*\"` stands for all clients that are not named. Each client's factor is "
+        "alpha / its own rank.")
+    alpha: float = Field(16.0, gt=0, description="Numerator of the factor alpha / rank by which B·A is multiplied. The "
+                         "paper has 128.")
+
+    @property
+    def largest(self) -> int:
+        """The largest rank of a client, which all clients' arrays have."""
+        return self.rank if isinstance(self.rank, int) else max(self.rank.values())
+
+    @model_validator(mode="after")
+    def _some_rank(self) -> LoraConfig:
+        if self.rank == {}:
+            raise ValueError("rank has no client")
+        return self
+
+
+def combine_field(default: str) -> Any:
+    """Returns the field `combine` of a strategy's section, with a default of its own."""
+    return Field(
+        default, description="Way in which the server makes one LoRA of several, given their weights. factors: the "
+        "means of A and of B. product: the LoRA of the same rank that is nearest to the mean of the products B·A. "
+        "aligned: the means of A and B after each pair is rotated to the server's model (in a client's own mixture, to "
+        "its own pair), which does not change B·A. exact: as factors, and what the mean of the products has beyond "
+        "them is added to the frozen weights; for strategies with one model for all.")

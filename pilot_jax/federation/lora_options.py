@@ -1,0 +1,92 @@
+"""What two options add to the adapters of any strategy: LoRA ranks that differ by client, and `combine: exact`.
+
+With ranks that differ, all clients have arrays of the largest rank R, and the rows of A and columns of B beyond a
+client's own rank r are zeros, which no gradient changes. The subtree `text_scale` has the client's factor R/r, because
+the model multiplies B·A by α/R, and the client's own factor is α/r. The server works with B·R/r, in a scale that is
+common to all; what a client receives is cut to its rank and divided by R/r (`fitted`).
+
+With `combine: exact`, the subtree `text_residual` has factors of a change ΔW of the frozen weights, equal for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pilot_jax.federation.roles import Mode, Role, Tree
+from pilot_jax.models.lora import LORA_SUBTREES, RESIDUAL, SCALE, on_factors
+
+
+def extra_rows(stages: Sequence[str], exact: bool, ranks_differ: bool) -> tuple[Role, ...]:
+    """Returns the rows that the options add to an ownership table with these stages."""
+    frozen: dict[str, Mode] = dict.fromkeys(stages, "frozen")
+    rows = [Role(RESIDUAL, frozen, "received", "exact")] if exact else []
+    return (*rows, *([Role(SCALE, frozen, "local", "never")] if ranks_differ else []))
+
+
+def empty_residual(lora: Mapping, most: int | None) -> Tree:
+    """Returns factors of ΔW = 0 for each target of a LoRA, of rank min(d_in, d_out) or at most `most`."""
+    def of_target(pair: Mapping) -> dict[str, jax.Array]:
+        layers, d_in, d_out = pair["a"].shape[0], pair["a"].shape[-1], pair["b"].shape[-2]
+        rank = min(d_in, d_out, most or d_in)
+        return {"a": jnp.zeros((layers, rank, d_in)), "b": jnp.zeros((layers, d_out, rank))}
+
+    return {"layers": {name: of_target(pair) for name, pair in lora["layers"].items()}}
+
+
+def of_rank(name: str, tree: Tree, rank: int, factor: float = 1.0) -> Tree:
+    """Returns a subtree of adapters; if it is LoRA, with zeros beyond the first `rank` rows of A and columns of B, and
+    with B multiplied by `factor`."""
+    if name not in LORA_SUBTREES or name in (RESIDUAL, SCALE):
+        return tree
+    return on_factors(name, tree, lambda a: a * (np.arange(a.shape[-2]) < rank)[:, None].astype(np.float32),
+                      lambda b: b * np.where(np.arange(b.shape[-1]) < rank, factor, 0).astype(np.float32))
+
+
+def with_rank(adapters: Mapping[str, Tree], rank: int, largest: int) -> dict[str, Tree]:
+    """Returns the server's initial adapters as a client with the given rank has them: LoRA cut to it and in its scale,
+    and the client's factor."""
+    return {**{n: of_rank(n, t, rank, rank / largest) for n, t in adapters.items()},
+            SCALE: {"factor": np.float32(largest / rank)}}
+
+
+def rank_of(adapters: Mapping[str, Tree]) -> tuple[int, int]:
+    """Returns (a client's LoRA rank, the rank of its arrays), for adapters with a factor of their own."""
+    name = next(n for n in LORA_SUBTREES if n in adapters)
+    ranks: list[int] = []
+    on_factors(name, adapters[name], lambda a: ranks.append(a.shape[-2]), lambda b: ranks.append(b.shape[-1]))
+    return round(ranks[0] / float(adapters[SCALE]["factor"])), ranks[0]
+
+
+def common(upload: Mapping[str, Tree], adapters: Mapping[str, Tree]) -> dict[str, Tree]:
+    """Returns a client's upload as the server works with it: B in the scale of the largest rank.
+
+    adapters: all subtrees of the client.
+    """
+    if SCALE not in adapters:
+        return dict(upload)
+    return {n: of_rank(n, t, rank_of(adapters)[0], float(adapters[SCALE]["factor"])) for n, t in upload.items()}
+
+
+def fitted(received: Mapping[str, Tree], adapters: Mapping[str, Tree]) -> dict[str, Tree]:
+    """Returns what a client receives from the server, cut to its rank and in its scale.
+
+    adapters: all subtrees of the client, before it receives these.
+    """
+    if SCALE not in adapters:
+        return dict(received)
+    return {n: of_rank(n, t, rank_of(adapters)[0], 1 / float(adapters[SCALE]["factor"])) for n, t in received.items()}
+
+
+def fetched(strategy_fetch: Callable[[dict[str, Tree]], dict[str, Tree]], adapters: dict[str, Tree]) -> dict[str, Tree]:
+    """Returns a client's adapters with the server's subtrees, as `Strategy.fetch` gives them, fitted to its rank."""
+    new = strategy_fetch(adapters)
+    return {**new, **fitted({n: t for n, t in new.items() if t is not adapters.get(n)}, adapters)}
+
+
+def traffic(sizes: Mapping[str, int], rank: int, largest: int) -> dict[str, int]:
+    """Returns bytes by subtree for a client of the given LoRA rank, from those of the largest rank."""
+    return {n: size * rank // largest if n in LORA_SUBTREES and n != RESIDUAL else size for n, size in sizes.items()}
