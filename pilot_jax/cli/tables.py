@@ -49,6 +49,14 @@ def print_scores(summary: dict) -> None:
         typer.echo(f"Differential privacy of one client's uploads: ε = {summary['epsilon']:.3g}")
 
 
+def scaled(value: float) -> str:
+    """Returns a number with a decimal prefix, such as "1.5 G", to which its unit can be added."""
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
 def print_plan(plan: dict) -> None:
     devices = f"{plan['devices']} device{'s' * (plan['devices'] > 1)}"
     rounds = f"{plan['rounds']} round{'s' * (plan['rounds'] > 1)}"
@@ -76,6 +84,8 @@ def print_plan(plan: dict) -> None:
         by_round.add_row(label, *(f"{plan[key][r] / divisor:,.0f}" for r in ("round_1", "later_rounds")))
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(table, by_round)
+    server = plan["server"]
+    typer.echo(f"The server: {scaled(server['flops'])}FLOP for each aggregation, {scaled(server['bytes'])}B")
     typer.echo("Parameters: " + ", ".join(f"{n} {v:,}" for n, v in plan["parameters"].items()))
     for stage, size in plan.get("lowered", {}).items():
         typer.echo(f"The program {stage} can be lowered for {devices} ({size:,} characters).")

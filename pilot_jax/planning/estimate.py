@@ -27,6 +27,7 @@ from pilot_jax.models.spec import VlmSpec
 from pilot_jax.models.vlm import Vlm
 from pilot_jax.parallel.mesh import AXES, base_spec, shard_elements
 from pilot_jax.planning.flops import matmul_flops, saved_bytes
+from pilot_jax.planning.server import server_costs
 from pilot_jax.runs.generated import GENERATED
 from pilot_jax.runs.prepare import Outline, client_ranks, load_samples, outline
 
@@ -227,5 +228,6 @@ def make_plan(config: Config, **assumptions: int) -> dict[str, Any]:
         "client_steps": {name: round(per_round * len(stages)) for name, stages in rounds.items()},
         "flops": {name: int(per_round * sum(flops[s] for s in stages)) for name, stages in rounds.items()},
         "bytes_up": {name: round(up * cohort * len(stages)) for name, stages in rounds.items()},
+        "server": server_costs(strategy, shapes.adapters, cohort),
         "bytes_down": {name: round(down * cohort * len(stages)) for name, stages in rounds.items()},
     }

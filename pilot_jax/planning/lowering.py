@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,13 +14,15 @@ from jax.typing import DTypeLike
 
 from pilot_jax.config import Config
 from pilot_jax.data.arrays import num_steps
-from pilot_jax.federation import mixing
+from pilot_jax.federation import combining, mixing
 from pilot_jax.federation.client import Adapters, ClientBatch, local_update, peak_rates, phase_spec
 from pilot_jax.federation.executor import chunk_width
 from pilot_jax.federation.roles import Tree
+from pilot_jax.federation.strategies import Strategy
 from pilot_jax.kernels import pairwise
 from pilot_jax.kernels.attention import check_cudnn
 from pilot_jax.models.generate import Decoding, generate
+from pilot_jax.models.lora import RESIDUAL
 from pilot_jax.parallel.mesh import columns, make_mesh, on_clients, on_parts, replicated, sharded_shapes
 from pilot_jax.planning.estimate import Shapes, data_shapes, phase_shapes, read_workload
 from pilot_jax.runs.prepare import outline
@@ -106,6 +108,8 @@ def _server(shapes: Shapes, mesh: Mesh, cohort: int) -> dict[str, Program]:
 
     matrix, ata = whole((cohort, cohort)), getattr(strategy.params, "ata", None)
     out = {"mixing": Program(jax.jit(mixing.apply), (matrix, uploads))}
+    if strategy.params.combine != "factors":
+        out["combine"] = _combine(strategy, shapes, uploads, whole)
     if ata is not None:
         largest = max(jax.tree.leaves(uploads["text_adapter"]), key=lambda x: x.size)
         pairs = whole((max(cohort * (cohort - 1) // 2, 1),), jnp.int32)
@@ -117,6 +121,23 @@ def _server(shapes: Shapes, mesh: Mesh, cohort: int) -> dict[str, Program]:
                                  (largest, pairs, pairs, whole((), jnp.int32))),
             "weights": Program(jax.jit(weights), (matrix, whole((cohort,)), whole((cohort,), jnp.int32)))}
     return out
+
+
+def _combine(strategy: Strategy, shapes: Shapes, uploads: Tree, whole: Callable[..., jax.ShapeDtypeStruct]) -> Program:
+    """Returns the program of the strategy's way to make one LoRA of several. `whole`: shape → replicated array."""
+    loras = uploads["text_adapter"]
+    cohort = jax.tree.leaves(loras)[0].shape[0]
+    rows = 1 if strategy.one_model else cohort
+
+    def replicas(tree: Tree, *axis: int) -> Tree:
+        return jax.tree.map(lambda leaf: whole((*axis, *leaf.shape)), tree)
+
+    if strategy.params.combine == "product":
+        return Program(combining.product, (whole((rows, cohort)), loras), {"terms": strategy.most_weights(cohort)})
+    one = shapes.adapters["text_adapter"]
+    if strategy.params.combine == "aligned":
+        return Program(combining.aligned, (whole((rows, cohort)), loras, replicas(one, rows)))
+    return Program(combining.residual, (whole((cohort,)), loras, replicas(shapes.adapters[RESIDUAL]), replicas(one)))
 
 
 def programs(config: Config, **assumptions: int) -> dict[str, Program]:

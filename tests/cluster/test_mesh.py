@@ -29,10 +29,10 @@ from pilot_jax.runs import prepare
 from pilot_jax.federation import rounds
 from pilot_jax.evaluation.personalised import evaluate
 
-def run(mesh):
+def run(mesh, **sections):
     # Steps small enough that rounding is not amplified: at 0.02 the second step of stage 2 multiplies it by 100.
     rates = {"optimizer": "sgd", "lr_connector": 0.005, "lr_lora_stage1": 0.005, "lr_lora_stage2": 0.005}
-    setup = prepare.prepare(small_config(train=rates, system={
+    setup = prepare.prepare(small_config(**sections, train=rates, system={
         "mesh": dict(zip(("clients", "fsdp", "tensor"), mesh)), "client_chunk": 1, "client_devices": 1}))
     fed = setup.federation
     state = prepare.initial_state(fed)
@@ -42,10 +42,11 @@ def run(mesh):
                / leaf.nbytes for leaf in jax.tree.leaves(fed.model.base["decoder"]["layers"]) if leaf.ndim > 2)
     return start, state, evaluate(setup.evaluation, state.population), held
 
-start, alone, scores, held = run((1, 1, 1))
+sections = json.loads(sys.argv[2])
+start, alone, scores, held = run((1, 1, 1), **sections)
 out = {"moved": tree_max_difference(start[0].adapters, alone.population[0].adapters), "meshes": {}}
 for mesh in json.loads(sys.argv[1]):
-    _, state, same, held = run(mesh)
+    _, state, same, held = run(mesh, **sections)
     out["meshes"]["x".join(map(str, mesh))] = {
         "difference": max(tree_max_difference(a.adapters, b.adapters)
                           for a, b in zip(alone.population, state.population, strict=True)),
@@ -60,13 +61,26 @@ print(json.dumps(out))
 def test_meshes_give_what_one_device_gives(parts):
     """Stages, mixing and answers agree for nine clients, which neither 8 nor 2 divides; a device has only its part."""
     meshes = json.dumps([[int(n) for n in mesh.split("x")] for mesh in parts])
-    out = json.loads(on_devices(8, FEDERATION, meshes).splitlines()[-1])
+    out = json.loads(on_devices(8, FEDERATION, meshes, "{}").splitlines()[-1])
     assert out["moved"] > 1e-3
     assert set(out["meshes"]) == set(parts)
     for name, got in out["meshes"].items():
         assert got["difference"] <= 1e-5, name
         assert got["same_scores"] and got["bytes"], name
         assert got["held"] == parts[name], name
+
+
+RANKS = {"lora": {"rank": {"*": 4, "ocr_0": 2}, "alpha": 8}}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "model"), [("fedex_lora", {}), ("flora", RANKS), ("flexlora", RANKS)])
+def test_ways_to_combine_on_a_mesh(name, model):
+    """A change of the frozen weights and ranks that differ agree on eight devices with one."""
+    sections = json.dumps({"strategy": {"name": name}, "model": model})
+    out = json.loads(on_devices(8, FEDERATION, "[[2, 2, 2]]", sections).splitlines()[-1])
+    got = out["meshes"]["2x2x2"]
+    assert out["moved"] > 1e-3 and got["difference"] <= 2e-5 and got["same_scores"] and got["bytes"]
 
 
 MIXING = """

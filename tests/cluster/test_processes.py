@@ -178,18 +178,19 @@ mesh = {"clients": 2, "fsdp": 2}
 setup = prepare.prepare(small_config(system={"mesh": mesh}))
 told = {}
 cases = [(name, {}) for name in ("fedadam", "pilot", "scaffold", "similarity", "trimmed_mean")]
-cases.append(("pilot", {"ata": {"space": "product"}}))
+cases += [("pilot", {"ata": {"space": "product"}}), ("pilot", {"combine": "product"})]
+cases += [(name, {}) for name in ("flexlora", "fedrot_lora", "fedex_lora", "flora")]
 for name, settings in cases:
     its = prepare.with_strategy(setup, make_strategy(name, settings)).federation
     state = prepare.initial_state(its)
     shared, rng = its.strategy.roles().select(state.population[0].adapters, "shared"), np.random.default_rng(0)
     uploads = jax.tree.map(lambda x: (x + 0.1 * rng.normal(size=(20, *x.shape))).astype(np.float32), shared)
-    who = np.arange(1, 21), np.arange(20) % 3, np.arange(20), 1
+    who = np.arange(1, 21), np.arange(20) % 3, np.arange(20), 2
     alone = its.strategy.aggregate(Cohort(spread(uploads, None), *who), state.server)
     together = its.strategy.aggregate(Cohort(spread(uploads, its.server_mesh), *who), state.server)
     parts = [s.data.size / leaf.size for leaf in jax.tree.leaves(spread(uploads, its.server_mesh))
              for s in leaf.addressable_shards]
-    told[name + settings.get("ata", {}).get("space", "")] = [
+    told[name + json.dumps(settings)] = [
         tree_max_difference(processes.to_host(alone), processes.to_host(together)), max(parts)]
 config = small_config(**sections, system={"mesh": mesh, "client_chunk": 1, "unroll": 1})
 simulate.simulate(config, out=folder)

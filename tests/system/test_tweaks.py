@@ -23,7 +23,7 @@ def run_example(monkeypatch, another_process):
     """Returns a function that runs an example of the page and returns (run, its records)."""
     def run(name, **sections):
         shared, blocks = examples()
-        assert set(blocks) == {"OverB", "WithinTask", "Ring", "Halfway", "Log"}
+        assert set(blocks) == {"OverB", "WithinTask", "Ring", "Halfway", "Rotated", "Log"}
         assert len([line for line in blocks[name].splitlines() if line.strip()]) <= 15
         small, records, real = small_config(**sections), Records(), pilot_jax.simulate
         monkeypatch.setattr(pilot_jax, "load_config", lambda path: small, raising=False)
@@ -37,7 +37,7 @@ def run_example(monkeypatch, another_process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["OverB", "WithinTask", "Ring", "Halfway"])
+@pytest.mark.parametrize("name", ["OverB", "WithinTask", "Ring", "Halfway", "Rotated"])
 def test_example(name, run_example):
     run, records = run_example(name, federation={"local_steps": 2}, train={"lr_lora_stage1": 0.01}, strategy={"ata": {
         "temperature": 1.0}})
@@ -48,6 +48,9 @@ def test_example(name, run_example):
         assert np.array_equal(weights, (np.eye(9) + np.roll(np.eye(9), 1, 1)) / 2)
     elif name == "Halfway":
         np.testing.assert_allclose(weights, 0.7 * np.eye(9) + 0.3 / 9, atol=1e-6)
+    elif name == "Rotated":
+        np.testing.assert_allclose(weights, 1 / 9, atol=1e-6)
+        assert "text_adapter" in run.population[0].adapters
     elif name == "WithinTask":
         assert np.array_equal(weights > 0, tasks[:, None] == tasks[None])
     else:

@@ -12,11 +12,13 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import ROOT, small_config
+from conftest import ROOT, slow_except, small_config
 
 from pilot_jax.config import load_config
 from pilot_jax.errors import InputError
-from pilot_jax.planning import estimate, flops
+from pilot_jax.federation import mixing
+from pilot_jax.federation.strategies import make_strategy
+from pilot_jax.planning import estimate, flops, server
 from pilot_jax.planning.lowering import CUDNN_CALLS, programs
 from pilot_jax.runs import prepare, simulate
 
@@ -135,6 +137,51 @@ def test_llava_7b_lowers_for_eight_devices():
     assert planned["devices"] == 8 and set(planned["lowered"]) == PROGRAMS
     assert planned["memory_per_device"]["stage2"]["base"] < 14.2e9 / 3.9  # over 4 devices, except small leaves
     assert planned["memory_per_device"]["stage2"]["total"] < 16e9  # the memory of a TPU v5e core
+
+
+def test_the_servers_flops():
+    """Mixing counts as its matrix products do; decompositions as in Golub & Van Loan; a product costs most."""
+    lora = {"layers": {"q": {"a": jax.ShapeDtypeStruct((3, 2, 11), jnp.float32),
+                             "b": jax.ShapeDtypeStruct((3, 7, 2), jnp.float32)}}}
+    uploads = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((5, *leaf.shape), leaf.dtype), lora)
+    rows = jax.ShapeDtypeStruct((1, 5), jnp.float32)
+    plain = server.combine_flops(make_strategy("fedavg"), lora, None, 5)
+    assert plain == flops.matmul_flops(mixing.apply, rows, uploads) == 2 * 5 * 3 * 2 * (11 + 7)
+    assert server.qr_flops(100, 10) == 4 * 100 * 100 - 2 * (2 * 1000 // 3)
+    assert server.svd_flops(10, 4) == server.svd_flops(4, 10) == 6 * 10 * 16 + 20 * 64
+    ways = {way: server.combine_flops(make_strategy("fedavg", {"combine": way}), lora, None, 5)
+            for way in ("product", "aligned")}
+    assert ways["product"] > ways["aligned"] > plain
+    personal = server.combine_flops(make_strategy("similarity", {"combine": "product"}), lora, None, 5)
+    assert personal == 5 * ways["product"]
+
+
+@pytest.mark.parametrize("name", ["local", "fedavg", "fedex_lora"])
+def test_the_servers_costs_of_a_strategy(name):
+    costs = estimate.make_plan(small_config(strategy={"name": name}))["server"]
+    if name == "local":
+        assert costs == {"flops": 0, "bytes": 0}
+        return
+    plan = estimate.make_plan(small_config(strategy={"name": "fedavg"}))
+    one = sum(plan["parameters"][n] for n in ("projector", "text_adapter"))
+    if name == "fedavg":
+        assert costs == {"flops": 2 * 9 * one, "bytes": 4 * (9 + 1 + 1) * one}
+    else:
+        assert costs["flops"] > 10 * plan["server"]["flops"] and costs["bytes"] > plan["server"]["bytes"]
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize(("name", "combine"), slow_except((), [
+    ("flexlora", "product"), ("fedrot_lora", "aligned"), ("fedex_lora", "exact"), ("flora", "exact"),
+    ("pilot", "product"), ("pilot", "aligned")], slow=[("flexlora", "product"), ("fedex_lora", "exact")]))
+def test_ways_to_combine_lower_at_seven_billion(name, combine, platform):
+    """QR and SVD lower for both, and so does a step of training beside a change of the frozen weights."""
+    config = load_config(CONFIGS / "llava15_7b.yaml", [f"strategy.name={name}", f"strategy.combine={combine}",
+                                                       "strategy.residual_rank=256"])
+    lowered = programs(config)
+    assert lowered["combine"].export(platform).platforms == (platform,)
+    if name == "fedex_lora":
+        assert "32x256x4096xf32" in lowered["plain"].export(platform).mlir_module()
 
 
 @pytest.mark.slow
