@@ -85,7 +85,7 @@ class Strategy:
         All others than factors need a LoRA that is shared as a whole, and no rule of the strategy's own for uploads.
         exact needs a model that is common to all, for its change of the frozen weights to be added to.
         """
-        own_rule = type(self).combine is not Strategy.combine or "control_change" in self.roles().names(scope="shared")
+        own_rule = type(self).combine is not Strategy.combine
         if own_rule or "text_adapter" not in self.roles().names(scope="shared"):
             return ("factors",)
         if self.server_optimizer() is not None:  # its moments belong to the entries of A and B

@@ -59,6 +59,9 @@ class Scaffold(Strategy):
         zero = jax.tree.map(jnp.zeros_like, trained)
         return {**trained, "control": zero, "control_change": zero, "server_control": zero}
 
+    def combines(self):
+        return ("factors",)  # controls are gradients of the entries of A and B
+
     def _model(self):
         """Returns the names of the subtrees that the server averages as a model: LoRA and, unless frozen, projector."""
         return tuple(name for name in self.roles().names(scope="shared") if name != "control_change")

@@ -709,9 +709,10 @@ def test_an_observer_that_raises_ends_the_run_and_all_are_closed(on_toy, tmp_pat
     assert run.summary["adapters_sha256"] == whole.summary["adapters_sha256"]
 
 
-@pytest.mark.parametrize("name", ["scaffold", "similarity"])
-@pytest.mark.parametrize("chunks", [1, 2, 3, 5, 6])
-def test_stop_requested_ends_a_run_that_then_goes_on(on_toy, tmp_path, chunks, name):
+@pytest.mark.parametrize(("name", "chunks"), [
+    *((name, chunks) for name in ("scaffold", "similarity") for chunks in (1, 2, 3, 5, 6)),
+    *((name, 3) for name in ("flexlora", "fedrot_lora", "fedex_lora", "flora"))])
+def test_stop_requested_ends_a_run_that_then_goes_on(on_toy, tmp_path, name, chunks):
     """A run stopped after any chunk, also within a phase, saves what it has trained and continues to the same end."""
     config = apply_overrides(on_toy, [f"strategy.name={name}"])
     whole = simulate.simulate(config)
