@@ -56,10 +56,14 @@ class Strategy:
     aggregated_by: ClassVar[str] = "mean"
     one_model: ClassVar[bool] = True  # whether clients begin a phase with the server's model, not their own
     pools_data: ClassVar[bool] = False  # whether there is one client, with the data of all
+    finetunes: ClassVar[bool] = False  # whether the run's final models are those after fine-tuning
 
     def __post_init__(self) -> None:
         params = self.Params() if self.params is None else self.params
         object.__setattr__(self, "params", params.model_copy(update={"name": self.name}))
+        if self.finetunes and self.pools_data:
+            raise InputError(f"strategy.name: {self.name} pools all data into one client, so it cannot fine-tune each "
+                             "client's model. Set the class attribute finetunes or pools_data to False.")
         if self.schedule == "single" and set(self.first_stages) != set(self.later_stages):
             raise InputError(f"federation.schedule: single, but {self.name} trains "
                              f"{' and then '.join(self.first_stages)}. Set it to first_time or every_round.")
