@@ -235,7 +235,8 @@ def toy_instead_of_model(clients=None, client_chunk=2):
         fed = toy.toy_federation(strategy, clients, settings=config.federation, seed=config.system.seed)
         if config.system.store is not None:
             fed = dataclasses.replace(fed, store=Store(config.system.store))
-        evaluation = Evaluation(fed, fed.clients, tuple(range(len(fed.clients))), None, {}, 2, config.data)
+        models = (0,) * len(fed.unpooled) or tuple(range(len(fed.clients)))
+        evaluation = Evaluation(fed, fed.unpooled or fed.clients, models, None, {}, 2, config.data)
         return prepare.Setup(config, fed, evaluation, Executor(client_chunk), config.model, config.eval, config.system)
 
     with pytest.MonkeyPatch.context() as patch:

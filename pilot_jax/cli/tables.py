@@ -21,7 +21,11 @@ def print_scores(summary: dict) -> None:
     table = Table(title="Score on held-out data, each client's own model")
     for column in ("task", "client"):
         table.add_column(column)
-    for column in ("base", summary["strategy"]):
+    own = summary["score_by_client"]
+    # The common model's scores are left out where all clients end with that model.
+    others = [(title, key) for title, key in (("common", "score_common"), ("fine-tuned", "score_finetuned"))
+              if summary.get(f"{key}_by_client") not in (None, own)]
+    for column in ("base", summary["strategy"], *(title for title, _ in others)):
         table.add_column(column, justify="right")
 
     def shown(value: float | None) -> str:
@@ -29,12 +33,14 @@ def print_scores(summary: dict) -> None:
 
     for task in summary["tasks"]:
         for client in summary["clients"]:
-            if summary["task_by_client"][client] == task and client in summary["score_by_client"]:
+            if summary["task_by_client"][client] == task and client in own:
                 table.add_row(escape(task), escape(client), shown(summary["score_base_by_client"][client]),
-                              shown(summary["score_by_client"][client]))
+                              shown(own[client]), *(shown(summary[f"{key}_by_client"][client]) for _, key in others))
         table.add_row(escape(task), "mean", shown(summary["score_base_by_task"][task]),
-                      shown(summary["score_by_task"][task]), style="bold", end_section=True)
-    table.add_row("all", "mean", shown(summary["score_base"]), shown(summary["score_mean"]), style="bold")
+                      shown(summary["score_by_task"][task]),
+                      *(shown(summary[f"{key}_by_task"][task]) for _, key in others), style="bold", end_section=True)
+    table.add_row("all", "mean", shown(summary["score_base"]), shown(summary["score_mean"]),
+                  *(shown(summary[key]) for _, key in others), style="bold")
     Console(width=None if sys.stdout.isatty() else 80).print(table)
     speed = summary["client_steps_per_second"]
     typer.echo(f"{summary['client_steps']} client steps{'' if speed is None else f', {speed:.1f}/s'}; "
@@ -75,13 +81,15 @@ def print_plan(plan: dict) -> None:
     for kind in [*kinds, "total"]:
         table.add_row(kind, *(f"{row[kind] / size:.2f}" if kind in row else "–" for row in memory.values()),
                       style="bold" if kind == "total" else None)
+    columns = {"round_1": "round 1", "later_rounds": "later rounds", "finetuning": "fine-tuning"}
+    columns = {key: title for key, title in columns.items() if key in plan["client_steps"]}
     by_round = Table(title="Per round, all clients together")
-    for column in ("", "round 1", "later rounds"):
+    for column in ("", *columns.values()):
         by_round.add_column(column, justify="right" if column else "left")
     for key, unit, divisor in (("client_steps", "", 1), ("flops", "TFLOP", 1e12), ("bytes_up", "MB", 1e6),
                                ("bytes_down", "MB", 1e6)):
         label = f"{key.replace('_', ' ')}{f', {unit}' if unit else ''}"
-        by_round.add_row(label, *(f"{plan[key][r] / divisor:,.0f}" for r in ("round_1", "later_rounds")))
+        by_round.add_row(label, *(f"{plan[key][r] / divisor:,.0f}" for r in columns))
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(table, by_round)
     server = plan["server"]

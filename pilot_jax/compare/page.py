@@ -90,10 +90,17 @@ class _Difference(BaseModel):
     significant: bool | None
 
 
+class _Score(BaseModel):
+    score: FiniteFloat
+    standard_error: FiniteFloat | None
+
+
 class _Variant(BaseModel, extra="allow"):
     name: str
     score: FiniteFloat
     standard_error: FiniteFloat | None
+    common: _Score | None = None
+    finetuned: _Score | None = None
     by_task: dict[str, FiniteFloat]
     base_captions: FiniteFloat | None
     effective_neighbors: FiniteFloat | None

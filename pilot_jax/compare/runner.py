@@ -21,7 +21,9 @@ from pilot_jax.compare.statistics import summarise
 from pilot_jax.compare.variants import Variant
 from pilot_jax.config import Config, apply_overrides
 from pilot_jax.data.arrays import ClientData, Prompts, aligned
-from pilot_jax.evaluation.personalised import base_prompts, evaluate_together, forgetting, mean_score, score_by_task
+from pilot_jax.evaluation.personalised import base_prompts, evaluate_together, forgetting, mean_score
+from pilot_jax.evaluation.scores import Scores, final_scores, score_record
+from pilot_jax.federation.finetune import Finetuned, after_finetuning, finetune
 from pilot_jax.federation.observer import RunObserver
 from pilot_jax.federation.rounds import run_round
 from pilot_jax.federation.state import State
@@ -85,12 +87,24 @@ def run_all(setups: Sequence[Setup], observers: Sequence[RunObserver] | None = N
     return states
 
 
-def _scores(setups: Sequence[Setup], states: Sequence[State | None], split: str) -> list[dict[str, float]]:
-    """Returns each setup's scores by client; an empty dict for a setup that diverged."""
-    alive = {i: state.population for i, state in enumerate(states) if state is not None}
-    found = evaluate_together([setups[i].evaluation for i in alive], list(alive.values()), split) if alive else []
+def finetune_all(setups: Sequence[Setup], states: Sequence[State | None],
+                 observers: Sequence[RunObserver]) -> list[Finetuned | None]:
+    """Fine-tunes the clients of several setups together, after their last round; None for a setup without it, and for
+    one that diverged."""
+    alive = {i: state for i, state in enumerate(states) if state is not None}
+    found = finetune([setups[i].federation for i in alive], list(alive.values()), setups[0].executor,
+                     [observers[i] for i in alive])
     by_setup = dict(zip(alive, found, strict=True))
-    return [by_setup.get(i, {}) for i in range(len(setups))]
+    return [by_setup.get(i) for i in range(len(setups))]
+
+
+def _scores(setups: Sequence[Setup], states: Sequence[State | None], tuned: Sequence[Finetuned | None],
+            split: str) -> list[Scores]:
+    """Returns each setup's scores; without any client for a setup that diverged."""
+    alive = {i: state for i, state in enumerate(states) if state is not None}
+    found = final_scores([setups[i].evaluation for i in alive], list(alive.values()), [tuned[i] for i in alive], split)
+    by_setup = dict(zip(alive, found, strict=True))
+    return [by_setup.get(i, Scores(None, {}, None)) for i in range(len(setups))]
 
 
 def _captions(setups: Sequence[Setup], states: Sequence[State | None],
@@ -113,10 +127,12 @@ def tune(field: Field, variant: Variant, factors: Sequence[float], config: Confi
     for factor in factors:
         setups += setups_of(field, variant, rate_changes(config, factor))
         factor_of += [factor] * len(field.setups)
-    states = run_all(setups)
+    states, tuned = run_all(setups), list[Finetuned | None]([None] * len(setups))
+    if setups[0].federation.strategy.finetunes:
+        tuned = finetune_all(setups, states, [RunObserver() for _ in setups])
     total = dict.fromkeys(factors, 0.0)  # a seed that diverged adds 0
-    for factor, by_client in zip(factor_of, _scores(setups, states, "validation"), strict=True):
-        total[factor] += mean_score(list(by_client.values())) or 0.0
+    for factor, scores in zip(factor_of, _scores(setups, states, tuned, "validation"), strict=True):
+        total[factor] += mean_score(list(scores.own.values())) or 0.0
     score = {factor: value / len(field.setups) for factor, value in total.items()}
     return {"factor": max(score, key=lambda f: (score[f], -f)), "validation": {f"{f:g}": s for f, s in score.items()}}
 
@@ -127,24 +143,27 @@ def run_variant(field: Field, variant: Variant, changes: Sequence[str] = (), spl
     setups = setups_of(field, variant, changes)
     logs = [MetricsFile(None) for _ in setups]
     states = run_all(setups, logs)
+    tuned = finetune_all(setups, states, logs)
     trained, train_compile = time.perf_counter() - began, clock.seconds
-    scores, captions = _scores(setups, states, split), _captions(setups, states, field.base_prompts)
+    scores = _scores(setups, states, tuned, split)
+    ended = [None if state is None else after_finetuning(setup.federation, state, done)
+             for setup, state, done in zip(setups, states, tuned, strict=True)]
+    captions = _captions(setups, ended, field.base_prompts)
     clock.stop()
     seeds = [_seed_record(*one) for one in zip(
-        setups, states, scores, captions, [log.records for log in logs], strict=True)]
+        setups, ended, scores, captions, [log.records for log in logs], strict=True)]
     return {"name": variant.name, "overrides": [*variant.overrides, *changes], "seeds": seeds,
             "wall_seconds": time.perf_counter() - began, "train_seconds": trained, "compile_seconds": clock.seconds,
             "train_compile_seconds": train_compile}
 
 
-def _seed_record(setup: Setup, state: State | None, by_client: dict[str, float], captions: Sequence[float],
+def _seed_record(setup: Setup, state: State | None, scores: Scores, captions: Sequence[float],
                  records: Sequence[Record]) -> Record:
-    """Returns the results of one seed."""
-    record: Record = {
-        "seed": setup.federation.seed, "diverged": state is None, "score_mean": mean_score(list(by_client.values())),
-        "score_by_client": by_client,
-        "score_by_task": score_by_task(setup.evaluation, by_client) if by_client else {},
-        "base_captions": mean_score(captions)}
+    """Returns the results of one seed; `state` is that at its end, None if it diverged."""
+    record: Record = {"seed": setup.federation.seed, "diverged": state is None,
+                      **score_record(setup.evaluation, scores), "base_captions": mean_score(captions)}
+    if not scores.own:
+        record["score_by_task"] = {}
     if state is None:
         return record
     neighbors = [round(r["effective_neighbors"], 3) for r in records if "effective_neighbors" in r]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -35,6 +35,7 @@ def summarise(name: str, rows: Mapping[str, Record], reference: str = "pilot") -
     values = _mean_scores(rows[name])
     tasks = sorted({t for s in seeds for t in s["score_by_task"]})
     out = {"name": name, "score": float(values.mean()), "standard_error": standard_error(values),
+           "common": _other(seeds, "score_common"), "finetuned": _other(seeds, "score_finetuned"),
            "by_task": {t: float(np.mean([s["score_by_task"].get(t, 0.0) for s in seeds])) for t in tasks},
            "base_captions": mean_score([s["base_captions"] for s in seeds if s["base_captions"] is not None]),
            "effective_neighbors": mean_score([s["effective_neighbors"][-1] for s in seeds if not s["diverged"]]),
@@ -44,6 +45,16 @@ def summarise(name: str, rows: Mapping[str, Record], reference: str = "pilot") -
     if reference in rows and name != reference:
         out["difference"] = paired(_mean_scores(rows[reference]), values)
     return out
+
+
+def _other(seeds: Sequence[Record], key: str) -> Record | None:
+    """Returns mean and standard error over seeds of another score than the clients' own; None if no seed has it. A seed
+    whose run diverged counts as 0."""
+    values = [seed.get(key) for seed in seeds]
+    if all(value is None for value in values):
+        return None
+    array = np.asarray([0.0 if value is None else value for value in values])
+    return {"score": float(array.mean()), "standard_error": standard_error(array)}
 
 
 def _mean_scores(row: Record) -> np.ndarray:

@@ -33,9 +33,23 @@ def _score(line: Record) -> str:
     return decimal(line["score"]) + ("" if line["standard_error"] is None else f" ± {line['standard_error']:.3f}")
 
 
+def _columns(results: Record) -> dict[str, str]:
+    """Returns the titles of the scores that some variant has, by their key in a variant's entry ("own": the entry
+    itself)."""
+    titles = {"common": "common", "own": "own", "finetuned": "fine-tuned"}
+    return {key: title for key, title in titles.items()
+            if key == "own" or any(line.get(key) for line in results["variants"])}
+
+
 def explanations(results: Record) -> list[str]:
     """Returns one sentence for each column of `score_rows` that is not plain from its name."""
+    about = {
+        "common": "common: score of the server's model, which is the same for all clients; – where clients have models "
+                  "or parts of their own.",
+        "own": "own: score of the model with which each client ends. All other columns are about this one.",
+        "finetuned": "fine-tuned: score of each client's model after further steps on the client's own data."}
     return [
+        *(about[key] for key in _columns(results)),
         "Pilot − variant: mean difference of the scores, paired by seed, with its 95 % interval by Student's t. A * "
         "marks an interval that excludes 0.",
         "effective neighbours: mean over clients in the last phase; the client itself counts as one.",
@@ -46,17 +60,20 @@ def explanations(results: Record) -> list[str]:
 
 def score_rows(results: Record) -> list[list[str]]:
     """Returns the header row, the variants from best to worst, and the base model."""
-    tasks = tasks_of(results)
-    rows = [["", "score", *tasks, "Pilot − variant [95 %]", "effective neighbours", "pretraining captions", "rates ×",
-             "MB up", "MB down", "seconds"]]
+    tasks, columns = tasks_of(results), _columns(results)
+    rows = [["", *columns.values(), *tasks, "Pilot − variant [95 %]", "effective neighbours", "pretraining captions",
+             "rates ×", "MB up", "MB down", "seconds"]]
     for line in sorted(results["variants"], key=lambda one: -one["score"]):
         name = line["name"] + (f" ({line['diverged']} diverged)" if line["diverged"] else "")
         name += f" ({line['quarantined']} uploads refused)" if line.get("quarantined") else ""
         up, down = (None if line[k] is None else line[k] / 1e6 for k in ("bytes_up", "bytes_down"))
-        rows.append([name, _score(line), *(decimal(line["by_task"].get(t)) for t in tasks), _difference(line),
+        scores = [line if key == "own" else line.get(key) for key in columns]
+        rows.append([name, *("–" if score is None else _score(score) for score in scores),
+                     *(decimal(line["by_task"].get(t)) for t in tasks), _difference(line),
                      decimal(line["effective_neighbors"], 1), decimal(line["base_captions"], 2),
                      f"{line['rate_factor']:g}", decimal(up, 1), decimal(down, 1), f"{line['wall_seconds']:.0f}"])
-    rows.append(["base model", decimal(results["base"]["score"]), *[""] * len(tasks), "", "",
+    rows.append(["base model", *(decimal(results["base"]["score"]) if key == "own" else "" for key in columns),
+                 *[""] * len(tasks), "", "",
                  decimal(results["base"]["base_captions"], 2), "", "", "", ""])
     return rows
 

@@ -138,6 +138,10 @@ class FederationConfig(Section):
     local_steps: int | None = Field(
         None, ge=1, le=10**7, description="Number of a client's steps in a phase, instead of `local_epochs`. null: the "
         "steps of `local_epochs` passes.")
+    finetune_steps: int | None = Field(
+        None, ge=1, le=10**7, description="Number of further steps that every client takes on its own data after the "
+        "last round, from the adapters that it has then. The fine-tuned models are scored beside the others and then "
+        "dropped, except under the strategy fedavg_ft. null: no fine-tuning; under fedavg_ft, the steps of a phase.")
     schedule: Literal["first_time", "every_round", "single"] = Field(
         "first_time", description="Rounds in which a client trains stage 1 before stage 2. first_time: its first "
         "round. every_round: all. Strategies without stages train a second phase in round 1, or in every round. "

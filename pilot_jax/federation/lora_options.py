@@ -10,7 +10,7 @@ With `combine: exact`, the subtree `text_residual` has factors of a change ΔW o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -79,12 +79,6 @@ def fitted(received: Mapping[str, Tree], adapters: Mapping[str, Tree]) -> dict[s
     if SCALE not in adapters:
         return dict(received)
     return {n: of_rank(n, t, rank_of(adapters)[0], 1 / float(adapters[SCALE]["factor"])) for n, t in received.items()}
-
-
-def fetched(strategy_fetch: Callable[[dict[str, Tree]], dict[str, Tree]], adapters: dict[str, Tree]) -> dict[str, Tree]:
-    """Returns a client's adapters with the server's subtrees, as `Strategy.fetch` gives them, fitted to its rank."""
-    new = strategy_fetch(adapters)
-    return {**new, **fitted({n: t for n, t in new.items() if t is not adapters.get(n)}, adapters)}
 
 
 def traffic(sizes: Mapping[str, int], rank: int, largest: int) -> dict[str, int]:

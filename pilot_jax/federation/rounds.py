@@ -16,11 +16,21 @@ from pilot_jax.errors import Interrupted
 from pilot_jax.federation import mixing
 from pilot_jax.federation.cohort import Cohort
 from pilot_jax.federation.executor import Executor, Work
-from pilot_jax.federation.lora_options import common, fetched, fitted
+from pilot_jax.federation.lora_options import common, fitted
 from pilot_jax.federation.observer import Observers, RunObserver
 from pilot_jax.federation.privacy import epsilon
 from pilot_jax.federation.roles import Tree
-from pilot_jax.federation.state import ClientState, Federation, Population, State, Trained, row, stack, stored
+from pilot_jax.federation.state import (
+    ClientState,
+    Federation,
+    Population,
+    State,
+    Trained,
+    row,
+    stack,
+    stored,
+    up_to_date,
+)
 from pilot_jax.federation.uploads import REMEMBERED, refusals
 from pilot_jax.parallel.mesh import spread
 from pilot_jax.parallel.processes import to_host
@@ -34,18 +44,14 @@ class CurrentAdapters(Mapping[int, dict[str, Tree]]):
         self._fed, self._population, self._clients, self._server = fed, population, clients, server
 
     def __getitem__(self, client: int) -> dict[str, Tree]:
-        return to_host(_up_to_date(self._fed, client, self._population[client].adapters, self._server))
+        return to_host(up_to_date(self._fed.strategy, self._fed.task_index(client),
+                                  self._population[client].adapters, self._server))
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._clients)
 
     def __len__(self) -> int:
         return len(self._clients)
-
-
-def _up_to_date(fed: Federation, client: int, adapters: dict[str, Tree], server: Mapping[str, Any]) -> dict[str, Tree]:
-    """Returns a client's adapters with the server's current subtrees for it, which are fitted to the client's rank."""
-    return fetched(lambda own: fed.strategy.fetch(own, server, fed.task_index(client)), adapters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +94,7 @@ def _bytes_fetched(fed: Federation, state: State, clients: Sequence[int]) -> int
     total = 0
     for rank, (first, *others) in behind.items():
         old = state.population[first].adapters
-        new = _up_to_date(fed, first, old, state.server)
+        new = up_to_date(fed.strategy, fed.task_index(first), old, state.server)
         changed = sum(size for name, size in fed.strategy.traffic(new, rank, fed.rank)[1].items()
                       if new[name] is not old[name])
         total += changed * (1 + len(others))
@@ -187,7 +193,7 @@ def _aggregated(fed: Federation, plan: PhasePlan, trained: Trained, used: Sequen
         own = {n: t if n in received else row(t, k) for n, t in downloads.items()}
         adapters = {**trained.adapters[client], **fitted(own, trained.adapters[client])}
         # Fetching again replaces copies by the server's own arrays, which clients can then share.
-        after[client] = _up_to_date(fed, client, adapters, server)
+        after[client] = up_to_date(fed.strategy, fed.task_index(client), adapters, server)
     return after, server, {"effective_neighbors": np.asarray(mixing.effective_neighbors(log["weights"]))} | log
 
 

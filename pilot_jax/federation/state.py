@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from pilot_jax.config import FederationConfig, TrainConfig
+from pilot_jax.config import FederationConfig, PrivacyConfig, StragglersConfig, TrainConfig
 from pilot_jax.data.arrays import ClientData, num_steps
-from pilot_jax.federation.client import PhaseSpec, phase_spec
+from pilot_jax.federation.client import PLAIN_RULE, PhaseSpec, phase_spec
 from pilot_jax.federation.cohort import participants
-from pilot_jax.federation.lora_options import with_rank
+from pilot_jax.federation.lora_options import fitted, with_rank
 from pilot_jax.federation.privacy import multiplier
 from pilot_jax.federation.randomness import client_generator
 from pilot_jax.federation.roles import Tree
@@ -24,6 +24,7 @@ from pilot_jax.federation.strategies.base import Strategy
 from pilot_jax.models.pretrained import PretrainedModel
 from pilot_jax.parallel.host_memory import empty
 from pilot_jax.parallel.mesh import mesh_of
+from pilot_jax.parallel.processes import to_host
 from pilot_jax.storage import Key, Store
 
 Tamper = Callable[[str, int, dict, dict], dict]  # (client, round, upload, shared subtrees at its start) -> upload
@@ -61,7 +62,27 @@ class StoredState:
         return self.store.read(self.key)
 
 
-AnyState = ClientState | StoredState
+@dataclasses.dataclass(frozen=True)
+class CurrentState:
+    """A client's state with the server's current model, which is put into its adapters on access."""
+
+    fed: Federation
+    state: AnyState
+    server: Mapping[str, Any]
+    task: int  # index of the client's task
+    stage: str
+    rounds: int
+
+    @property
+    def is_new(self) -> bool:
+        return self.rounds == 0
+
+    @property
+    def adapters(self) -> dict[str, Tree]:
+        return to_host(up_to_date(self.fed.strategy, self.task, self.state.adapters, self.server))
+
+
+AnyState = ClientState | StoredState | CurrentState
 Population = tuple[AnyState, ...]
 
 
@@ -82,6 +103,8 @@ class Federation:
     spread_uploads: bool = False  # whether a cohort's uploads are divided among the devices of the mesh
     most_uploads: int = 0  # of any client in the run, if none is refused; for `settings.privacy`
     tamper: Tamper | None = None  # changes the uploads of simulated attackers
+    unpooled: tuple[ClientData, ...] = ()  # the clients whose data the strategy pools; empty if it pools none
+    plain_steps: bool = False  # whether clients follow their loss alone, without the strategy's local rule
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -146,7 +169,28 @@ class Federation:
 
     def phase(self, stage: str) -> PhaseSpec:
         """Returns the static part of a phase of `stage`."""
-        return phase_spec(self.model.module, self.strategy.ownership(), stage, self.train, self.strategy.local_rule())
+        rule = PLAIN_RULE if self.plain_steps else self.strategy.local_rule()
+        return phase_spec(self.model.module, self.strategy.ownership(), stage, self.train, rule)
+
+    @property
+    def last_stage(self) -> str:
+        """The stage of the last phase of a run."""
+        return self.strategy.stages(False, max(2, self.settings.rounds))[-1]
+
+    def finetuning(self) -> Federation | None:
+        """Returns the federation as it fine-tunes after the last round; None if it does not.
+
+        Its clients are those with data of their own, also where the strategy pools them. Nothing is uploaded, so there
+        are no privacy noise, stragglers, attackers and local rules, which correct for averaging.
+        """
+        settings, steps = self.settings, self.settings.finetune_steps
+        if steps is None and not self.strategy.finetunes:
+            return None
+        update: dict[str, Any] = {"privacy": PrivacyConfig(), "stragglers": StragglersConfig()}
+        if steps is not None:
+            update["local_steps"] = steps
+        return dataclasses.replace(self, settings=settings.model_copy(update=update), plain_steps=True, tamper=None,
+                                   clients=self.unpooled or self.clients, unpooled=())
 
 
 def most_uploads(fed: Federation) -> int:
@@ -159,7 +203,9 @@ def most_uploads(fed: Federation) -> int:
 
 
 def all_steps(fed: Federation) -> dict[tuple[str, int], int]:
-    """Returns the steps of the whole run by stage and client, which are known before it starts."""
+    """Returns the steps of the whole run, fine-tuning included, by stage and client; they are known before it starts.
+
+    Fine-tuning of clients whose data are pooled counts for the one client that has them."""
     seen: set[int] = set()
     out: dict[tuple[str, int], int] = {}
     for round_ in range(1, fed.settings.rounds + 1):
@@ -167,6 +213,10 @@ def all_steps(fed: Federation) -> dict[tuple[str, int], int]:
             for stage in fed.strategy.stages(c not in seen, round_):
                 out[stage, c] = out.get((stage, c), 0) + fed.steps(c, round_)
             seen.add(c)
+    if (tuning := fed.finetuning()) is not None:
+        for c in range(len(tuning.clients)):
+            key = fed.last_stage, 0 if fed.unpooled else c
+            out[key] = out.get(key, 0) + tuning.full_steps(c)
     return out
 
 
@@ -208,6 +258,15 @@ class State:
     benched: tuple[int, ...] = ()  # clients whose upload was refused in this round
     quarantined: int = 0  # number of refused uploads in the whole run
     partial: Trained | None = None  # results of an interrupted phase
+
+
+def up_to_date(strategy: Strategy, task: int, adapters: dict[str, Tree], server: Mapping[str, Any]) -> dict[str, Tree]:
+    """Returns a client's adapters with the server's current subtrees for it, which are fitted to the client's rank.
+
+    task: index of the client's task.
+    """
+    new = strategy.fetch(adapters, server, task)
+    return {**new, **fitted({n: t for n, t in new.items() if t is not adapters.get(n)}, adapters)}
 
 
 def initial_population(fed: Federation, adapters: dict[str, Tree]) -> Population:

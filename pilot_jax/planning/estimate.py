@@ -201,6 +201,15 @@ def _feature_flops(shapes: Shapes) -> int:
         shapes.base, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
 
 
+def finetuning_steps(run: Outline, work: Workload) -> list[int]:
+    """Returns the steps of each client's fine-tuning after the last round; no number if there is none."""
+    settings = run.settings
+    if settings.finetune_steps is None and not run.strategy.finetunes:
+        return []
+    return [num_steps(n, run.train.batch_size, settings.local_epochs, settings.finetune_steps or settings.local_steps)
+            for n in work.sizes]
+
+
 def make_plan(config: Config, **assumptions: int) -> dict[str, Any]:
     """Returns the plan that `pilot-jax plan --json` prints; `assumptions` are arguments of `read_workload`.
 
@@ -218,6 +227,12 @@ def make_plan(config: Config, **assumptions: int) -> dict[str, Any]:
     up, down = (sum(sum(strategy.traffic(shapes.adapters, rank, largest)[i].values()) for rank in ranks) / len(ranks)
                 for i in (0, 1))
     rounds = {"round_1": strategy.stages(True, 1), "later_rounds": strategy.stages(False, 2)}
+    tuning = sum(finetuning_steps(run, work))
+
+    def by_round(of: Callable[[tuple[str, ...]], int], finetuning: int) -> dict[str, int]:
+        """Returns an amount, which depends on the stages of a round, for each kind of round and for fine-tuning."""
+        return {name: of(stages) for name, stages in rounds.items()} | ({"finetuning": finetuning} if tuning else {})
+
     return {
         "clients": len(steps), "tasks": work.num_tasks, "rounds": settings.rounds, "assumed": work.assumed,
         "image_tokens": run.spec.num_image_tokens, "longest_sequence": work.length,
@@ -225,9 +240,10 @@ def make_plan(config: Config, **assumptions: int) -> dict[str, Any]:
                        **{n: num_bytes(t) // 4 for n, t in shapes.adapters.items()}},
         "devices": run.system.mesh.devices, "memory_per_device": memory(shapes),
         "flops_per_client_step": flops, "flops_features": _feature_flops(shapes) * sum(work.sizes),
-        "client_steps": {name: round(per_round * len(stages)) for name, stages in rounds.items()},
-        "flops": {name: int(per_round * sum(flops[s] for s in stages)) for name, stages in rounds.items()},
-        "bytes_up": {name: round(up * cohort * len(stages)) for name, stages in rounds.items()},
+        "client_steps": by_round(lambda stages: round(per_round * len(stages)), tuning),
+        "flops": by_round(lambda stages: int(per_round * sum(flops[s] for s in stages)),
+                          tuning * flops[rounds["later_rounds"][-1]]),
+        "bytes_up": by_round(lambda stages: round(up * cohort * len(stages)), 0),
+        "bytes_down": by_round(lambda stages: round(down * cohort * len(stages)), 0),
         "server": server_costs(strategy, shapes.adapters, cohort),
-        "bytes_down": {name: round(down * cohort * len(stages)) for name, stages in rounds.items()},
     }

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from pilot_jax.config import Config
 from pilot_jax.data.arrays import num_steps
 from pilot_jax.federation import combining, mixing
-from pilot_jax.federation.client import Adapters, ClientBatch, local_update, peak_rates, phase_spec
+from pilot_jax.federation.client import PLAIN_RULE, Adapters, ClientBatch, local_update, peak_rates, phase_spec
 from pilot_jax.federation.executor import chunk_width
 from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.strategies import Strategy
@@ -24,7 +24,7 @@ from pilot_jax.kernels.attention import check_cudnn
 from pilot_jax.models.generate import Decoding, generate
 from pilot_jax.models.lora import RESIDUAL
 from pilot_jax.parallel.mesh import columns, make_mesh, on_clients, on_parts, replicated, sharded_shapes
-from pilot_jax.planning.estimate import Shapes, data_shapes, phase_shapes, read_workload
+from pilot_jax.planning.estimate import Shapes, data_shapes, finetuning_steps, phase_shapes, read_workload
 from pilot_jax.runs.prepare import outline
 
 CUDNN_CALLS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
@@ -56,11 +56,12 @@ def _stacked(tree: Tree, count: int) -> Tree:
     return jax.tree.map(lambda leaf: _struct((count, *leaf.shape), leaf.dtype), tree)
 
 
-def _local(shapes: Shapes, mesh: Mesh, width: int, stage: str) -> Program:
-    """Returns the program that trains `width` clients for one phase."""
+def _local(shapes: Shapes, mesh: Mesh, width: int, stage: str, tunes: bool = False) -> Program:
+    """Returns the program that trains `width` clients for one phase, or `tunes` them after the last round."""
     run, work, roles = shapes.run, shapes.work, shapes.run.strategy.ownership()
     received, train, settings = roles.names(scope="received"), run.train, run.settings
-    steps = max(num_steps(n, train.batch_size, settings.local_epochs, settings.local_steps) for n in work.sizes)
+    steps = max(finetuning_steps(run, work) if tunes else [
+        num_steps(n, train.batch_size, settings.local_epochs, settings.local_steps) for n in work.sizes])
     order, scalar = (steps, train.batch_size), _struct((), jnp.int32)
 
     def of_clients(tree: Tree) -> Tree:
@@ -71,7 +72,8 @@ def _local(shapes: Shapes, mesh: Mesh, width: int, stage: str) -> Program:
     batch = ClientBatch(of_clients(data_shapes(run.spec, shapes.module.dtype, work, max(work.sizes))),
                         of_clients(_struct(order, jnp.int32)), of_clients(_struct(order)), of_clients(scalar),
                         of_clients(scalar), of_clients(jax.tree.map(lambda _: _struct(()), peak_rates(train, stage))))
-    spec = phase_spec(shapes.module, roles, stage, train, run.strategy.local_rule())
+    rule = PLAIN_RULE if tunes else run.strategy.local_rule()
+    spec = phase_spec(shapes.module, roles, stage, train, rule)
     base = sharded_shapes(shapes.base, mesh, run.system.mesh)
     return Program(local_update, (spec, base, adapters, batch), {"mesh": mesh if mesh.size > 1 else None})
 
@@ -160,4 +162,6 @@ def programs(config: Config, **assumptions: int) -> dict[str, Program]:
     width = chunk_width(system.client_chunk, len(work.sizes), mesh)
     cohort = min(run.settings.clients_per_round or len(work.sizes), len(work.sizes))
     out = {stage: _local(shapes, mesh, width, stage) for stage in dict.fromkeys(run.strategy.first_stages)}
+    if finetuning_steps(run, work):
+        out["finetuning"] = _local(shapes, mesh, width, run.strategy.first_stages[-1], tunes=True)
     return out | _server(shapes, mesh, cohort) | {"generation": _generation(shapes, mesh, width)}

@@ -69,6 +69,9 @@ def _tiles(run: RunRecord) -> dict[str, str]:
         return {}
     values = {"test score, mean over clients": decimal(s["score_mean"]),
               "test score of the base model": decimal(s["score_base"]),
+              **{title: decimal(s[key]) for title, key in (
+                  ("test score of the common model", "score_common"),
+                  ("test score after fine-tuning", "score_finetuned")) if s.get(key) is not None},
               "client steps": f"{s['client_steps']:,}",
               "client steps per second": decimal(s["client_steps_per_second"], 1),
               "MB uploaded / downloaded": f"{s['bytes_up'] / 1e6:.1f} / {s['bytes_down'] / 1e6:.1f}",

@@ -97,6 +97,8 @@ class _Summary(BaseModel, extra="allow"):
     score_base_by_task: dict[str, FiniteFloat | None]
     score_mean: FiniteFloat | None
     score_base: FiniteFloat | None
+    score_common: FiniteFloat | None = None
+    score_finetuned: FiniteFloat | None = None
     client_steps: int
     client_steps_per_second: float | None
     bytes_up: int

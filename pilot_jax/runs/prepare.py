@@ -203,7 +203,8 @@ def with_strategy(setup: Setup, strategy: Strategy, config: Config | None = None
     fed = dataclasses.replace(
         setup.federation, strategy=strategy, settings=settings, train=config.train, seed=config.system.seed,
         clients=(pooled(list(clients)),) if strategy.pools_data else clients,
-        ranks=None if strategy.pools_data else setup.federation.ranks)
+        ranks=None if strategy.pools_data else setup.federation.ranks,
+        unpooled=clients if strategy.pools_data else ())
     if settings.privacy.clip is not None:
         fed = dataclasses.replace(fed, most_uploads=most_uploads(fed))
         _ = fed.noise_multiplier  # raises before anything is trained if the privacy accountant is not installed

@@ -13,9 +13,10 @@ import numpy as np
 from pilot_jax.config import Config
 from pilot_jax.errors import InputError, Interrupted
 from pilot_jax.evaluation.personalised import evaluate, mean_score
+from pilot_jax.federation.finetune import Finetuned, after_finetuning, finetune
 from pilot_jax.federation.observer import Observers, Record, RunObserver
 from pilot_jax.federation.rounds import run_round
-from pilot_jax.federation.state import State, Tamper, prune
+from pilot_jax.federation.state import Population, State, Tamper, prune
 from pilot_jax.federation.strategies import Strategy
 from pilot_jax.parallel.host_memory import give_back
 from pilot_jax.parallel.processes import is_writer, wait_for_all
@@ -108,6 +109,7 @@ class RunLoop(RunObserver):
         self.signals = StopSignals(self.outside.note)
         self.metrics, self.mixing = MetricsFile(None), MixingFiles(Path())
         self.files: list[RunObserver] = []
+        self.lines: Written | None = None  # of metrics.jsonl before fine-tuning, which a resumed run begins again
         self.observer = Observers(self.outside, self, self.signals)
 
     def run(self) -> Run:
@@ -118,7 +120,7 @@ class RunLoop(RunObserver):
                 self.observer.run_started(self.fed, self.state)
                 while self.state.round <= self.fed.settings.rounds:
                     self.round()
-                summary = self.finish()
+                population, summary = self.finish()
         except Interrupted as interrupted:
             if interrupted.partial is not None:
                 self.state = dataclasses.replace(self.state, partial=interrupted.partial[0])
@@ -127,7 +129,7 @@ class RunLoop(RunObserver):
         finally:
             self.observer.close()
         wait_for_all("end of run")  # until the writer has written everything
-        return Run(self.setup, self.state.population, summary, self.metrics.records)
+        return Run(self.setup, population, summary, self.metrics.records)
 
     def resume(self) -> None:
         """Loads the last snapshot, if the folder has one, and opens the run's files."""
@@ -233,28 +235,43 @@ class RunLoop(RunObserver):
         """Writes a snapshot, unless the current state has been saved already."""
         if self.snapshots is not None and self.saved is not self.state:
             self.snapshots.save(self.state, {
-                "metrics": self.metrics.synced(), "mixing": self.mixing.written, "data": self.data,
+                "metrics": self.lines or self.metrics.synced(), "mixing": self.mixing.written, "data": self.data,
                 "clocks": dataclasses.asdict(self.clocks()), "versions": versions()})
         self.saved = self.state
 
-    def finish(self) -> dict[str, Any]:
-        """Scores the test split, writes the results, and returns the summary."""
+    def finetune(self) -> Finetuned | None:
+        """Fine-tunes the clients if the config or the strategy asks for it; `state` stays that after the last round."""
+        if self.fed.finetuning() is None:
+            return None
+        self.lines = self.metrics.synced()
+        self.observer.note("fine-tuning every client on its own data …")
+        compiled = self.clock.seconds
+        tuned, = finetune([self.fed], [self.state], self.setup.executor, [self.observer])
+        self.train_compile += self.clock.seconds - compiled
+        give_back()
+        return tuned
+
+    def finish(self) -> tuple[Population, dict[str, Any]]:
+        """Fine-tunes, scores the test split, and writes the results. Returns (final population, summary)."""
+        tuned = self.finetune()
+        final = after_finetuning(self.fed, self.state, tuned)
         self.observer.note("evaluating on the test split …")
         self.signals.waits = False
-        summary = summarise(self.setup.evaluation, self.state)
+        summary = summarise(self.setup.evaluation, self.state, tuned)
         self.signals.waits = True
         if self.fed.store is not None:
             self.fed.store.flush()  # raises if something could not be written
+            prune(self.fed.store, final.population)
         if self.writes:
             assert self.folder is not None and self.snapshots is not None
-            save_population(self.folder.path / "checkpoints", self.fed.names, self.state.population,
+            save_population(self.folder.path / "checkpoints", self.fed.names, final.population,
                             self.fed.strategy.ownership())
             for file in (*self.files, self.metrics):
                 file.close()
-        summary |= costs(self.setup.evaluation, self.state, self.clocks())
+        summary |= costs(self.setup.evaluation, final, self.clocks())
         if self.writes:
             assert self.folder is not None and self.snapshots is not None
             self.folder.end(summary)
             self.snapshots.remove()
         self.observer.run_ended(summary)
-        return summary
+        return final.population, summary

@@ -15,7 +15,9 @@ import numpy as np
 
 from pilot_jax import __version__
 from pilot_jax.data.arrays import ClientData
-from pilot_jax.evaluation.personalised import Evaluation, evaluate, mean_score, score_by_task
+from pilot_jax.evaluation.personalised import Evaluation, evaluate
+from pilot_jax.evaluation.scores import final_scores, score_keys, score_record
+from pilot_jax.federation.finetune import Finetuned, after_finetuning
 from pilot_jax.federation.privacy import epsilon
 from pilot_jax.federation.state import ClientState, State
 from pilot_jax.runs.checkpoint import adapters_sha256
@@ -45,19 +47,17 @@ def data_sha256(clients: Sequence[ClientData]) -> str:
     return digest.hexdigest()
 
 
-def _scores(evaluation: Evaluation, state: State) -> dict[str, Any]:
-    """Returns the scores of the clients' models and of the base model on the test split."""
-    by_client, base = evaluate(evaluation, state.population), evaluate(evaluation, None)
-    return {
-        "score_mean": mean_score(list(by_client.values())), "score_by_task": score_by_task(evaluation, by_client),
-        "score_by_client": by_client,
-        "score_base": mean_score(list(base.values())), "score_base_by_task": score_by_task(evaluation, base),
-        "score_base_by_client": base}
+def summarise(evaluation: Evaluation, state: State, tuned: Finetuned | None) -> dict[str, Any]:
+    """Returns what a trained run has reached: scores and bytes. The test split is answered here.
 
-
-def summarise(evaluation: Evaluation, state: State) -> dict[str, Any]:
-    """Returns what a trained run has reached: scores and bytes. The test split is answered here."""
-    fed, clients, scores = evaluation.fed, evaluation.clients, _scores(evaluation, state)
+    Args:
+        state: after the last round.
+        tuned: the results of fine-tuning from there; None without it.
+    """
+    fed, clients = evaluation.fed, evaluation.clients
+    scores = score_record(evaluation, final_scores([evaluation], [state], [tuned])[0])
+    scores |= score_keys(evaluation, "score_base", evaluate(evaluation, None))
+    state = after_finetuning(fed, state, tuned)
     return {
         "strategy": fed.strategy.name, "seed": fed.seed, "rounds": fed.settings.rounds,
         "clients": [c.name for c in clients], "tasks": list(fed.tasks),

@@ -29,6 +29,7 @@ import numpy as np
 from pilot_jax.config import FederationConfig, TrainConfig
 from pilot_jax.data.arrays import ClientData, pooled
 from pilot_jax.federation.executor import Executor
+from pilot_jax.federation.finetune import after_finetuning, finetune
 from pilot_jax.federation.observer import RunObserver
 from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.rounds import run_round
@@ -125,7 +126,8 @@ def toy_federation(strategy: Strategy, clients: Sequence[ClientData] | None = No
     base = frozen if strategy.params.projector == "frozen" else {}
     model = cast(Any, types.SimpleNamespace(module=Regression(), base=base))
     held = (pooled(clients),) if strategy.pools_data else clients
-    return Federation(strategy, model, held, tasks, settings, train, seed, RANK, ranks)
+    return Federation(strategy, model, held, tasks, settings, train, seed, RANK, ranks,
+                      unpooled=clients if strategy.pools_data else ())
 
 
 def toy_state(fed: Federation, adapters: dict[str, Tree] | None = None) -> State:
@@ -143,6 +145,8 @@ def toy_state(fed: Federation, adapters: dict[str, Tree] | None = None) -> State
 def run_toy(fed: Federation, state: State | None = None, observer: RunObserver | None = None) -> State:
     """Runs all rounds of a federation, or the remaining ones from `state` on, and returns the last state.
 
+    A strategy that fine-tunes its final models does so here, too; `federation.finetune` does it for any other.
+
     Raises:
         FloatingPointError: see `federation.rounds.finish_phase`.
     """
@@ -151,4 +155,5 @@ def run_toy(fed: Federation, state: State | None = None, observer: RunObserver |
         after, = run_round([fed], [state], Executor(client_chunk=2), None if observer is None else [observer])
         assert after is not None
         state = after
-    return state
+    tuned = finetune([fed], [state], Executor(client_chunk=2))[0] if fed.strategy.finetunes else None
+    return after_finetuning(fed, state, tuned)

@@ -20,7 +20,7 @@ from pilot_jax.federation import rounds
 from pilot_jax.federation.cohort import participants
 from pilot_jax.federation.executor import Executor, Work
 from pilot_jax.federation.strategies import make_strategy
-from pilot_jax.runs import prepare
+from pilot_jax.runs import prepare, simulate
 
 SGD = {"optimizer": "sgd", "lr_connector": 0.02, "lr_lora_stage1": 0.02, "lr_lora_stage2": 0.02}
 
@@ -182,6 +182,25 @@ def test_evaluation_matrix(field):
     assert np.shape(whole["scores"]) == (9, 9) and set(whole["by_task"]["vqa_0"]) == {"vqa", "ocr", "caption"}
     assert whole["by_task"]["vqa_0"]["ocr"] == pytest.approx(np.mean(whole["scores"][6][3:6]))
     assert len(whole["base_captions"]["clients"]) == 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fedavg", "fedavg_ft", "pilot"])
+def test_variants_with_finetuning_have_all_their_scores(field, name):
+    """Seeds that are fine-tuned together have the scores and, under fedavg_ft, the models of separate runs."""
+    [variant] = variants.read_variants(f"{name}+federation.finetune_steps=3")
+    row = runner.run_variant(field, variant)
+    for seed, record in enumerate(row["seeds"]):
+        config = small_config(train=SGD, strategy={"name": name}, federation={"finetune_steps": 3})
+        alone = simulate.simulate(prepare.seeded(config, seed)).summary
+        for key in ("client_steps", "bytes_up", "bytes_down"):
+            assert record[key] == alone[key], key
+        for key in ("score", "score_common", "score_finetuned"):
+            assert record[f"{key}_by_client"] == alone[f"{key}_by_client"], key
+    assert (row["seeds"][0]["score_common"] is None) == (name == "pilot")
+    line = statistics.summarise(name, {name: row})
+    assert (line["common"] is None) == (name == "pilot") and line["finetuned"]["score"] is not None
+    assert runner.tune(field, variant, [1.0], small_config(train=SGD))["factor"] == 1.0
 
 
 @pytest.mark.slow

@@ -60,6 +60,7 @@ class Strategy:
     pools_data: ClassVar[bool] = False  # whether there is one client, with the data of all
     restarts_lora: ClassVar[bool] = False  # whether, with `combine: exact`, LoRA starts anew after each aggregation
     in_one_scale: ClassVar[bool] = False  # whether the rule compares or adds LoRA's entries over phases or clients
+    finetunes: ClassVar[bool] = False  # whether the run's final models are those after fine-tuning
 
     def __post_init__(self) -> None:
         params = self.Params() if self.params is None else self.params
@@ -71,6 +72,9 @@ class Strategy:
             why = "compares clients entry by entry" if self.in_one_scale else "combines them exactly"
             raise InputError(f"model.lora.rank: the clients' ranks differ, but {self.name} {why}. Give one rank for "
                              "all, or use another strategy, such as flexlora or flora.")
+        if self.finetunes and self.pools_data:
+            raise InputError(f"strategy.name: {self.name} pools all data into one client, so it cannot fine-tune each "
+                             "client's model. Set the class attribute finetunes or pools_data to False.")
         if self.schedule == "single" and set(self.first_stages) != set(self.later_stages):
             raise InputError(f"federation.schedule: single, but {self.name} trains "
                              f"{' and then '.join(self.first_stages)}. Set it to first_time or every_round.")

@@ -1,6 +1,9 @@
-"""FedAvg (McMahan et al., AISTATS 2017, arXiv 1602.05629) over LoRA and projector, and FedProx.
+"""FedAvg (McMahan et al., AISTATS 2017, arXiv 1602.05629) over LoRA and projector, with fine-tuning, and FedProx.
 
-FedAvg on a language model is FedIT (Zhang et al., ICASSP 2024, arXiv 2305.05644).
+FedAvg on a language model is FedIT (Zhang et al., ICASSP 2024, arXiv 2305.05644). FedAvg whose model each client then
+trains further on its own data is a usual baseline of personalised methods (Cheng et al., 2021, "Fine-tuning is fine in
+federated learning", arXiv 2108.07313; Collins et al., NeurIPS 2022, "FedAvg with fine tuning: local updates lead to
+representation learning", arXiv 2205.13692). The papers' own numbers of steps are not taken over.
 FedProx (Li et al., MLSys 2020, arXiv 1812.06127): each client minimises its loss + μ/2·‖w − w_start‖².
 """
 
@@ -19,6 +22,16 @@ from pilot_jax.federation.strategies.base import Strategy, register
 @register("fedavg")
 class FedAvg(Strategy):
     """FedAvg: all clients receive the mean of the uploads, weighted by data size, which is the base class's matrix."""
+
+
+@register("fedavg_ft")
+class FedAvgFinetuned(FedAvg):
+    """FedAvg with fine-tuning: after the last round, every client trains the server's model further on its own data.
+
+    It takes `federation.finetune_steps` steps, or where that is null, as many as in one of its phases.
+    """
+
+    finetunes = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,6 +115,11 @@ def local_steps(p, x, y, trained="wab", correct=None):
     return p, total
 
 
+def finetuned(clients, data):
+    """Trains every client's parameters for one more phase on its own data, without an average afterwards."""
+    return [local_steps(c, x, y)[0] for c, (x, y) in zip(clients, data, strict=True)]
+
+
 def average(uploads, weights):
     weights = np.asarray(weights, float) / np.sum(weights)
     return {k: sum(w * u[k] for w, u in zip(weights, uploads, strict=True)) for k in uploads[0]}
@@ -255,6 +260,7 @@ CASES = {
     "local": ({}, lambda d: federated(d, shared="")),
     "centralised": ({}, centralised),
     "fedavg": ({}, federated),
+    "fedavg_ft": ({}, lambda d: finetuned(federated(d), d)),
     "fedprox": ({"prox_mu": 0.7}, lambda d: federated(
         d, correct=lambda g, p, begin: {k: g[k] + 0.7 * (p[k] - begin[k]) for k in g})),
     "fedavgm": ({"server": {"learning_rate": 0.5, "momentum": 0.9}}, lambda d: federated(d, with_server(momentum))),

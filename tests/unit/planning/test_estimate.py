@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT, slow_except, small_config
 
+from pilot_jax.cli.tables import print_plan
 from pilot_jax.config import load_config
 from pilot_jax.errors import InputError
 from pilot_jax.federation import mixing
 from pilot_jax.federation.strategies import make_strategy
 from pilot_jax.planning import estimate, flops, server
+from pilot_jax.planning.forecast import forecast
 from pilot_jax.planning.lowering import CUDNN_CALLS, programs
 from pilot_jax.runs import prepare, simulate
 
@@ -74,13 +76,18 @@ def test_steps_and_bytes(seven_billion):
 
 
 @pytest.mark.slow
-def test_plan_agrees_with_the_run():
+def test_plan_agrees_with_the_run(capsys):
     """The plan has the steps, bytes and array sizes of a real run."""
-    config = small_config(federation={"rounds": 2})
+    config = small_config(federation={"rounds": 2, "finetune_steps": 3})
     planned, run = estimate.make_plan(config), simulate.simulate(config)
-    assert planned["client_steps"]["round_1"] + planned["client_steps"]["later_rounds"] == run.summary["client_steps"]
-    for key in ("bytes_up", "bytes_down"):
-        assert planned[key]["round_1"] + planned[key]["later_rounds"] == run.summary[key]
+    assert planned["client_steps"]["finetuning"] == 9 * 3
+    assert planned["flops"]["finetuning"] == 27 * planned["flops_per_client_step"]["stage2"]
+    for key in ("client_steps", "bytes_up", "bytes_down"):
+        assert sum(planned[key].values()) == run.summary[key]
+    assert forecast(run.federation, prepare.outline(config))["flops"] == sum(planned["flops"].values())
+    assert programs(config)["finetuning"].lower() is not None
+    print_plan(planned)
+    assert "fine-tuning" in capsys.readouterr().out
     fed = run.federation
     assert planned["longest_sequence"] == max(c.train["input_ids"].shape[1] for c in fed.clients)
     memory = planned["memory_per_device"]["stage2"]
