@@ -40,8 +40,8 @@ def common_models(fed: Federation, state: State) -> Population | None:
 
     Such parts are all subtrees that a client trains and does not upload, and all models without `one_model`.
     """
-    has_own = any(row.scope == "local" and "trained" in row.modes.values() for row in fed.strategy.ownership().adapter_rows)
-    if has_own or not fed.strategy.one_model:
+    rows = fed.strategy.ownership().adapter_rows
+    if any(row.scope == "local" and "trained" in row.modes.values() for row in rows) or not fed.strategy.one_model:
         return None
     stage, versions = fed.last_stage, state.fetched or (0,) * len(fed.clients)
     up_to_date = [one.stage == stage and version == state.version
