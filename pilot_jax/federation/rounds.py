@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from pilot_jax.errors import Interrupted
@@ -76,13 +77,21 @@ def begin_phase(fed: Federation, state: State) -> PhasePlan | None:
 
 def _bytes_fetched(fed: Federation, state: State, clients: Sequence[int]) -> int:
     """Returns the bytes of the server's changes since these clients last downloaded from it."""
-    behind = [c for c in clients if _versions(fed, state)[c] != state.version]
-    if not behind:
-        return 0
-    old = state.population[behind[0]].adapters
-    new = fed.strategy.fetch(old, state.server, fed.task_index(behind[0]))
-    changed = sum(size for name, size in fed.strategy.sent_bytes(new)[1].items() if new[name] is not old[name])
-    return changed * len(behind)
+    versions = _versions(fed, state)
+    behind = [versions[c] for c in clients if versions[c] != state.version]
+    one_of = {versions[c]: c for c in clients}  # clients of one version have the same of the server's subtrees
+    return sum(_changed_bytes(fed, state, one_of[version]) * behind.count(version) for version in set(behind))
+
+
+def _changed_bytes(fed: Federation, state: State, client: int) -> int:
+    """Returns the bytes of the subtrees in which a client differs from what it would download now."""
+    old = state.population[client].adapters
+    new = fed.strategy.fetch(old, state.server, fed.task_index(client))
+
+    def same(one: Tree, other: Tree) -> bool:  # equal values count too: a client on disk or of a snapshot is a copy
+        return one is other or all(map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(other)))
+
+    return sum(size for name, size in fed.strategy.sent_bytes(new)[1].items() if not same(new[name], old[name]))
 
 
 def _versions(fed: Federation, state: State) -> tuple[int, ...]:
@@ -108,7 +117,8 @@ def finish_phase(fed: Federation, state: State, plan: PhasePlan, trained: Traine
     after, server, log = _aggregated(fed, plan, trained, used, state.server)
     population, fetched = list(state.population), list(_versions(fed, state))
     for client, adapters in after.items():
-        population[client] = ClientState(adapters, plan.stage, population[client].rounds)
+        stage = fed.strategy.answering_stage or plan.stage
+        population[client] = ClientState(adapters, stage, population[client].rounds)
         fetched[client] = state.version + 1
     state = dataclasses.replace(state, population=tuple(population), server=server, version=state.version + 1,
                                 fetched=tuple(fetched))
@@ -131,7 +141,7 @@ def _report_refused(fed: Federation, state: State, plan: PhasePlan, refused: Map
 def _phase_record(fed: Federation, state: State, plan: PhasePlan, trained: Trained,
                   refused: Mapping[int, str]) -> dict[str, Any]:
     """Returns a phase's line of metrics.jsonl, without the values that its aggregation adds."""
-    up, down = fed.strategy.sent_bytes(trained.adapters[min(plan.clients)])
+    up, down = fed.strategy.phase_bytes(trained.adapters[min(plan.clients)], plan.stage)
     uploading, used, timings = len(plan.clients), len(plan.clients) - len(refused), trained.timings
     record = {
         "round": plan.round, "phase": plan.label, "clients": used,
@@ -143,18 +153,22 @@ def _phase_record(fed: Federation, state: State, plan: PhasePlan, trained: Train
         "bytes_down_by_subtree": {n: v * used for n, v in down.items()},
         "quarantined": [fed.clients[c].name for c in refused]}
     if fed.noise_multiplier:
-        uploads = max(n + (c in plan.clients) for c, n in enumerate(state.uploads or (0,) * len(fed.clients)))
-        record["epsilon"] = epsilon(fed.noise_multiplier, uploads, fed.settings.privacy.delta)
+        record["epsilon"] = epsilon(fed.noise_multiplier, max(_uploads(fed, state, plan)), fed.settings.privacy.delta)
     return record
+
+
+def _uploads(fed: Federation, state: State, plan: PhasePlan) -> tuple[int, ...]:
+    """Returns each client's number of uploads after a phase. In some stages (Ditto's "personal") there is none."""
+    sends = plan.clients if fed.strategy.roles().uploaded(plan.stage) else ()
+    return tuple(n + (c in sends) for c, n in enumerate(state.uploads or (0,) * len(fed.clients)))
 
 
 def _counted(fed: Federation, state: State, plan: PhasePlan, trained: Trained, refused: Mapping[int, str],
              record: Mapping[str, Any]) -> State:
     """Returns the state with a phase's steps, bytes, uploads and refusals counted."""
-    uploads = tuple(n + (c in plan.clients) for c, n in enumerate(state.uploads or (0,) * len(fed.clients)))
     accepted = [r["update_norm"] for c, r in trained.records.items() if c not in refused]
     return dataclasses.replace(
-        state, phase=plan.number + 1, partial=None, uploads=uploads,
+        state, phase=plan.number + 1, partial=None, uploads=_uploads(fed, state, plan),
         norms={**state.norms, plan.stage: [*state.norms.get(plan.stage, []), *accepted][-REMEMBERED:]},
         benched=(*state.benched, *refused), quarantined=state.quarantined + len(refused),
         client_steps=state.client_steps + record["client_steps"], bytes_up=state.bytes_up + record["bytes_up"],
@@ -167,7 +181,7 @@ def _aggregated(fed: Federation, plan: PhasePlan, trained: Trained, used: Sequen
     """Aggregates the uploads of the clients `used`. Returns (each one's adapters afterwards, the server's state, arrays
     to log)."""
     roles = fed.strategy.roles()
-    uploads = stack([roles.select(trained.adapters[c], "shared") for c in used])
+    uploads = stack([roles.upload(trained.adapters[c], plan.stage) for c in used])
     cohort = Cohort(spread(uploads, fed.server_mesh), np.asarray([fed.clients[c].size for c in used]),
                     np.asarray([fed.task_index(c) for c in used]), np.asarray(used), plan.round)
     downloads, server, log = fed.strategy.aggregate(cohort, server)

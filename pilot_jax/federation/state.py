@@ -33,7 +33,7 @@ class ClientState:
     once, by reference."""
 
     adapters: dict[str, Tree]  # NumPy leaves, without client axis
-    stage: str = "none"  # the last completed stage; "none" until the client has taken part
+    stage: str = "none"  # that of its model: the last, or the strategy's `answering_stage`; "none" before its first
     rounds: int = 0  # number of rounds in which it has taken part
 
     @property
@@ -132,21 +132,26 @@ class Federation:
 
 def most_uploads(fed: Federation) -> int:
     """Returns the largest number of uploads of one client in the whole run, if none is refused."""
-    count = [0] * len(fed.clients)
-    for round_ in range(1, fed.settings.rounds + 1):
-        for c in fed.members(round_):
-            count[c] += len(fed.strategy.stages(count[c] == 0, round_))
-    return max(count)
+    uploads = [0] * len(fed.clients)
+    for (stage, client), phases in _all_phases(fed).items():
+        uploads[client] += len(phases) if fed.strategy.roles().uploaded(stage) else 0
+    return max(uploads)
 
 
 def all_steps(fed: Federation) -> dict[tuple[str, int], int]:
     """Returns the steps of the whole run by stage and client, which are known before it starts."""
+    return {(stage, c): sum(fed.steps(c, round_) for round_ in phases)
+            for (stage, c), phases in _all_phases(fed).items()}
+
+
+def _all_phases(fed: Federation) -> dict[tuple[str, int], list[int]]:
+    """Returns the rounds of all phases of the run by stage and client; a round with two such phases is listed twice."""
     seen: set[int] = set()
-    out: dict[tuple[str, int], int] = {}
+    out: dict[tuple[str, int], list[int]] = {}
     for round_ in range(1, fed.settings.rounds + 1):
         for c in fed.members(round_):
             for stage in fed.strategy.stages(c not in seen, round_):
-                out[stage, c] = out.get((stage, c), 0) + fed.steps(c, round_)
+                out.setdefault((stage, c), []).append(round_)
             seen.add(c)
     return out
 

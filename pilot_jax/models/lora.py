@@ -19,7 +19,7 @@ from pilot_jax.programs import KeptJit
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 # Names of the subtrees that make up a client's LoRA: the whole, or its two factors for strategies that treat A and B
-# differently, and a second LoRA that is private.
+# differently, and a second LoRA, whose output is added.
 LORA_SUBTREES = ("text_adapter", "text_adapter_a", "text_adapter_b", "private_adapter")
 
 LoraTree = dict[str, dict[str, dict[str, jax.Array]]]

@@ -206,7 +206,8 @@ def make_plan(config: Config, **assumptions: int) -> dict[str, Any]:
     cohort = min(settings.clients_per_round or len(steps), len(steps))
     per_round = sum(steps) * cohort / len(steps)
     flops = {stage: step_flops(shapes, stage) for stage in dict.fromkeys(strategy.first_stages)}
-    up, down = (sum(sizes.values()) for sizes in strategy.sent_bytes(shapes.adapters))
+    up, down = ({stage: sum(strategy.phase_bytes(shapes.adapters, stage)[way].values()) for stage in flops}
+                for way in (0, 1))
     rounds = {"round_1": strategy.stages(True, 1), "later_rounds": strategy.stages(False, 2)}
     return {
         "clients": len(steps), "tasks": work.num_tasks, "rounds": settings.rounds, "assumed": work.assumed,
@@ -217,6 +218,6 @@ def make_plan(config: Config, **assumptions: int) -> dict[str, Any]:
         "flops_per_client_step": flops, "flops_features": _feature_flops(shapes) * sum(work.sizes),
         "client_steps": {name: round(per_round * len(stages)) for name, stages in rounds.items()},
         "flops": {name: int(per_round * sum(flops[s] for s in stages)) for name, stages in rounds.items()},
-        "bytes_up": {name: up * cohort * len(stages) for name, stages in rounds.items()},
-        "bytes_down": {name: down * cohort * len(stages) for name, stages in rounds.items()},
+        "bytes_up": {name: cohort * sum(up[s] for s in stages) for name, stages in rounds.items()},
+        "bytes_down": {name: cohort * sum(down[s] for s in stages) for name, stages in rounds.items()},
     }

@@ -9,6 +9,7 @@ from pilot_jax import __version__
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.personalised import used_adapters
 from pilot_jax.models.checkpoints.peft import save_adapters
+from pilot_jax.models.connector import connector_stage
 from pilot_jax.runs.restore import Run
 
 
@@ -49,7 +50,8 @@ def export_client(run: Run, client: str, out: Path) -> None:
         raise InputError(f"--out: {out} exists already. Choose a new folder; nothing was written.")
     if state.stage == "none":
         raise InputError(f"--client: {client} took part in no round, so it has no adapters of its own.")
+    stage = connector_stage(state.stage)
     kind, base = ("llava", model.path) if model.parts is None else ("language_model", model.parts.language)
-    save_adapters(out, used_adapters(fed, state), stage=state.stage, tasks=fed.tasks,
+    save_adapters(out, used_adapters(fed, state), stage=stage, tasks=fed.tasks,
                   task_index=fed.task_index(run.evaluation.model_of_client[index]), rank=model.lora.rank,
-                  alpha=model.lora.alpha, kind=kind, base=base, card=_model_card(run, client, base, state.stage))
+                  alpha=model.lora.alpha, kind=kind, base=base, card=_model_card(run, client, base, stage))

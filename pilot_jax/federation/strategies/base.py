@@ -55,6 +55,7 @@ class Strategy:
     scope: ClassVar[Scope] = "shared"  # scope of projector and LoRA
     aggregated_by: ClassVar[str] = "mean"
     one_model: ClassVar[bool] = True  # whether clients begin a phase with the server's model, not their own
+    answering_stage: ClassVar[str | None] = None  # stage as which models are evaluated and exported; None: their last
     pools_data: ClassVar[bool] = False  # whether there is one client, with the data of all
 
     def __post_init__(self) -> None:
@@ -88,9 +89,10 @@ class Strategy:
         return frozen
 
     def visual_adapters(self) -> tuple[str, ...]:
-        """Returns the subtrees, other than LoRA, that the model reads in some stage."""
-        return tuple(row.subtree for row in self.roles().adapter_rows
-                     if row.subtree not in LORA_SUBTREES and set(row.modes.values()) & {"trained", "frozen"})
+        """Returns the subtrees, other than LoRA, that the model reads in some stage, by its names for them."""
+        return tuple(dict.fromkeys(
+            row.name_in_model for row in self.roles().adapter_rows
+            if row.name_in_model not in LORA_SUBTREES and set(row.modes.values()) & {"trained", "frozen"}))
 
     def stages(self, first_time: bool, round_: int) -> tuple[str, ...]:
         """Returns the stages of a client's phases in a round. A baseline's extra phase is in round 1, where all clients
@@ -107,11 +109,11 @@ class Strategy:
                       Role("text_adapter", {"plain": "trained"}, self.scope, self.aggregated_by),
                       self.projector_role(self.scope, self.aggregated_by)))
 
-    def projector_role(self, scope: Scope, aggregated_by: str) -> Role:
+    def projector_role(self, scope: Scope, aggregated_by: str, stages: tuple[str, ...] = ("plain",)) -> Role:
         """Returns the projector's row of the table. If it is frozen, it is a part of the base and no adapter."""
         if self.params.projector == "frozen":
-            return Role("projector", {"plain": "frozen"}, "base", "never")
-        return Role("projector", {"plain": "trained"}, scope, aggregated_by)
+            return Role("projector", dict.fromkeys(stages, "frozen"), "base", "never")
+        return Role("projector", dict.fromkeys(stages, "trained"), scope, aggregated_by)
 
     def initial_adapters(self, key: jax.Array, projector: Mapping[str, Tree], model: VlmSpec, rank: int,
                          num_tasks: int) -> dict[str, Tree]:
@@ -169,8 +171,8 @@ class Strategy:
 
     def _server_step(self, mixed: dict[str, Tree], state: dict[str, Any]) -> tuple[dict[str, Tree], dict[str, Any]]:
         """Returns the server's model and state after its optimizer, if any. Its gradient is the negated mean change of
-        the clients (Reddi et al., 2021)."""
-        optimizer = self.server_optimizer()
+        the clients (Reddi et al., 2021). Subtrees that the phase did not upload count as unchanged."""
+        optimizer, mixed = self.server_optimizer(), {**state["model"], **mixed}
         if optimizer is not None:
             pseudo_gradient = jax.tree.map(jnp.subtract, state["model"], mixed)
             steps, state["optimizer"] = optimizer.update(pseudo_gradient, state["optimizer"], state["model"])
@@ -179,9 +181,16 @@ class Strategy:
         return mixed, state
 
     def sent_bytes(self, adapters: Mapping[str, Tree]) -> tuple[dict[str, int], dict[str, int]]:
-        """Returns the bytes of each subtree that one client (uploads, downloads) in a phase, as float32."""
+        """Returns the bytes of each subtree that one client (uploads, downloads) in a phase, as float32, if the phase
+        changes all shared subtrees."""
         up = {name: num_bytes(tree) for name, tree in self.roles().select(adapters, "shared").items()}
         return up, dict(up)
+
+    def phase_bytes(self, adapters: Mapping[str, Tree], stage: str) -> tuple[dict[str, int], dict[str, int]]:
+        """Returns `sent_bytes` without the shared subtrees that a phase of `stage` does not change."""
+        still = set(self.roles().names(scope="shared")) - set(self.roles().uploaded(stage))
+        up, down = self.sent_bytes(adapters)
+        return {n: b for n, b in up.items() if n not in still}, {n: b for n, b in down.items() if n not in still}
 
 
 def float32(tree: Tree) -> Tree:
