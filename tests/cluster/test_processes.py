@@ -177,7 +177,8 @@ processes.AT_ONCE = 2**18  # so that some arrays return from the devices one row
 mesh = {"clients": 2, "fsdp": 2}
 setup = prepare.prepare(small_config(system={"mesh": mesh}))
 told = {}
-cases = [(name, {}) for name in ("fedadam", "pilot", "scaffold", "similarity", "trimmed_mean")]
+cases = [(name, {}) for name in ("fedadam", "pilot", "scaffold", "similarity", "trimmed_mean", "fedamp",
+                                 "fedmosaic")]
 cases.append(("pilot", {"ata": {"space": "product"}}))
 for name, settings in cases:
     its = prepare.with_strategy(setup, make_strategy(name, settings)).federation

@@ -218,9 +218,13 @@ CASES = {
 }
 
 
+# Pilot's parts are in test_mixing, test_losses, test_roles and test_rounds, the others in test_personal_strategies.
+ELSEWHERE = {"pilot", "ditto", "fedamp", "fedmosaic", "rolora"}
+
+
 def test_every_strategy_is_here():
     packages = {name for name, strategy in STRATEGIES.items() if strategy.__module__.startswith("pilot_jax.")}
-    assert set(CASES) == packages - {"pilot"}  # Pilot's parts: test_mixing, test_losses, test_roles, test_rounds
+    assert set(CASES) == packages - ELSEWHERE
 
 
 @pytest.mark.parametrize("name", CASES)
