@@ -32,6 +32,7 @@ ATA_SWEEP: dict[str, tuple[str, ...]] = {
     "ata_temperature_16": ("strategy.ata.temperature=16",),
     "ata_inverse_distance": ("strategy.ata.weighting=inverse_distance",),
     "ata_share": ("strategy.ata.weighting=share",),
+    "ata_share_of_sizes": ("strategy.ata.weighting=share_of_sizes",),
     "ata_product": ("strategy.ata.space=product",),
     "ata_without_self": ("strategy.ata.include_self=false",),
 }

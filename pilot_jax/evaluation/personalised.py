@@ -17,6 +17,7 @@ from pilot_jax.errors import InputError
 from pilot_jax.evaluation.answers import Decoder, Examinee, base_examinee, scores
 from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.state import AnyState, ClientState, Federation, Population
+from pilot_jax.models.connector import connector_stage
 
 AT_ONCE = 128  # models whose adapters and prompts are in memory at the same time
 
@@ -36,11 +37,8 @@ class Evaluation:
 
 
 def used_adapters(fed: Federation, state: AnyState) -> dict[str, Tree]:
-    """Returns the subtrees that a client's model reads: those that were trained or frozen in its last stage."""
-    roles = fed.strategy.ownership()
-    used = roles.names(stage=state.stage, mode="trained") + roles.names(stage=state.stage, mode="frozen")
-    adapters = state.adapters
-    return {n: adapters[n] for n in used}
+    """Returns the subtrees that a client's model reads: those that are trained or frozen in the state's stage."""
+    return fed.strategy.ownership().read_by_model(state.adapters, state.stage)
 
 
 def examinee(fed: Federation, index: int, state: AnyState, prompts: Prompts, task: str) -> Examinee:
@@ -49,7 +47,7 @@ def examinee(fed: Federation, index: int, state: AnyState, prompts: Prompts, tas
     The model has the adapters that the client last received and its local ones. Without training it is the base."""
     if state.stage == "none":
         return base_examinee(fed.model, task, prompts)
-    return Examinee(used_adapters(fed, state), state.stage, fed.task_index(index), task, prompts)
+    return Examinee(used_adapters(fed, state), connector_stage(state.stage), fed.task_index(index), task, prompts)
 
 
 def evaluate(evaluation: Evaluation, population: Population | None, split: str = "test") -> dict[str, float]:

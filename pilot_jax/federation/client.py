@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Real, Shaped
 from pilot_jax.config import TrainConfig
 from pilot_jax.federation.losses import LossWeights, loss_weights, stage_loss
 from pilot_jax.federation.roles import Roles, Tree, optimizer_labels
+from pilot_jax.models.connector import connector_stage
 from pilot_jax.models.vlm import variables
 from pilot_jax.programs import KeptJit
 
@@ -31,7 +32,8 @@ AnyArray = Array | np.ndarray
 class LocalRule:
     """A strategy's change to its clients' steps. Subclasses are frozen dataclasses: their fields are compiled in.
 
-    `start`: the trained subtrees before the phase; `carried`: the subtrees of mode "carried" (SCAFFOLD's controls).
+    `trained`: the trained subtrees, as the model reads them; `start`: the same before the phase; `carried`: the
+    subtrees of mode "carried" (SCAFFOLD's controls) and "anchor" (Ditto's global model), under their own names.
     """
 
     averages_gradients: bool = False  # whether `carry` needs the mean gradient
@@ -75,15 +77,21 @@ class PhaseSpec:
     stage: str
     trained: tuple[str, ...]  # subtrees of the adapters, by their mode in the stage
     frozen: tuple[str, ...]
-    carried: tuple[str, ...]
+    carried: tuple[str, ...]  # and anchors
     received: tuple[str, ...]  # subtrees that are equal for all clients, as the server provides them
     weights: LossWeights
     optimizer: OptimizerSpec
     rule: LocalRule = PLAIN_RULE
+    aliases: tuple[tuple[str, str], ...] = ()  # (subtree, the one as which the model reads it), if they differ
+
+    def read(self, adapters: Mapping[str, Tree], names: tuple[str, ...]) -> dict[str, Tree]:
+        """Returns those of the subtrees `names` that there are, under the names by which the model knows them."""
+        known = dict(self.aliases)
+        return {known.get(n, n): adapters[n] for n in names if n in adapters}
 
     def split(self, adapters: Mapping[str, Tree]) -> tuple[dict[str, Tree], dict[str, Tree]]:
-        """Returns (trained, frozen) subtrees. Only the trained ones get gradients."""
-        return {n: adapters[n] for n in self.trained}, {n: adapters[n] for n in self.frozen}
+        """Returns (trained, frozen) subtrees, as the model reads them. Only the trained ones get gradients."""
+        return self.read(adapters, self.trained), self.read(adapters, self.frozen)
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -97,8 +105,10 @@ def phase_spec(module: Module, roles: Roles, stage: str, train: TrainConfig, rul
     """Returns the spec of a phase, from the ownership table and those values of `train` that are compiled in."""
     return PhaseSpec(
         module, stage, roles.names(stage=stage, mode="trained"), roles.names(stage=stage, mode="frozen"),
-        roles.names(stage=stage, mode="carried"), roles.names(scope="received"), loss_weights(train, stage),
-        OptimizerSpec(train.optimizer, train.weight_decay, train.adam_epsilon, train.warmup, train.schedule), rule)
+        roles.names(stage=stage, mode="carried") + roles.names(stage=stage, mode="anchor"),
+        roles.names(scope="received"), loss_weights(train, stage),
+        OptimizerSpec(train.optimizer, train.weight_decay, train.adam_epsilon, train.warmup, train.schedule), rule,
+        tuple((row.subtree, row.read_as) for row in roles.adapter_rows if row.read_as))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["own", "common"], meta_fields=[])
@@ -188,13 +198,13 @@ def client_loss(spec: PhaseSpec, base: Mapping[str, Tree], trained: Mapping[str,
                 batch: Mapping[str, Shaped[AnyArray, "B ..."]], task_index: int | Int[AnyArray, ""],
                 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns the loss of one client's batch, and its terms."""
-    logits, aux = spec.module.apply(variables(base, {**trained, **frozen}), batch, spec.stage, task_index,
-                                    method="target_logits")
+    logits, aux = spec.module.apply(variables(base, {**trained, **frozen}), batch,
+                                    connector_stage(spec.stage), task_index, method="target_logits")
     return stage_loss(logits, aux, batch, spec.weights)
 
 
 def _start(spec: PhaseSpec, adapters: Adapters, batch: ClientBatch) -> Carry:
-    trained = {n: adapters.own[n] for n in spec.trained}
+    trained = spec.read(adapters.own, spec.trained)
     labels = optimizer_labels(trained)
     state = jax.vmap(lambda tree, total, rate: make_optimizer(spec.optimizer, labels, total, rate).init(tree))(
         trained, batch.steps, batch.rates)
@@ -207,9 +217,8 @@ def _advance(spec: PhaseSpec, mesh: jax.sharding.Mesh | None, base: Mapping[str,
              batch: ClientBatch, offset: jax.Array | int) -> Carry:
     """Returns the carry after the steps of `batch`, of which the first is step `offset` of the phase."""
     own, common = carry.adapters.own, carry.adapters.common
-    start = {n: own[n] for n in spec.trained}
-    own_frozen = {n: own[n] for n in spec.frozen if n in own}
-    common_frozen = {n: common[n] for n in spec.frozen if n in common}
+    start, own_frozen, common_frozen = (spec.read(own, spec.trained), spec.read(own, spec.frozen),
+                                        spec.read(common, spec.frozen))
     carried = {n: own[n] if n in own else common[n] for n in spec.carried}
     axes = {n: 0 if n in own else None for n in carried}
     labels = optimizer_labels(start)
@@ -264,7 +273,9 @@ def _finish(spec: PhaseSpec, carry: Carry) -> tuple[dict[str, Tree], dict[str, j
         means = jax.tree.map(lambda total: total / count.reshape(-1, *(1,) * (total.ndim - 1)), carry.gradients)
         carried = {n: own[n] if n in own else common[n] for n in spec.carried}
         after = jax.vmap(spec.rule.carry, in_axes=(0, {n: 0 if n in own else None for n in carried}))(means, carried)
-    adapters = {**own, **{n: t for n, t in after.items() if n in own}, **carry.trained}
+    known = dict(spec.aliases)
+    trained = {n: carry.trained[known.get(n, n)] for n in spec.trained}
+    adapters = {**own, **{n: t for n, t in after.items() if n in own}, **trained}
     return {n: t for n, t in adapters.items() if n not in spec.received}, metrics
 
 

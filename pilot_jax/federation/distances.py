@@ -1,4 +1,4 @@
-"""Distances [S, S] between the LoRA trees of a cohort's clients, computed from exact differences.
+"""Distances and cosines [S, S] between the trees of a cohort's clients; distances are computed from exact differences.
 
 The expansion |a|² + |b|² − 2ab loses precision where clients share most of their value, so it only decides which pairs
 may be near each other. A distance that enters a weight is always the norm of a difference.
@@ -13,9 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
-from pilot_jax.kernels.pairwise import factor_gram, factor_pairs, product_gram, product_pairs, sum_over_leaves
+from pilot_jax.kernels.pairwise import (
+    exact_einsum,
+    factor_gram,
+    factor_pairs,
+    product_gram,
+    product_pairs,
+    sum_over_leaves,
+)
 from pilot_jax.parallel.mesh import columns, mesh_of
 
 # Relative to |a|² + |b|²: forty times the float32 error measured in Gram matrices (2e-7 at a million numbers a client).
@@ -76,3 +83,11 @@ def distances(uploads: Mapping, neighbors: int | None = None, space: str = "fact
     squares[pairs[:, 0], pairs[:, 1]] = squares[pairs[:, 1], pairs[:, 0]] = exact[:len(pairs)]
     np.fill_diagonal(squares, 0)
     return jnp.asarray(np.sqrt(squares), jnp.float32)
+
+
+def cosines(vectors: PyTree[Float[Array | np.ndarray, "S ..."]]) -> Float[Array, "S S"]:
+    """Returns the cosine between the vectors of every two clients, each over all leaves; 0 for a vector of zeros."""
+    flat = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(vectors)]
+    gram = jnp.asarray(sum(exact_einsum("si,ti->st", leaf, leaf) for leaf in flat))
+    norm = jnp.sqrt(jnp.diag(gram))
+    return gram / jnp.maximum(norm[:, None] * norm, 1e-30)

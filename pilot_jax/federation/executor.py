@@ -232,7 +232,8 @@ class _Phase:
         for k, job in enumerate(members):
             work = self.works[job.work]
             self.adapters[job.work][job.client], upload = after_upload(
-                job.fed, job.client, work.round, work.label, before[k], {**before[k], **row(after, k)})
+                job.fed, job.client, work.round, work.stage, work.label, before[k],
+                {**before[k], **row(after, k)})
             self.records[job.work][job.client] = {
                 "round": work.round, "phase": work.label, "client": job.data.name, "task": job.data.task,
                 "step": job.steps} | {name: float(value[k]) for name, value in metrics.items()} | upload

@@ -73,7 +73,8 @@ def ata_weights(distances: Float[AnyArray, "S S"], sizes: Real[AnyArray, " S"],
         options: neighbors: M ≥ 1; more than S − 1 means all others.
             weighting: softmax (default): ∝ exp(−d/τ). inverse_distance: ∝ 1/d, self weighing as much as its nearest
             neighbour. share: self ∝ n_k, neighbours ∝ 1/d. Where a neighbour is at d = 0, 1/d takes its limit: all
-            weight on the clients at d = 0, equally.
+            weight on the clients at d = 0, equally. share_of_sizes: self n_k / (n_k + Σ n_j over its neighbours), and
+            the neighbours divide the rest ∝ 1/d, with the same limit among them.
             temperature: τ, or "auto" (default): `auto_factor` (1) times the client's mean distance to its M neighbours
             (equal weights where that is 0).
             include_self (True): whether k belongs to its own neighbourhood. A lone client always does.
@@ -96,6 +97,8 @@ def ata_weights(distances: Float[AnyArray, "S S"], sizes: Real[AnyArray, " S"],
         if (given := options.get("temperature", "auto")) != "auto":
             tau = jnp.full((cohort, 1), float(given), jnp.float32)
         raw = _by_softmax(d, member, tau)
+    elif weighting == "share_of_sizes":
+        raw = _by_share_of_sizes(d, near, sizes)
     elif weighting in ("inverse_distance", "share"):
         raw = _by_inverse_distance(d, near, is_self, sizes if weighting == "share" else None)
     else:
@@ -130,6 +133,14 @@ def _by_inverse_distance(d: Float[Array, "S S"], near: Bool[Array, "S S"], is_se
     inverse = jnp.where(near & (d > 0), 1.0 / jnp.where(d > 0, d, 1.0), 0.0)
     own = jnp.max(inverse, axis=1, keepdims=True) if sizes is None else sizes[:, None]
     return jnp.where(touching, jnp.where(d == 0, 1.0, 0.0), jnp.where(is_self, own, inverse))
+
+
+def _by_share_of_sizes(d: Float[Array, "S S"], near: Bool[Array, "S S"], sizes: Float[Array, " S"],
+                       ) -> Float[Array, "S S"]:
+    """Returns n_k / (n_k + Σ n_j) for the client itself, and the rest for its neighbours, divided by 1/d."""
+    own = sizes / (sizes + jnp.sum(jnp.where(near, sizes[None], 0.0), axis=1))
+    inverse = jnp.where(near, _by_inverse_distance(d, near, jnp.zeros_like(near), None), 0.0)
+    return jnp.diag(own) + (1 - own)[:, None] * inverse / jnp.sum(inverse, axis=1, keepdims=True)
 
 
 def ata(uploads: Mapping[str, Any], sizes: Real[AnyArray, " S"], client_ids: Int[AnyArray, " S"] | None = None, *,

@@ -12,18 +12,27 @@ import numpy as np
 from pilot_jax.models.lora import LORA_SUBTREES
 
 Tree = Any  # a pytree of arrays: nested dicts with arrays as leaves
-Mode = Literal["trained", "frozen", "carried", "-"]
+Mode = Literal["trained", "frozen", "carried", "anchor", "-"]
 Scope = Literal["base", "shared", "local", "received"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """One row of the table: a top-level subtree of a client's adapters (or, with scope base, of the model)."""
+    """One row of the table: a top-level subtree of a client's adapters (or, with scope base, of the model).
+
+    In a stage, the model reads what is trained or frozen. The local rule alone reads what is carried, which it may
+    change, and anchors, which stay as they are. "-" is unused.
+    """
 
     subtree: str
-    modes: Mapping[str, Mode]  # by stage; "carried": only the local rule uses it; "-": unused
+    modes: Mapping[str, Mode]  # by stage
     scope: Scope
     aggregated_by: str  # ata, per_task_mean, mean, never, …: the rule of `aggregate` for it
+    read_as: str = ""  # the subtree as which the model reads it, if not under its own name
+
+    @property
+    def name_in_model(self) -> str:
+        return self.read_as or self.subtree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +53,32 @@ class Roles:
             if scope in (None, row.scope) and (mode is None or (stage is not None and row.modes[stage] == mode)))
 
     def check(self, adapters: Mapping[str, Tree]) -> None:
-        """Checks that every subtree has exactly one row, and every row a subtree."""
+        """Checks that every subtree has exactly one row, every row a subtree, and the model one subtree for a name."""
         known = [row.subtree for row in self.adapter_rows]
         if len(set(known)) != len(known) or set(known) != set(adapters):
             raise AssertionError(f"adapters {sorted(adapters)} are not covered exactly once by roles {sorted(known)}")
+        for stage in {stage for row in self.adapter_rows for stage in row.modes}:
+            read = [r.name_in_model for r in self.adapter_rows if r.modes.get(stage) in ("trained", "frozen")]
+            if len(set(read)) != len(read):
+                raise AssertionError(f"in {stage}, two subtrees have one name in the model: {sorted(read)}")
 
     def select(self, adapters: Mapping[str, Tree], scope: Scope) -> dict[str, Tree]:
-        """Returns the subtrees of one scope. `select(adapters, "shared")` is an upload, and nothing else can be one."""
+        """Returns the subtrees of one scope."""
         return {name: adapters[name] for name in self.names(scope=scope)}
+
+    def uploaded(self, stage: str) -> tuple[str, ...]:
+        """Returns the shared subtrees that a phase of `stage` changes, which are trained or carried in it."""
+        return tuple(row.subtree for row in self.adapter_rows
+                     if row.scope == "shared" and row.modes[stage] in ("trained", "carried"))
+
+    def upload(self, adapters: Mapping[str, Tree], stage: str) -> dict[str, Tree]:
+        """Returns what a client uploads after a phase of `stage`. Nothing else can be an upload."""
+        return {name: adapters[name] for name in self.uploaded(stage)}
+
+    def read_by_model(self, adapters: Mapping[str, Tree], stage: str) -> dict[str, Tree]:
+        """Returns the subtrees that the model reads in `stage`, under the names by which it knows them."""
+        return {row.name_in_model: adapters[row.subtree] for row in self.adapter_rows
+                if row.modes[stage] in ("trained", "frozen")}
 
 
 def optimizer_labels(trained: Mapping[str, Tree]) -> dict[str, Tree]:

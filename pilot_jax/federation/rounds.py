@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from pilot_jax.errors import Interrupted
@@ -87,18 +89,22 @@ def begin_phase(fed: Federation, state: State) -> PhasePlan | None:
 
 def _bytes_fetched(fed: Federation, state: State, clients: Sequence[int]) -> int:
     """Returns the bytes of the server's changes since these clients last downloaded from it."""
-    behind: dict[int, list[int]] = {}  # by LoRA rank, as the clients of one rank download as much
-    for client in clients:
-        if _versions(fed, state)[client] != state.version:
-            behind.setdefault(fed.rank_of(client), []).append(client)
-    total = 0
-    for rank, (first, *others) in behind.items():
-        old = state.population[first].adapters
-        new = up_to_date(fed.strategy, fed.task_index(first), old, state.server)
-        changed = sum(size for name, size in fed.strategy.traffic(new, rank, fed.rank)[1].items()
-                      if new[name] is not old[name])
-        total += changed * (1 + len(others))
-    return total
+    versions = _versions(fed, state)
+    behind = collections.Counter((versions[c], fed.rank_of(c)) for c in clients if versions[c] != state.version)
+    one_of = {(versions[c], fed.rank_of(c)): c for c in clients}  # clients of a version and rank have the same to fetch
+    return sum(_changed_bytes(fed, state, one_of[kind]) * count for kind, count in behind.items())
+
+
+def _changed_bytes(fed: Federation, state: State, client: int) -> int:
+    """Returns the bytes of the subtrees in which a client differs from what it would download now."""
+    old = state.population[client].adapters
+    new = up_to_date(fed.strategy, fed.task_index(client), old, state.server)
+
+    def same(one: Tree, other: Tree) -> bool:  # equal values count too: a client on disk or of a snapshot is a copy
+        return one is other or all(map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(other)))
+
+    sizes = fed.strategy.traffic(new, None, fed.rank_of(client), fed.rank)[1]
+    return sum(size for name, size in sizes.items() if not same(new[name], old[name]))
 
 
 def _versions(fed: Federation, state: State) -> tuple[int, ...]:
@@ -124,7 +130,8 @@ def finish_phase(fed: Federation, state: State, plan: PhasePlan, trained: Traine
     after, server, log = _aggregated(fed, plan, trained, used, state.server)
     population, fetched = list(state.population), list(_versions(fed, state))
     for client, adapters in after.items():
-        population[client] = ClientState(adapters, plan.stage, population[client].rounds)
+        stage = fed.strategy.answering_stage or plan.stage
+        population[client] = ClientState(adapters, stage, population[client].rounds)
         fetched[client] = state.version + 1
     state = dataclasses.replace(state, population=tuple(population), server=server, version=state.version + 1,
                                 fetched=tuple(fetched))
@@ -148,8 +155,8 @@ def _phase_record(fed: Federation, state: State, plan: PhasePlan, trained: Train
                   refused: Mapping[int, str]) -> dict[str, Any]:
     """Returns a phase's line of metrics.jsonl, without the values that its aggregation adds."""
     timings, clients = trained.timings, [c for c in plan.clients if c not in refused]
-    up = fed.bytes_of(0, trained.adapters, plan.clients)
-    down = fed.bytes_of(1, trained.adapters, clients)
+    up = fed.bytes_of(0, plan.stage, trained.adapters, plan.clients)
+    down = fed.bytes_of(1, plan.stage, trained.adapters, clients)
     record = {
         "round": plan.round, "phase": plan.label, "clients": len(clients),
         "client_steps": sum(r["step"] for r in trained.records.values()), "seconds": round(timings.seconds, 3),
@@ -159,18 +166,22 @@ def _phase_record(fed: Federation, state: State, plan: PhasePlan, trained: Train
         "bytes_down_by_subtree": down,
         "quarantined": [fed.clients[c].name for c in refused]}
     if fed.noise_multiplier:
-        uploads = max(n + (c in plan.clients) for c, n in enumerate(state.uploads or (0,) * len(fed.clients)))
-        record["epsilon"] = epsilon(fed.noise_multiplier, uploads, fed.settings.privacy.delta)
+        record["epsilon"] = epsilon(fed.noise_multiplier, max(_uploads(fed, state, plan)), fed.settings.privacy.delta)
     return record
+
+
+def _uploads(fed: Federation, state: State, plan: PhasePlan) -> tuple[int, ...]:
+    """Returns each client's number of uploads after a phase. In some stages (Ditto's "personal") there is none."""
+    sends = plan.clients if fed.strategy.ownership().uploaded(plan.stage) else ()
+    return tuple(n + (c in sends) for c, n in enumerate(state.uploads or (0,) * len(fed.clients)))
 
 
 def _counted(fed: Federation, state: State, plan: PhasePlan, trained: Trained, refused: Mapping[int, str],
              record: Mapping[str, Any]) -> State:
     """Returns the state with a phase's steps, bytes, uploads and refusals counted."""
-    uploads = tuple(n + (c in plan.clients) for c, n in enumerate(state.uploads or (0,) * len(fed.clients)))
     accepted = [r["update_norm"] for c, r in trained.records.items() if c not in refused]
     return dataclasses.replace(
-        state, phase=plan.number + 1, partial=None, uploads=uploads,
+        state, phase=plan.number + 1, partial=None, uploads=_uploads(fed, state, plan),
         norms={**state.norms, plan.stage: [*state.norms.get(plan.stage, []), *accepted][-REMEMBERED:]},
         benched=(*state.benched, *refused), quarantined=state.quarantined + len(refused),
         client_steps=state.client_steps + record["client_steps"], bytes_up=state.bytes_up + record["bytes_up"],
@@ -183,7 +194,7 @@ def _aggregated(fed: Federation, plan: PhasePlan, trained: Trained, used: Sequen
     """Aggregates the uploads of the clients `used`. Returns (each one's adapters afterwards, the server's state, arrays
     to log)."""
     roles = fed.strategy.ownership()
-    uploads = stack([common(roles.select(trained.adapters[c], "shared"), trained.adapters[c]) for c in used])
+    uploads = stack([common(roles.upload(trained.adapters[c], plan.stage), trained.adapters[c]) for c in used])
     cohort = Cohort(spread(uploads, fed.server_mesh), np.asarray([fed.clients[c].size for c in used]),
                     np.asarray([fed.task_index(c) for c in used]), np.asarray(used), plan.round)
     downloads, server, log = fed.strategy.aggregate(cohort, server)

@@ -36,7 +36,7 @@ class ClientState:
     once, by reference."""
 
     adapters: dict[str, Tree]  # NumPy leaves, without client axis
-    stage: str = "none"  # the last completed stage; "none" until the client has taken part
+    stage: str = "none"  # that of its model: the last, or the strategy's `answering_stage`; "none" before its first
     rounds: int = 0  # number of rounds in which it has taken part
 
     @property
@@ -133,15 +133,15 @@ class Federation:
         """Returns the LoRA rank of a client."""
         return self.rank if self.ranks is None else self.ranks[client]
 
-    def bytes_of(self, direction: int, adapters: Mapping[int, dict[str, Tree]],
+    def bytes_of(self, direction: int, stage: str, adapters: Mapping[int, dict[str, Tree]],
                  clients: Sequence[int]) -> dict[str, int]:
-        """Returns the bytes of each subtree that `clients` upload (direction 0) or download (1) together in a phase."""
+        """Returns the bytes of each subtree that `clients` together upload (direction 0) or download (1) in a phase."""
         out: dict[str, int] = {}
         counts = collections.Counter({self.rank_of(c): 0 for c in adapters})
         counts.update(self.rank_of(c) for c in clients)
         for rank, count in counts.items():  # clients of one rank have adapters of the same size
             one = next(c for c in adapters if self.rank_of(c) == rank)
-            for name, size in self.strategy.traffic(adapters[one], rank, self.rank)[direction].items():
+            for name, size in self.strategy.traffic(adapters[one], stage, rank, self.rank)[direction].items():
                 out[name] = out.get(name, 0) + size * count
         return out
 
@@ -195,28 +195,34 @@ class Federation:
 
 def most_uploads(fed: Federation) -> int:
     """Returns the largest number of uploads of one client in the whole run, if none is refused."""
-    count = [0] * len(fed.clients)
-    for round_ in range(1, fed.settings.rounds + 1):
-        for c in fed.members(round_):
-            count[c] += len(fed.strategy.stages(count[c] == 0, round_))
-    return max(count)
+    uploads = [0] * len(fed.clients)
+    for (stage, client), phases in _all_phases(fed).items():
+        uploads[client] += len(phases) if fed.strategy.ownership().uploaded(stage) else 0
+    return max(uploads)
 
 
 def all_steps(fed: Federation) -> dict[tuple[str, int], int]:
     """Returns the steps of the whole run, fine-tuning included, by stage and client; they are known before it starts.
 
     Fine-tuning of clients whose data are pooled counts for the one client that has them."""
-    seen: set[int] = set()
-    out: dict[tuple[str, int], int] = {}
-    for round_ in range(1, fed.settings.rounds + 1):
-        for c in fed.members(round_):
-            for stage in fed.strategy.stages(c not in seen, round_):
-                out[stage, c] = out.get((stage, c), 0) + fed.steps(c, round_)
-            seen.add(c)
+    out = {(stage, c): sum(fed.steps(c, round_) for round_ in phases)
+           for (stage, c), phases in _all_phases(fed).items()}
     if (tuning := fed.finetuning()) is not None:
         for c in range(len(tuning.clients)):
             key = fed.last_stage, 0 if fed.unpooled else c
             out[key] = out.get(key, 0) + tuning.full_steps(c)
+    return out
+
+
+def _all_phases(fed: Federation) -> dict[tuple[str, int], list[int]]:
+    """Returns the rounds of all phases of the run by stage and client; a round with two such phases is listed twice."""
+    seen: set[int] = set()
+    out: dict[tuple[str, int], list[int]] = {}
+    for round_ in range(1, fed.settings.rounds + 1):
+        for c in fed.members(round_):
+            for stage in fed.strategy.stages(c not in seen, round_):
+                out.setdefault((stage, c), []).append(round_)
+            seen.add(c)
     return out
 
 

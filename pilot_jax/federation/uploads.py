@@ -16,18 +16,19 @@ from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.state import Federation
 
 
-def after_upload(fed: Federation, client: int, round_: int, label: str, before: Mapping[str, Tree],
+def after_upload(fed: Federation, client: int, round_: int, stage: str, label: str, before: Mapping[str, Tree],
                  after: dict[str, Tree]) -> tuple[dict[str, Tree], dict[str, Any]]:
     """Returns a client's adapters after its upload, and the record of the upload.
 
     Args:
+        stage, label: of its phase.
         before, after: its adapters at the start and at the end of its training.
 
-    Returns: `after` with the shared subtrees as they were uploaded (clipped and noised where `settings.privacy` asks),
-        and {"update_norm": L2 norm of the shared subtrees' change} or {"fault": why the server cannot use it}.
+    Returns: `after` with the subtrees as they were uploaded (clipped and noised where `settings.privacy` asks), and
+        {"update_norm": L2 norm of the uploaded subtrees' change} or {"fault": why the server cannot use it}.
     """
     roles = fed.strategy.ownership()
-    start, upload = roles.select(before, "shared"), roles.select(after, "shared")
+    start, upload = roles.upload(before, stage), roles.upload(after, stage)
     fault, privacy = not_finite(roles.select(after, "local")), fed.settings.privacy
     name = fed.clients[client].name
     if privacy.clip is not None and upload:

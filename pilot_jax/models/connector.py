@@ -22,6 +22,11 @@ STAGES = ("plain", "stage1", "stage2")
 Adapter = Mapping[str, Mapping[str, Float[Array | np.ndarray, "..."]]]  # {layer: {"kernel", "bias"}}, ψ or a stack
 
 
+def connector_stage(stage: str) -> str:
+    """Returns the connector of a phase's stage: Pilot's two have their own, and all others the plain projector."""
+    return stage if stage in STAGES else "plain"
+
+
 def mlp(adapter: Adapter, features: Float[Array | np.ndarray, "*rows D"]) -> Float[Array, "*rows C"]:
     """Returns ψ(H_v), in the features' dtype."""
     x = jnp.asarray(features)

@@ -20,8 +20,8 @@ from pilot_jax.programs import KeptJit
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 # Names of the subtrees that make up a client's LoRA: the whole, or its two factors for strategies that treat A and B
-# differently, and a second LoRA that is private. Two more go with it: the factors of a change of the frozen weights,
-# which is the same for all clients, and the factor α/r of a client's own rank, relative to the model's α/R.
+# differently, and a second LoRA, whose output is added. Two more go with it: the factors of a change of the frozen
+# weights, which is the same for all clients, and the factor α/r of a client's own rank, relative to the model's α/R.
 RESIDUAL, SCALE = "text_residual", "text_scale"
 LORA_SUBTREES = ("text_adapter", "text_adapter_a", "text_adapter_b", "private_adapter", RESIDUAL, SCALE)
 

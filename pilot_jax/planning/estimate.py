@@ -210,6 +210,13 @@ def finetuning_steps(run: Outline, work: Workload) -> list[int]:
             for n in work.sizes]
 
 
+def _bytes_a_phase(run: Outline, work: Workload, shapes: Shapes, stage: str, direction: int) -> float:
+    """Returns the mean bytes that a client uploads (direction 0) or downloads (1) in a phase."""
+    largest = run.model.lora.largest
+    return float(np.mean([sum(run.strategy.traffic(shapes.adapters, stage, rank, largest)[direction].values())
+                          for rank in work.ranks or (largest,)]))
+
+
 def make_plan(config: Config, **assumptions: int) -> dict[str, Any]:
     """Returns the plan that `pilot-jax plan --json` prints; `assumptions` are arguments of `read_workload`.
 
@@ -223,9 +230,7 @@ def make_plan(config: Config, **assumptions: int) -> dict[str, Any]:
     cohort = min(settings.clients_per_round or len(steps), len(steps))
     per_round = sum(steps) * cohort / len(steps)
     flops = {stage: step_flops(shapes, stage) for stage in dict.fromkeys(strategy.first_stages)}
-    ranks, largest = work.ranks or (run.model.lora.largest,) * len(steps), run.model.lora.largest
-    up, down = (sum(sum(strategy.traffic(shapes.adapters, rank, largest)[i].values()) for rank in ranks) / len(ranks)
-                for i in (0, 1))
+    up, down = ({stage: _bytes_a_phase(run, work, shapes, stage, way) for stage in flops} for way in (0, 1))
     rounds = {"round_1": strategy.stages(True, 1), "later_rounds": strategy.stages(False, 2)}
     tuning = sum(finetuning_steps(run, work))
 
@@ -243,7 +248,7 @@ def make_plan(config: Config, **assumptions: int) -> dict[str, Any]:
         "client_steps": by_round(lambda stages: round(per_round * len(stages)), tuning),
         "flops": by_round(lambda stages: int(per_round * sum(flops[s] for s in stages)),
                           tuning * flops[rounds["later_rounds"][-1]]),
-        "bytes_up": by_round(lambda stages: round(up * cohort * len(stages)), 0),
-        "bytes_down": by_round(lambda stages: round(down * cohort * len(stages)), 0),
+        "bytes_up": by_round(lambda stages: round(cohort * sum(up[s] for s in stages)), 0),
+        "bytes_down": by_round(lambda stages: round(cohort * sum(down[s] for s in stages)), 0),
         "server": server_costs(strategy, shapes.adapters, cohort),
     }

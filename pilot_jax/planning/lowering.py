@@ -21,6 +21,7 @@ from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.strategies import Strategy
 from pilot_jax.kernels import pairwise
 from pilot_jax.kernels.attention import check_cudnn
+from pilot_jax.models.connector import connector_stage
 from pilot_jax.models.generate import Decoding, generate
 from pilot_jax.models.lora import RESIDUAL
 from pilot_jax.parallel.mesh import columns, make_mesh, on_clients, on_parts, replicated, sharded_shapes
@@ -80,18 +81,18 @@ def _local(shapes: Shapes, mesh: Mesh, width: int, stage: str, tunes: bool = Fal
 
 def _generation(shapes: Shapes, mesh: Mesh, width: int) -> Program:
     """Returns the program with which the models of `width` clients answer a batch of prompts each."""
-    run, roles, stage = shapes.run, shapes.run.strategy.ownership(), shapes.run.strategy.first_stages[-1]
-    rows, settings = run.eval.batch_size, run.eval
-    used = roles.names(stage=stage, mode="trained") + roles.names(stage=stage, mode="frozen")
+    run, strategy = shapes.run, shapes.run.strategy
+    stage, rows, settings = strategy.answering_stage or strategy.first_stages[-1], run.eval.batch_size, run.eval
+    used = strategy.ownership().read_by_model(shapes.adapters, stage)
     batch = data_shapes(run.spec, shapes.module.dtype, shapes.work, rows)
     prompts = _stacked({n: batch[n] for n in ("input_ids", "attention_mask", "features")}, width)
     prompts["keys"] = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (width, rows)))
     arguments = (
         shapes.module, sharded_shapes(shapes.base, mesh, run.system.mesh),
-        on_clients(_stacked({n: shapes.adapters[n] for n in used}, width), mesh),
+        on_clients(_stacked(used, width), mesh),
         on_clients(prompts, mesh), on_clients(_struct((width,), jnp.int32), mesh))
     how = Decoding(settings.max_new_tokens, (2,), settings.temperature, settings.top_p)
-    return Program(generate, arguments, {"stage": stage, "how": how})
+    return Program(generate, arguments, {"stage": connector_stage(stage), "how": how})
 
 
 def _server(shapes: Shapes, mesh: Mesh, cohort: int) -> dict[str, Program]:

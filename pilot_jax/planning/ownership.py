@@ -30,7 +30,8 @@ def ownership_table(config: Config) -> list[dict[str, Any]]:
         if role.scope == "base" and BASE_SUBTREES[role.subtree] not in base:
             continue
         tree = base[BASE_SUBTREES[role.subtree]] if role.scope == "base" else adapters[role.subtree]
-        rows.append({"subtree": role.subtree} | {stage: role.modes[stage] for stage in stages} | {
+        modes = dict.fromkeys(stages, "frozen") if role.scope == "base" else role.modes
+        rows.append({"subtree": role.subtree} | {stage: modes[stage] for stage in stages} | {
             "scope": role.scope, "aggregated by": role.aggregated_by, "parameters": num_parameters(tree),
             "bytes": num_bytes(tree)})
     return rows

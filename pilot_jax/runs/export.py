@@ -9,6 +9,7 @@ from pilot_jax import __version__
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.personalised import used_adapters
 from pilot_jax.models.checkpoints.peft import lora_rank, peft_lora, save_adapters
+from pilot_jax.models.connector import connector_stage
 from pilot_jax.models.lora import RESIDUAL
 from pilot_jax.runs.restore import Run
 
@@ -56,11 +57,12 @@ def export_client(run: Run, client: str, out: Path, rank: int | None = None) -> 
         raise InputError(f"--out: {out} exists already. Choose a new folder; nothing was written.")
     if state.stage == "none":
         raise InputError(f"--client: {client} took part in no round, so it has no adapters of its own.")
+    stage = connector_stage(state.stage)
     kind, base = ("llava", model.path) if model.parts is None else ("language_model", model.parts.language)
     number, adapters = run.evaluation.model_of_client[index], used_adapters(fed, state)
     lora, lost = peft_lora(adapters, fed.rank, rank)
     own_rank = fed.rank if RESIDUAL in adapters else fed.rank_of(number)
-    save_adapters(out, adapters, lora, stage=state.stage, tasks=fed.tasks, task_index=fed.task_index(number),
+    save_adapters(out, adapters, lora, stage=stage, tasks=fed.tasks, task_index=fed.task_index(number),
                   alpha_over_rank=model.lora.alpha / own_rank, kind=kind, base=base,
                   card=_model_card(run, client, base, lora_rank(lora), lost))
     return lost

@@ -83,8 +83,9 @@ def toy_numbers(seed: int = 7) -> dict[str, np.ndarray]:
 def toy_adapters(strategy: Strategy, seed: int = 7) -> dict[str, Tree]:
     """Returns `toy_numbers` as the subtrees of a strategy's ownership table, float32. B is not 0, so A changes too.
 
-    Known subtrees are the projector, LoRA (whole or as its two factors) and a private LoRA. Subtrees that the model
-    does not use in any stage (SCAFFOLD's controls) begin as zeros in the shape of LoRA and projector.
+    Known subtrees are the projector, LoRA (whole or as its two factors), a private LoRA, and those that the model reads
+    as one of these; of those that it does not read, FedAMP's model u_k and FedMosaic's gradient. Other subtrees that
+    the model does not read in any stage (SCAFFOLD's controls) begin as zeros in the shape of LoRA and projector.
 
     Raises:
         ValueError: the table has another subtree. Pass your own adapters to `toy_state`.
@@ -92,15 +93,16 @@ def toy_adapters(strategy: Strategy, seed: int = 7) -> dict[str, Tree]:
     p, roles = toy_numbers(seed), strategy.roles()
     known = {"projector": {"w": p["w"]}, "text_adapter": _lora(p["a"], p["b"]),
              "private_adapter": _lora(p["a2"], p["b2"]),
-             "text_adapter_a": {"q": p["a"][None]}, "text_adapter_b": {"q": p["b"][None]}}
-    zeros = jax.tree.map(np.zeros_like, {name: known[name] for name in ("text_adapter", "projector")
-                                         if name in roles.names()})
+             "text_adapter_a": {"q": p["a"][None]}, "text_adapter_b": {"q": p["b"][None]},
+             "relevance": {"q": np.zeros_like(p["b"][None])}}
+    trained = {name: known[name] for name in ("text_adapter", "projector") if name in roles.names()}
+    known["cloud_model"], zeros = trained, jax.tree.map(np.zeros_like, trained)
     adapters = {}
     for row in roles.adapter_rows:
-        unseen = set(row.modes.values()) <= {"carried", "-"}
-        if row.subtree not in known and not unseen:
+        name = row.subtree if row.subtree in known else row.name_in_model
+        if name not in known and not set(row.modes.values()) <= {"carried", "anchor", "-"}:
             raise ValueError(f"the toy's model does not know the subtree {row.subtree!r}")
-        adapters[row.subtree] = zeros if unseen else known[row.subtree]
+        adapters[row.subtree] = known.get(name, zeros)
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), strategy.with_options(adapters, RANK))
 
 

@@ -185,7 +185,8 @@ processes.AT_ONCE = 2**18  # so that some arrays return from the devices one row
 mesh = {"clients": 2, "fsdp": 2}
 setup = prepare.prepare(small_config(system={"mesh": mesh}))
 told = {}
-cases = [(name, {}) for name in ("fedadam", "pilot", "scaffold", "similarity", "trimmed_mean")]
+cases = [(name, {}) for name in ("fedadam", "pilot", "scaffold", "similarity", "trimmed_mean", "fedamp",
+                                 "fedmosaic")]
 cases += [("pilot", {"ata": {"space": "product"}}), ("pilot", {"combine": "product"})]
 cases += [(name, {}) for name in ("flexlora", "fedrot_lora", "fedex_lora", "flora")]
 for name, settings in cases:

@@ -57,9 +57,10 @@ class Strategy:
     scope: ClassVar[Scope] = "shared"  # scope of projector and LoRA
     aggregated_by: ClassVar[str] = "mean"
     one_model: ClassVar[bool] = True  # whether clients begin a phase with the server's model, not their own
+    answering_stage: ClassVar[str | None] = None  # stage as which models are evaluated and exported; None: their last
     pools_data: ClassVar[bool] = False  # whether there is one client, with the data of all
     restarts_lora: ClassVar[bool] = False  # whether, with `combine: exact`, LoRA starts anew after each aggregation
-    in_one_scale: ClassVar[bool] = False  # whether the rule compares or adds LoRA's entries over phases or clients
+    needs_one_rank: ClassVar[bool] = False  # whether all clients must have LoRA of one rank
     finetunes: ClassVar[bool] = False  # whether the run's final models are those after fine-tuning
 
     def __post_init__(self) -> None:
@@ -68,10 +69,10 @@ class Strategy:
         if self.params.combine not in self.combines():
             raise InputError(f"strategy.combine: {self.params.combine} does not fit {self.name}. It takes "
                              f"{', '.join(self.combines())}.")
-        if self.ranks_differ and (self.in_one_scale or (self.params.combine == "exact" and not self.restarts_lora)):
-            why = "compares clients entry by entry" if self.in_one_scale else "combines them exactly"
-            raise InputError(f"model.lora.rank: the clients' ranks differ, but {self.name} {why}. Give one rank for "
-                             "all, or use another strategy, such as flexlora or flora.")
+        one_rank = self.needs_one_rank or (self.params.combine == "exact" and not self.restarts_lora)
+        if self.ranks_differ and one_rank:
+            raise InputError(f"model.lora.rank: the clients' ranks differ, but {self.name} needs one rank for all. "
+                             "Give one, or use another strategy, such as flexlora or flora.")
         if self.finetunes and self.pools_data:
             raise InputError(f"strategy.name: {self.name} pools all data into one client, so it cannot fine-tune each "
                              "client's model. Set the class attribute finetunes or pools_data to False.")
@@ -89,7 +90,8 @@ class Strategy:
         All others than factors need a LoRA that is shared as a whole, and no rule of the strategy's own for uploads.
         exact needs a model that is common to all, for its change of the frozen weights to be added to.
         """
-        own_rule = type(self).combine is not Strategy.combine
+        kind = type(self)
+        own_rule = kind.combine is not Strategy.combine or kind.aggregate is not Strategy.aggregate
         if own_rule or "text_adapter" not in self.roles().names(scope="shared"):
             return ("factors",)
         if self.server_optimizer() is not None:  # its moments belong to the entries of A and B
@@ -116,9 +118,10 @@ class Strategy:
         return frozen
 
     def visual_adapters(self) -> tuple[str, ...]:
-        """Returns the subtrees, other than LoRA, that the model reads in some stage."""
-        return tuple(row.subtree for row in self.roles().adapter_rows
-                     if row.subtree not in LORA_SUBTREES and set(row.modes.values()) & {"trained", "frozen"})
+        """Returns the subtrees, other than LoRA, that the model reads in some stage, by its names for them."""
+        return tuple(dict.fromkeys(
+            row.name_in_model for row in self.roles().adapter_rows
+            if row.name_in_model not in LORA_SUBTREES and set(row.modes.values()) & {"trained", "frozen"}))
 
     def stages(self, first_time: bool, round_: int) -> tuple[str, ...]:
         """Returns the stages of a client's phases in a round. A baseline's extra phase is in round 1, where all clients
@@ -141,11 +144,11 @@ class Strategy:
         extra = extra_rows(tuple(stages), self.params.combine == "exact", self.ranks_differ)
         return Roles((*self.roles().rows, *extra))
 
-    def projector_role(self, scope: Scope, aggregated_by: str) -> Role:
+    def projector_role(self, scope: Scope, aggregated_by: str, stages: tuple[str, ...] = ("plain",)) -> Role:
         """Returns the projector's row of the table. If it is frozen, it is a part of the base and no adapter."""
         if self.params.projector == "frozen":
-            return Role("projector", {"plain": "frozen"}, "base", "never")
-        return Role("projector", {"plain": "trained"}, scope, aggregated_by)
+            return Role("projector", dict.fromkeys(stages, "frozen"), "base", "never")
+        return Role("projector", dict.fromkeys(stages, "trained"), scope, aggregated_by)
 
     def initial_adapters(self, key: jax.Array, projector: Mapping[str, Tree], model: VlmSpec, rank: int,
                          num_tasks: int) -> dict[str, Tree]:
@@ -205,10 +208,11 @@ class Strategy:
         weights, state = to_host(self.mix(cohort)), dict(server)
         rows, log = weights[:1] if self.one_model else weights, {"weights": weights}
         downloads = self.combine(cohort, rows)
-        if self.params.combine == "exact":
+        how = self.params.combine if "text_adapter" in downloads else "factors"
+        if how == "exact":
             downloads["text_adapter"], state["residual"], lost = to_host(self._exactly(cohort, rows[0], server))
             log["residual_lost"] = lost
-        elif self.params.combine != "factors":
+        elif how != "factors":
             downloads["text_adapter"] = self.combine_lora(cohort, rows, server)
         if self.one_model:
             model = to_host(jax.tree.map(lambda leaf: leaf[0], downloads))
@@ -248,8 +252,8 @@ class Strategy:
 
     def _server_step(self, mixed: dict[str, Tree], state: dict[str, Any]) -> tuple[dict[str, Tree], dict[str, Any]]:
         """Returns the server's model and state after its optimizer, if any. Its gradient is the negated mean change of
-        the clients (Reddi et al., 2021)."""
-        optimizer = self.server_optimizer()
+        the clients (Reddi et al., 2021). Subtrees that the phase did not upload count as unchanged."""
+        optimizer, mixed = self.server_optimizer(), {**state["model"], **mixed}
         if optimizer is not None:
             pseudo_gradient = jax.tree.map(jnp.subtract, state["model"], mixed)
             steps, state["optimizer"] = optimizer.update(pseudo_gradient, state["optimizer"], state["model"])
@@ -258,16 +262,23 @@ class Strategy:
         return mixed, state
 
     def sent_bytes(self, adapters: Mapping[str, Tree]) -> tuple[dict[str, int], dict[str, int]]:
-        """Returns the bytes of each subtree that one client (uploads, downloads) in a phase, as float32."""
+        """Returns the bytes of each subtree that one client (uploads, downloads) in a phase, as float32, if the phase
+        changes all shared subtrees."""
         up = {name: num_bytes(tree) for name, tree in self.roles().select(adapters, "shared").items()}
         return up, dict(up)
 
-
-    def traffic(self, adapters: Mapping[str, Tree], rank: int = 1, largest: int = 1,
-                ) -> tuple[dict[str, int], dict[str, int]]:
-        """Returns `sent_bytes` with what options of LoRA change: a client's rank below the largest, of which its arrays
-        are, and a change of the frozen weights that is downloaded."""
+    def phase_bytes(self, adapters: Mapping[str, Tree], stage: str) -> tuple[dict[str, int], dict[str, int]]:
+        """Returns `sent_bytes` without the shared subtrees that a phase of `stage` does not change."""
+        still = set(self.roles().names(scope="shared")) - set(self.roles().uploaded(stage))
         up, down = self.sent_bytes(adapters)
+        return {n: b for n, b in up.items() if n not in still}, {n: b for n, b in down.items() if n not in still}
+
+
+    def traffic(self, adapters: Mapping[str, Tree], stage: str | None = None, rank: int = 1, largest: int = 1,
+                ) -> tuple[dict[str, int], dict[str, int]]:
+        """Returns `phase_bytes` of a stage, or `sent_bytes`, with what options of LoRA change: a client's rank below
+        the largest, of which its arrays are, and a change of the frozen weights that is downloaded."""
+        up, down = self.sent_bytes(adapters) if stage is None else self.phase_bytes(adapters, stage)
         extra = {RESIDUAL: num_bytes(adapters[RESIDUAL])} if RESIDUAL in adapters else {}
         return traffic(up, rank, largest), traffic({**down, **extra}, rank, largest)
 

@@ -49,10 +49,11 @@ class AtaConfig(Section):
         "notes, all keys below but `neighbors` are ignored.")
     neighbors: int = Field(2, ge=1, description="Number M of nearest other clients that a client's LoRA is mixed with. "
                            "If the cohort has fewer, all of them.")
-    weighting: Literal["softmax", "inverse_distance", "share"] = Field(
+    weighting: Literal["softmax", "inverse_distance", "share", "share_of_sizes"] = Field(
         "softmax", description="Rule for the weight of a neighbour at distance d. softmax: ∝ exp(−d/τ), also for the "
         "client's own upload at d = 0. inverse_distance: ∝ 1/d; the own upload weighs as much as the nearest "
-        "neighbour. share: ∝ 1/d; the own upload weighs as much as the client has training samples.")
+        "neighbour. share: ∝ 1/d; the own upload weighs as much as the client has training samples. share_of_sizes: "
+        "the own upload has the client's share of its and its neighbours' training samples; the rest is ∝ 1/d.")
     temperature: Literal["auto"] | float = Field(
         "auto", description="Temperature τ of `weighting: softmax`. auto: `auto_factor` times the client's mean "
         "distance to its M neighbours, so that weights do not depend on the scale of the adapters.")
@@ -143,6 +144,9 @@ class Pilot(Strategy):
             return ("strategy.init: copy starts ψ_t and ψ_s equal; L_d is symmetric in them, so they stay equal and "
                     "never separate. Set strategy.init=preserve to avoid this.")
         return None
+
+    def combines(self):
+        return "factors", "product", "aligned"
 
     def initial_server_state(self, adapters, sizes, tasks):
         bank = adapters["task_bank"] if self.params.cross_task else _repeat(adapters["task"], int(np.max(tasks)) + 1)

@@ -42,7 +42,7 @@ class Scaffold(Strategy):
     """SCAFFOLD; the module's text describes it."""
 
     Params = ServerParams
-    in_one_scale = True
+    needs_one_rank = True
 
     def roles(self):
         rows = super().roles().rows

@@ -8,12 +8,11 @@ instead of M neighbours, by direction instead of distance.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from pydantic import Field
 
 from pilot_jax.config import StrategyParams
+from pilot_jax.federation.distances import cosines
 from pilot_jax.federation.strategies.base import Aggregated, Strategy, register
-from pilot_jax.kernels.pairwise import exact_einsum
 from pilot_jax.parallel.processes import to_host
 
 
@@ -27,18 +26,18 @@ class Similarity(Strategy):
 
     aggregated_by = "similarity"
     one_model = False
-    in_one_scale = True
+    needs_one_rank = True
+
+    def combines(self):
+        return "factors", "product", "aligned"
 
     def initial_server_state(self, adapters, sizes, tasks):
         return {"start": adapters}
 
     def aggregate(self, cohort, server):
-        moved = jax.tree.map(lambda leaf, start: (leaf - start).reshape(len(cohort), -1), dict(cohort.uploads),
+        moved = jax.tree.map(lambda leaf, start: leaf - start, dict(cohort.uploads),
                              {n: server["start"][n] for n in cohort.uploads})
-        gram = sum(exact_einsum("si,ti->st", leaf, leaf) for leaf in jax.tree.leaves(moved))
-        norm = jnp.sqrt(jnp.diag(gram))
-        cosine = gram / jnp.maximum(norm[:, None] * norm, 1e-30)
-        weights = to_host(jax.nn.softmax(cosine / self.params.similarity_temperature, axis=1))
+        weights = to_host(jax.nn.softmax(cosines(moved) / self.params.similarity_temperature, axis=1))
         downloads = self.combine(cohort, weights)
         if self.params.combine != "factors":
             downloads["text_adapter"] = self.combine_lora(cohort, weights, server)

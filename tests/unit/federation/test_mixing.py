@@ -49,7 +49,11 @@ def ata64(d, sizes, m, weighting, temperature, include_self, size_weighted):
             out[k, k] = 1
             continue
         raw = {}
-        if weighting == "softmax":
+        if weighting == "share_of_sizes":
+            raw = {j: 1 / d[k, j] for j in others}
+            own = sizes[k] / (sizes[k] + sum(sizes[j] for j in others))
+            raw = {j: (1 - own) * w / sum(raw.values()) for j, w in raw.items()} | {k: own}
+        elif weighting == "softmax":
             tau = np.mean([d[k, j] for j in others]) if temperature == "auto" else temperature
             raw = {j: np.exp(-d[k, j] / tau) for j in others}
             raw[k] = 1.0
@@ -123,7 +127,7 @@ def test_large_cohorts_shortlist_by_a_gram(space, kind):
     ("weighting", "temperature", "include_self", "size_weighted", "m"),
     [(w, t, i, s, m)
      for w, t in (("softmax", "auto"), ("softmax", 1.0), ("softmax", 7.5), ("inverse_distance", "auto"),
-                  ("share", "auto"))
+                  ("share", "auto"), ("share_of_sizes", "auto"))
      for i in (True, False) for s in (True, False) for m in (1, 3, 5, 99)])
 def test_ata_weights(weighting, temperature, include_self, size_weighted, m):
     tree = uploads()
@@ -159,12 +163,26 @@ def test_lone_client_identical_clients_and_ties():
     np.testing.assert_allclose(weights[0], [0.5, 0, 0.5], atol=1e-6)
 
 
-@pytest.mark.parametrize("weighting", ["inverse_distance", "share"])
+@pytest.mark.parametrize("weighting", ["inverse_distance", "share", "share_of_sizes"])
 def test_one_identical_neighbour_takes_the_limit(weighting):
     d = jnp.asarray([[0, 0, 2.0], [0, 0, 3.0], [2, 3, 0]])
     weights = np.asarray(mixing.ata_weights(d, jnp.asarray([4.0, 5, 6]), neighbors=2, weighting=weighting))
-    np.testing.assert_allclose(weights[0], [0.5, 0.5, 0], atol=1e-6)
+    np.testing.assert_allclose(weights[0], [0.5, 0.5, 0] if weighting != "share_of_sizes" else [4 / 15, 11 / 15, 0],
+                               atol=1e-6)
     assert np.all(np.isfinite(weights))
+
+
+def test_the_two_readings_of_a_share():
+    """n_k against 1/d is nearly local training for close clients; a share of the neighbours' sizes does not depend on
+    the distances' unit."""
+    d = jnp.asarray([[0, 1.0, 3], [1, 0, 2], [3, 2, 0]])
+    sizes = jnp.asarray([10.0, 20, 30])
+    for scale in (0.1, 1.0, 10.0):
+        of_units, of_sizes = (np.asarray(mixing.ata_weights(scale * d, sizes, neighbors=2, weighting=name))
+                              for name in ("share", "share_of_sizes"))
+        np.testing.assert_allclose(of_units[0], np.asarray([10, 1 / scale, 1 / (3 * scale)]) / (
+            10 + 4 / (3 * scale)), rtol=1e-5)
+        np.testing.assert_allclose(of_sizes[0], [1 / 6, 5 / 6 * 0.75, 5 / 6 * 0.25], rtol=1e-5)
 
 
 def test_no_neighbours_is_refused():

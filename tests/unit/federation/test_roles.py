@@ -120,7 +120,7 @@ def test_nothing_local_can_be_uploaded(federation):
     uploads = []
     for client in state.population:
         dirty = {n: t if n in ("text_adapter", "task") else poison(t) for n, t in client.adapters.items()}
-        upload = roles.select(dirty, "shared")
+        upload = roles.upload(dirty, "stage1")
         assert set(upload) == {"text_adapter", "task"}
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(upload))
         uploads.append(upload)
@@ -161,11 +161,12 @@ def test_a_round_moves_what_the_table_says(setup, name):
         for local in ("client", "cross_task", "router", "text_adapter"):
             assert not equal(first[local], second[local]), local
         return
-    frozen = roles.names(stage="plain", mode="frozen")
+    frozen = roles.names(stage=fed.strategy.first_stages[-1], mode="frozen")
     for row in roles.adapter_rows:
         if row.subtree == "control_change":  # uploaded, not returned
             continue
-        alike = row.subtree in frozen or (row.scope != "local" and row.aggregated_by != "similarity")
+        alike = row.scope == "received" or (row.scope == "shared" and fed.strategy.one_model) or (
+            row.subtree in frozen and row.subtree != "others_adapter")  # FedMosaic's own mixture for each client
         for one in (second, other):
             assert equal(first[row.subtree], one[row.subtree]) == alike, row.subtree
     if name == "local":

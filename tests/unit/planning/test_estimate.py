@@ -243,3 +243,16 @@ def test_run_without_the_weights_says_so():
     with pytest.raises(InputError, match="llava-1"):
         prepare.prepare(load_config(CONFIGS / "llava15_7b.yaml", ["data.path=digits", "federation.clients=9",
                                                                      "data.partition=given"]))
+
+
+@pytest.mark.slow
+def test_a_stage_sends_what_it_trains():
+    """Ditto's personal phases send nothing, and each of RoLoRA's the projector and one factor of LoRA."""
+    plans = {name: estimate.make_plan(small_config(strategy={"name": name})) for name in ("fedavg", "ditto", "rolora")}
+    for way in ("bytes_up", "bytes_down"):
+        assert plans["ditto"][way] == plans["fedavg"][way]
+        sizes = plans["rolora"]["parameters"]
+        factors, projector = sizes["text_adapter_a"] + sizes["text_adapter_b"], sizes["projector"]
+        assert plans["rolora"][way] == {"round_1": 9 * 4 * (factors + 2 * projector),
+                                        "later_rounds": 9 * 4 * (sizes["text_adapter_b"] + projector)}
+    assert plans["ditto"]["flops"]["round_1"] == 2 * plans["fedavg"]["flops"]["round_1"]
