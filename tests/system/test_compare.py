@@ -184,14 +184,13 @@ def test_evaluation_matrix(field):
     assert len(whole["base_captions"]["clients"]) == 9
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["fedavg", "fedavg_ft", "pilot"])
+@pytest.mark.parametrize("name", slow_except((), ["fedavg", "fedavg_ft", "pilot"], {"fedavg", "fedavg_ft"}))
 def test_variants_with_finetuning_have_all_their_scores(field, name):
     """Seeds that are fine-tuned together have the scores and, under fedavg_ft, the models of separate runs."""
-    [variant] = variants.read_variants(f"{name}+federation.finetune_steps=3")
+    [variant] = variants.read_variants(f"{name}+federation.finetune_steps=2")
     row = runner.run_variant(field, variant)
     for seed, record in enumerate(row["seeds"]):
-        config = small_config(train=SGD, strategy={"name": name}, federation={"finetune_steps": 3})
+        config = small_config(train=SGD, strategy={"name": name}, federation={"finetune_steps": 2})
         alone = simulate.simulate(prepare.seeded(config, seed)).summary
         for key in ("client_steps", "bytes_up", "bytes_down"):
             assert record[key] == alone[key], key

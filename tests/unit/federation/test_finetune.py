@@ -9,7 +9,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import Events, slow_except, tree_max_difference
+from conftest import DiesAt, Events, Killed, same_run, slow_except, tree_max_difference
 
 from pilot_jax.cli.tables import print_scores
 from pilot_jax.compare import statistics, tables
@@ -266,6 +266,22 @@ def test_an_interrupted_finetuning_begins_again(on_toy, tmp_path, stop, save_eve
     assert stripped(run.records) == stripped(whole.records)
     for key in ("adapters_sha256", "bytes_up", "bytes_down", "client_steps"):
         assert run.summary[key] == whole.summary[key], key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("death", [(7, "chunk"), (1, "evaluating")])
+def test_a_killed_finetuning_begins_again(tuned, tmp_path, death):
+    """A kill leaves no trace of fine-tuning in the finished run, whose files are those of an undisturbed one."""
+    class Dies(DiesAt):
+        def note(self, text):
+            self._add("evaluating" if "evaluating" in text else "note", text=text)
+
+    config = apply_overrides(tuned, ["strategy.name=fedavg_ft"])
+    simulate.simulate(config, out=tmp_path / "whole")
+    with pytest.raises(Killed):
+        simulate.simulate(config, out=tmp_path / "run", observers=[Dies(*death)])
+    simulate.simulate(config, out=tmp_path / "run", resume=True)
+    same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_with_a_store_few_clients_are_in_memory_at_a_time(tuned, tmp_path, monkeypatch):

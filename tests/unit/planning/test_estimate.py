@@ -78,10 +78,11 @@ def test_steps_and_bytes(seven_billion):
 @pytest.mark.slow
 def test_plan_agrees_with_the_run(capsys):
     """The plan has the steps, bytes and array sizes of a real run."""
-    config = small_config(federation={"rounds": 2, "finetune_steps": 3})
+    config = small_config(federation={"rounds": 2, "finetune_steps": 2})
     planned, run = estimate.make_plan(config), simulate.simulate(config)
-    assert planned["client_steps"]["finetuning"] == 9 * 3
-    assert planned["flops"]["finetuning"] == 27 * planned["flops_per_client_step"]["stage2"]
+    more = estimate.make_plan(small_config(federation={"finetune_steps": 7}))
+    assert more["client_steps"]["finetuning"] == 9 * 7
+    assert more["flops"]["finetuning"] == 63 * planned["flops_per_client_step"]["stage2"]
     for key in ("client_steps", "bytes_up", "bytes_down"):
         assert sum(planned[key].values()) == run.summary[key]
     assert forecast(run.federation, prepare.outline(config))["flops"] == sum(planned["flops"].values())
