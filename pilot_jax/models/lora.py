@@ -14,13 +14,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from pilot_jax.kernels.low_rank import linears_with_low_rank
+from pilot_jax.models.experts import is_mixture, mixed, with_experts
 from pilot_jax.models.spec import TextSpec
 from pilot_jax.programs import KeptJit
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 # Names of the subtrees that make up a client's LoRA: the whole, or its two factors for strategies that treat A and B
-# differently, and a second LoRA that is private.
-LORA_SUBTREES = ("text_adapter", "text_adapter_a", "text_adapter_b", "private_adapter")
+# differently; a second LoRA that is private; and further experts with their router (`models.experts`).
+LORA_SUBTREES = ("text_adapter", "text_adapter_a", "text_adapter_b", "private_adapter", "expert_bank", "expert_router",
+                 "expert_slots")
 
 LoraTree = dict[str, dict[str, dict[str, jax.Array]]]
 
@@ -46,13 +48,16 @@ def factors(adapter: Mapping[str, PyTree]) -> dict[str, dict[str, PyTree]]:
 def assembled(adapters: Mapping[str, PyTree]) -> PyTree | None:
     """Returns the LoRA that a client's subtrees in LORA_SUBTREES add up to; None if it has none of them.
 
-    The sum of two LoRAs is one LoRA of twice the rank: B_1·A_1 + B_2·A_2 = [B_1 B_2]·[A_1; A_2].
+    The sum of two LoRAs is one LoRA of twice the rank: B_1·A_1 + B_2·A_2 = [B_1 B_2]·[A_1; A_2]. Experts that a router
+    mixes are no LoRA: their targets have the leaves that `models.experts.with_experts` names.
     """
     if "text_adapter_a" in adapters:
         a, b = adapters["text_adapter_a"], adapters["text_adapter_b"]
         shared: PyTree | None = {"layers": {name: {"a": a[name], "b": b[name]} for name in a}}
     else:
         shared = adapters.get("text_adapter")
+    if shared is not None and "expert_router" in adapters:
+        return with_experts(shared, adapters)
     private = adapters.get("private_adapter")
     if private is None or shared is None:
         return shared
@@ -62,16 +67,20 @@ def assembled(adapters: Mapping[str, PyTree]) -> PyTree | None:
 
 
 def lora_linears(x: Float[Array, "tokens d_in"], kernels: tuple[Float[Array, "d_in _d_out"], ...],
-                 adapters: Mapping[str, Mapping[str, Float[Array, "_ _"]]], names: tuple[str, ...], scale: float,
+                 adapters: Mapping[str, Mapping[str, Float[Array, ...]]], names: tuple[str, ...], scale: float,
                  operands: str = "float32") -> tuple[Float[Array, "tokens _d_out"], ...]:
     """Returns x·W + scale·x·Aᵀ·Bᵀ of every target in `names`; all of them read the same x.
 
     Args:
         kernels: W of each target, in the order of `names`.
-        adapters: one layer of a LoRA, {target: {"a": [R, d_in], "b": [d_out, R]}}.
+        adapters: one layer of a LoRA, {target: {"a": [R, d_in], "b": [d_out, R]}}, or of several that a router mixes,
+            with the leaves of `models.experts.mixed`.
         scale: α/r.
-        operands: the dtype of the factors of products with W + scale·B·A; see `kernels.low_rank.merged`.
+        operands: the dtype of the factors of products with W + scale·B·A; see `kernels.low_rank.merged`. Several
+            experts form no such sum.
     """
+    if is_mixture({n: adapters[n] for n in names}):
+        return tuple(x @ w + mixed(x, adapters[n], scale) for n, w in zip(names, kernels, strict=True))
     a = jnp.concatenate([adapters[n]["a"] for n in names]).astype(x.dtype)  # [len(names)·R, d_in]: reads x once
     bs = tuple((adapters[n]["b"].T * scale).astype(x.dtype) for n in names)
     return linears_with_low_rank(x, kernels, a, bs, operands)

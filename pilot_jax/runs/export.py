@@ -8,7 +8,8 @@ from pathlib import Path
 from pilot_jax import __version__
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.personalised import used_adapters
-from pilot_jax.models.checkpoints.peft import save_adapters
+from pilot_jax.models.checkpoints.peft import check_is_one_lora, save_adapters
+from pilot_jax.models.lora import assembled
 from pilot_jax.runs.restore import Run
 
 
@@ -42,14 +43,17 @@ def export_client(run: Run, client: str, out: Path) -> None:
     """Writes a client's adapters into the new folder `out`.
 
     Raises:
-        InputError: the run has no such client, the client took part in no round, or the folder exists already.
+        InputError: the run has no such client, the client took part in no round, its model is not one LoRA, or the
+            folder exists already.
     """
     index, state, fed, model = run.client(client), run.state(client), run.federation, run.setup.model
     if out.exists():
         raise InputError(f"--out: {out} exists already. Choose a new folder; nothing was written.")
     if state.stage == "none":
         raise InputError(f"--client: {client} took part in no round, so it has no adapters of its own.")
+    adapters = used_adapters(fed, state)
+    check_is_one_lora(assembled(adapters) or {"layers": {}}, fed.strategy.name)
     kind, base = ("llava", model.path) if model.parts is None else ("language_model", model.parts.language)
-    save_adapters(out, used_adapters(fed, state), stage=state.stage, tasks=fed.tasks,
+    save_adapters(out, adapters, stage=state.stage, tasks=fed.tasks,
                   task_index=fed.task_index(run.evaluation.model_of_client[index]), rank=model.lora.rank,
                   alpha=model.lora.alpha, kind=kind, base=base, card=_model_card(run, client, base, state.stage))

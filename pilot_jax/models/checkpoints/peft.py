@@ -10,7 +10,9 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 from jaxtyping import PyTree
 
+from pilot_jax.errors import InputError
 from pilot_jax.files import new_folder, write_safetensors
+from pilot_jax.models.experts import is_mixture
 from pilot_jax.models.lora import LORA_SUBTREES, TARGETS, assembled
 
 # Path of the decoder's layers in transformers' LlavaForConditionalGeneration, and in a language model by itself.
@@ -70,6 +72,19 @@ def connector_tensors(adapters: Mapping[str, PyTree], stage: str, task_index: in
     return tensors
 
 
+def check_is_one_lora(lora: Mapping[str, PyTree], method: str) -> None:
+    """Checks that an assembled LoRA is one LoRA, and not several that a router mixes.
+
+    Raises:
+        InputError: it is a mixture; the message has the `method` that trained it.
+    """
+    if is_mixture(lora["layers"]):
+        raise InputError(f"--client: {method} mixes several LoRA for every token, which PEFT's format, one LoRA, "
+                         "cannot express; the client's own LoRA alone would be another model. Use this one from the "
+                         "run's folder (pilot-jax generate RUN --client K; in Python: pilot_jax.restore) or train with "
+                         "a strategy that ends with one LoRA, such as pilot or fedavg. Nothing was written.")
+
+
 class ExportDetails(TypedDict):
     """Keywords of `save_adapters`."""
 
@@ -96,9 +111,13 @@ def save_adapters(out: Path, adapters: Mapping[str, PyTree], **details: Unpack[E
         kind: a key of LAYERS.
         base: the name or path of the base model.
         card: the text of `README.md`.
+
+    Raises:
+        InputError: the adapters are several LoRA that a router mixes (`check_is_one_lora`).
     """
     lora = assembled(adapters)
     assert lora is not None  # every strategy trains one
+    check_is_one_lora(lora, "this model")
     rank = next(iter(lora["layers"].values()))["a"].shape[-2]
     config = peft_config(rank, details["alpha"] * rank / details["rank"], details["kind"], details["base"])
 
