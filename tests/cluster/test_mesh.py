@@ -32,7 +32,7 @@ from pilot_jax.evaluation.personalised import evaluate
 def run(mesh):
     # Steps small enough that rounding is not amplified: at 0.02 the second step of stage 2 multiplies it by 100.
     rates = {"optimizer": "sgd", "lr_connector": 0.005, "lr_lora_stage1": 0.005, "lr_lora_stage2": 0.005}
-    setup = prepare.prepare(small_config(train=rates, system={
+    setup = prepare.prepare(small_config(train=rates, strategy={"name": sys.argv[2]}, system={
         "mesh": dict(zip(("clients", "fsdp", "tensor"), mesh)), "client_chunk": 1, "client_devices": 1}))
     fed = setup.federation
     state = prepare.initial_state(fed)
@@ -55,18 +55,29 @@ print(json.dumps(out))
 """
 
 
-@pytest.mark.parametrize("parts", [pytest.param({"2x2x2": 1 / 4}, marks=pytest.mark.slow),
-                                   pytest.param({"8x1x1": 1.0, "1x4x2": 1 / 8}, marks=pytest.mark.long)], ids=", ".join)
-def test_meshes_give_what_one_device_gives(parts):
-    """Stages, mixing and answers agree for nine clients, which neither 8 nor 2 divides; a device has only its part."""
+def agree_on_meshes(parts, strategy):
+    """Asserts that a round, its bytes and its answers agree; `parts`: the share of the base on a device, by mesh."""
     meshes = json.dumps([[int(n) for n in mesh.split("x")] for mesh in parts])
-    out = json.loads(on_devices(8, FEDERATION, meshes).splitlines()[-1])
+    out = json.loads(on_devices(8, FEDERATION, meshes, strategy).splitlines()[-1])
     assert out["moved"] > 1e-3
     assert set(out["meshes"]) == set(parts)
     for name, got in out["meshes"].items():
         assert got["difference"] <= 1e-5, name
         assert got["same_scores"] and got["bytes"], name
         assert got["held"] == parts[name], name
+
+
+@pytest.mark.parametrize("parts", [pytest.param({"2x2x2": 1 / 4}, marks=pytest.mark.slow),
+                                   pytest.param({"8x1x1": 1.0, "1x4x2": 1 / 8}, marks=pytest.mark.long)], ids=", ".join)
+def test_meshes_give_what_one_device_gives(parts):
+    """Stages, mixing and answers agree for nine clients, which neither 8 nor 2 divides; a device has only its part."""
+    agree_on_meshes(parts, "pilot")
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("fedlease", marks=pytest.mark.slow),
+                                      pytest.param("fedalt", marks=pytest.mark.long)])
+def test_several_lora_on_a_mesh(strategy):
+    agree_on_meshes({"2x2x2": 1 / 4}, strategy)
 
 
 MIXING = """
