@@ -16,8 +16,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
-Layers = Mapping[str, Mapping[str, jax.Array]]
-
 
 def init_bank(lora: Mapping[str, PyTree], count: int) -> dict[str, PyTree]:
     """Returns a bank of `count` experts that add nothing: the LoRA's A, and B = 0.
@@ -58,7 +56,7 @@ def with_experts(own: Mapping[str, PyTree], adapters: Mapping[str, PyTree]) -> d
     return {"layers": layers}
 
 
-def is_mixture(layers: Layers) -> bool:
+def is_mixture(layers: Mapping[str, Mapping[str, PyTree]]) -> bool:
     """Returns whether the targets of an assembled LoRA have several experts."""
     return any("router" in leaves for leaves in layers.values())
 
