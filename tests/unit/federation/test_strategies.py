@@ -262,7 +262,7 @@ def test_lora_without_the_projector(name, monkeypatch):
 
 def test_pilot_needs_its_projector():
     with pytest.raises(InputError, match=r"strategy\.projector: frozen, but pilot trains task, client, .*Set it to "
-                       "trained, or use a strategy that can train LoRA alone: fedavg, .*scaffold"):
+                       "trained, or use a strategy that can train LoRA alone: .*fedavg, .*scaffold"):
         make_strategy("pilot", {"projector": "frozen"}).for_base(takes_images=True)
     for name in CASES:
         assert make_strategy(name).for_base(takes_images=False).params.projector == "frozen"
