@@ -15,15 +15,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from pilot_jax.kernels.low_rank import linears_with_low_rank
+from pilot_jax.models.experts import is_mixture, mixed, with_experts
 from pilot_jax.models.spec import TextSpec
 from pilot_jax.programs import KeptJit
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 # Names of the subtrees that make up a client's LoRA: the whole, or its two factors for strategies that treat A and B
-# differently, and a second LoRA, whose output is added. Two more go with it: the factors of a change of the frozen
-# weights, which is the same for all clients, and the factor α/r of a client's own rank, relative to the model's α/R.
+# differently; a second LoRA, whose output is added; and further experts with their router (`models.experts`). Two more
+# go with it: the factors of a change of the frozen weights, which is the same for all clients, and the factor α/r of a
+# client's own rank, relative to the model's α/R.
 RESIDUAL, SCALE = "text_residual", "text_scale"
-LORA_SUBTREES = ("text_adapter", "text_adapter_a", "text_adapter_b", "private_adapter", RESIDUAL, SCALE)
+LORA_SUBTREES = ("text_adapter", "text_adapter_a", "text_adapter_b", "private_adapter", "expert_bank", "expert_router",
+                 "expert_slots", RESIDUAL, SCALE)
 
 LoraTree = dict[str, dict[str, dict[str, jax.Array]]]
 
@@ -65,7 +68,8 @@ def joined(first: PyTree, second: PyTree) -> PyTree:
 def assembled(adapters: Mapping[str, PyTree]) -> PyTree | None:
     """Returns the LoRA that a client's subtrees in LORA_SUBTREES add up to; None if it has none of them.
 
-    A change of the frozen weights (RESIDUAL) is not part of it; `joined` adds it.
+    A change of the frozen weights (RESIDUAL) is not part of it; `joined` adds it. Experts that a router mixes are no
+    LoRA: their targets have the leaves that `models.experts.with_experts` names.
     """
     if "text_adapter_a" in adapters:
         a, b = adapters["text_adapter_a"], adapters["text_adapter_b"]
@@ -74,6 +78,8 @@ def assembled(adapters: Mapping[str, PyTree]) -> PyTree | None:
         lora = adapters.get("text_adapter")
     if lora is None:
         return None
+    if "expert_router" in adapters:
+        return with_experts(lora, adapters)
     if "private_adapter" in adapters:
         lora = joined(lora, adapters["private_adapter"])
     if SCALE in adapters:
@@ -95,17 +101,21 @@ def collection(adapters: Mapping[str, PyTree]) -> PyTree | None:
 
 
 def lora_linears(x: Float[Array, "tokens d_in"], kernels: tuple[Float[Array, "d_in _d_out"], ...],
-                 adapters: Mapping[str, Mapping[str, Float[Array, "_ _"]]], names: tuple[str, ...], scale: float,
+                 adapters: Mapping[str, Mapping[str, Float[Array, ...]]], names: tuple[str, ...], scale: float,
                  operands: str = "float32") -> tuple[Float[Array, "tokens _d_out"], ...]:
     """Returns x·W + scale·x·Aᵀ·Bᵀ of every target in `names`; all of them read the same x.
 
     Args:
         kernels: W of each target, in the order of `names`.
         adapters: one layer of a LoRA, {target: {"a": [R, d_in], "b": [d_out, R]}}. With "residual_a" [C, d_in] and
-            "residual_b" [d_out, C] beside them, W is W + scale·(residual_b·residual_a)ᵀ.
+            "residual_b" [d_out, C] beside them, W is W + scale·(residual_b·residual_a)ᵀ. Or one layer of several LoRA
+            that a router mixes, with the leaves of `models.experts.mixed`.
         scale: α/r.
-        operands: the dtype of the factors of products with W + scale·B·A; see `kernels.low_rank.merged`.
+        operands: the dtype of the factors of products with W + scale·B·A; see `kernels.low_rank.merged`. Several
+            experts form no such sum.
     """
+    if is_mixture({n: adapters[n] for n in names}):
+        return tuple(x @ w + mixed(x, adapters[n], scale) for n, w in zip(names, kernels, strict=True))
     if "residual_a" in adapters[names[0]]:
         kernels = tuple(w + (scale * adapters[n]["residual_a"].T @ adapters[n]["residual_b"].T).astype(w.dtype)
                         for n, w in zip(names, kernels, strict=True))

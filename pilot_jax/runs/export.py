@@ -8,9 +8,9 @@ from pathlib import Path
 from pilot_jax import __version__
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.personalised import used_adapters
-from pilot_jax.models.checkpoints.peft import lora_rank, peft_lora, save_adapters
+from pilot_jax.models.checkpoints.peft import check_is_one_lora, lora_rank, peft_lora, save_adapters
 from pilot_jax.models.connector import connector_stage
-from pilot_jax.models.lora import RESIDUAL
+from pilot_jax.models.lora import RESIDUAL, assembled
 from pilot_jax.runs.restore import Run
 
 
@@ -50,7 +50,8 @@ def export_client(run: Run, client: str, out: Path, rank: int | None = None) -> 
     Returns: the part of the change of the weights that this rank loses, ‖ΔW − B·A‖_F / ‖ΔW‖_F.
 
     Raises:
-        InputError: the run has no such client, the client took part in no round, or the folder exists already.
+        InputError: the run has no such client, the client took part in no round, its model is not one LoRA, or the
+            folder exists already.
     """
     index, state, fed, model = run.client(client), run.state(client), run.federation, run.setup.model
     if out.exists():
@@ -60,6 +61,7 @@ def export_client(run: Run, client: str, out: Path, rank: int | None = None) -> 
     stage = connector_stage(state.stage)
     kind, base = ("llava", model.path) if model.parts is None else ("language_model", model.parts.language)
     number, adapters = run.evaluation.model_of_client[index], used_adapters(fed, state)
+    check_is_one_lora(assembled(adapters) or {"layers": {}}, fed.strategy.name)
     lora, lost = peft_lora(adapters, fed.rank, rank)
     own_rank = fed.rank if RESIDUAL in adapters else fed.rank_of(number)
     save_adapters(out, adapters, lora, stage=stage, tasks=fed.tasks, task_index=fed.task_index(number),

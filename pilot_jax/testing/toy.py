@@ -2,7 +2,8 @@
 
 Its model has the two subtrees of every strategy that trains LoRA and the projector, under the same names as in the real
 model: the projector is W [V, D], part of the base if it is frozen, and LoRA's only target "q" is A [1, R, D] and
-B [1, V, R]; the logits are X·(W + B·A)ᵀ. It is small enough to be computed again in NumPy, or by hand:
+B [1, V, R]; the logits are X·(W + B·A)ᵀ, or of several experts X·Wᵀ + Σ_e g_e(X)·X·(B_e·A_e)ᵀ. It is
+small enough to be computed again in NumPy, or by hand:
 
     from pilot_jax.testing.toy import run_toy, toy_federation
 
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pilot_jax.config import FederationConfig, TrainConfig
@@ -35,6 +37,7 @@ from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.rounds import run_round
 from pilot_jax.federation.state import Federation, State, initial_population
 from pilot_jax.federation.strategies import Strategy
+from pilot_jax.models.experts import is_mixture, mixed
 
 FEATURES, CLASSES, RANK = 5, 4, 2  # D, V, R
 SIZES, TASKS = (4, 8, 6), ("t0", "t0", "t1")  # of each client
@@ -45,13 +48,16 @@ DESCENT = TrainConfig(batch_size=64, optimizer="sgd", warmup=0.0, lr_connector=0
 
 @dataclasses.dataclass(frozen=True)
 class Regression:
-    """The toy's model: `apply` gives logits [B, 1, V] = X·(W + B·A)ᵀ, and no auxiliary outputs for other losses."""
+    """The toy's model: `apply` gives its logits [B, 1, V], and no auxiliary outputs for other losses."""
 
     def apply(self, variables: Any, batch: Any, stage: str, task_index: Any, *, method: str) -> tuple[Any, dict]:
         w = variables["connector"]["connector"]["projector"]["w"]
         pair = variables["lora"]["decoder"]["layers"]["q"]
         if "residual_a" in pair:  # a change of the frozen weights, with `combine: exact`
             w = w + pair["residual_b"][0] @ pair["residual_a"][0]
+        if is_mixture({"q": pair}):
+            experts = mixed(batch["features"], {name: leaf[0] for name, leaf in pair.items()}, 1.0)
+            return (batch["features"] @ w.T + experts)[:, None], {}
         return (batch["features"] @ (w + pair["b"][0] @ pair["a"][0]).T)[:, None], {}
 
 
@@ -83,9 +89,10 @@ def toy_numbers(seed: int = 7) -> dict[str, np.ndarray]:
 def toy_adapters(strategy: Strategy, seed: int = 7) -> dict[str, Tree]:
     """Returns `toy_numbers` as the subtrees of a strategy's ownership table, float32. B is not 0, so A changes too.
 
-    Known subtrees are the projector, LoRA (whole or as its two factors), a private LoRA, and those that the model reads
-    as one of these; of those that it does not read, FedAMP's model u_k and FedMosaic's gradient. Other subtrees that
-    the model does not read in any stage (SCAFFOLD's controls) begin as zeros in the shape of LoRA and projector.
+    Known subtrees are the projector, LoRA (whole or as its two factors), a private LoRA, what the strategy itself puts
+    beside LoRA (`Strategy.beside_lora`), and those that the model reads as one of these; of those that it does not
+    read, FedAMP's model u_k and FedMosaic's gradient. Other subtrees that the model does not read in any stage
+    (SCAFFOLD's controls) begin as zeros in the shape of LoRA and projector.
 
     Raises:
         ValueError: the table has another subtree. Pass your own adapters to `toy_state`.
@@ -95,6 +102,7 @@ def toy_adapters(strategy: Strategy, seed: int = 7) -> dict[str, Tree]:
              "private_adapter": _lora(p["a2"], p["b2"]),
              "text_adapter_a": {"q": p["a"][None]}, "text_adapter_b": {"q": p["b"][None]},
              "relevance": {"q": np.zeros_like(p["b"][None])}}
+    known |= strategy.beside_lora(jax.random.key(seed), jax.tree.map(jnp.float32, known["text_adapter"]))
     trained = {name: known[name] for name in ("text_adapter", "projector") if name in roles.names()}
     known["cloud_model"], zeros = trained, jax.tree.map(np.zeros_like, trained)
     adapters = {}

@@ -63,12 +63,10 @@ print(json.dumps(out))
 """
 
 
-@pytest.mark.parametrize("parts", [pytest.param({"2x2x2": 1 / 4}, marks=pytest.mark.slow),
-                                   pytest.param({"8x1x1": 1.0, "1x4x2": 1 / 8}, marks=pytest.mark.long)], ids=", ".join)
-def test_meshes_give_what_one_device_gives(parts):
-    """Stages, mixing and answers agree for nine clients, which neither 8 nor 2 divides; a device has only its part."""
+def agree_on_meshes(parts, strategy):
+    """Asserts that a round, its bytes and its answers agree; `parts`: the share of the base on a device, by mesh."""
     meshes = json.dumps([[int(n) for n in mesh.split("x")] for mesh in parts])
-    out = json.loads(on_devices(8, FEDERATION, meshes, "{}").splitlines()[-1])
+    out = json.loads(on_devices(8, FEDERATION, meshes, json.dumps({"strategy": {"name": strategy}})).splitlines()[-1])
     assert out["moved"] > 1e-3
     assert set(out["meshes"]) == set(parts)
     for name, got in out["meshes"].items():
@@ -88,6 +86,19 @@ def test_ways_to_combine_on_a_mesh(name, model):
     out = json.loads(on_devices(8, FEDERATION, "[[2, 2, 2]]", sections).splitlines()[-1])
     got = out["meshes"]["2x2x2"]
     assert out["moved"] > 1e-3 and got["difference"] <= 2e-5 and got["same_scores"] and got["bytes"]
+
+
+@pytest.mark.parametrize("parts", [pytest.param({"2x2x2": 1 / 4}, marks=pytest.mark.slow),
+                                   pytest.param({"8x1x1": 1.0, "1x4x2": 1 / 8}, marks=pytest.mark.long)], ids=", ".join)
+def test_meshes_give_what_one_device_gives(parts):
+    """Stages, mixing and answers agree for nine clients, which neither 8 nor 2 divides; a device has only its part."""
+    agree_on_meshes(parts, "pilot")
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("fedlease", marks=pytest.mark.slow),
+                                      pytest.param("fedalt", marks=pytest.mark.long)])
+def test_several_lora_on_a_mesh(strategy):
+    agree_on_meshes({"2x2x2": 1 / 4}, strategy)
 
 
 MIXING = """

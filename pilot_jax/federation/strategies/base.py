@@ -156,8 +156,13 @@ class Strategy:
 
         `projector` is the base's; {} for a language model alone.
         """
-        lora = {"text_adapter": init_lora(key, model.text, rank)}
-        return lora if self.params.projector == "frozen" else {**lora, "projector": float32(projector)}
+        lora = init_lora(key, model.text, rank)
+        adapters = {"text_adapter": lora, **self.beside_lora(key, lora)}
+        return adapters if self.params.projector == "frozen" else {**adapters, "projector": float32(projector)}
+
+    def beside_lora(self, key: jax.Array, lora: Tree) -> dict[str, Tree]:
+        """Returns the subtrees that have the shapes of the LoRA `text_adapter` and lie beside it: by default none."""
+        return {}
 
     def with_options(self, adapters: Mapping[str, Tree], rank: int) -> dict[str, Tree]:
         """Returns `initial_adapters`, whose LoRA has the given rank, and the subtrees that options of LoRA add."""

@@ -10,7 +10,9 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 from jaxtyping import PyTree
 
+from pilot_jax.errors import InputError
 from pilot_jax.files import new_folder, write_safetensors
+from pilot_jax.models.experts import is_mixture
 from pilot_jax.models.lora import LORA_SUBTREES, RESIDUAL, SCALE, TARGETS, assembled, joined, on_factors
 
 # Path of the decoder's layers in transformers' LlavaForConditionalGeneration, and in a language model by itself.
@@ -68,6 +70,19 @@ def connector_tensors(adapters: Mapping[str, PyTree], stage: str, task_index: in
                 tensors |= _torch_mlp(f"task_bank.{i}", adapters["task_bank"], i)
                 tensors |= _torch_mlp(f"cross_task.{i}", adapters["cross_task"], i)
     return tensors
+
+
+def check_is_one_lora(lora: Mapping[str, PyTree], method: str) -> None:
+    """Checks that an assembled LoRA is one LoRA, and not several that a router mixes.
+
+    Raises:
+        InputError: it is a mixture; the message has the `method` that trained it.
+    """
+    if is_mixture(lora["layers"]):
+        raise InputError(f"--client: {method} mixes several LoRA for every token, which PEFT's format, one LoRA, "
+                         "cannot express; the client's own LoRA alone would be another model. Use this one from the "
+                         "run's folder (pilot-jax generate RUN --client K; in Python: pilot_jax.restore) or train with "
+                         "a strategy that ends with one LoRA, such as pilot or fedavg. Nothing was written.")
 
 
 def smallest(lora: Mapping[str, PyTree], most: int | None = None) -> tuple[PyTree, float]:
@@ -152,7 +167,11 @@ def save_adapters(out: Path, adapters: Mapping[str, PyTree], lora: Mapping[str, 
         kind: a key of LAYERS.
         base: the name or path of the base model.
         card: the text of `README.md`.
+
+    Raises:
+        InputError: the adapters are several LoRA that a router mixes (`check_is_one_lora`).
     """
+    check_is_one_lora(lora, "this model")
     rank = lora_rank(lora)
     config = peft_config(rank, details["alpha_over_rank"] * rank, details["kind"], details["base"])
 

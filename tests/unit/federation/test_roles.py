@@ -161,6 +161,8 @@ def test_a_round_moves_what_the_table_says(setup, name):
         for local in ("client", "cross_task", "router", "text_adapter"):
             assert not equal(first[local], second[local]), local
         return
+    if name in ("fedalt", "fedlease"):  # what their clients have in common: test_expert_strategies
+        return
     frozen = roles.names(stage=fed.strategy.first_stages[-1], mode="frozen")
     for row in roles.adapter_rows:
         if row.subtree == "control_change":  # uploaded, not returned

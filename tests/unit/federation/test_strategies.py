@@ -281,8 +281,9 @@ CASES = {
 }
 
 
-# Pilot's parts are in test_mixing, test_losses, test_roles and test_rounds, the others in test_personal_strategies.
-ELSEWHERE = {"pilot", "ditto", "fedamp", "fedmosaic", "rolora"}
+# Pilot's parts are in test_mixing, test_losses, test_roles and test_rounds, the others in
+# test_personal_strategies and test_expert_strategies.
+ELSEWHERE = {"pilot", "fedalt", "fedlease", "ditto", "fedamp", "fedmosaic", "rolora"}
 
 
 def test_every_strategy_is_here():
