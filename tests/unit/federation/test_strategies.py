@@ -653,7 +653,7 @@ def test_an_observer_that_raises_ends_the_run_and_all_are_closed(on_toy, tmp_pat
     assert run.summary["adapters_sha256"] == whole.summary["adapters_sha256"]
 
 
-@pytest.mark.parametrize("name", ["scaffold", "similarity"])
+@pytest.mark.parametrize("name", slow_except({"scaffold", "similarity"}, ["scaffold", "similarity", "fedlease"]))
 @pytest.mark.parametrize("chunks", [1, 2, 3, 5, 6])
 def test_stop_requested_ends_a_run_that_then_goes_on(on_toy, tmp_path, chunks, name):
     """A run stopped after any chunk, also within a phase, saves what it has trained and continues to the same end."""
