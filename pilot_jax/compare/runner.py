@@ -21,9 +21,9 @@ from pilot_jax.compare.statistics import summarise
 from pilot_jax.compare.variants import Variant
 from pilot_jax.config import Config, apply_overrides
 from pilot_jax.data.arrays import ClientData, Prompts, aligned
+from pilot_jax.evaluation.finetune import Finetuned, after_finetuning, finetune
 from pilot_jax.evaluation.personalised import base_prompts, evaluate_together, forgetting, mean_score
 from pilot_jax.evaluation.scores import Scores, final_scores, score_record
-from pilot_jax.federation.finetune import Finetuned, after_finetuning, finetune
 from pilot_jax.federation.observer import RunObserver
 from pilot_jax.federation.rounds import run_round
 from pilot_jax.federation.state import State

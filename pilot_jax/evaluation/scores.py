@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pilot_jax.evaluation.finetune import Finetuned, common_models
 from pilot_jax.evaluation.personalised import Evaluation, evaluate_together, mean_score, score_by_task
-from pilot_jax.federation.finetune import Finetuned, common_models
 from pilot_jax.federation.state import Population, State
 
 ByClient = dict[str, float]  # score of each client that has samples of the split, by name

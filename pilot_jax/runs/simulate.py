@@ -12,8 +12,8 @@ import numpy as np
 
 from pilot_jax.config import Config
 from pilot_jax.errors import InputError, Interrupted
+from pilot_jax.evaluation.finetune import Finetuned, after_finetuning, finetune
 from pilot_jax.evaluation.personalised import evaluate, mean_score
-from pilot_jax.federation.finetune import Finetuned, after_finetuning, finetune
 from pilot_jax.federation.observer import Observers, Record, RunObserver
 from pilot_jax.federation.rounds import run_round
 from pilot_jax.federation.state import Population, State, Tamper, prune

@@ -15,9 +15,9 @@ import numpy as np
 
 from pilot_jax import __version__
 from pilot_jax.data.arrays import ClientData
+from pilot_jax.evaluation.finetune import Finetuned, after_finetuning
 from pilot_jax.evaluation.personalised import Evaluation, evaluate
 from pilot_jax.evaluation.scores import final_scores, score_keys, score_record
-from pilot_jax.federation.finetune import Finetuned, after_finetuning
 from pilot_jax.federation.privacy import epsilon
 from pilot_jax.federation.state import ClientState, State
 from pilot_jax.runs.checkpoint import adapters_sha256

@@ -30,8 +30,8 @@ import numpy as np
 
 from pilot_jax.config import FederationConfig, TrainConfig
 from pilot_jax.data.arrays import ClientData, pooled
+from pilot_jax.evaluation.finetune import after_finetuning, finetune
 from pilot_jax.federation.executor import Executor
-from pilot_jax.federation.finetune import after_finetuning, finetune
 from pilot_jax.federation.observer import RunObserver
 from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.rounds import run_round
@@ -155,7 +155,7 @@ def toy_state(fed: Federation, adapters: dict[str, Tree] | None = None) -> State
 def run_toy(fed: Federation, state: State | None = None, observer: RunObserver | None = None) -> State:
     """Runs all rounds of a federation, or the remaining ones from `state` on, and returns the last state.
 
-    A strategy that fine-tunes its final models does so here, too; `federation.finetune` does it for any other.
+    A strategy that fine-tunes its final models does so here, too; `evaluation.finetune` does it for any other.
 
     Raises:
         FloatingPointError: see `federation.rounds.finish_phase`.

@@ -347,6 +347,17 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedalt", "fedlease"])
+def test_clients_on_disk_end_with_the_same_bits(tmp_path, name):
+    sections = {"strategy": {"name": name}, "federation": {"rounds": 2, "local_epochs": 2, "clients_per_round": 3}}
+    with toy_instead_of_model(toy_clients(SIZES[:5], ("t0", "t0", "t1", "t1", "t0"))):
+        whole = simulate.simulate(parse_config(sections))
+        stored = simulate.simulate(parse_config(sections | {"system": {"store": str(tmp_path)}}))
+    for key in ("adapters_sha256", "bytes_up", "bytes_down"):
+        assert stored.summary[key] == whole.summary[key], key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fedalt", "fedlease"])
 def test_on_the_real_model(tmp_path, name):
     """Trains, goes on with the same bits after a kill, is restored and evaluated, and refuses to be one LoRA."""
     config = small_config(strategy={"name": name}, federation={"rounds": 2, "local_steps": 2},

@@ -723,7 +723,9 @@ def test_an_observer_that_raises_ends_the_run_and_all_are_closed(on_toy, tmp_pat
 
 @pytest.mark.parametrize(("name", "chunks"), [
     *((name, chunks) for name in ("scaffold", "similarity") for chunks in (1, 2, 3, 5, 6)),
-    *((name, 3) for name in ("flexlora", "fedrot_lora", "fedex_lora", "flora"))])
+    *((name, 3) for name in ("flexlora", "fedex_lora", "flora")),
+    *(pytest.param(name, chunks, marks=pytest.mark.slow) for name, chunks in [
+        ("fedrot_lora", 3), *(("fedlease", chunks) for chunks in (1, 2, 3, 5, 6))])])
 def test_stop_requested_ends_a_run_that_then_goes_on(on_toy, tmp_path, name, chunks):
     """A run stopped after any chunk, also within a phase, saves what it has trained and continues to the same end."""
     config = apply_overrides(on_toy, [f"strategy.name={name}"])

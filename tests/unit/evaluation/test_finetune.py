@@ -16,8 +16,7 @@ from pilot_jax.compare import statistics, tables
 from pilot_jax.compare.page import _Results
 from pilot_jax.config import FederationConfig, apply_overrides
 from pilot_jax.errors import InputError, Interrupted
-from pilot_jax.evaluation import scores
-from pilot_jax.federation import finetune
+from pilot_jax.evaluation import finetune, scores
 from pilot_jax.federation.executor import Executor
 from pilot_jax.federation.state import all_steps
 from pilot_jax.federation.strategies import Strategy, make_strategy
