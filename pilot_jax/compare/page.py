@@ -95,6 +95,11 @@ class _Score(BaseModel):
     standard_error: FiniteFloat | None
 
 
+class _Server(BaseModel):
+    flops: int
+    bytes: int
+
+
 class _Variant(BaseModel, extra="allow"):
     name: str
     score: FiniteFloat
@@ -109,6 +114,7 @@ class _Variant(BaseModel, extra="allow"):
     wall_seconds: FiniteFloat
     bytes_up: int | None
     bytes_down: int | None
+    server: _Server | None = None
     rate_factor: FiniteFloat
     difference: _Difference | None = None
 

@@ -29,6 +29,7 @@ from pilot_jax.federation.rounds import run_round
 from pilot_jax.federation.state import State
 from pilot_jax.files import atomic_write, path_part
 from pilot_jax.models.pretrained import PretrainedModel
+from pilot_jax.planning.server import server_costs
 from pilot_jax.runs.events import CompileClock, MetricsFile
 from pilot_jax.runs.prepare import Setup, initial_state, prepare, rate_changes, seeded, with_overrides, with_strategy
 
@@ -167,8 +168,11 @@ def _seed_record(setup: Setup, state: State | None, scores: Scores, captions: Se
     if state is None:
         return record
     neighbors = [round(r["effective_neighbors"], 3) for r in records if "effective_neighbors" in r]
+    fed = setup.federation
+    cohort = min(fed.settings.clients_per_round or len(fed.clients), len(fed.clients))
+    server = server_costs(fed.strategy, state.population[0].adapters, cohort)
     return record | {"bytes_up": state.bytes_up, "bytes_down": state.bytes_down, "client_steps": state.client_steps,
-                     "quarantined": state.quarantined, "effective_neighbors": neighbors}
+                     "quarantined": state.quarantined, "effective_neighbors": neighbors, "server": server}
 
 
 def _score_base(field: Field, split: str) -> Record:

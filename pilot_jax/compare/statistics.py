@@ -41,7 +41,8 @@ def summarise(name: str, rows: Mapping[str, Record], reference: str = "pilot") -
            "effective_neighbors": mean_score([s["effective_neighbors"][-1] for s in seeds if not s["diverged"]]),
            "quarantined": sum(s.get("quarantined", 0) for s in seeds),
            "diverged": sum(s["diverged"] for s in seeds), "wall_seconds": rows[name]["wall_seconds"],
-           "bytes_up": seeds[0].get("bytes_up"), "bytes_down": seeds[0].get("bytes_down")}
+           "bytes_up": seeds[0].get("bytes_up"), "bytes_down": seeds[0].get("bytes_down"),
+           "server": seeds[0].get("server")}
     if reference in rows and name != reference:
         out["difference"] = paired(_mean_scores(rows[reference]), values)
     return out

@@ -55,26 +55,29 @@ def explanations(results: Record) -> list[str]:
         "effective neighbours: mean over clients in the last phase; the client itself counts as one.",
         "pretraining captions: score on captions like those that the embedded base model was pretrained on.",
         "rates ×: factor on the config's learning rates.",
-        "MB up, MB down: uploaded and downloaded by all clients in the run of one seed."]
+        "MB up, MB down: uploaded and downloaded by all clients in the run of one seed.",
+        "server MFLOP, server MB: computed in one aggregation, and held for it, by the formulas of `pilot-jax plan`."]
 
 
 def score_rows(results: Record) -> list[list[str]]:
     """Returns the header row, the variants from best to worst, and the base model."""
     tasks, columns = tasks_of(results), _columns(results)
     rows = [["", *columns.values(), *tasks, "Pilot − variant [95 %]", "effective neighbours", "pretraining captions",
-             "rates ×", "MB up", "MB down", "seconds"]]
+             "rates ×", "MB up", "MB down", "server MFLOP", "server MB", "seconds"]]
     for line in sorted(results["variants"], key=lambda one: -one["score"]):
         name = line["name"] + (f" ({line['diverged']} diverged)" if line["diverged"] else "")
         name += f" ({line['quarantined']} uploads refused)" if line.get("quarantined") else ""
         up, down = (None if line[k] is None else line[k] / 1e6 for k in ("bytes_up", "bytes_down"))
+        work, held = (line["server"][k] / 1e6 if line.get("server") else None for k in ("flops", "bytes"))
         scores = [line if key == "own" else line.get(key) for key in columns]
         rows.append([name, *("–" if score is None else _score(score) for score in scores),
                      *(decimal(line["by_task"].get(t)) for t in tasks), _difference(line),
                      decimal(line["effective_neighbors"], 1), decimal(line["base_captions"], 2),
-                     f"{line['rate_factor']:g}", decimal(up, 1), decimal(down, 1), f"{line['wall_seconds']:.0f}"])
+                     f"{line['rate_factor']:g}", decimal(up, 1), decimal(down, 1), decimal(work, 1), decimal(held, 1),
+                     f"{line['wall_seconds']:.0f}"])
     rows.append(["base model", *(decimal(results["base"]["score"]) if key == "own" else "" for key in columns),
                  *[""] * len(tasks), "", "",
-                 decimal(results["base"]["base_captions"], 2), "", "", "", ""])
+                 decimal(results["base"]["base_captions"], 2), *[""] * 6])
     return rows
 
 
