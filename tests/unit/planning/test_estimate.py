@@ -18,7 +18,7 @@ from pilot_jax.cli.tables import print_plan
 from pilot_jax.config import load_config
 from pilot_jax.errors import InputError
 from pilot_jax.federation import mixing
-from pilot_jax.federation.strategies import make_strategy
+from pilot_jax.federation.strategies import STRATEGIES, make_strategy
 from pilot_jax.planning import estimate, flops, server
 from pilot_jax.planning.forecast import forecast
 from pilot_jax.planning.lowering import CUDNN_CALLS, programs
@@ -190,6 +190,18 @@ def test_ways_to_combine_lower_at_seven_billion(name, combine, platform):
     assert lowered["combine"].export(platform).platforms == (platform,)
     if name == "fedex_lora":
         assert "32x256x4096xf32" in lowered["plain"].export(platform).mlir_module()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [n for n, kind in STRATEGIES.items() if kind.__module__.startswith("pilot_jax.")])
+def test_every_strategy_lowers_at_seven_billion(name):
+    """The programs that train its stages, of its server and of generation, for TPU and for CUDA."""
+    config = load_config(CONFIGS / "llava15_7b.yaml", [f"strategy.name={name}", "strategy.residual_rank=256"])
+    lowered = programs(config)
+    assert {*make_strategy(name).first_stages, "mixing", "generation"} <= set(lowered)
+    for program in lowered.values():
+        for platform in ("tpu", "cuda"):
+            assert program.export(platform).platforms == (platform,)
 
 
 @pytest.mark.slow
