@@ -35,7 +35,10 @@ class LoraConfig(Section):
 
 
 def combine_field(default: str) -> Any:
-    """Returns the field `combine` of a strategy's section, with a default of its own."""
+    """Returns the field `combine` of a strategy's section, with a default of its own.
+
+    A strategy that is FedAvg with one value has it as the type `Literal[value]` too, so that no other is accepted.
+    """
     return Field(
         default, description="Way in which the server makes one LoRA of several, given their weights. factors: the "
         "means of A and of B. product: the LoRA of the same rank that is nearest to the mean of the products B·A. "

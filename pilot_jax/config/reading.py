@@ -211,6 +211,9 @@ def _overridden(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise InputError(f"--set {override}: expected section.key=value.")
+        if key == "strategy.name":
+            strategies()  # fills STRATEGY_PARAMS
+            raw["strategy"] = _without_defaults(raw.get("strategy", {}))
         node = raw
         *parents, leaf = key.split(".")
         for parent in parents:
@@ -224,6 +227,18 @@ def _overridden(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         if key == "strategy.name" and ":" in value:  # the user named the module, not a file: it may be imported
             strategies().use(value)
     return raw
+
+
+def _without_defaults(section: Any) -> Any:
+    """Returns a section `strategy` without the keys that have their defaults, so that it can get another name.
+
+    A strategy can have another default for a key that all have, such as `combine`.
+    """
+    name = section.get("name", StrategyParams.model_fields["name"].default) if isinstance(section, dict) else None
+    if not isinstance(name, str) or name not in STRATEGY_PARAMS:
+        return section
+    defaults = STRATEGY_PARAMS[name]().model_dump(mode="json")
+    return {k: v for k, v in section.items() if k == "name" or k not in defaults or v != defaults[k]}
 
 
 def read_settings(path: str | Path, settings: type[_Settings]) -> _Settings:

@@ -22,7 +22,7 @@ def _model_card(run: Run, client: str, base: str, rank: int, lost: float) -> str
         ("base model", base), ("method", summary.get("strategy", run.federation.strategy.name)), ("client", client),
         ("task", own.task), ("training samples", own.size), ("rounds taken part in", state.rounds),
         ("rounds of the run", run.federation.settings.rounds),
-        *([("stage of the connector", state.stage)] if has_connector else []),
+        *([("stage of the connector", connector_stage(state.stage))] if has_connector else []),
         ("LoRA rank, alpha in training", f"{trained}, {setup.model.lora.alpha:g}"), ("LoRA rank here", rank),
         *([("part of the change of the weights that this rank loses", f"{lost:.2g}")] if lost > 1e-6 else []),
         ("conversation template", run.evaluation.data.template), ("seed", setup.system.seed),

@@ -6,7 +6,9 @@ that key too.
 
 from __future__ import annotations
 
-from pilot_jax.config import Combine, StrategyParams, combine_field
+from typing import Literal
+
+from pilot_jax.config import StrategyParams, combine_field
 from pilot_jax.federation.strategies.base import Strategy, register
 
 
@@ -20,7 +22,7 @@ class FlexLora(Strategy):
     """
 
     class Params(StrategyParams):
-        combine: Combine = combine_field("product")
+        combine: Literal["product"] = combine_field("product")
 
 
 @register("fedrot_lora")
@@ -32,7 +34,7 @@ class FedRotLora(Strategy):
     """
 
     class Params(StrategyParams):
-        combine: Combine = combine_field("aligned")
+        combine: Literal["aligned"] = combine_field("aligned")
 
 
 @register("fedex_lora")
@@ -41,7 +43,7 @@ class FedExLora(Strategy):
     of the means is added to the frozen weights of all clients, so that the aggregation is exact."""
 
     class Params(StrategyParams):
-        combine: Combine = combine_field("exact")
+        combine: Literal["exact"] = combine_field("exact")
 
 
 @register("flora")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from conftest import slow_except, small_config, tree_max_difference
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from scipy.linalg import orthogonal_procrustes
 from transformers import AutoModelForImageTextToText
 
 import pilot_jax
+from pilot_jax.config import apply_overrides, parse_config
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.personalised import used_adapters
 from pilot_jax.federation import combining, mixing
@@ -207,6 +209,19 @@ def test_fedavg_with_a_way_is_the_strategy_of_that_name(combine):
     named = run_toy(toy_federation(make_strategy(name)))
     for one, other in zip(ours.population, named.population, strict=True):
         assert tree_max_difference(one.adapters, other.adapters) == 0
+
+
+def test_another_name_brings_its_own_way():
+    """A config that was written with all keys, as that of a run, gets another strategy by its name alone."""
+    whole = parse_config(yaml.safe_load(parse_config({}).to_yaml()))
+    for name, way in (("flexlora", "product"), ("fedex_lora", "exact"), ("fedavg", "factors")):
+        named = apply_overrides(whole, [f"strategy.name={name}"])
+        assert (named.strategy.name, named.strategy.combine) == (name, way)
+        assert apply_overrides(named, ["strategy.name=pilot"]).strategy == whole.strategy
+    kept = apply_overrides(whole, ["strategy.ata.neighbors=5", "strategy.combine=aligned", "strategy.name=similarity"])
+    assert kept.strategy.combine == "aligned"
+    with pytest.raises(InputError, match=r"strategy\.combine.*product"):
+        apply_overrides(whole, ["strategy.name=flexlora", "strategy.combine=factors"])
 
 
 def test_identical_clients_are_combined_into_themselves():
