@@ -221,9 +221,19 @@ class KeptJit:
     def _compiled(self, bound: inspect.BoundArguments, store: Cache | None, key: str) -> jax.stages.Compiled:
         compiled = self.jitted.lower(*bound.args, **bound.kwargs).compile()
         give_back()  # the compiler leaves hundreds of megabytes
-        if store is not None and key:
+        if store is not None and key and _stands_alone(compiled):
             store.write(key, [pickle.dumps((_devices(compiled), *serialize(compiled)))])
         return compiled
+
+
+def _stands_alone(compiled: jax.stages.Compiled) -> bool:
+    """Whether another process can run the program as it is.
+
+    Decompositions call LAPACK (on GPU, cuSOLVER) through pointers that JAX sets only when it lowers such a program. A
+    process that loads it instead would crash.
+    """
+    text = compiled.as_text()
+    return text is not None and "lapack_" not in text and "cusolver_" not in text
 
 
 class _Tried:

@@ -23,7 +23,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pilot_jax.federation.roles import Tree
-from pilot_jax.programs import KeptJit
 
 AnyArray = Array | np.ndarray
 Pair = tuple[jax.Array, jax.Array]
@@ -71,7 +70,7 @@ def _by_target(function: Callable[..., tuple[jax.Array, ...]], *loras: Mapping) 
     return {"layers": layers}, rest
 
 
-@partial(KeptJit, static=("terms",))
+@partial(jax.jit, static_argnames=("terms",))
 def product(weights: Float[AnyArray, "M S"], loras: Mapping, terms: int | None = None) -> Tree:
     """Returns, for each row of `weights`, the LoRA [M, …] of the same rank R that is nearest to Σ_j w_j B_jA_j.
 
@@ -109,7 +108,7 @@ def rotation(own: Float[Array, "R d"], reference: Float[Array, "R d"], strength:
         return u @ vt
 
 
-@partial(KeptJit, static=("factor", "strength"))
+@partial(jax.jit, static_argnames=("factor", "strength"))
 def aligned(weights: Float[AnyArray, "M S"], loras: Mapping, reference: Mapping, factor: str = "a",
             strength: float = 1.0) -> Tree:
     """Returns, for each row of `weights`, the means [M, …] of A and B after rotation to the row's reference.
@@ -141,7 +140,7 @@ def aligned(weights: Float[AnyArray, "M S"], loras: Mapping, reference: Mapping,
     return _by_target(of_target, loras, reference)[0]
 
 
-@KeptJit
+@jax.jit
 def residual(weights: Float[AnyArray, " S"], loras: Mapping, before: Mapping, mean: Mapping) -> tuple[Tree, jax.Array]:
     """Returns (factors of ΔW + Σ_j w_j B_jA_j − B̄Ā, lost): what mixing by factors loses is added to ΔW.
 

@@ -188,7 +188,8 @@ told = {}
 cases = [(name, {}) for name in ("fedadam", "pilot", "scaffold", "similarity", "trimmed_mean", "fedamp",
                                  "fedmosaic")]
 cases += [("pilot", {"ata": {"space": "product"}}), ("pilot", {"combine": "product"})]
-cases += [(name, {}) for name in ("flexlora", "fedrot_lora", "fedex_lora", "flora")]
+cases += [(name, {}) for name in ("flexlora", "fedrot_lora", "fedex_lora", "flora", "ditto", "rolora",
+                                  "fedalt", "fedlease")]
 for name, settings in cases:
     its = prepare.with_strategy(setup, make_strategy(name, settings)).federation
     state = prepare.initial_state(its)

@@ -127,6 +127,14 @@ def test_a_function_with_a_foreign_argument_runs_and_is_not_kept(store):
     assert out == 9 and not list(store.folder.glob("*.kept"))
 
 
+def test_a_program_with_a_decomposition_is_not_kept(store, clock):
+    """JAX sets the pointers to LAPACK when it lowers such a program, and a process that loads it would crash."""
+    for name, function in (("qr", lambda x: jnp.linalg.qr(x)[0]), ("svd", lambda x: jnp.linalg.svd(x)[1]),
+                           ("sum", lambda x: jnp.sum(x))):
+        KeptJit(function)(X["a"])
+        assert len(list(store.folder.glob("*.kept"))) == (name == "sum"), name
+
+
 def test_a_program_is_compiled_ahead_from_shapes(store, clock):
     function = made()
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), X)
