@@ -19,6 +19,7 @@ print(torch.ones(1).item())
 """
 
 
+@pytest.mark.slow
 def test_torch_is_left_out_and_can_still_be_imported():
     out = [subprocess.run([sys.executable, "-c", CODE.format(hides=hides)], capture_output=True, text=True, check=True)
            .stdout.splitlines() for hides in (False, True)]

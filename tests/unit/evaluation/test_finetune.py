@@ -362,6 +362,7 @@ def test_clients_with_parts_of_their_own_have_no_common_model(tuned, monkeypatch
     assert len(set(own.values())) == (3 if name == "local" else 1)
 
 
+@pytest.mark.slow
 def test_the_terminal_and_the_report_show_the_scores_that_differ(on_toy, tuned, monkeypatch, capsys, tmp_path):
     def table(run):
         base = {f"score_base{suffix}": run.summary[f"score{other}"] for suffix, other in (

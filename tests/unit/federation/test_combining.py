@@ -383,9 +383,10 @@ def _with_scale(model, scale):
     return dataclasses.replace(model, module=model.module.clone(lora_scale=scale))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "model"), [("flora", MIXED["model"]), ("flexlora", MIXED["model"]),
-                                             ("fedex_lora", {}), ("pilot", MIXED["model"])])
+@pytest.mark.parametrize(("name", "model"), [
+    pytest.param(name, model, marks=mark) for mark, name, model in [
+        (pytest.mark.slow, "flora", MIXED["model"]), (pytest.mark.slow, "flexlora", MIXED["model"]),
+        (pytest.mark.long, "fedex_lora", {}), (pytest.mark.long, "pilot", MIXED["model"])]])
 def test_a_run_and_its_export(name, model, tmp_path):
     """A run on the real model resumes, answers, and exports to PEFT: torch's logits are those of pilot_jax."""
     run = pilot_jax.simulate(small_config(strategy={"name": name}, model=model, federation={"rounds": 2}),

@@ -250,6 +250,7 @@ def test_fedlease():
     assert state.bytes_up == 18 * sum(up.values()) and state.bytes_down == 18 * sum(down.values())
 
 
+@pytest.mark.slow
 def test_fedlease_of_parts_of_the_clients():
     """Newcomers warm up alone, join the nearest cluster and count from their next phase on; absent clusters stay."""
     settings = FederationConfig(rounds=4, local_epochs=EPOCHS, joins={"c5": 2, "c6": 3}, participation=[

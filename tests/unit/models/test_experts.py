@@ -209,6 +209,7 @@ def test_training_and_decoding_by_the_formula(tiny, name, monkeypatch):
         np.testing.assert_allclose(logits, whole[:, at], atol=2e-5 * max(1.0, float(jnp.abs(whole).max())))
 
 
+@pytest.mark.slow
 def test_equal_gates_are_half_of_each_lora(tiny):
     """With a router of zeros, FedALT's model is that of both LoRA at half their scale, which one LoRA expresses."""
     model, batch = tiny[1], batch_of(tiny[1])
