@@ -36,12 +36,9 @@ class Finetuned:
 
 
 def common_models(fed: Federation, state: State) -> Population | None:
-    """Returns every client's state with the server's current model; None where clients have parts of their own.
-
-    Such parts are all subtrees that a client trains and does not upload, and all models without `one_model`.
-    """
-    rows = fed.strategy.ownership().adapter_rows
-    if any(row.scope == "local" and "trained" in row.modes.values() for row in rows) or not fed.strategy.one_model:
+    """Returns every client's state with the server's current model; None where clients have models or parts of their
+    own (`Strategy.has_common_model`)."""
+    if not fed.strategy.has_common_model():
         return None
     stage, versions = fed.last_stage, state.fetched or (0,) * len(fed.clients)
     up_to_date = [one.stage == stage and version == state.version

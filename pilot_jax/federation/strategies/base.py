@@ -84,6 +84,11 @@ class Strategy:
     def name(self) -> str:
         return name_of(type(self))
 
+    def has_common_model(self) -> bool:
+        """Returns whether all clients have one model after an aggregation, and no trained parts of their own."""
+        own = any(row.scope == "local" and "trained" in row.modes.values() for row in self.ownership().adapter_rows)
+        return self.one_model and not own
+
     def combines(self) -> tuple[str, ...]:
         """Returns the values of `combine` that the strategy can have.
 

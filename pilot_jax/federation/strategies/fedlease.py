@@ -123,6 +123,9 @@ class FedLease(Strategy):
 
     needs_one_rank = True
 
+    def has_common_model(self):
+        return False  # each cluster has its own
+
     def roles(self):
         return Roles((*BASE_ROWS,
                       Role("text_adapter", {"plain": "trained"}, "shared", "cluster_mean"),

@@ -379,3 +379,8 @@ def test_on_the_real_model(tmp_path, name):
         export_client(back, "vqa_0", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert isinstance(pilot_jax.answer(back, "vqa_0", None, "which digits are there?"), str)
+
+
+def test_clusters_have_no_common_model():
+    assert not make_strategy("fedlease").has_common_model() and not make_strategy("fedalt").has_common_model()
+    assert make_strategy("fedavg").has_common_model() and make_strategy("ffa_lora").has_common_model()
