@@ -16,7 +16,8 @@ from pilot_jax.federation.strategies.pilot import Pilot
 from pilot_jax.runs.progress import ProgressDisplay
 
 PAGE = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
-SOMETIMES = {"fault", "epsilon"}  # fields that a run without refused uploads and without privacy does not have
+# Fields that a run without `combine: exact`, refused uploads and privacy does not have.
+SOMETIMES = {"residual_lost", "fault", "epsilon"}
 
 
 def rows(title: str) -> list[list[str]]:
