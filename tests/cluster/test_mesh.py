@@ -95,8 +95,8 @@ def test_meshes_give_what_one_device_gives(parts):
     agree_on_meshes(parts, "pilot")
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("fedlease", marks=pytest.mark.slow),
-                                      pytest.param("fedalt", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["fedlease", "fedalt"])
 def test_several_lora_on_a_mesh(strategy):
     agree_on_meshes({"2x2x2": 1 / 4}, strategy)
 

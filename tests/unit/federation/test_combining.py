@@ -385,7 +385,7 @@ def _with_scale(model, scale):
 
 @pytest.mark.parametrize(("name", "model"), [
     pytest.param(name, model, marks=mark) for mark, name, model in [
-        (pytest.mark.slow, "flora", MIXED["model"]), (pytest.mark.slow, "flexlora", MIXED["model"]),
+        (pytest.mark.slow, "flora", MIXED["model"]), (pytest.mark.long, "flexlora", MIXED["model"]),
         (pytest.mark.long, "fedex_lora", {}), (pytest.mark.long, "pilot", MIXED["model"])]])
 def test_a_run_and_its_export(name, model, tmp_path):
     """A run on the real model resumes, answers, and exports to PEFT: torch's logits are those of pilot_jax."""
