@@ -79,7 +79,7 @@ def export(run_dir: RunPath, client: Annotated[str, typer.Option(help="Client wh
 
     lost = export_client(restore(run_dir, strategy=strategy), client, out, rank)
     if lost > 1e-6:
-        typer.echo(f"LoRA of rank {rank} loses {lost:.2g} of the change of the weights (Frobenius norm).")
+        typer.echo(f"The exported LoRA lacks {lost:.2g} of the change of the weights (Frobenius norm).")
     typer.echo(f"Adapters of {client}: {out}")
 
 

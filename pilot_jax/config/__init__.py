@@ -1,6 +1,6 @@
 """The configuration: its schema, and the functions that read and check config files. Imports only `errors`."""
 
-from pilot_jax.config.lora import Combine, LoraConfig, combine_field
+from pilot_jax.config.lora import LoraConfig, combine_field
 from pilot_jax.config.reading import (
     apply_overrides,
     differences,
@@ -34,7 +34,6 @@ from pilot_jax.config.sections import DataConfig, DigitsConfig, EmojiConfig, Lim
 __all__ = [
     "BOTH_OR_NEITHER",
     "STRATEGY_PARAMS",
-    "Combine",
     "Config",
     "DataConfig",
     "DigitsConfig",

@@ -66,9 +66,7 @@ def common(upload: Mapping[str, Tree], adapters: Mapping[str, Tree]) -> dict[str
 
     adapters: all subtrees of the client.
     """
-    if SCALE not in adapters:
-        return dict(upload)
-    return {n: of_rank(n, t, rank_of(adapters)[0], float(adapters[SCALE]["factor"])) for n, t in upload.items()}
+    return _rescaled(upload, adapters, 1)
 
 
 def fitted(received: Mapping[str, Tree], adapters: Mapping[str, Tree]) -> dict[str, Tree]:
@@ -76,9 +74,15 @@ def fitted(received: Mapping[str, Tree], adapters: Mapping[str, Tree]) -> dict[s
 
     adapters: all subtrees of the client, before it receives these.
     """
+    return _rescaled(received, adapters, -1)
+
+
+def _rescaled(subtrees: Mapping[str, Tree], adapters: Mapping[str, Tree], power: int) -> dict[str, Tree]:
+    """Returns subtrees cut to the rank of the client that has `adapters`, with B times its factor R/r to a power."""
     if SCALE not in adapters:
-        return dict(received)
-    return {n: of_rank(n, t, rank_of(adapters)[0], 1 / float(adapters[SCALE]["factor"])) for n, t in received.items()}
+        return dict(subtrees)
+    rank, largest = rank_of(adapters)
+    return {n: of_rank(n, t, rank, (largest / rank) ** power) for n, t in subtrees.items()}
 
 
 def traffic(sizes: Mapping[str, int], rank: int, largest: int) -> dict[str, int]:

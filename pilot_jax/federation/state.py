@@ -30,14 +30,10 @@ from pilot_jax.storage import Key, Store
 Tamper = Callable[[str, int, dict, dict], dict]  # (client, round, upload, shared subtrees at its start) -> upload
 
 
-@dataclasses.dataclass(frozen=True)
-class ClientState:
-    """A client's adapters and history, in memory. Trees that clients share (initial adapters, the bank) are stored
-    once, by reference."""
+class _History:
+    """What all states of a client have in common."""
 
-    adapters: dict[str, Tree]  # NumPy leaves, without client axis
-    stage: str = "none"  # that of its model: the last, or the strategy's `answering_stage`; "none" before its first
-    rounds: int = 0  # number of rounds in which it has taken part
+    rounds: int  # number of rounds in which it has taken part
 
     @property
     def is_new(self) -> bool:
@@ -45,7 +41,17 @@ class ClientState:
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredState:
+class ClientState(_History):
+    """A client's adapters and history, in memory. Trees that clients share (initial adapters, the bank) are stored
+    once, by reference."""
+
+    adapters: dict[str, Tree]  # NumPy leaves, without client axis
+    stage: str = "none"  # that of its model: the last, or the strategy's `answering_stage`; "none" before its first
+    rounds: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredState(_History):
     """A `ClientState` whose adapters are on disk and are read on access."""
 
     store: Store
@@ -54,16 +60,12 @@ class StoredState:
     rounds: int
 
     @property
-    def is_new(self) -> bool:
-        return self.rounds == 0
-
-    @property
     def adapters(self) -> dict[str, Tree]:
         return self.store.read(self.key)
 
 
 @dataclasses.dataclass(frozen=True)
-class CurrentState:
+class CurrentState(_History):
     """A client's state with the server's current model, which is put into its adapters on access."""
 
     fed: Federation
@@ -72,10 +74,6 @@ class CurrentState:
     task: int  # index of the client's task
     stage: str
     rounds: int
-
-    @property
-    def is_new(self) -> bool:
-        return self.rounds == 0
 
     @property
     def adapters(self) -> dict[str, Tree]:

@@ -16,8 +16,8 @@ from pilot_jax.runs.restore import Run
 
 def _model_card(run: Run, client: str, base: str, rank: int, lost: float) -> str:
     setup, summary, has_connector = run.setup, run.summary, bool(run.federation.strategy.visual_adapters())
-    own, state, index = run.evaluation.clients[run.client(client)], run.state(client), run.client(client)
-    trained = run.federation.rank_of(run.evaluation.model_of_client[index])
+    index, state = run.client(client), run.state(client)
+    own, trained = run.evaluation.clients[index], run.federation.rank_of(run.evaluation.model_of_client[index])
     rows = [
         ("base model", base), ("method", summary.get("strategy", run.federation.strategy.name)), ("client", client),
         ("task", own.task), ("training samples", own.size), ("rounds taken part in", state.rounds),

@@ -195,7 +195,9 @@ class Strategy:
             return {}
         model = {n: adapters[n] for n in self.roles().names(scope="shared") if n in adapters}
         optimizer = self.server_optimizer()
-        exact = {"residual": adapters[RESIDUAL], "start": adapters["text_adapter"]} if RESIDUAL in adapters else {}
+        exact = {"residual": adapters[RESIDUAL]} if RESIDUAL in adapters else {}
+        if self.restarts_lora:
+            exact["start"] = adapters["text_adapter"]
         return {"model": model} | exact | ({} if optimizer is None else {"optimizer": optimizer.init(model)})
 
     def fetch(self, adapters: dict[str, Tree], server: Mapping[str, Any], task: int) -> dict[str, Tree]:
@@ -217,19 +219,23 @@ class Strategy:
         """Returns what each client of the cohort downloads, and the server's state afterwards."""
         weights, state = to_host(self.mix(cohort)), dict(server)
         rows, log = weights[:1] if self.one_model else weights, {"weights": weights}
-        downloads = self.combine(cohort, rows)
-        how = self.params.combine if "text_adapter" in downloads else "factors"
-        if how == "exact":
-            downloads["text_adapter"], state["residual"], lost = to_host(self._exactly(cohort, rows[0], server))
-            log["residual_lost"] = lost
-        elif how != "factors":
-            downloads["text_adapter"] = self.combine_lora(cohort, rows, server)
+        downloads = self.combined(cohort, rows, server)
+        if self.params.combine == "exact" and "text_adapter" in downloads:
+            downloads["text_adapter"], state["residual"], log["residual_lost"] = to_host(
+                self._exactly(cohort, rows[0], downloads["text_adapter"], server))
         if self.one_model:
             model = to_host(jax.tree.map(lambda leaf: leaf[0], downloads))
             model, state = self._server_step(model, state)
             downloads = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (len(cohort), *leaf.shape)), model)
             downloads |= {RESIDUAL: state["residual"]} if "residual" in state else {}
         return Aggregated(downloads, state, log)
+
+    def combined(self, cohort: Cohort, weights: jax.Array, server: Mapping[str, Any]) -> dict[str, Tree]:
+        """Returns `combine`, with LoRA made one as `params.combine` says; for exact, its mean, as for factors."""
+        mixed = self.combine(cohort, weights)
+        if self.params.combine in ("product", "aligned") and "text_adapter" in mixed:
+            mixed["text_adapter"] = self.combine_lora(cohort, weights, server)
+        return mixed
 
     def combine_lora(self, cohort: Cohort, weights: jax.Array, server: Mapping[str, Any]) -> Tree:
         """Returns the LoRAs [M, …] that `params.combine`, other than exact, makes of the uploads.
@@ -250,15 +256,19 @@ class Strategy:
         """Returns how many weights in a row of the mixing matrix can be above 0."""
         return cohort
 
-    def _exactly(self, cohort: Cohort, weights: jax.Array, server: Mapping[str, Any]) -> tuple[Tree, Tree, jax.Array]:
-        """Returns (the next LoRA [1, …], the change of the frozen weights that it leaves to them, what that loses)."""
-        loras = cohort.uploads["text_adapter"]
-        mean = jax.tree.map(lambda leaf: leaf[0], mixing.apply(weights[None], loras))
+    def _exactly(self, cohort: Cohort, weights: jax.Array, mean: Tree, server: Mapping[str, Any],
+                 ) -> tuple[Tree, Tree, jax.Array]:
+        """Returns (the next LoRA [1, …], the change of the frozen weights, what its limited rank loses).
+
+        mean: the LoRA [1, …] of the means of A and of B.
+        """
+        following = kept = mean
         if self.restarts_lora:
-            mean = jax.tree.map(jnp.zeros_like, mean)
-        residual, lost = combining.residual(weights, loras, server["residual"], mean)
-        following = combining.redrawn(server["start"], cohort.round) if self.restarts_lora else mean
-        return jax.tree.map(lambda leaf: leaf[None], following), residual, lost
+            kept = jax.tree.map(jnp.zeros_like, mean)
+            following = jax.tree.map(lambda leaf: leaf[None], combining.redrawn(server["start"], cohort.round))
+        residual, lost = combining.residual(weights, cohort.uploads["text_adapter"], server["residual"],
+                                            jax.tree.map(lambda leaf: leaf[0], kept))
+        return following, residual, lost
 
     def _server_step(self, mixed: dict[str, Tree], state: dict[str, Any]) -> tuple[dict[str, Tree], dict[str, Any]]:
         """Returns the server's model and state after its optimizer, if any. Its gradient is the negated mean change of
@@ -282,7 +292,6 @@ class Strategy:
         still = set(self.roles().names(scope="shared")) - set(self.roles().uploaded(stage))
         up, down = self.sent_bytes(adapters)
         return {n: b for n, b in up.items() if n not in still}, {n: b for n, b in down.items() if n not in still}
-
 
     def traffic(self, adapters: Mapping[str, Tree], stage: str | None = None, rank: int = 1, largest: int = 1,
                 ) -> tuple[dict[str, int], dict[str, int]]:

@@ -17,8 +17,8 @@ class FlexLora(Strategy):
     """FlexLoRA (Bai et al., NeurIPS 2024, arXiv 2402.11505): the server forms the mean of the products B·A, and each
     client receives its best approximation of the client's own rank, from an SVD.
 
-    HLoRA (Liu et al., 2025, arXiv 2503.00813) has the same rule. The paper splits the singular values no further than
-    that its B and A are U·Σ and Vᵀ, as here.
+    HLoRA (Liu et al., 2025, arXiv 2503.00813) has the same rule. Read: the abstracts. Inferred: that B = U·Σ and
+    A = Vᵀ; the product, which the rule is about, does not depend on it, but the steps of training after it do.
     """
 
     class Params(StrategyParams):
@@ -49,6 +49,7 @@ class FedExLora(Strategy):
 @register("flora")
 class Flora(FedExLora):
     """FLoRA (Wang et al., NeurIPS 2024, arXiv 2409.05976): all clients' factors, weighted and stacked, are added to the
-    frozen weights, and LoRA starts anew in each round; the clients' ranks can differ."""
+    frozen weights, and LoRA starts anew after each aggregation (`combining.redrawn`). The clients' ranks can differ.
+    """
 
     restarts_lora = True

@@ -38,7 +38,4 @@ class Similarity(Strategy):
         moved = jax.tree.map(lambda leaf, start: leaf - start, dict(cohort.uploads),
                              {n: server["start"][n] for n in cohort.uploads})
         weights = to_host(jax.nn.softmax(cosines(moved) / self.params.similarity_temperature, axis=1))
-        downloads = self.combine(cohort, weights)
-        if self.params.combine != "factors":
-            downloads["text_adapter"] = self.combine_lora(cohort, weights, server)
-        return Aggregated(downloads, dict(server), {"weights": weights})
+        return Aggregated(self.combined(cohort, weights, server), dict(server), {"weights": weights})
