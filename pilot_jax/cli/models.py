@@ -98,7 +98,8 @@ def base(name: Annotated[str, typer.Argument(help="Name of the base model: smoll
 def pretrain(config: ConfigPath,
              out: Annotated[Path, typer.Argument(help="New folder for the base model, in Hugging Face's LLaVA layout.")]
              ) -> None:
-    """Train a base model: the embedded one from random weights, or the projector and a LoRA of a real one."""
+    """Train a base model: the embedded one from random weights, the instructed one from that, or the projector and a
+    LoRA of a real one."""
     from pilot_jax.config import read_settings, read_yaml
 
     raw = read_yaml(config)
@@ -107,6 +108,10 @@ def pretrain(config: ConfigPath,
         from pilot_jax.real.pretrain import pretrain as train_real
 
         train_real(out, read_settings(config, RealPretrainConfig), typer.echo)
+    elif isinstance(raw, dict) and "start" in raw:
+        from pilot_jax.embedded.instruct import InstructConfig, instruct
+
+        instruct(out, read_settings(config, InstructConfig), typer.echo)
     else:
         from pilot_jax.embedded.pretrain import PretrainConfig
         from pilot_jax.embedded.pretrain import pretrain as train

@@ -25,16 +25,24 @@ class Section(BaseModel):
 class DigitsConfig(Section):
     """The digit scenes, generated data that are part of the package; they are used with `data.path: digits`."""
 
-    scenario: Literal["a", "b"] = Field(
+    scenario: Literal["a", "b", "c"] = Field(
         "a", description="Scenario of tasks and clients. a: tasks vqa, ocr and caption, 3 clients of equal size each. "
-        "b: these and grounding, 5 clients each, whose training samples fall from `train` to a quarter of it.")
+        "b: these and grounding, 5 clients each, whose training samples fall from `train` to a quarter of it. c: tasks "
+        "vqa, ocr, caption and position, 3 clients of equal size each, in looks that no base has seen.")
     clients_per_task: int | None = Field(
         None, ge=1, le=100_000, description="Number of clients of each task. null: the scenario's own, 3 or 5. Looks "
         "and wordings repeat after five clients.")
     heterogeneity: float = Field(
         1.0, ge=0, le=1, description="Degree to which a task's clients differ in the look of their scenes and in the "
         "wording of questions and answers. 0: not at all. 1: each client has its own. Between: looks are interpolated, "
-        "and this share of a client's samples has its own wording.")
+        "and this share of a client's samples has its own wording. Not in scenario c.")
+    look: Literal["same", "own"] = Field(
+        "own", description="Looks of a task's clients in scenario c. same: all have the first one. own: each has its "
+        "own, and clients of different tasks have the same ones.")
+    wording: Literal["known", "shared", "half", "own"] = Field(
+        "own", description="Wordings of a task's clients in scenario c. known: one that the instructed base has learnt. "
+        "shared: another one. half: that for half of a client's samples, and its own for the rest. own: each client "
+        "has its own, and the base none of them.")
     train: int = Field(
         480, ge=1, le=100_000, description="Number of training samples of each client; in scenario b, of each task's "
         "first client.")

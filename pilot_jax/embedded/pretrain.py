@@ -34,12 +34,24 @@ if TYPE_CHECKING:
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 TEMPLATE = "vicuna_short"
+TOKENIZED = ("vqa", "ocr", "caption", "grounding")  # tasks whose texts, in the clients' wordings, made the tokenizer
 NO_DIGIT, NO_INK = 10, len(INKS)  # the classes of an empty cell
 Params = dict[str, Any]  # nested dicts of arrays
+Lesson = Callable[[np.random.Generator, Scene], tuple[str, str]]  # makes an instruction and its answer
 
 
 @dataclasses.dataclass(frozen=True)
-class PretrainConfig:
+class TrainConfig:
+    """How projector and decoder of an embedded base are trained."""
+
+    language_steps: int = 1600
+    batch: int = 32  # samples in a step
+    lr: float = 2e-3  # peak learning rate of the language step; the vision step has half of it
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(TrainConfig):
     """Sizes and training settings of the embedded base; `configs/pretrain.yaml` has them."""
 
     width: int = 128  # D and C
@@ -47,14 +59,10 @@ class PretrainConfig:
     heads: int = 4  # number of attention heads of the tower, and of the language model
     vocab: int = 512  # V
     vision_steps: int = 2000
-    language_steps: int = 1600
-    batch: int = 32  # samples in a step
-    lr: float = 2e-3  # peak learning rate of the language step; the vision step has half of it
-    seed: int = 0
 
 
 def build_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """Returns a byte-level BPE tokenizer with `vocab` tokens, trained on captions and on the texts of all tasks.
+    """Returns a byte-level BPE tokenizer with `vocab` tokens, trained on captions and on the texts of four tasks.
 
     Each digit is a token, and any text can be encoded. The base model, unlike its tokenizer, is never trained on the
     questions and answers of the tasks.
@@ -68,7 +76,7 @@ def build_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
         scene = draw_scene(rng, "pretrain", None)
         texts += ["USER: \n", *pretraining_caption(rng, scene)]
         wording = int(rng.integers(5))
-        texts += [f" {text} ASSISTANT:" for task in TASKS.values() for text in task(rng, scene, wording)]
+        texts += [f" {text} ASSISTANT:" for task in TOKENIZED for text in TASKS[task](rng, scene, wording)]
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -132,22 +140,32 @@ def _vision_batch(rng: np.random.Generator, pool: str, size: int) -> tuple[np.nd
     return _pixels(scenes), value, ink
 
 
-def _caption_batch(rng: np.random.Generator, pool: str, size: int, tokenizer: PreTrainedTokenizerFast,
-                   num_image_tokens: int, length: int) -> dict[str, np.ndarray]:
-    """Returns pixels [B, H, W, 3], input_ids and attention_mask, int32 [B, L], and weight, float32 [B, L].
+@dataclasses.dataclass(frozen=True)
+class Lessons:
+    """Makes batches of random scenes with an instruction and an answer for each."""
 
-    The weight is 1 where a token is supervised, and 0 elsewhere.
-    """
-    scenes = [draw_scene(rng, pool, None) for _ in range(size)]
-    ids, weight = np.zeros((size, length), np.int32), np.zeros((size, length), np.float32)
-    mask = np.zeros((size, length), np.int32)
-    for row, scene in enumerate(scenes):
-        question, answer = pretraining_caption(rng, scene)
-        turns = (("human", f"<image>\n{question}"), ("gpt", answer))
-        encoded = encode(tokenizer, turns, TEMPLATE, num_image_tokens)
-        n = len(encoded.input_ids)
-        ids[row, :n], mask[row, :n], weight[row, :n] = encoded.input_ids, 1, encoded.supervised
-    return {"pixels": _pixels(scenes), "input_ids": ids, "attention_mask": mask, "weight": weight}
+    lesson: Lesson
+    tokenizer: PreTrainedTokenizerFast
+    num_image_tokens: int  # N
+    answer_length: int = 48  # largest number of tokens besides the image's
+
+    def batch(self, rng: np.random.Generator, pool: str, size: int) -> dict[str, np.ndarray]:
+        """Returns pixels [B, H, W, 3], input_ids and attention_mask, int32 [B, L], and weight, float32 [B, L].
+
+        The weight is 1 where a token is supervised, and 0 elsewhere.
+        """
+        tokenizer, num_image_tokens = self.tokenizer, self.num_image_tokens
+        length = num_image_tokens + self.answer_length
+        scenes = [draw_scene(rng, pool, None) for _ in range(size)]
+        ids, weight = np.zeros((size, length), np.int32), np.zeros((size, length), np.float32)
+        mask = np.zeros((size, length), np.int32)
+        for row, scene in enumerate(scenes):
+            question, answer = self.lesson(rng, scene)
+            turns = (("human", f"<image>\n{question}"), ("gpt", answer))
+            encoded = encode(tokenizer, turns, TEMPLATE, num_image_tokens)
+            n = len(encoded.input_ids)
+            ids[row, :n], mask[row, :n], weight[row, :n] = encoded.input_ids, 1, encoded.supervised
+        return {"pixels": _pixels(scenes), "input_ids": ids, "attention_mask": mask, "weight": weight}
 
 
 def _schedule(peak: float, steps: int) -> optax.Schedule:
@@ -228,12 +246,11 @@ def _initial_language(module: Vlm, config: PretrainConfig) -> Params:
             "decoder": decoder | {name: decoder[name] * (0.1 / 0.02) for name in ("embedding", "head")}}
 
 
-def _pretrain_language(module: Vlm, tower: Params, tokenizer: PreTrainedTokenizerFast, config: PretrainConfig,
-                       report: Callable[[str], None]) -> Params:
-    """Returns the weights of projector and decoder, trained to write captions."""
+def train_language(module: Vlm, tower: Params, start: Params, lessons: Lessons, config: TrainConfig,
+                   report: Callable[[str], None]) -> Params:
+    """Returns the weights of projector and decoder, trained from `start` to give the answers of `lessons`."""
     rng = np.random.default_rng([config.seed, 2])
     n = module.config.num_image_tokens
-    length = n + 48
 
     def loss(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
         base = {"vision_tower": tower, "decoder": params["decoder"]}
@@ -246,11 +263,10 @@ def _pretrain_language(module: Vlm, tower: Params, tokenizer: PreTrainedTokenize
         exact = jnp.all((jnp.argmax(logits, -1) == target) | (weight == 0), axis=-1)
         return jnp.sum(ce * weight) / jnp.sum(weight), jnp.mean(exact)
 
-    batches = iter(lambda: _caption_batch(rng, "pretrain", config.batch, tokenizer, n, length), None)
-    params = _train(loss, _initial_language(module, config), batches, config.language_steps, config.lr, report,
-                    "language")
-    held_out = _caption_batch(np.random.default_rng(2), "validation", 256, tokenizer, n, length)
-    report(f"language: correct captions of held-out handwriting {float(jax.jit(loss)(params, held_out)[1]):.3f}")
+    batches = iter(lambda: lessons.batch(rng, "pretrain", config.batch), None)
+    params = _train(loss, start, batches, config.language_steps, config.lr, report, "language")
+    held_out = lessons.batch(np.random.default_rng(2), "validation", 256)
+    report(f"language: right answers on held-out handwriting {float(jax.jit(loss)(params, held_out)[1]):.3f}")
     return params
 
 
@@ -271,7 +287,8 @@ def pretrain(out: str | Path, config: PretrainConfig | None = None, report: Call
     spec = _spec(raw)
     module = Vlm(spec)
     tower = _pretrain_vision(module, config, report)
-    params = _pretrain_language(module, tower, tokenizer, config, report)
+    lessons = Lessons(pretraining_caption, tokenizer, spec.num_image_tokens)
+    params = train_language(module, tower, _initial_language(module, config), lessons, config, report)
     with new_folder(out) as folder:
         save_base(folder, spec, {"vision_tower": tower} | params, raw)
         tokenizer.save_pretrained(folder)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from pilot_jax.data.llava.sample import DrawnImage, Sample
 from pilot_jax.embedded.scenes import Style, draw_scene
-from pilot_jax.embedded.tasks import TASKS, pretraining_caption
+from pilot_jax.embedded.tasks import BASE_WORDINGS, CLIENT_WORDINGS, TASKS, pretraining_caption
 
 PAPERS = ((250, 250, 248), (250, 238, 205), (214, 228, 246), (226, 244, 222), (240, 220, 232))
 SHIFTS = ((0, 0, 0), (18, 10, -12), (-12, 8, 20), (10, -14, 12), (-16, 16, 0))
@@ -33,6 +33,23 @@ def client_style(number: int, heterogeneity: float = 1.0) -> Style:
     return Style(between(PAPERS), between(SHIFTS), h * SLANTS[k], k, h)
 
 
+# Looks of scenario c, which are unlike everything that a base has seen.
+LOOKS = (Style(paper=(250, 238, 205), rotation=45.0), Style(paper=(214, 228, 246), mirrored=True), Style(noise=30.0),
+         Style(ink_shift=(90, 90, 90)), Style(paper=(226, 244, 222), ink_shift=(60, -30, -30), rotation=-40.0))
+
+
+def benchmark_style(number: int, look: str, wording: str) -> Style:
+    """Returns the look and the wording of a task's client `number`, from 0, in scenario c.
+
+    Args:
+        look, wording: values of the keys of the same names; the config's descriptions explain them.
+    """
+    own = number % len(CLIENT_WORDINGS)
+    words = {"known": (BASE_WORDINGS[0], 1.0), "shared": (0, 1.0), "half": (1 + own % 4, 0.5), "own": (own, 1.0)}
+    index, share = words[wording]
+    return dataclasses.replace(LOOKS[0 if look == "same" else number % len(LOOKS)], wording=index, own_wording=share)
+
+
 @dataclasses.dataclass(frozen=True)
 class ClientSpec:
     """The specification of a client, from which its samples are drawn."""
@@ -46,11 +63,12 @@ class ClientSpec:
 SCENARIOS = {  # the tasks, and the number of clients of each task
     "a": (("vqa", "ocr", "caption"), 3),
     "b": (("vqa", "ocr", "caption", "grounding"), 5),
+    "c": (("vqa", "ocr", "caption", "position"), 3),
 }
 
 
-def scenario_clients(scenario: str, train: int, validation: int, test: int,
-                     heterogeneity: float = 1.0, clients_per_task: int | None = None) -> list[ClientSpec]:
+def scenario_clients(scenario: str, train: int, validation: int, test: int, heterogeneity: float = 1.0,
+                     clients_per_task: int | None = None) -> list[ClientSpec]:
     """Returns the clients of scenario "a" (3 tasks × 3 clients of equal size) or "b" (4 tasks × 5 clients).
 
     Args:
@@ -59,16 +77,26 @@ def scenario_clients(scenario: str, train: int, validation: int, test: int,
         heterogeneity: see `client_style`.
         clients_per_task: number of clients per task; None: the scenario's own.
     """
-    tasks, default = SCENARIOS[scenario]
-    per_task = clients_per_task or default
-    digits = len(str(per_task - 1))
-    out = []
-    for task in tasks:
-        for number in range(per_task):
-            share = 1.0 if scenario == "a" else 1.0 - 0.75 * number / max(per_task - 1, 1)
-            sizes = {"train": max(1, round(train * share)), "validation": validation, "test": test}
-            out.append(ClientSpec(f"{task}_{number:0{digits}d}", task, client_style(number, heterogeneity), sizes))
-    return out
+    per_task = clients_per_task or SCENARIOS[scenario][1]
+    shares = [1.0 if scenario == "a" else 1.0 - 0.75 * number / max(per_task - 1, 1) for number in range(per_task)]
+    return _clients(scenario, [client_style(number, heterogeneity) for number in range(per_task)],
+                    [{"train": max(1, round(train * share)), "validation": validation, "test": test}
+                     for share in shares])
+
+
+def benchmark_clients(train: int, validation: int, test: int, look: str = "own", wording: str = "own",
+                      clients_per_task: int | None = None) -> list[ClientSpec]:
+    """Returns the clients of scenario "c" (4 tasks × 3 clients of equal size); see `benchmark_style`."""
+    per_task = clients_per_task or SCENARIOS["c"][1]
+    return _clients("c", [benchmark_style(number, look, wording) for number in range(per_task)],
+                    [{"train": train, "validation": validation, "test": test}] * per_task)
+
+
+def _clients(scenario: str, styles: Sequence[Style], sizes: Sequence[dict[str, int]]) -> list[ClientSpec]:
+    """Returns, for each task of a scenario, one client with each of the styles and sizes."""
+    digits = len(str(len(styles) - 1))
+    return [ClientSpec(f"{task}_{number:0{digits}d}", task, style, size)
+            for task in SCENARIOS[scenario][0] for number, (style, size) in enumerate(zip(styles, sizes, strict=True))]
 
 
 def scene_samples(specs: list[ClientSpec], seed: int) -> Iterator[Sample]:
@@ -84,7 +112,7 @@ def _samples(name: str, task: str, style: Style, split: str, size: int, seed: in
         scene = draw_scene(rng, split, style)
         # No random number is drawn at full heterogeneity, where it could not matter.
         own = style.own_wording == 1 or rng.random() < style.own_wording
-        question, answer = TASKS[task](rng, scene, style.wording if own else 0)
+        question, answer = TASKS[task](rng, scene, style.wording if own else style.common_wording)
         turns = ("human", f"<image>\n{question}"), ("gpt", answer)
         yield _sample(name, task, split, number, scene.image, turns)
 

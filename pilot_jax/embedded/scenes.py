@@ -25,7 +25,10 @@ class Style:
     ink_shift: tuple[int, int, int] = (0, 0, 0)  # RGB difference that is added to every ink
     rotation: float = 0.0  # mean rotation of the client's digits, in degrees
     wording: int = 0  # index into the wordings of `tasks`
-    own_wording: float = 1.0  # share of samples with this wording; the others have wording 0
+    own_wording: float = 1.0  # share of samples with this wording; the others have `common_wording`
+    common_wording: int = 0
+    mirrored: bool = False  # whether the handwriting is mirrored left to right
+    noise: float = 3.0  # standard deviation of the noise on every pixel, in levels of 0..255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +95,7 @@ def draw_scene(rng: np.random.Generator, pool: str, style: Style | None, *, most
     if style is None:
         paper = rng.integers(215, 256, 3)
         shift, slant, spread = rng.integers(-22, 23, 3), 0.0, 20.0
+        style = Style()
     else:
         paper, shift, slant, spread = np.asarray(style.paper), np.asarray(style.ink_shift), style.rotation, 5.0
     count = int(rng.integers(1, most + 1))
@@ -103,10 +107,11 @@ def draw_scene(rng: np.random.Generator, pool: str, style: Style | None, *, most
     digits = []
     for cell, ink, index in zip(cells, inks, chosen, strict=True):
         coverage = _stamp(index, slant + rng.uniform(-spread, spread), int(rng.integers(13, 16)))
+        coverage = coverage[:, ::-1] if style.mirrored else coverage
         colour = np.clip(np.asarray(INKS[ink]) + shift, 0, 255)
         box = _draw(canvas, int(cell), coverage, colour)
         digits.append(Digit(int(handwriting()[1][index]), str(ink), int(cell), box))
-    noisy = canvas + rng.normal(0, 3, canvas.shape)
+    noisy = canvas + rng.normal(0, style.noise, canvas.shape)
     return Scene(Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)), tuple(digits))
 
 

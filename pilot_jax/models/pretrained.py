@@ -32,12 +32,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 EMBEDDED = "embedded"
+PACKAGED = {EMBEDDED: "base", "instructed": "instructed"}  # folder in `ASSETS` of each base that is in the package
 ASSETS = Path(__file__).parent.parent / "embedded" / "assets"
 
 
 def model_directory(path: str | Path) -> Path:
-    """Returns the directory that `path` names; "embedded" names the base that is part of the package."""
-    return ASSETS / "base" if str(path) == EMBEDDED else Path(path).expanduser()
+    """Returns the directory that `path` names; "embedded" and "instructed" name bases that are part of the package."""
+    return ASSETS / PACKAGED[str(path)] if str(path) in PACKAGED else Path(path).expanduser()
 
 
 def shapes_directory(path: str | Path) -> Path:
@@ -227,7 +228,7 @@ class _Settings:
 
 
 def load(path: str | Path = EMBEDDED, **options: Unpack[LoadOptions]) -> PretrainedModel:
-    """Loads a Hugging Face LLaVA directory, or the embedded base.
+    """Loads a Hugging Face LLaVA directory, or a base that is part of the package ("embedded", "instructed").
 
     Args:
         dtype: the data type of the frozen weights and of the computation; default float32 on CPU, bfloat16 on

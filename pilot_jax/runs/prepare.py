@@ -40,7 +40,7 @@ from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.state import Federation, State, initial_population, most_uploads
 from pilot_jax.federation.strategies import Strategy, make_strategy, use
 from pilot_jax.kernels.attention import check_cudnn
-from pilot_jax.models.pretrained import PretrainedModel, load, load_from_parts, read_shapes
+from pilot_jax.models.pretrained import PACKAGED, PretrainedModel, load, load_from_parts, read_shapes
 from pilot_jax.models.spec import VlmSpec
 from pilot_jax.parallel.devices import ask_for_determinism, split_cpu, use_compilation_cache
 from pilot_jax.parallel.mesh import AXES, base_placement, mesh_of, on_training_devices
@@ -186,7 +186,7 @@ def prepare(config: Config, strategy: Strategy | None = None) -> Setup:
         fed, clients, tuple(range(len(clients))),
         make_decoder(tokenizer, config.data.template, config.eval, system.seed), config.eval.metrics,
         chunk_width(system.client_chunk, len(clients), mesh_of(model.base)), config.data,
-        config.model.path == "embedded" and config.model.parts is None)
+        config.model.path in PACKAGED and config.model.parts is None)
     executor = Executor(system.client_chunk, system.steps_at_once)
     return with_strategy(Setup(config, fed, evaluation, executor, config.model, config.eval, system), strategy)
 
