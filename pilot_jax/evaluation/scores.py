@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pilot_jax.evaluation.finetune import Finetuned, common_models
-from pilot_jax.evaluation.personalised import Evaluation, evaluate_together, mean_score, score_by_task
+from pilot_jax.evaluation.personalised import Evaluation, mean_score, results_together, score_by_task
+from pilot_jax.evaluation.results import Result
 from pilot_jax.federation.state import Population, State
 
 ByClient = dict[str, float]  # score of each client that has samples of the split, by name
@@ -20,11 +21,12 @@ class Scores:
     common: ByClient | None  # of the server's current model; None where clients have parts of their own
     own: ByClient  # of the clients' final models, which the run saves
     finetuned: ByClient | None  # of the clients' models after fine-tuning; None without it
+    token_accuracy: ByClient | None = None  # of the clients' final models; None if answers are decoded
 
 
 def final_scores(evaluations: Sequence[Evaluation], states: Sequence[State], tuned: Sequence[Finetuned | None],
                  split: str = "test") -> list[Scores]:
-    """Returns the scores of several federations of the same base, whose models are decoded together.
+    """Returns the scores of several federations of the same base, whose models run together.
 
     Args:
         states: after the last round.
@@ -32,9 +34,16 @@ def final_scores(evaluations: Sequence[Evaluation], states: Sequence[State], tun
     """
     asked: list[tuple[Evaluation, Population]] = []
     places = [_ask(asked, *one) for one in zip(evaluations, states, tuned, strict=True)]
-    found = evaluate_together([one for one, _ in asked], [models for _, models in asked], split) if asked else []
-    return [Scores(*(None if place is None else found[place] for place in three))  # type: ignore[arg-type]
-            for three in places]
+    found = results_together([one for one, _ in asked], [models for _, models in asked], split) if asked else []
+    return [_scores(*(None if place is None else found[place] for place in three)) for three in places]
+
+
+def _scores(common: Mapping[str, Result] | None, own: Mapping[str, Result] | None,
+            finetuned: Mapping[str, Result] | None) -> Scores:
+    of = [None if found is None else {name: one.score for name, one in found.items()}
+          for found in (common, own, finetuned)]
+    shares = {name: one.token_accuracy for name, one in (own or {}).items() if one.token_accuracy is not None}
+    return Scores(of[0], of[1] or {}, of[2], shares or None)
 
 
 def _ask(asked: list[tuple[Evaluation, Population]], evaluation: Evaluation, state: State,
@@ -71,7 +80,8 @@ def score_keys(evaluation: Evaluation, name: str, by_client: Mapping[str, float]
 
 
 def score_record(evaluation: Evaluation, scores: Scores) -> dict[str, Any]:
-    """Returns the three scores of a federation as `summary.json` has them."""
+    """Returns the scores of a federation as `summary.json` has them."""
     return {**score_keys(evaluation, "score", scores.own, "score_mean"),
             **score_keys(evaluation, "score_common", scores.common),
-            **score_keys(evaluation, "score_finetuned", scores.finetuned)}
+            **score_keys(evaluation, "score_finetuned", scores.finetuned),
+            **score_keys(evaluation, "token_accuracy", scores.token_accuracy)}

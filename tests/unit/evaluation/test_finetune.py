@@ -17,6 +17,7 @@ from pilot_jax.compare.page import _Results
 from pilot_jax.config import FederationConfig, apply_overrides
 from pilot_jax.errors import InputError, Interrupted
 from pilot_jax.evaluation import finetune, scores
+from pilot_jax.evaluation.results import Result
 from pilot_jax.federation.executor import Executor
 from pilot_jax.federation.state import all_steps
 from pilot_jax.federation.strategies import Strategy, make_strategy
@@ -181,7 +182,7 @@ def tuned(on_toy):
 
 def summed(evaluations, populations, split="test"):
     """Returns, as each client's score, the sum of W's first row in the model that answers for it."""
-    return [{c.name: float(population[model].adapters["projector"]["w"][0].sum())
+    return [{c.name: Result(float(population[model].adapters["projector"]["w"][0].sum()))
              for c, model in zip(one.clients, one.model_of_client, strict=True)}
             for one, population in zip(evaluations, populations, strict=True)]
 
@@ -314,7 +315,7 @@ def run_scored(monkeypatch, config, *overrides):
         asked.extend(populations)
         return summed(evaluations, populations)
 
-    monkeypatch.setattr(scores, "evaluate_together", scored)
+    monkeypatch.setattr(scores, "results_together", scored)
     run = simulate.simulate(apply_overrides(config, list(overrides)))
     return run, len(asked)
 

@@ -1,0 +1,108 @@
+"""Tests teacher forcing against greedy decoding, token by token, and against NumPy on the logits of whole rows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import small_config
+
+from pilot_jax.data.build import build_prompts, encode_prompts, with_answers
+from pilot_jax.data.features import image_features
+from pilot_jax.embedded.scenarios import pretraining_samples
+from pilot_jax.evaluation.answers import Examinee
+from pilot_jax.evaluation.results import Result, results
+from pilot_jax.evaluation.teacher_forced import teacher_forced
+from pilot_jax.models.generate import Decoding, generate
+from pilot_jax.models.vlm import variables
+from pilot_jax.runs import prepare
+
+FORCED = {"scoring": "teacher_forced"}
+SAMPLES = pretraining_samples(20, seed=5)  # brief captions, most of which the embedded base gives exactly
+
+
+@pytest.fixture(scope="module")
+def setup():
+    return prepare.prepare(small_config(strategy={"name": "fedavg"}, eval=FORCED))
+
+
+def prompts_of(setup, samples):
+    model, tokenizer, data = setup.federation.model, setup.tokenizer, setup.evaluation.data
+    prompts = build_prompts(samples, encode_prompts(model, tokenizer, samples, data),
+                            image_features(model, samples, data))
+    return with_answers(model, tokenizer, samples, data, prompts)
+
+
+@pytest.fixture(scope="module")
+def prompts(setup):
+    return prompts_of(setup, SAMPLES)
+
+
+@pytest.fixture(scope="module")
+def examinees(setup, prompts):
+    """The base model with three LoRA; the third is so large that many answers become wrong."""
+    start, rng = prepare.initial_adapters(setup.federation), np.random.default_rng(0)
+    loras = [jax.tree.map(lambda leaf, scale=scale: leaf + scale * rng.normal(size=leaf.shape).astype(np.float32),
+                          start["text_adapter"]) for scale in (0.01, 0.05, 0.1)]
+    return [Examinee({**start, "text_adapter": lora}, "plain", 0, "base", prompts) for lora in loras]
+
+
+@pytest.fixture(scope="module")
+def forced(setup, examinees):
+    return teacher_forced(setup.federation.model, examinees, width=3, batch_size=8)
+
+
+def targets(prompts, number):
+    """The token ids of the reference of a prompt with one reference, its end included."""
+    rows = prompts.answered.rows
+    return rows["target_ids"][number][rows["target_weights"][number] > 0]
+
+
+def test_exact_is_what_greedy_decoding_gives(setup, examinees, prompts, forced):
+    model, count = setup.federation.model, len(SAMPLES)
+    batch = {"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask,
+             "features": np.asarray(prompts.features), "keys": jax.random.split(jax.random.key(0), count)}
+    longest = prompts.answered.rows["target_ids"].shape[1]
+    how = Decoding(longest, setup.evaluation.decoder.how.stop_ids)
+    tokens = np.asarray(generate(
+        model.module, model.base, jax.tree.map(lambda *leaves: jnp.stack(leaves), *[e.adapters for e in examinees]),
+        {name: jnp.stack([value] * 3) for name, value in batch.items()}, jnp.zeros(3, jnp.int32), stage="plain",
+        how=how))
+    references = [targets(prompts, i) for i in range(count)]
+    assert all(ids[-1] in how.stop_ids for ids in references)
+    decoded = [[bool((row[:len(ids)] == ids).all()) for row, ids in zip(own, references, strict=True)]
+               for own in tokens]
+    for own, one in zip(decoded, forced, strict=True):
+        assert one.exact.tolist() == own
+    assert 0.7 < np.mean(decoded[0]) < 1 and 0 < np.mean(decoded[2]) < 0.5  # so both kinds are there
+    assert setup.tokenizer.decode(references[0], skip_special_tokens=True).strip() == SAMPLES[0].references[0]
+
+
+def test_shares_of_right_tokens_are_those_of_numpy(setup, examinees, prompts, forced):
+    model, rows, features = setup.federation.model, prompts.answered.rows, jnp.asarray(np.asarray(prompts.features))
+    for one, got in zip(examinees, forced, strict=True):
+        logits = np.asarray(model.module.apply(
+            variables(model.base, one.adapters), rows["input_ids"], rows["attention_mask"], features, method="logits"))
+        for i in range(len(SAMPLES)):
+            wanted, end = targets(prompts, i), int(rows["attention_mask"][i].sum())
+            right = logits[i, end - len(wanted) - 1:end - 1].argmax(-1) == wanted
+            assert got.tokens[i] == pytest.approx(right.mean()) and got.exact[i] == right.all()
+    [result] = results(model, setup.evaluation.decoder, examinees[2:], {}, 3, "teacher_forced")
+    assert result == Result(float(forced[2].exact.mean()), pytest.approx(float(forced[2].tokens.mean())))
+
+
+def test_results_depend_on_no_other_model_and_no_padding(setup, examinees, forced):
+    model, own = setup.federation.model, examinees[2]
+    few = dataclasses.replace(own, prompts=own.prompts.first(5))
+    longer = {name: np.pad(array, ((0, 0), (0, 8))) for name, array in own.prompts.answered.rows.items()}
+    padded = dataclasses.replace(own, prompts=dataclasses.replace(
+        own.prompts, answered=dataclasses.replace(own.prompts.answered, rows=longer)))
+    alone, = teacher_forced(model, [own], width=1, batch_size=3)
+    together = teacher_forced(model, [few, examinees[0], padded], width=2, batch_size=16)
+    for got, count, wanted in ((alone, 20, forced[2]), (together[0], 5, forced[2]), (together[1], 20, forced[0]),
+                               (together[2], 20, forced[2])):
+        np.testing.assert_array_equal(got.exact, wanted.exact[:count])
+        np.testing.assert_allclose(got.tokens, wanted.tokens[:count], atol=1e-6)
