@@ -13,6 +13,7 @@ from conftest import small_config
 from pilot_jax.data.build import build_prompts, encode_prompts, with_answers
 from pilot_jax.data.features import image_features
 from pilot_jax.embedded.scenarios import pretraining_samples
+from pilot_jax.errors import InputError
 from pilot_jax.evaluation.answers import Examinee
 from pilot_jax.evaluation.results import Result, results
 from pilot_jax.evaluation.teacher_forced import teacher_forced
@@ -106,3 +107,49 @@ def test_results_depend_on_no_other_model_and_no_padding(setup, examinees, force
                                (together[2], 20, forced[2])):
         np.testing.assert_array_equal(got.exact, wanted.exact[:count])
         np.testing.assert_allclose(got.tokens, wanted.tokens[:count], atol=1e-6)
+
+
+def test_the_best_of_several_references_counts(setup, examinees, forced):
+    """Wrong references change nothing, wherever they stand; equal ones are one row."""
+    wrong = "no digits here at all."
+    samples = [dataclasses.replace(s, answers=(wrong, s.references[0]) if i % 2 else (s.references[0], wrong, wrong))
+               for i, s in enumerate(SAMPLES)]
+    several, only_wrong = prompts_of(setup, samples), prompts_of(
+        setup, [dataclasses.replace(s, answers=(wrong,)) for s in SAMPLES])
+    assert several.answered.prompt.tolist() == np.repeat(np.arange(20), 2).tolist()
+    first, = teacher_forced(setup.federation.model, [dataclasses.replace(examinees[0], prompts=several)], 3, 16)
+    other, = teacher_forced(setup.federation.model, [dataclasses.replace(examinees[0], prompts=only_wrong)], 3, 16)
+    assert first.exact.tolist() == forced[0].exact.tolist() and not other.exact.any()
+    np.testing.assert_allclose(first.tokens, np.maximum(forced[0].tokens, other.tokens), atol=1e-6)
+    assert 0 < other.tokens.mean() < 0.5
+    few = several.first(3)
+    assert few.answered.prompt.tolist() == [0, 0, 1, 1, 2, 2] and len(few.answered.rows["input_ids"]) == 6
+
+
+def test_only_the_last_answer_of_a_conversation_is_a_target(setup):
+    (question, answer), end = SAMPLES[0].turns, setup.evaluation.decoder.how.stop_ids[0]
+    long = dataclasses.replace(SAMPLES[0], turns=(question, answer, ("human", "and now?"), ("gpt", "a blue 3.")))
+    prompts = prompts_of(setup, [long])
+    wanted = [*setup.tokenizer(" a blue 3.", add_special_tokens=False)["input_ids"], end]
+    assert targets(prompts, 0).tolist() == wanted
+    positions = prompts.answered.rows["target_positions"][0, :len(wanted)]
+    assert positions[0] == prompts.attention_mask[0].sum() - 1 and (np.diff(positions) == 1).all()
+
+
+def test_what_it_cannot_score_is_refused(setup):
+    with pytest.raises(InputError, match=r"eval.*scoring: teacher_forced.*set temperature to 0"):
+        small_config(eval=FORCED | {"temperature": 0.5})
+    grounding = small_config(eval=FORCED, data={"digits": {"scenario": "b"}})
+    with pytest.raises(InputError, match=r"eval.metrics: grounding has iou, .* Set eval.metrics: \{grounding: exact\}"):
+        prepare.prepare(grounding)
+    for change, message in (("eval.metrics={vqa: anls}", "eval.metrics: vqa has anls"),
+                            ("eval.scoring=generate", "eval.scoring: generate, but the data are prepared for")):
+        with pytest.raises(InputError, match=message):
+            prepare.with_overrides(setup, [change])
+    data = setup.evaluation.data.model_copy(update={"max_length": 50})  # enough for the prompts alone
+    short = dataclasses.replace(setup, evaluation=dataclasses.replace(setup.evaluation, data=data))
+    with pytest.raises(InputError, match=r"digits:base\[0\]: the prompt and its answer have \d+ tokens"):
+        prompts_of(short, SAMPLES)
+    plain = dataclasses.replace(prompts_of(setup, SAMPLES[:1]), answered=None)
+    with pytest.raises(ValueError, match="have no `answered`"):
+        teacher_forced(setup.federation.model, [Examinee({}, "plain", 0, "base", plain)], 1, 1)
