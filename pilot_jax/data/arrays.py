@@ -38,13 +38,15 @@ class Prompts:
     features: np.ndarray | FeatureRows  # [n, N, D]
     references: tuple[tuple[str, ...], ...]
     answered: Answered | None = None  # only with `eval.scoring: teacher_forced`
+    kinds: tuple[str, ...] = ()  # `Sample.kind` of each; empty if it is not known
 
     def first(self, count: int) -> Prompts:
         """Returns the first `count` prompts. Features that are not in memory are not read."""
         features = self.features
         return Prompts(self.input_ids[:count], self.attention_mask[:count],
                        features.first(count) if isinstance(features, FeatureRows) else features[:count],
-                       self.references[:count], None if self.answered is None else self.answered.first(count))
+                       self.references[:count], None if self.answered is None else self.answered.first(count),
+                       self.kinds[:count])
 
 
 @dataclasses.dataclass(frozen=True)

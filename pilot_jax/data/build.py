@@ -87,7 +87,8 @@ def build_prompts(samples: Sequence[Sample], encoded: Sequence[np.ndarray], feat
                   length: int | None = None) -> Prompts:
     """Returns the prompts as arrays, padded to `length`, or by default to a multiple of 8."""
     length = round_up(max(len(e) for e in encoded), 8) if length is None else length
-    return Prompts(*padded_rows(encoded, length), features, tuple(s.references for s in samples))
+    return Prompts(*padded_rows(encoded, length), features, tuple(s.references for s in samples),
+                   kinds=tuple(s.kind for s in samples))
 
 
 def with_answers(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample],

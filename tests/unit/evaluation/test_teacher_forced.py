@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +11,18 @@ import numpy as np
 import pytest
 from conftest import small_config
 
+from pilot_jax.compare import runner, variants
 from pilot_jax.data.build import build_prompts, encode_prompts, with_answers
 from pilot_jax.data.features import image_features
 from pilot_jax.embedded.scenarios import pretraining_samples
 from pilot_jax.errors import InputError
+from pilot_jax.evaluation import personalised
 from pilot_jax.evaluation.answers import Examinee
 from pilot_jax.evaluation.results import Result, results
 from pilot_jax.evaluation.teacher_forced import teacher_forced
 from pilot_jax.models.generate import Decoding, generate
 from pilot_jax.models.vlm import variables
-from pilot_jax.runs import prepare
+from pilot_jax.runs import prepare, restore, simulate
 
 FORCED = {"scoring": "teacher_forced"}
 SAMPLES = pretraining_samples(20, seed=5)  # brief captions, most of which the embedded base gives exactly
@@ -153,3 +156,47 @@ def test_what_it_cannot_score_is_refused(setup):
     plain = dataclasses.replace(prompts_of(setup, SAMPLES[:1]), answered=None)
     with pytest.raises(ValueError, match="have no `answered`"):
         teacher_forced(setup.federation.model, [Examinee({}, "plain", 0, "base", plain)], 1, 1)
+
+
+def with_kinds(samples):
+    return [dataclasses.replace(s, kind=("short", "long")[len(s.references[0]) > 40] if i else "")
+            for i, s in enumerate(samples)]
+
+
+def test_kinds_of_questions_have_scores_of_their_own(setup, examinees, forced):
+    samples = with_kinds(SAMPLES)
+    asked = [dataclasses.replace(examinees[2], prompts=prompts_of(setup, samples))]
+    decoder = dataclasses.replace(setup.evaluation.decoder, how=Decoding(32, setup.evaluation.decoder.how.stop_ids))
+    found = [results(setup.federation.model, decoder, asked, {}, 3, how)[0] for how in ("teacher_forced", "generate")]
+    rows = {kind: [i for i, s in enumerate(samples) if s.kind == kind] for kind in ("long", "short")}
+    assert found[0].by_kind == {kind: forced[2].exact[own].mean() for kind, own in rows.items()}
+    assert found[1].by_kind == found[0].by_kind and found[1].score == found[0].score
+    assert found[0].by_kind["long"] != found[0].by_kind["short"] and asked[0].prompts.first(2).kinds == ("", "short")
+
+
+@pytest.mark.slow
+def test_runs_and_comparisons_write_token_accuracy_and_kinds(tmp_path, monkeypatch):
+    real = prepare.load_samples
+    monkeypatch.setattr(prepare, "load_samples", lambda config: [
+        dataclasses.replace(s, kind="even" if i % 2 else "odd") if s.task == "vqa" else s
+        for i, s in enumerate(real(config))])
+    config = small_config(strategy={"name": "fedavg"}, eval=FORCED | {"every": 1}, data={"digits": {"train": 4}})
+    run = simulate.simulate(config, out=tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    shares, names = summary["token_accuracy_by_client"], summary["clients"]
+    assert set(shares) == set(names) and all(0 < share < 1 for share in shares.values())
+    assert summary["token_accuracy"] == pytest.approx(np.mean(list(shares.values())))
+    assert summary["token_accuracy_by_task"]["ocr"] == pytest.approx(np.mean([shares[f"ocr_{k}"] for k in range(3)]))
+    by_kind, = summary["score_by_kind"].values()
+    assert np.mean(list(by_kind.values())) == pytest.approx(summary["score_by_task"]["vqa"])  # one sample of each kind
+    back = restore.restore(tmp_path / "run")
+    assert personalised.evaluate(back.evaluation, back.population) == run.summary["score_by_client"]
+
+    out = runner.compare(config, variants.read_variants("fedavg,local"), runner.Options(2), tmp_path / "out", str)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    seeds = results["rows"]["fedavg"]["seeds"]
+    assert seeds[0]["token_accuracy_by_client"] == pytest.approx(shares, abs=1e-6)
+    assert seeds[0]["score_by_kind"] == summary["score_by_kind"] and seeds[0]["base_captions"] > 0.5
+    line = out["variants"][0]["token_accuracy"]
+    assert line["score"] == pytest.approx(np.mean([seed["token_accuracy"] for seed in seeds]))
+    assert "| own | token accuracy |" in (tmp_path / "out" / "results.md").read_text()
