@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import llava_entry, small_config
 
 from pilot_jax.compare import runner, variants
 from pilot_jax.data.build import build_prompts, encode_prompts, with_answers
 from pilot_jax.data.features import image_features
+from pilot_jax.data.llava.sample import Entry, parse_sample
 from pilot_jax.embedded.scenarios import pretraining_samples
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation import personalised
@@ -161,6 +162,15 @@ def test_what_it_cannot_score_is_refused(setup):
 def with_kinds(samples):
     return [dataclasses.replace(s, kind=("short", "long")[len(s.references[0]) > 40] if i else "")
             for i, s in enumerate(samples)]
+
+
+def test_a_sample_may_name_its_kind(tmp_path):
+    def kind(**changes):
+        return parse_sample(Entry("f.json[0]", llava_entry(**changes), "", "", "test"), tmp_path).kind
+
+    assert kind(kind="count") == "count" and kind() == ""
+    with pytest.raises(InputError, match=r"f.json\[0\]: kind: \['count'\] must be a text"):
+        kind(kind=["count"])
 
 
 def test_kinds_of_questions_have_scores_of_their_own(setup, examinees, forced):
