@@ -36,7 +36,7 @@ def _score(line: Record) -> str:
 def _columns(results: Record) -> dict[str, str]:
     """Returns the titles of the scores that some variant has, by their key in a variant's entry ("own": the entry
     itself)."""
-    titles = {"common": "common", "own": "own", "finetuned": "fine-tuned"}
+    titles = {"common": "common", "own": "own", "finetuned": "fine-tuned", "token_accuracy": "token accuracy"}
     return {key: title for key, title in titles.items()
             if key == "own" or any(line.get(key) for line in results["variants"])}
 
@@ -47,7 +47,9 @@ def explanations(results: Record) -> list[str]:
         "common": "common: score of the server's model, which is the same for all clients; – where clients have models "
                   "or parts of their own.",
         "own": "own: score of the model with which each client ends. All other columns are about this one.",
-        "finetuned": "fine-tuned: score of each client's model after further steps on the client's own data."}
+        "finetuned": "fine-tuned: score of each client's model after further steps on the client's own data.",
+        "token_accuracy": "token accuracy: mean share of the tokens of a reference answer that are the most probable "
+                          "ones (`eval.scoring: teacher_forced`)."}
     return [
         *(about[key] for key in _columns(results)),
         "Pilot − variant: mean difference of the scores, paired by seed, with its 95 % interval by Student's t. A * "
