@@ -109,7 +109,7 @@ def main() -> None:
     args = parser.parse_args()
 
     from pilot_jax.config import load_config
-    from pilot_jax.federation.client import peak_rates, phase_spec
+    from pilot_jax.federation.phases import peak_rates, phase_spec
     from pilot_jax.planning import estimate
     from pilot_jax.runs.prepare import outline
 

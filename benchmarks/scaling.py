@@ -23,7 +23,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from pilot_jax.federation.client import Adapters, ClientBatch, PhaseSpec, local_update
+from pilot_jax.federation.client import Adapters, ClientBatch, local_update
+from pilot_jax.federation.phases import PhaseSpec
 from pilot_jax.federation.roles import Tree
 
 ROOT = Path(__file__).parent.parent

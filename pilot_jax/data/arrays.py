@@ -180,6 +180,18 @@ def num_steps(size: int, batch_size: int, epochs: int, local_steps: int | None) 
     return local_steps if local_steps is not None else epochs * -(-size // batch_size)
 
 
+def halved_order(rng: np.random.Generator, size: int, batch_size: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what `visiting_order` returns, with one half of each batch from each half of the samples.
+
+    The halves are the samples of even and of odd index. A client with one sample has an empty second half.
+    """
+    halves = [np.arange(first, size, 2, dtype=np.int32) for first in (0, 1)]
+    pairs = [visiting_order(rng, max(len(half), 1), batch_size // 2, steps) for half in halves]
+    orders = [half[order] if len(half) else order for half, (order, _) in zip(halves, pairs, strict=True)]
+    reals = [real & (len(half) > 0) for half, (_, real) in zip(halves, pairs, strict=True)]
+    return np.concatenate(orders, axis=1), np.concatenate(reals, axis=1)
+
+
 def visiting_order(rng: np.random.Generator, size: int, batch_size: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the sample indices of each step, int32 [steps, B], and which of them are no padding, bool [steps, B].
 

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from pilot_jax.errors import Interrupted
-from pilot_jax.federation.client import PhaseSpec
 from pilot_jax.federation.executor import Executor, Work
 from pilot_jax.federation.observer import Observers, Record, RunObserver
+from pilot_jax.federation.phases import PhaseSpec
 from pilot_jax.federation.rounds import CurrentAdapters
 from pilot_jax.federation.state import (
     AnyState,

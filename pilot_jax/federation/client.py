@@ -9,106 +9,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Real, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
-from pilot_jax.config import TrainConfig
-from pilot_jax.federation.losses import LossWeights, loss_weights, stage_loss
-from pilot_jax.federation.roles import Roles, Tree, optimizer_labels
+from pilot_jax.federation.losses import stage_loss
+from pilot_jax.federation.phases import LocalRule, PhaseSpec, make_optimizer
+from pilot_jax.federation.roles import Tree, optimizer_labels
 from pilot_jax.models.connector import connector_stage
 from pilot_jax.models.vlm import variables
 from pilot_jax.programs import KeptJit
 
 AnyArray = Array | np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class LocalRule:
-    """A strategy's change to its clients' steps. Subclasses are frozen dataclasses: their fields are compiled in.
-
-    `trained`: the trained subtrees, as the model reads them; `start`: the same before the phase; `carried`: the
-    subtrees of mode "carried" (SCAFFOLD's controls) and "anchor" (Ditto's global model), under their own names.
-    """
-
-    averages_gradients: bool = False  # whether `carry` needs the mean gradient
-
-    def gradient(self, gradient: Any, trained: Any, start: Any, carried: Mapping[str, Any]) -> Any:
-        """Returns the direction that the optimizer gets instead of `gradient`; trees of one client, like `trained`."""
-        return gradient
-
-    def carry(self, mean_gradient: Any, carried: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the carried subtrees after the phase. `mean_gradient`: the loss gradient's mean over the steps."""
-        return dict(carried)
-
-
-PLAIN_RULE = LocalRule()
-
-
-@runtime_checkable
-class Module(Protocol):
-    """The interface of a model that a phase trains: `models.vlm.Vlm`, or a smaller model in tests."""
-
-    def apply(self, variables: Any, *args: Any, method: str) -> Any:
-        """Returns (logits [B, A, V], the connector's auxiliary outputs); `method` is "target_logits"."""
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerSpec:
-    """A client's optimizer, reset in each phase. Peak learning rates are arguments of the program instead."""
-
-    kind: str  # adamw | sgd
-    weight_decay: float
-    epsilon: float
-    warmup: float  # fraction of a client's steps
-    schedule: str = "cosine"  # cosine | constant
-
-
-@dataclasses.dataclass(frozen=True)
-class PhaseSpec:
-    """The static part of a phase: phases with equal specs share one compiled program."""
-
-    module: Module
-    stage: str
-    trained: tuple[str, ...]  # subtrees of the adapters, by their mode in the stage
-    frozen: tuple[str, ...]
-    carried: tuple[str, ...]  # and anchors
-    received: tuple[str, ...]  # subtrees that are equal for all clients, as the server provides them
-    weights: LossWeights
-    optimizer: OptimizerSpec
-    rule: LocalRule = PLAIN_RULE
-    aliases: tuple[tuple[str, str], ...] = ()  # (subtree, the one as which the model reads it), if they differ
-
-    def read(self, adapters: Mapping[str, Tree], names: tuple[str, ...]) -> dict[str, Tree]:
-        """Returns those of the subtrees `names` that there are, under the names by which the model knows them."""
-        known = dict(self.aliases)
-        return {known.get(n, n): adapters[n] for n in names if n in adapters}
-
-    def split(self, adapters: Mapping[str, Tree]) -> tuple[dict[str, Tree], dict[str, Tree]]:
-        """Returns (trained, frozen) subtrees, as the model reads them. Only the trained ones get gradients."""
-        return self.read(adapters, self.trained), self.read(adapters, self.frozen)
-
-    @property
-    def terms(self) -> tuple[str, ...]:
-        """The names of the loss terms that the stage computes."""
-        if self.stage == "stage2":
-            return "ce", "balance", "z", "loss"
-        return ("ce", "difference", "loss") if self.stage == "stage1" and "client" in self.trained else ("ce", "loss")
-
-
-def phase_spec(module: Module, roles: Roles, stage: str, train: TrainConfig, rule: LocalRule = PLAIN_RULE) -> PhaseSpec:
-    """Returns the spec of a phase, from the ownership table and those values of `train` that are compiled in."""
-    return PhaseSpec(
-        module, stage, roles.names(stage=stage, mode="trained"), roles.names(stage=stage, mode="frozen"),
-        roles.names(stage=stage, mode="carried") + roles.names(stage=stage, mode="anchor"),
-        roles.names(scope="received"), loss_weights(train, stage),
-        OptimizerSpec(train.optimizer, train.weight_decay, train.adam_epsilon, train.warmup, train.schedule), rule,
-        tuple((row.subtree, row.read_as) for row in roles.adapter_rows if row.read_as))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["own", "common"], meta_fields=[])
@@ -148,43 +65,6 @@ class Carry:
     steps: Any  # int32 [k], S_k
 
 
-def peak_rates(train: TrainConfig, stage: str) -> dict[str, float]:
-    """Returns the peak learning rate of each optimizer label. Plain LLaVA training uses those of stage 1."""
-    return {"connector": train.lr_connector,
-            "lora": train.lr_lora_stage2 if stage == "stage2" else train.lr_lora_stage1}
-
-
-def learning_rate(peak: float | Float[AnyArray, ""], warmup: float, step: Real[AnyArray, ""],
-                  total: Real[AnyArray, ""], schedule: str = "cosine") -> Float[Array, ""]:
-    """Returns peak · min(1, (i+1)/w) · ½(1+cos(π·i/S_k)), w = max(1, ⌈warmup·S_k⌉); `total` is the client's S_k.
-
-    With `schedule` "constant", there is no cosine: the rate stays at its peak after the warm-up.
-    The schedules of optax are not used because they do not accept a traced number of steps.
-    """
-    steps = jnp.maximum(total, 1).astype(jnp.float32)
-    ramp = jnp.maximum(1.0, jnp.ceil(warmup * steps))
-    i = jnp.asarray(step, jnp.float32)
-    if schedule == "constant":
-        return jnp.asarray(peak * jnp.minimum(1.0, (i + 1) / ramp))
-    return jnp.asarray(peak * jnp.minimum(1.0, (i + 1) / ramp) * 0.5 * (1 + jnp.cos(jnp.pi * i / steps)))
-
-
-def make_optimizer(spec: OptimizerSpec, labels: Mapping[str, Tree], total_steps: jax.Array,
-                   rates: Mapping[str, jax.Array]) -> optax.GradientTransformation:
-    """Returns an optimizer with one transformation per label. `total_steps` and peak rates may be traced: each vmapped
-    client has its own schedule."""
-
-    def one(peak: jax.Array) -> optax.GradientTransformation:
-        def schedule(count: jax.Array) -> jax.Array:
-            return learning_rate(peak, spec.warmup, count, total_steps, spec.schedule)
-
-        if spec.kind == "sgd":
-            return optax.sgd(schedule)
-        return optax.adamw(schedule, eps=spec.epsilon, weight_decay=spec.weight_decay)
-
-    return optax.partition({name: one(peak) for name, peak in rates.items()}, labels)
-
-
 def gather_batch(data: Mapping[str, Shaped[AnyArray, "n ..."]], rows: Int[AnyArray, " B"],
                  real: Float[AnyArray, " B"]) -> dict[str, Shaped[Array, "B ..."]]:
     """Returns the given rows of one client's arrays as a batch; padding rows get weight 0 everywhere."""
@@ -203,6 +83,40 @@ def client_loss(spec: PhaseSpec, base: Mapping[str, Tree], trained: Mapping[str,
     return stage_loss(logits, aux, batch, spec.weights)
 
 
+def _gradients(spec: PhaseSpec, mesh: jax.sharding.Mesh | None, base: Mapping[str, Tree], adapters: tuple[Tree, ...],
+               rows: Tree, about: tuple[jax.Array, jax.Array]) -> tuple[Tree, dict[str, jax.Array], Tree]:
+    """Returns the gradient of each client's loss [k, …], the terms of the loss [k], and what the rule sums over steps.
+
+    That is the gradient or, if the rule has `halves`, the gradients on the two halves of the batch, [k, 2, …].
+
+    Args:
+        adapters: trained [k, …], frozen [k, …], and frozen and equal for all clients. rows: the batches [k, B, …].
+        about: the clients' tasks, int32 [k], and which rows are samples, float32 [k, B].
+    """
+    (trained, own, common), (tasks, real) = adapters, about
+
+    def total_loss(trained: Tree, own: Tree, batch: Tree, tasks: jax.Array) -> Any:
+        # Clients share no trained leaf, so the gradient of their summed loss is each client's own gradient.
+        def one(trained: Tree, own: Tree, batch: Tree, task: jax.Array) -> Any:
+            return client_loss(spec, base, trained, {**own, **common}, batch, task)
+
+        losses, terms = jax.vmap(one, spmd_axis_name=None if mesh is None else "clients")(trained, own, batch, tasks)
+        return jnp.sum(losses), terms
+
+    gradient = jax.grad(total_loss, has_aux=True)
+    if not spec.rule.halves:
+        grads, terms = gradient(trained, own, rows, tasks)
+        return grads, terms, grads
+    # Two clients with the same adapters stand for the halves.
+    twice = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), (trained, own, tasks))
+    halves = jax.tree.map(lambda leaf: leaf.reshape(2 * len(leaf), -1, *leaf.shape[2:]), rows)
+    apart = jax.tree.map(lambda leaf: leaf.reshape(-1, 2, *leaf.shape[1:]), gradient(*twice[:2], halves, twice[2]))
+    count = jnp.sum(real.reshape(len(real), 2, -1), axis=2)
+    share = count / jnp.maximum(jnp.sum(count, axis=1, keepdims=True), 1)
+    grads, terms = jax.tree.map(lambda leaf: jnp.einsum("kh,kh...->k...", share, leaf), apart)
+    return grads, terms, apart[0]
+
+
 def _start(spec: PhaseSpec, adapters: Adapters, batch: ClientBatch) -> Carry:
     trained = spec.read(adapters.own, spec.trained)
     labels = optimizer_labels(trained)
@@ -210,6 +124,8 @@ def _start(spec: PhaseSpec, adapters: Adapters, batch: ClientBatch) -> Carry:
         trained, batch.steps, batch.rates)
     sums = {name: jnp.zeros(len(batch.steps)) for name in (*spec.terms, "last_loss")}
     gradients = jax.tree.map(jnp.zeros_like, trained) if spec.rule.averages_gradients else {}
+    if spec.rule.halves:
+        gradients = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf], axis=1), gradients)
     return Carry(adapters, trained, state, sums, gradients, batch.steps)
 
 
@@ -225,24 +141,16 @@ def _advance(spec: PhaseSpec, mesh: jax.sharding.Mesh | None, base: Mapping[str,
     update = jax.vmap(lambda grads, state, tree, total, rate:
                       make_optimizer(spec.optimizer, labels, total, rate).update(grads, state, tree))
 
-    def total_loss(trained: Tree, batch: Tree, task_index: jax.Array) -> Any:
-        # Clients share no trained leaf, so the gradient of their summed loss is each client's own gradient.
-        def one(trained: Tree, own_frozen: Tree, batch: Tree, task: jax.Array) -> Any:
-            return client_loss(spec, base, trained, {**own_frozen, **common_frozen}, batch, task)
-
-        losses, terms = jax.vmap(one, spmd_axis_name=None if mesh is None else "clients")(
-            trained, own_frozen, batch, task_index)
-        return jnp.sum(losses), terms
-
     def step(index: jax.Array, state: tuple) -> tuple:
         trained, optimizer, sums, gradients = state
         rows = jax.vmap(gather_batch)(batch.data, batch.order[:, index], batch.real[:, index])
         if mesh is not None:
             rows = jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, PartitionSpec("clients", "fsdp")))
-        grads, terms = jax.grad(total_loss, has_aux=True)(trained, rows, batch.task_index)
+        grads, terms, parts = _gradients(spec, mesh, base, (trained, own_frozen, common_frozen), rows,
+                                         (batch.task_index, batch.real[:, index]))
         active = index + offset < carry.steps  # [k]; a step beyond S_k changes nothing
         if spec.rule.averages_gradients:
-            gradients = jax.tree.map(lambda total, g: _where(active, total + g, total), gradients, grads)
+            gradients = jax.tree.map(lambda total, g: _where(active, total + g, total), gradients, parts)
         if type(spec.rule) is not LocalRule:
             grads = jax.vmap(spec.rule.gradient, in_axes=(0, 0, 0, axes))(grads, trained, start, carried)
         updates, new_optimizer = update(grads, optimizer, trained, carry.steps, batch.rates)

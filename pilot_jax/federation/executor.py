@@ -15,11 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from pilot_jax.data.arrays import ClientData, visiting_order
+from pilot_jax.data.arrays import ClientData, halved_order, visiting_order
 from pilot_jax.data.features import compute_features
 from pilot_jax.errors import Interrupted
-from pilot_jax.federation.client import Adapters, Carry, ClientBatch, advance, finish, local_update, peak_rates, start
+from pilot_jax.federation.client import Adapters, Carry, ClientBatch, advance, finish, local_update, start
 from pilot_jax.federation.observer import RunObserver
+from pilot_jax.federation.phases import peak_rates
 from pilot_jax.federation.randomness import client_generator
 from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.state import Federation, Timings, Trained, row, stack
@@ -209,7 +210,8 @@ class _Phase:
         """Returns the samples that a client visits in a piece: rows and whether they are real, [steps, B]."""
         work = self.works[job.work]
         rng = client_generator(job.fed.seed, job.data.name, work.round, work.label)
-        visits = visiting_order(rng, job.data.size, job.fed.train.batch_size, job.steps)
+        visit = halved_order if self.spec.rule.halves else visiting_order
+        visits = visit(rng, job.data.size, job.fed.train.batch_size, job.steps)
         spare = ((0, max(piece.stop, self.steps) - job.steps), (0, 0))
         order, real = (np.pad(x, spare)[piece.start:piece.stop] for x in visits)
         return order, real

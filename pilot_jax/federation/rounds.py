@@ -18,6 +18,7 @@ from pilot_jax.errors import Interrupted
 from pilot_jax.federation import mixing
 from pilot_jax.federation.cohort import Cohort
 from pilot_jax.federation.executor import Executor, Work
+from pilot_jax.federation.halves import SKETCH, no_evidence, with_phase
 from pilot_jax.federation.lora_options import common, fitted
 from pilot_jax.federation.observer import Observers, RunObserver
 from pilot_jax.federation.privacy import epsilon
@@ -197,7 +198,11 @@ def _aggregated(fed: Federation, plan: PhasePlan, trained: Trained, used: Sequen
     uploads = stack([common(roles.upload(trained.adapters[c], plan.stage), trained.adapters[c]) for c in used])
     cohort = Cohort(spread(uploads, fed.server_mesh), np.asarray([fed.clients[c].size for c in used]),
                     np.asarray([fed.task_index(c) for c in used]), np.asarray(used), plan.round)
+    evidence = dict[str, Any]()
+    if SKETCH in uploads:
+        cohort, evidence = _with_ratio(cohort, server.get("evidence") or no_evidence(len(fed.clients)))
     downloads, server, log = fed.strategy.aggregate(cohort, server)
+    server, log = server | evidence, log | ({} if cohort.ratio is None else {"ratio": cohort.ratio})
     mixing.check_rows(log["weights"])
     downloads, received, after = to_host(downloads), roles.names(scope="received"), {}
     for k, client in enumerate(used):
@@ -206,6 +211,13 @@ def _aggregated(fed: Federation, plan: PhasePlan, trained: Trained, used: Sequen
         # Fetching again replaces copies by the server's own arrays, which clients can then share.
         after[client] = up_to_date(fed.strategy, fed.task_index(client), adapters, server)
     return after, server, {"effective_neighbors": np.asarray(mixing.effective_neighbors(log["weights"]))} | log
+
+
+def _with_ratio(cohort: Cohort, evidence: dict[str, np.ndarray]) -> tuple[Cohort, dict[str, Any]]:
+    """Returns the cohort with its `ratio` and without sketches, and the server's evidence as a part of its state."""
+    uploads = dict(cohort.uploads)
+    evidence, ratio = with_phase(evidence, uploads.pop(SKETCH)["halves"], np.asarray(cohort.ids))
+    return dataclasses.replace(cohort, uploads=uploads, ratio=ratio), {"evidence": evidence}
 
 
 def _mixing_record(trained: Trained, used: Sequence[int], log: Mapping[str, np.ndarray]) -> dict[str, float]:

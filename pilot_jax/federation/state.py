@@ -14,9 +14,9 @@ import numpy as np
 
 from pilot_jax.config import FederationConfig, PrivacyConfig, StragglersConfig, TrainConfig
 from pilot_jax.data.arrays import ClientData, num_steps
-from pilot_jax.federation.client import PLAIN_RULE, PhaseSpec, phase_spec
 from pilot_jax.federation.cohort import participants
 from pilot_jax.federation.lora_options import fitted, with_rank
+from pilot_jax.federation.phases import PLAIN_RULE, PhaseSpec, phase_spec
 from pilot_jax.federation.privacy import multiplier
 from pilot_jax.federation.randomness import client_generator
 from pilot_jax.federation.roles import Tree

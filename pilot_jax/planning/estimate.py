@@ -15,8 +15,9 @@ from jax.typing import DTypeLike
 from pilot_jax.config import Config
 from pilot_jax.data.arrays import num_steps, round_up, training_length
 from pilot_jax.data.conversations import encode
-from pilot_jax.federation.client import client_loss, phase_spec
+from pilot_jax.federation.client import client_loss
 from pilot_jax.federation.executor import chunk_width
+from pilot_jax.federation.phases import phase_spec
 from pilot_jax.federation.roles import Tree, num_bytes
 from pilot_jax.kernels.backend import default_dtype
 from pilot_jax.models.checkpoints.processors import has_tokenizer, load_tokenizer

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable
 from pilot_jax.cache import Cache
 from pilot_jax.config import DataConfig
 from pilot_jax.data.llava.sample import Sample
-from pilot_jax.embedded.scenarios import (SCENARIOS, benchmark_clients, lazy_samples, scenario_clients,
-                                          scene_samples)
+from pilot_jax.embedded.scenarios import SCENARIOS, benchmark_clients, lazy_samples, scenario_clients, scene_samples
 from pilot_jax.programs import surroundings
 from pilot_jax.real.emoji_tasks import emoji_samples
 

@@ -11,8 +11,9 @@ from conftest import slow_except, tree_max_difference, write_language_model
 
 import pilot_jax
 from pilot_jax.errors import InputError
-from pilot_jax.federation.client import OptimizerSpec, PhaseSpec, client_loss, make_optimizer, optimizer_labels
+from pilot_jax.federation.client import client_loss, optimizer_labels
 from pilot_jax.federation.losses import LossWeights
+from pilot_jax.federation.phases import OptimizerSpec, PhaseSpec, make_optimizer
 from pilot_jax.models.lora import init_lora
 
 TOLERANCE = 1e-4

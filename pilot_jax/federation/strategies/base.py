@@ -17,9 +17,10 @@ import optax
 from pilot_jax.config import STRATEGY_PARAMS, StrategyParams
 from pilot_jax.errors import InputError
 from pilot_jax.federation import combining, mixing
-from pilot_jax.federation.client import PLAIN_RULE, LocalRule
 from pilot_jax.federation.cohort import Cohort
 from pilot_jax.federation.lora_options import empty_residual, extra_rows, traffic, with_rank
+from pilot_jax.federation.halves import SKETCH, SplitHalves, empty_sketch, sketch_role
+from pilot_jax.federation.phases import PLAIN_RULE, LocalRule
 from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, Scope, Tree, num_bytes
 from pilot_jax.models.lora import LORA_SUBTREES, RESIDUAL, init_lora
 from pilot_jax.models.spec import VlmSpec
@@ -84,6 +85,11 @@ class Strategy:
     def name(self) -> str:
         return name_of(type(self))
 
+    @property
+    def splits_halves(self) -> bool:
+        """Whether clients measure the noise of their updates by halves of their data, so that a cohort has `ratio`."""
+        return False
+
     def has_common_model(self) -> bool:
         """Returns whether all clients have one model after an aggregation, and no trained parts of their own."""
         own = any(row.scope == "local" and "trained" in row.modes.values() for row in self.ownership().adapter_rows)
@@ -147,7 +153,8 @@ class Strategy:
         """Returns the whole ownership table: `roles`, and the rows that options of LoRA add."""
         stages = dict.fromkeys((*self.first_stages, *self.later_stages))
         extra = extra_rows(tuple(stages), self.params.combine == "exact", self.ranks_differ)
-        return Roles((*self.roles().rows, *extra))
+        sketch = [sketch_role(tuple(stages))] if self.splits_halves else []
+        return Roles((*self.roles().rows, *extra, *sketch))
 
     def projector_role(self, scope: Scope, aggregated_by: str, stages: tuple[str, ...] = ("plain",)) -> Role:
         """Returns the projector's row of the table. If it is frozen, it is a part of the base and no adapter."""
@@ -174,6 +181,8 @@ class Strategy:
         out = dict(adapters)
         if self.params.combine == "exact":
             out[RESIDUAL] = empty_residual(adapters["text_adapter"], self.params.residual_rank)
+        if self.splits_halves:
+            out[SKETCH] = empty_sketch()
         return with_rank(out, rank, rank) if self.ranks_differ else out
 
     def warning(self) -> str | None:
@@ -182,7 +191,7 @@ class Strategy:
 
     def local_rule(self) -> LocalRule:
         """Returns the change that clients make to their gradients."""
-        return PLAIN_RULE
+        return SplitHalves() if self.splits_halves else PLAIN_RULE
 
     def server_optimizer(self) -> optax.GradientTransformation | None:
         """Returns an optimizer of the gradient (server model − mixed uploads). None: mixed uploads are the model."""
@@ -299,6 +308,7 @@ class Strategy:
         the largest, of which its arrays are, and a change of the frozen weights that is downloaded."""
         up, down = self.sent_bytes(adapters) if stage is None else self.phase_bytes(adapters, stage)
         extra = {RESIDUAL: num_bytes(adapters[RESIDUAL])} if RESIDUAL in adapters else {}
+        up |= {SKETCH: num_bytes(adapters[SKETCH])} if SKETCH in adapters else {}
         return traffic(up, rank, largest), traffic({**down, **extra}, rank, largest)
 
 

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from pilot_jax.config import StrategyParams
 from pilot_jax.federation import mixing
-from pilot_jax.federation.client import LocalRule
+from pilot_jax.federation.phases import LocalRule
 from pilot_jax.federation.roles import BASE_ROWS, Role, Roles
 from pilot_jax.federation.strategies.base import Strategy, register
 

@@ -15,7 +15,7 @@ import jax
 from pydantic import Field
 
 from pilot_jax.config import StrategyParams
-from pilot_jax.federation.client import LocalRule
+from pilot_jax.federation.phases import LocalRule
 from pilot_jax.federation.strategies.base import Strategy, register
 
 

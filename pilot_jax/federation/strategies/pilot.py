@@ -15,6 +15,7 @@ from pilot_jax.config import Section, StrategyParams
 from pilot_jax.federation import mixing
 from pilot_jax.federation.cohort import Cohort
 from pilot_jax.federation.distances import distances
+from pilot_jax.federation.halves import shares
 from pilot_jax.federation.roles import BASE_ROWS, Mode, Role, Roles, Tree, num_bytes
 from pilot_jax.federation.strategies.base import Aggregated, Strategy, float32, register
 from pilot_jax.models.lora import init_lora
@@ -49,11 +50,16 @@ class AtaConfig(Section):
         "notes, all keys below but `neighbors` are ignored.")
     neighbors: int = Field(2, ge=1, description="Number M of nearest other clients that a client's LoRA is mixed with. "
                            "If the cohort has fewer, all of them.")
-    weighting: Literal["softmax", "inverse_distance", "share", "share_of_sizes"] = Field(
+    weighting: Literal["softmax", "inverse_distance", "share", "share_of_sizes", "split_half"] = Field(
         "softmax", description="Rule for the weight of a neighbour at distance d. softmax: ∝ exp(−d/τ), also for the "
         "client's own upload at d = 0. inverse_distance: ∝ 1/d; the own upload weighs as much as the nearest "
         "neighbour. share: ∝ 1/d; the own upload weighs as much as the client has training samples. share_of_sizes: "
-        "the own upload has the client's share of its and its neighbours' training samples; the rest is ∝ 1/d.")
+        "the own upload has the client's share of its and its neighbours' training samples; the rest is ∝ 1/d. "
+        "split_half: no distances and no neighbours; the weight of any other client is ∝ n_j·max(0, 1 − ρ), with ρ the "
+        "measured ratio of how far the two clients' gradients are apart to the noise of the client's own "
+        "(docs/method.md), divided by `split_half_limit`.")
+    split_half_limit: float = Field(1.0, gt=0, description="Ratio ρ at and above which `weighting: split_half` takes "
+                                    "nothing from another client.")
     temperature: Literal["auto"] | float = Field(
         "auto", description="Temperature τ of `weighting: softmax`. auto: `auto_factor` times the client's mean "
         "distance to its M neighbours, so that weights do not depend on the scale of the adapters.")
@@ -100,6 +106,11 @@ class Pilot(Strategy):
     Params = PilotParams
 
     one_model = False
+
+    @property
+    def splits_halves(self):
+        ata = self.params.ata
+        return self.params.text_aggregation == "ata" and ata.weighting == "split_half" and ata.preset == "default"
 
     @property
     def first_stages(self):
@@ -191,6 +202,8 @@ class Pilot(Strategy):
         if self.params.text_aggregation == "per_task_mean":
             tasks = jnp.asarray(cohort.tasks)
             return mixing.per_task_mean(sizes, tasks, int(jnp.max(tasks)) + 1)[tasks]
+        if self.splits_halves:
+            return shares(cohort.ratio, cohort.sizes, c.split_half_limit)
         options = {"weighting": c.weighting, "temperature": c.temperature, "auto_factor": c.auto_factor,
                    "include_self": c.include_self, "size_weighted": c.size_weighted}
         if c.preset == "notes":  # w ∝ exp(−d) over the neighbours and the client itself
@@ -199,7 +212,8 @@ class Pilot(Strategy):
 
     def most_weights(self, cohort: int) -> int:
         """Returns how many weights of a row can be above 0: M + 1 under ATA, else up to S."""
-        is_ata = type(self).weights is Pilot.weights and self.params.text_aggregation == "ata"
+        is_ata = (type(self).weights is Pilot.weights and self.params.text_aggregation == "ata"
+                  and not self.splits_halves)
         return self.params.ata.neighbors + 1 if is_ata else cohort
 
     def _aggregate_tasks(self, cohort: Cohort, server: Mapping[str, Any]) -> tuple[Tree, dict[int, dict[str, Any]]]:

@@ -12,8 +12,8 @@ from conftest import slow_except, small_config, tree_max_difference
 
 from pilot_jax.data.arrays import num_steps, visiting_order
 from pilot_jax.federation import executor
-from pilot_jax.federation.client import learning_rate
 from pilot_jax.federation.losses import loss_weights, stage_loss
+from pilot_jax.federation.phases import learning_rate
 from pilot_jax.federation.randomness import client_generator
 from pilot_jax.models.vlm import variables
 from pilot_jax.runs import prepare

@@ -9,9 +9,10 @@ import pytest
 from conftest import Records, slow_except, small_config
 
 from pilot_jax.federation import rounds
-from pilot_jax.federation.client import client_loss, phase_spec
+from pilot_jax.federation.client import client_loss
 from pilot_jax.federation.cohort import Cohort
 from pilot_jax.federation.losses import LossWeights, stage_loss
+from pilot_jax.federation.phases import phase_spec
 from pilot_jax.federation.strategies import STRATEGIES, make_strategy
 from pilot_jax.models.vlm import variables
 from pilot_jax.runs import prepare

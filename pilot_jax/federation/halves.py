@@ -1,0 +1,103 @@
+"""Split-half measure: how far clients are apart, relative to how little their own data say.
+
+Each step's batch has one half from each of two halves of a client's data, and the mean gradients a_k and b_k of the two
+are kept apart. Their noise is independent, so that, with u_k = (a_k + b_k)/2,
+
+    δ²_kj = ⟨a_k − a_j, b_k − b_j⟩   estimates, without bias, the squared distance of the gradients behind the noise,
+    σ²_k  = ‖a_k − b_k‖² / 4          that of u_k from the gradient behind its noise.
+
+Where δ²_kj is above σ²_k, client k learns more from its own samples alone than from client j's upload; for two clients
+the minimiser of the squared error takes σ²/(2σ² + δ²) from the other (Grimberg et al., 2021, arXiv 2110.12946).
+
+Clients upload sketches of a and b: sums of entries with random signs, of which inner products are unbiased estimates of
+those of the gradients (Charikar et al., 2002, with bins that repeat along the vector instead of random ones).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Real
+
+from pilot_jax.federation.phases import LocalRule
+from pilot_jax.federation.roles import Mode, Role, Tree
+from pilot_jax.kernels.pairwise import exact_einsum
+
+SKETCH = "gradient_sketch"  # the subtree with which sketches are uploaded
+SKETCH_SIZE = 8192  # d; an inner product is off by about ‖x‖‖y‖/√d
+
+
+def sketch(tree: Tree, size: int = SKETCH_SIZE) -> Float[Array, "2 d"]:
+    """Returns the sketch of a tree with leaves [2, …], the same linear map for all clients and rounds.
+
+    It has the tree's own entries if there are at most `size`.
+    """
+    flat = jnp.concatenate([leaf.reshape(2, -1) for leaf in jax.tree.leaves(tree)], axis=1)
+    if flat.shape[1] <= size:
+        return jnp.pad(flat, ((0, 0), (0, size - flat.shape[1])))
+    signs = jax.random.rademacher(jax.random.key(0), (flat.shape[1],), jnp.float32)
+    padded = jnp.pad(flat * signs, ((0, 0), (0, -flat.shape[1] % size)))
+    return jnp.sum(padded.reshape(2, -1, size), axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitHalves(LocalRule):
+    """Leaves the steps as they are, and keeps a sketch of LoRA's mean gradient on each half of the data."""
+
+    averages_gradients: bool = True
+    halves: bool = True
+
+    def carry(self, mean_gradient, carried):
+        return {**carried, SKETCH: {"halves": sketch(mean_gradient["text_adapter"])}}
+
+
+def sketch_role(stages: tuple[str, ...]) -> Role:
+    """Returns the sketch's row of the ownership table."""
+    modes: dict[str, Mode] = dict.fromkeys(stages, "carried")
+    return Role(SKETCH, modes, "shared", "never")
+
+
+def empty_sketch() -> Tree:
+    """Returns the sketch before the first phase."""
+    return {"halves": jnp.zeros((2, SKETCH_SIZE))}
+
+
+@jax.jit
+def measure(sketches: Float[Array, "S 2 d"]) -> tuple[Float[Array, "S S"], Float[Array, " S"]]:
+    """Returns δ²_kj and σ²_k of a cohort, as the module's text defines them. δ² may be negative, as an estimate."""
+    a, b = sketches[:, 0], sketches[:, 1]
+    inner = exact_einsum("sd,td->st", a, b)
+    own = jnp.diag(inner)
+    return own[:, None] + own[None] - inner - inner.T, jnp.sum((a - b) ** 2, axis=1) / 4
+
+
+def no_evidence(clients: int) -> dict[str, np.ndarray]:
+    """Returns the server's evidence before the first phase: sums of δ² and σ² by pair of clients, float32 [K, K]."""
+    return {"apart": np.zeros((clients, clients), np.float32), "noise": np.zeros((clients, clients), np.float32)}
+
+
+def with_phase(evidence: dict[str, np.ndarray], sketches: Float[Array, "S 2 d"],
+               ids: Int[np.ndarray, " S"]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Returns the evidence with that of a phase, and the cohort's ratios δ²_kj/σ²_k of all its phases, [S, S].
+
+    Row k of a ratio is about what client k can take from j. It is 0 where no noise was measured on either side.
+    """
+    apart, noise = (np.asarray(x) for x in measure(sketches))
+    at = np.ix_(ids, ids)
+    out = {name: array.copy() for name, array in evidence.items()}
+    out["apart"][at] += apart
+    out["noise"][at] += np.broadcast_to(noise[:, None], apart.shape)
+    above, below = out["apart"][at], out["noise"][at]
+    ratio = np.where(below > 0, above / np.where(below > 0, below, 1), np.where(above > 0, np.inf, 0))
+    return out, ratio
+
+
+def shares(ratio: Real[np.ndarray, "S S"], sizes: Real[np.ndarray, " S"], limit: float) -> Float[np.ndarray, "S S"]:
+    """Returns weights w_kj ∝ n_j·max(0, 1 − ratio_kj/limit), and ∝ n_k for the client itself; rows sum to 1."""
+    kept = np.clip(1 - ratio / limit, 0, 1)
+    np.fill_diagonal(kept, 1)
+    raw = kept * np.asarray(sizes, np.float64)
+    return (raw / raw.sum(axis=1, keepdims=True)).astype(np.float32)

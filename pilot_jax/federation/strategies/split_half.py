@@ -1,0 +1,34 @@
+"""Mixtures that take from another client as much as a measure on halves of the data supports (`federation.halves`)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pilot_jax.config import StrategyParams
+from pilot_jax.federation.halves import shares
+from pilot_jax.federation.strategies.base import Strategy, register
+from pilot_jax.federation.strategies.pilot import AtaConfig, Pilot, PilotParams
+
+
+@register("split_half")
+class SplitHalf(Strategy):
+    """Projector and LoRA as in plain LLaVA; each client receives its own mixture of both."""
+
+    class Params(StrategyParams):
+        split_half_limit: float = Field(1.0, gt=0, description="Ratio δ²/σ² at and above which nothing is taken from "
+                                        "another client: weights are ∝ n_j·max(0, 1 − ratio/limit).")
+
+    aggregated_by = "split_half"
+    one_model = False
+    splits_halves = True
+
+    def mix(self, cohort):
+        return shares(cohort.ratio, cohort.sizes, self.params.split_half_limit)
+
+
+@register("pilot_split_half")
+class PilotSplitHalf(Pilot):
+    """Pilot with `ata.weighting: split_half`."""
+
+    class Params(PilotParams):
+        ata: AtaConfig = AtaConfig(weighting="split_half")
