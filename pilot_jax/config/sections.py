@@ -40,7 +40,7 @@ class DigitsConfig(Section):
         "own", description="Looks of a task's clients in scenario c. same: all have the first one. own: each has its "
         "own, and clients of different tasks have the same ones.")
     wording: Literal["known", "shared", "half", "own"] = Field(
-        "own", description="Wordings of a task's clients in scenario c. known: one that the base `instructed` has learnt. "
+        "own", description="Wordings of a task's clients in scenario c. known: one that the base `instructed` knows. "
         "shared: another one. half: that for half of a client's samples, and its own for the rest. own: each client "
         "has its own, and the base none of them.")
     train: int = Field(

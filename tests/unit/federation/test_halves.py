@@ -1,0 +1,148 @@
+"""Tests of the split-half measure against NumPy float64 and a Gaussian model, and of the strategies that use it."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from conftest import tree_max_difference
+from test_strategies import gradient, problem
+
+from pilot_jax.config import FederationConfig
+from pilot_jax.data.arrays import halved_order
+from pilot_jax.errors import InputError
+from pilot_jax.federation.halves import SKETCH, measure, no_evidence, shares, sketch, with_phase
+from pilot_jax.federation.observer import RunObserver
+from pilot_jax.federation.strategies import make_strategy
+from pilot_jax.testing.toy import DESCENT, run_toy, toy_clients, toy_federation, toy_numbers
+
+ONE_STEP = FederationConfig(rounds=1, local_epochs=1, schedule="single")
+
+
+class Ratios(RunObserver):
+    """Keeps the ratios and the weights of every phase."""
+
+    def __init__(self):
+        self.ratios, self.weights = [], []
+
+    def phase_ended(self, state, record, mixing, used):
+        self.ratios.append(np.asarray(mixing["ratio"]))
+        self.weights.append(np.asarray(mixing["weights"]))
+
+
+def lora_gradient(client, half=slice(None)):
+    """Returns the gradient of LoRA's entries, A and then B, on some of a toy client's samples, at the start."""
+    x, y = problem()[client]
+    g = gradient({k: v for k, v in toy_numbers().items() if k in "wab"}, x[half], y[half])
+    return np.concatenate([g["a"].ravel(), g["b"].ravel()])
+
+
+def test_measure_is_the_formula():
+    halves = np.random.default_rng(0).normal(size=(5, 2, 40))
+    apart, noise = (np.asarray(x) for x in measure(halves.astype(np.float32)))
+    a, b = halves[:, 0], halves[:, 1]
+    for k in range(5):
+        assert noise[k] == pytest.approx(((a[k] - b[k]) ** 2).sum() / 4, rel=1e-5)
+        for j in range(5):
+            assert apart[k, j] == pytest.approx((a[k] - a[j]) @ (b[k] - b[j]), abs=1e-4)
+
+
+def test_measure_is_unbiased_in_a_gaussian_model():
+    """Halves with independent noise of variance 2s² per entry: E δ²_kj = ‖θ_k − θ_j‖², E σ²_k = P·s²."""
+    rng, entries = np.random.default_rng(1), 2000
+    truth = rng.normal(size=(3, entries)) * np.asarray([0.0, 0.0, 0.5])[:, None]
+    spread = np.asarray([0.5, 1.0, 2.0])
+    draws = [measure((truth[:, None] + rng.normal(size=(3, 2, entries)) * spread[:, None, None] * np.sqrt(2)
+                      ).astype(np.float32)) for _ in range(300)]
+    apart, noise = (np.mean([np.asarray(d[i]) for d in draws], axis=0) for i in (0, 1))
+    np.testing.assert_allclose(noise, entries * spread**2, rtol=0.01)
+    want = ((truth[:, None] - truth[None]) ** 2).sum(-1)
+    # The standard error of an entry is below ‖a_k − a_j‖‖b_k − b_j‖/√(entries · draws).
+    scale = (want + 2 * entries * (spread[:, None] ** 2 + spread[None] ** 2)) / np.sqrt(entries * 300)
+    assert (np.abs(apart - want)[~np.eye(3, dtype=bool)] < 4 * scale[~np.eye(3, dtype=bool)]).all()
+
+
+def test_a_sketch_is_exact_while_it_fits_and_keeps_inner_products_beyond():
+    rng = np.random.default_rng(2)
+    small = {"a": rng.normal(size=(2, 3, 5)), "b": rng.normal(size=(2, 4))}
+    flat = np.concatenate([small["a"].reshape(2, -1), small["b"]], axis=1)
+    np.testing.assert_allclose(np.asarray(sketch(small, 32))[:, :19], flat, rtol=1e-6)
+    size, entries = 1024, 50_000
+    one, other = ({"x": rng.normal(size=(2, entries)).astype(np.float32)} for _ in range(2))
+    both = jax.tree.map(np.add, one, other)
+    for u, v in ((one, one), (one, other), (both, other)):
+        got = np.asarray(sketch(u, size), np.float64)[0] @ np.asarray(sketch(v, size), np.float64)[1]
+        x, y = u["x"][0].astype(np.float64), v["x"][1].astype(np.float64)
+        assert abs(got - x @ y) < 5 * np.linalg.norm(x) * np.linalg.norm(y) / np.sqrt(size)
+    np.testing.assert_allclose(sketch(both, size), sketch(one, size) + sketch(other, size), atol=1e-3)
+
+
+def test_batches_have_one_half_from_each_half_of_the_data():
+    order, real = halved_order(np.random.default_rng(0), 11, 4, 6)  # 6 and 5 samples, three steps an epoch
+    assert order.shape == real.shape == (6, 4)
+    assert (order[:, :2][real[:, :2]] % 2 == 0).all() and (order[:, 2:][real[:, 2:]] % 2 == 1).all()
+    for epoch in (slice(0, 3), slice(3, 6)):
+        assert sorted(order[epoch][real[epoch]]) == list(range(11))
+    order, real = halved_order(np.random.default_rng(0), 1, 4, 2)
+    assert real.sum() == 2 and (order[real] == 0).all()
+
+
+def test_the_ratio_is_that_of_the_clients_own_gradients():
+    """One full-batch step of SGD, against gradients of the halves in NumPy float64."""
+    seen = Ratios()
+    state = run_toy(toy_federation(make_strategy("split_half", schedule="single"), settings=ONE_STEP), observer=seen)
+    a, b = (np.stack([lora_gradient(k, slice(first, None, 2)) for k in range(3)]) for first in (0, 1))
+    for k in range(3):
+        kept = np.asarray(state.population[k].adapters[SKETCH]["halves"])[:, :a.shape[1]]
+        np.testing.assert_allclose(kept, np.stack([a[k], b[k]]), atol=1e-6)
+    want = np.asarray([[(a[k] - a[j]) @ (b[k] - b[j]) / (((a[k] - b[k]) ** 2).sum() / 4) for j in range(3)]
+                       for k in range(3)])
+    np.testing.assert_allclose(seen.ratios[0], want, atol=1e-4)
+    sizes = np.asarray([4, 8, 6])
+    for k in range(3):
+        raw = [sizes[j] * (1.0 if j == k else min(max(1 - want[k, j], 0), 1)) for j in range(3)]
+        np.testing.assert_allclose(seen.weights[0][k], np.asarray(raw) / sum(raw), atol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_halved_full_batches_are_plain_full_batches(optimizer):
+    """The halves' losses are weighted by their samples, so that local training is the same but for rounding."""
+    train = DESCENT.model_copy(update={"optimizer": optimizer, "lr_connector": 0.05, "lr_lora_stage1": 0.05})
+    kind = type("Alone", (type(make_strategy("split_half")),), {
+        "mix": lambda self, cohort: np.eye(len(cohort), dtype=np.float32)})
+    alone, local = (run_toy(toy_federation(strategy, train=train)) for strategy in (kind(), make_strategy("local")))
+    for one, other in zip(alone.population, local.population, strict=True):
+        ours = {n: t for n, t in one.adapters.items() if n != SKETCH}
+        assert tree_max_difference(ours, other.adapters) < 1e-5
+
+
+def test_evidence_is_of_the_phases_that_two_clients_share():
+    halves = np.random.default_rng(3).normal(size=(4, 2, 30)).astype(np.float32)
+    both, _ = with_phase(no_evidence(4), halves[[0, 1]], np.asarray([0, 1]))
+    later, ratio = with_phase(both, halves[[2, 3]], np.asarray([1, 3]))
+    apart, noise = (np.asarray(x) for x in measure(halves[[2, 3]]))
+    assert later["apart"][1, 3] == pytest.approx(apart[0, 1]) and later["apart"][0, 3] == 0
+    assert later["apart"][0, 1] == both["apart"][0, 1] and later["noise"][1, 0] == both["noise"][1, 0]
+    assert ratio[0, 1] == pytest.approx(apart[0, 1] / noise[0], rel=1e-5)
+    assert both["apart"][1, 3] == 0  # the evidence before is not changed
+
+
+@pytest.mark.parametrize(("ratio", "limit", "weights"), [
+    ([[0, 5], [5, 0]], 1.0, [[1, 0], [0, 1]]), ([[0, -1], [0, 0]], 1.0, [[0.25, 0.75], [0.25, 0.75]]),
+    ([[0, 0.5], [1, 0]], 1.0, [[0.4, 0.6], [0, 1]]), ([[0, 1], [1, 0]], 2.0, [[0.4, 0.6], [1 / 7, 6 / 7]]),
+    ([[0, np.inf], [np.inf, 0]], 1.0, [[1, 0], [0, 1]])])
+def test_shares(ratio, limit, weights):
+    np.testing.assert_allclose(shares(np.asarray(ratio, float), np.asarray([1, 3]), limit), weights, atol=1e-6)
+
+
+def test_an_odd_batch_is_refused():
+    odd = DESCENT.model_copy(update={"batch_size": 7})
+    with pytest.raises(InputError, match=r"train\.batch_size: 7 is odd.*Set it to 8"):
+        run_toy(toy_federation(make_strategy("split_half"), toy_clients(), train=odd))
+
+
+def test_a_client_with_one_sample_and_no_noise_takes_nothing():
+    seen = Ratios()
+    state = run_toy(toy_federation(make_strategy("split_half"), toy_clients((1, 6, 6), ("t0",) * 3)), observer=seen)
+    assert np.isfinite(seen.weights[-1]).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.population[0].adapters))
