@@ -27,9 +27,14 @@ def references_of(results: Record) -> list[str]:
 
 
 def title(reference: str) -> str:
-    """Returns the title of a column: which difference its cells have."""
+    """Returns the title of a column of differences."""
+    return subject(reference).replace("variant − ", "minus ")
+
+
+def subject(reference: str) -> str:
+    """Returns which difference to a reference is meant."""
     name = REFERENCES.get(reference, reference)
-    return f"{name} − variant" if reference == "pilot" else f"minus {name}"
+    return f"{name} − variant" if reference == "pilot" else f"variant − {name}"
 
 
 def marks(difference: Record) -> str:
@@ -93,7 +98,7 @@ def detail_rows(results: Record) -> list[list[str]]:
             found = line.get("differences", {}).get(reference)
             if found is not None:
                 both = found["with_other_clients"] or {"low": None, "high": None}
-                rows.append([line["name"], title(reference), f"{found['mean']:+.3f}",
+                rows.append([line["name"], subject(reference), f"{found['mean']:+.3f}",
                              _bracket(found["low"], found["high"]) or "–", _bracket(both["low"], both["high"]) or "–",
                              *(_p(found[key]) for key in ("p", "p_adjusted", "p_non_inferior", "p_equivalent"))])
     return rows

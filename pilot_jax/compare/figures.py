@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pilot_jax.compare.difference_table import difference_to, references_of, title
+from pilot_jax.compare.difference_table import difference_to, references_of, subject
 from pilot_jax.compare.tables import Record, by_score, of_variant, tasks_of
 from pilot_jax.report import charts
 
@@ -23,6 +23,12 @@ def _colour(line: Record) -> str:
     return charts.COLOURS[1] if line["name"] == "pilot" else charts.COLOURS[0]
 
 
+def label(line: Record) -> str:
+    """Returns a variant's name, with an ellipsis in the middle of a long one: a figure has room for 34 characters."""
+    name = line["name"]
+    return name if len(name) <= 34 else f"{name[:15]}…{name[-18:]}"
+
+
 def _draw_scores(axes: Axes, results: Record, lines: Sequence[Record]) -> None:
     """Draws the mean score of each variant with its standard error, and a line at the base model's score."""
     rows = np.arange(len(lines))
@@ -32,7 +38,7 @@ def _draw_scores(axes: Axes, results: Record, lines: Sequence[Record]) -> None:
     if results["base"]["score"] is not None:
         axes.axvline(results["base"]["score"], color=charts.INK, lw=0.8, ls=":", label="base model")
         axes.legend(loc="lower right")
-    axes.set_yticks(rows, [line["name"] for line in lines])
+    axes.set_yticks(rows, [label(line) for line in lines])
     axes.set_xlim(0, 1)
     axes.set_xlabel("score: mean over clients and seeds")
 
@@ -56,8 +62,8 @@ def _draw_differences(axes: Axes, lines: Sequence[Record], reference: str) -> No
         axes.plot(d["mean"], row, "o", ms=4.5, color=charts.COLOURS[1], mew=1,
                   markerfacecolor=charts.COLOURS[1] if d["significant"] else "none")
     axes.axvline(0, color=charts.INK, lw=0.6, alpha=0.6)
-    axes.set_yticks(range(len(lines)), [line["name"] for line in lines])
-    axes.set_xlabel(f"difference of scores, {title(reference)}")
+    axes.set_yticks(range(len(lines)), [label(line) for line in lines])
+    axes.set_xlabel(f"difference of scores, {subject(reference)}")
     axes.grid(axis="x", color=charts.INK, alpha=0.12, lw=0.5)
 
 

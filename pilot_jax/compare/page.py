@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, FiniteFloat
 
 from pilot_jax.compare import figures
-from pilot_jax.compare.difference_table import detail_rows, difference_to, references_of, title
+from pilot_jax.compare.difference_table import detail_rows, difference_to, references_of, subject
 from pilot_jax.compare.tables import (
     Record,
     by_score,
@@ -211,12 +211,12 @@ def _cards(results: Record) -> list[Card]:
         paired = sum(1 for line in lines if difference_to(line, reference))
         cards.append(figure_card(
             f"differences-{number}" if number else "differences",
-            f"Difference of scores, {title(reference)}, with its 95 % interval. A filled mark {meaning}.",
-            f"Differences of {paired} variants, {title(reference)}.", figures.differences(results, reference)))
+            f"Difference of scores, {subject(reference)}, with its 95 % interval. A filled mark {meaning}.",
+            f"Differences of {paired} variants, {subject(reference)}.", figures.differences(results, reference)))
     by_task = np.asarray([[line["by_task"].get(t, np.nan) for t in tasks] for line in lines], np.float64)
     cards.append(figure_card("tasks", "Mean score of each variant on each task",
                              f"Scores of {len(lines)} variants on {len(tasks)} tasks.",
-                             charts.cells(by_task, [line["name"] for line in lines], tasks, "task", "")))
+                             charts.cells(by_task, [figures.label(line) for line in lines], tasks, "task", "")))
     if any(line["bytes_up"] for line in lines):
         cards.append(figure_card("traffic", "Score against the megabytes that the run of one seed transfers",
                                  "Score against megabytes uploaded and downloaded.", figures.traffic(results)))

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from scipy import stats
 
-from pilot_jax.compare import tables
+from pilot_jax.compare import figures, tables
 from pilot_jax.compare.difference_table import detail_rows, difference_cell, difference_explanations, references_of
 from pilot_jax.compare.differences import check_references, client_scores, differences, references
 from pilot_jax.compare.page import comparison_page, read_comparison, write_results
@@ -222,6 +222,14 @@ def test_the_page_and_the_files_have_all_of_it(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(read))
     with pytest.raises(InputError, match=r"results\.json"):
         read_comparison(tmp_path)
+
+
+def test_long_names_leave_room_for_the_figures():
+    """matplotlib warns, and the test fails, if the axes have no room."""
+    name = "fedavg+train.lr_connector=0.0001+train.lr_lora_stage1=0.0005+train.lr_lora_stage2=0.0003"
+    results = results_of({"pilot": ROWS["pilot"], name: row(name, LOCAL)}) | {"name": "long"}
+    assert name in comparison_page(results).html
+    assert figures.label({"name": name}) == "fedavg+train.lr…lora_stage2=0.0003" and figures.label({"name": "a"}) == "a"
 
 
 OLD = [path for path in sorted((ROOT / "docs" / "results").glob("*.json")) if "rows" in json.loads(path.read_text())]
