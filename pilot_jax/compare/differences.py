@@ -29,7 +29,7 @@ class Interval(TypedDict):
 
 
 class Difference(TypedDict):
-    """A mean difference, with a 95 % interval; what is None cannot be computed (one seed of one client)."""
+    """A mean difference, with a 95 % interval; what is None cannot be computed: see `mean_of`."""
 
     mean: float
     low: float | None

@@ -127,6 +127,17 @@ def test_of_one_seed_and_one_client_there_is_no_interval():
     assert difference_cell(results_of(rows)["variants"][1], "pilot") == "+0.250"
 
 
+def test_equal_differences_show_nothing():
+    """Two seeds whose differences agree, as counts of answers may by chance, give no p value and no mark."""
+    rows = {"pilot": row("pilot", LOCAL[:2] + 0.25), "local": row("local", LOCAL[:2]), "x": row("x", LOCAL[:2] * 0.9)}
+    found = differences(rows)["local"]["pilot"]
+    assert found["mean"] == pytest.approx(0.25) and found["p"] is found["low"] is found["equivalent"] is None
+    other = differences(rows)["x"]["pilot"]
+    assert other["p_adjusted"] == other["p"]  # Holm's correction is over those that were tested
+    assert "their error is unknown" in " ".join(difference_explanations(results_of(rows)))
+    assert "their error is unknown" not in " ".join(difference_explanations(results_of(ROWS)))
+
+
 def test_a_diverged_seed_counts_as_0():
     rows = copy.deepcopy(ROWS)
     diverge(rows["fedavg"], 1)
