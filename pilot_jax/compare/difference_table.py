@@ -74,7 +74,7 @@ def difference_explanations(results: Record) -> list[str]:
     about = f"{', '.join(map(title, names))}: mean difference of the scores, {pairs}"
     if any(name != "pilot" for name in names):
         about += " The columns named minus have the variant's score minus the reference's."
-    if any(found and found["low"] is None for line in results["variants"] for found in line["differences"].values()):
+    if any(found["low"] is None for line in results["variants"] for found in line.get("differences", {}).values()):
         about += " Without an interval: there is only one difference, or all are equal, so that their error is unknown."
     return [about,
             "*: p < 0.05 after Holm's correction over the variants of the column. The intervals are not corrected.",

@@ -255,3 +255,5 @@ def test_results_of_earlier_versions_are_read(path: Path):
     assert "gain per MB" in head or "score per MB" in head
     assert len(rows) == len(results["variants"]) + 1
     assert "excludes 0" in " ".join(difference_explanations(results)) or references_of(results) == []
+    mixed = results | {"margin": 0.02}  # nothing writes such a file, but `report` reads files of others
+    assert tables.explanations(mixed) and len(detail_rows(mixed)) <= 1
