@@ -127,6 +127,7 @@ class _Variant(BaseModel, extra="allow"):
     standard_error: FiniteFloat | None
     common: _Score | None = None
     finetuned: _Score | None = None
+    token_accuracy: _Score | None = None
     by_task: dict[str, FiniteFloat]
     base_captions: FiniteFloat | None
     effective_neighbors: FiniteFloat | None

@@ -53,7 +53,7 @@ def _per_megabyte(line: Record, local: Record | None) -> str:
 def _columns(results: Record) -> dict[str, str]:
     """Returns the titles of the scores that some variant has, by their key in a variant's entry ("own": the entry
     itself)."""
-    titles = {"common": "common", "own": "own", "finetuned": "fine-tuned"}
+    titles = {"common": "common", "own": "own", "finetuned": "fine-tuned", "token_accuracy": "token accuracy"}
     return {key: title for key, title in titles.items()
             if key == "own" or any(line.get(key) for line in results["variants"])}
 
@@ -64,7 +64,9 @@ def explanations(results: Record) -> list[str]:
         "common": "common: score of the server's model, which is the same for all clients; – where clients have models "
                   "or parts of their own.",
         "own": "own: score of the model with which each client ends. All other columns are about this one.",
-        "finetuned": "fine-tuned: score of each client's model after further steps on the client's own data."}
+        "finetuned": "fine-tuned: score of each client's model after further steps on the client's own data.",
+        "token_accuracy": "token accuracy: mean share of the tokens of a reference answer that are the most probable "
+                          "ones (`eval.scoring: teacher_forced`)."}
     return [
         *(about[key] for key in _columns(results)),
         *difference_explanations(results),
@@ -109,7 +111,8 @@ def fitting_rows(results: Record, width: int) -> list[list[str]]:
     """
     rows, tasks = score_rows(results), tasks_of(results)
     against = [f"{title(name)} [95 %]" for name in references_of(results)]
-    first = ["own", *against, "fine-tuned", "common", "gain per MB", "score per MB", "rates ×", *tasks]
+    others = ["fine-tuned", "common", "token accuracy", "gain per MB", "score per MB", "rates ×"]
+    first = ["own", *against, *others, *tasks]
     order = sorted(range(1, len(rows[0])), key=lambda i: (*first, rows[0][i]).index(rows[0][i]))
     kept: list[int] = []
     for between in (" ", "\n"):

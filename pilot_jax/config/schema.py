@@ -221,7 +221,14 @@ class EvalConfig(Section):
     every: int = Field(
         0, ge=0, le=10**6, description="Number of rounds from one scoring of the validation split to the next. 0: it "
         "is never scored. The test split is scored once, after the last round.")
-    batch_size: int = Field(16, ge=1, le=65_536, description="Number of prompts of a client that are decoded at once.")
+    scoring: Literal["generate", "teacher_forced"] = Field(
+        "generate", description="Way in which answers are scored. generate: answers are decoded, and scored as texts "
+        "by `metrics`. teacher_forced: nothing is decoded. In one forward pass on the prompt and its reference answer, "
+        "a sample scores 1 if every token of the answer, its end token included, is the model's most probable one "
+        "after the tokens before it, and 0 otherwise; of several references, the best counts. Greedy decoding would "
+        "then give that answer, token by token. It needs `temperature: 0` and the metric exact for every task, and "
+        "does not read `max_new_tokens`.")
+    batch_size: int = Field(16, ge=1, le=65_536, description="Number of prompts of a client that are answered at once.")
     max_new_tokens: int = Field(32, ge=1, le=8_192, description="Largest number of tokens of an answer.")
     temperature: float = Field(0.0, ge=0, description="Temperature of sampling. 0: greedy decoding.")
     top_p: float = Field(1.0, gt=0, le=1, description="Probability p of nucleus sampling: a token is drawn from the "
@@ -231,6 +238,13 @@ class EvalConfig(Section):
         "equal up to case and white space. iou: boxes with IoU of at least 0.5. vqa: VQA accuracy against ten "
         "annotators. anls: edit similarity, for OCR. rouge_l, bleu, cider: for captions, with the extra `scores`. Each "
         "is from 0 to 1, cider from 0 to 10.")
+
+    @model_validator(mode="after")
+    def _nothing_is_sampled(self) -> EvalConfig:
+        if self.scoring == "teacher_forced" and self.temperature > 0:
+            raise ValueError("scoring: teacher_forced scores what greedy decoding would answer: set temperature to 0, "
+                             "or scoring to generate")
+        return self
 
 
 class MeshConfig(Section):

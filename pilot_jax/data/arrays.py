@@ -13,6 +13,23 @@ from pilot_jax.data.features import FeatureRows, concatenate_features
 
 
 @dataclasses.dataclass(frozen=True)
+class Answered:
+    """Prompts followed by their reference answers, for teacher forcing: one row for each pair of prompt and reference.
+
+    `rows` holds input_ids and attention_mask, int32 [m, L]; target_positions and target_ids, int32 [m, A], and
+    target_weights, float32 [m, A], as in `ClientData.train`. The targets are the tokens of the answer and its end.
+    """
+
+    rows: dict[str, np.ndarray]
+    prompt: np.ndarray  # int32 [m], ascending: the number of the prompt that each row begins with
+
+    def first(self, count: int) -> Answered:
+        """Returns the rows of the first `count` prompts."""
+        kept = self.prompt < count
+        return Answered({name: array[kept] for name, array in self.rows.items()}, self.prompt[kept])
+
+
+@dataclasses.dataclass(frozen=True)
 class Prompts:
     """A batch of n prompts for generation, padded at the right, and the reference answers of each."""
 
@@ -20,6 +37,16 @@ class Prompts:
     attention_mask: np.ndarray  # int32 [n, L]
     features: np.ndarray | FeatureRows  # [n, N, D]
     references: tuple[tuple[str, ...], ...]
+    answered: Answered | None = None  # only with `eval.scoring: teacher_forced`
+    kinds: tuple[str, ...] = ()  # `Sample.kind` of each; empty if it is not known
+
+    def first(self, count: int) -> Prompts:
+        """Returns the first `count` prompts. Features that are not in memory are not read."""
+        features = self.features
+        return Prompts(self.input_ids[:count], self.attention_mask[:count],
+                       features.first(count) if isinstance(features, FeatureRows) else features[:count],
+                       self.references[:count], None if self.answered is None else self.answered.first(count),
+                       self.kinds[:count])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +140,8 @@ _LENGTHS = ("input_ids", "attention_mask")
 _ANSWERS = ("target_positions", "target_ids", "target_weights")
 
 
-def _lengthened(train: Mapping[str, Any], length: int, answers: int) -> dict[str, Any]:
-    """Returns a client's training arrays, padded further to L = `length` and A = `answers`."""
+def lengthened(train: Mapping[str, Any], length: int, answers: int) -> dict[str, Any]:
+    """Returns training arrays, or rows of `Answered`, padded further to L = `length` and A = `answers`."""
     to = dict.fromkeys(_LENGTHS, length) | dict.fromkeys(_ANSWERS, answers)
     return {name: _padded(array, to[name]) if name in to else array for name, array in train.items()}
 
@@ -122,7 +149,7 @@ def _lengthened(train: Mapping[str, Any], length: int, answers: int) -> dict[str
 def pooled(clients: Sequence[ClientData]) -> ClientData:
     """Returns one client that has the training data of all clients, and no evaluation data."""
     length, answers = (max(c.train[n].shape[1] for c in clients) for n in ("input_ids", "target_ids"))
-    parts = [_lengthened(c.train, length, answers) for c in clients]
+    parts = [lengthened(c.train, length, answers) for c in clients]
     joint = {n: np.concatenate([p[n] for p in parts]) for n in parts[0] if n != "features"}
     return ClientData("pooled", "all", joint | {"features": concatenate_features([c.features for c in clients])}, {})
 
@@ -143,7 +170,7 @@ def aligned(groups: Sequence[Sequence[ClientData]]) -> list[list[ClientData]]:
         prompts = {split: dataclasses.replace(p, input_ids=_padded(p.input_ids, prompt_length),
                                               attention_mask=_padded(p.attention_mask, prompt_length))
                    for split, p in client.evaluation.items()}
-        return dataclasses.replace(client, train=_lengthened(client.train, *lengths[client.name]), evaluation=prompts)
+        return dataclasses.replace(client, train=lengthened(client.train, *lengths[client.name]), evaluation=prompts)
 
     return [[padded(client) for client in group] for group in groups]
 

@@ -13,6 +13,7 @@ import numpy as np
 from pilot_jax.cache import Cache
 from pilot_jax.config import DataConfig
 from pilot_jax.data.arrays import (
+    Answered,
     ClientData,
     Prompts,
     bucket_shapes,
@@ -86,7 +87,51 @@ def build_prompts(samples: Sequence[Sample], encoded: Sequence[np.ndarray], feat
                   length: int | None = None) -> Prompts:
     """Returns the prompts as arrays, padded to `length`, or by default to a multiple of 8."""
     length = round_up(max(len(e) for e in encoded), 8) if length is None else length
-    return Prompts(*padded_rows(encoded, length), features, tuple(s.references for s in samples))
+    return Prompts(*padded_rows(encoded, length), features, tuple(s.references for s in samples),
+                   kinds=tuple(s.kind for s in samples))
+
+
+def with_answers(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample],
+                 data: DataConfig, prompts: Prompts) -> Prompts:
+    """Returns the prompts of `samples` with `answered`, in which the last answers are encoded as in training.
+
+    Raises:
+        InputError: a prompt with an answer is longer than `data.max_length`. It is not cut, because an answer without
+            its end would be easier. Or it has a token that the model does not know.
+    """
+    encoded, numbers = list[Encoded](), list[int]()
+    for number, sample in enumerate(samples):
+        prompt = prompts.input_ids[number][prompts.attention_mask[number] > 0]
+        for reference in dict.fromkeys(sample.references):
+            turns = (*sample.turns[:-1], ("gpt", reference))
+            item = encode(tokenizer, turns, data.template, model.config.num_image_tokens)
+            _check_ids(sample, item.input_ids, model, tokenizer)
+            if len(item.input_ids) > data.max_length:
+                raise InputError(f"{sample.source}: the prompt and its answer have {len(item.input_ids)} tokens, "
+                                 f"data.max_length is {data.max_length}. Shorten them or raise the limit.")
+            # Earlier answers belong to the prompt. A token that spans the prompt's end belongs to the answer.
+            same = np.cumprod(item.input_ids[:len(prompt)] == prompt[:len(item.input_ids)]).sum()
+            encoded.append(dataclasses.replace(
+                item, supervised=item.supervised & (np.arange(len(item.input_ids)) >= same)))
+            numbers.append(number)
+    rows = training_arrays(encoded, np.zeros(len(encoded)), *training_length(encoded))
+    del rows["has_image"]  # the losses alone read it
+    return dataclasses.replace(prompts, answered=Answered(rows, np.asarray(numbers, np.int32)))
+
+
+def clients_with_answers(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample],
+                         data: DataConfig, clients: Sequence[ClientData]) -> list[ClientData]:
+    """Returns the clients that `build_clients` made of the samples, with `answered` in all of their prompts.
+
+    Raises:
+        InputError: see `with_answers`.
+    """
+    of: dict[tuple[str, str], list[Sample]] = {}
+    for sample in samples:
+        of.setdefault((sample.client, sample.split), []).append(sample)
+    return [dataclasses.replace(client, evaluation={
+        split: with_answers(model, tokenizer, of[client.name, split], data, prompts)
+        for split, prompts in client.evaluation.items()}) for client in clients]
 
 
 def encode_samples(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample],

@@ -258,6 +258,10 @@ class FeatureRows:
         """Returns the first `count` rows, without reading them."""
         return FeatureRows(self.source, self.indices[:count])
 
+    def take(self, rows: np.ndarray) -> FeatureRows:
+        """Returns the rows with the numbers `rows`, int [m], without reading them."""
+        return FeatureRows(self.source, self.indices[rows])
+
 
 def concatenate_features(parts: Sequence[np.ndarray | FeatureRows]) -> np.ndarray | FeatureRows:
     """Returns the features of several clients, one after another; nothing is read if all have the same source."""

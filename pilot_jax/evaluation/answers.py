@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,13 @@ from pilot_jax.config import EvalConfig
 from pilot_jax.data.arrays import Prompts
 from pilot_jax.data.conversations import stop_tokens
 from pilot_jax.data.features import compute_features
-from pilot_jax.evaluation.metrics import METRICS
 from pilot_jax.models.generate import Decoding, generate
 from pilot_jax.models.pretrained import PretrainedModel, plain_connector
 from pilot_jax.parallel.mesh import mesh_of
 from pilot_jax.parallel.processes import is_on_this_process, over_clients, to_host
+
+Rows = Mapping[str, Any]
+Program = Callable[[str, Any, dict[str, jax.Array], jax.Array, np.ndarray], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,77 +57,83 @@ def make_decoder(tokenizer: Any, template: str, config: EvalConfig, seed: int = 
     return Decoder(tokenizer, how, config.batch_size, seed)
 
 
-def _answers_of_group(model: PretrainedModel, decoder: Decoder, group: list[Examinee], width: int) -> list[list[str]]:
-    """Returns the answers of examinees of the same stage, `width` models at a time.
+def in_batches(model: PretrainedModel, examinees: Sequence[Examinee], rows: Sequence[Rows], program: Program,
+               width: int, batch_size: int) -> list[Any]:
+    """Returns the results of a program for the rows of every examinee, a tree of arrays [n, …] for each.
 
-    The last models are padded to `width` by repeating one of them, and a model's last prompt is repeated likewise."""
-    out: list[list[str]] = []
-    mesh = mesh_of(model.base)
-    on_this_process = is_on_this_process(mesh, width)  # only these prompts are read
-    compute_features([e.prompts.features for e in group], width)
-    for start in range(0, len(group), width):
-        members = group[start:start + width]
-        padded = members + members[:1] * (width - len(members))
-        adapters = over_clients(jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]),
-                                             *[e.adapters for e in padded]), mesh)
-        tasks = over_clients(np.asarray([e.task_index for e in padded], np.int32), mesh)
-        longest = max(len(e.prompts.references) for e in members)
-        rows: list[list[str]] = [[] for _ in members]
-        rows_at_once = min(decoder.batch_size, longest)
-        for first in range(0, longest, rows_at_once):
-            take = np.arange(first, first + rows_at_once)
-            batch = over_clients({name: _prompts(name, members, on_this_process, take)
-                                  for name in ("input_ids", "attention_mask", "features")}, mesh)
-            # The random key depends on the prompt's index only, not on the models that are decoded at the same time.
-            keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(decoder.seed)))(take)
-            prompts = batch | {"keys": jnp.broadcast_to(keys, (width, len(take)))}
-            tokens = to_host(generate(model.module, model.base, adapters, prompts, tasks, stage=members[0].stage,
-                                      how=decoder.how))
-            for k, examinee in enumerate(members):
-                rows[k] += [decoder.text(t)
-                            for t, i in zip(tokens[k], take, strict=True) if i < len(examinee.prompts.references)]
-        out += rows
+    Args:
+        rows: each examinee's n rows, arrays [n, …] by name, among them features. Arrays of a name differ in n alone.
+        program: a function of the stage, adapters [width, …], a batch of rows [width, B, …], task_index [width] and the
+            rows' numbers, int [B]. It returns a tree of arrays [width, B, …].
+        width: number of models that run at once, over the `clients` axis of the base model's mesh.
+        batch_size: the largest B.
+    """
+    out: list[Any] = [None] * len(examinees)
+    kinds = [(e.stage, *sorted(e.adapters)) for e in examinees]  # "plain" is FedAvg's stage and also the base model's
+    for kind in sorted(set(kinds)):
+        indices = [i for i, own in enumerate(kinds) if own == kind]
+        compute_features([rows[i]["features"] for i in indices], width)
+        for first in range(0, len(indices), width):
+            members = indices[first:first + width]
+            found = _side_by_side(model, [examinees[i] for i in members], [rows[i] for i in members], program, width,
+                                  batch_size)
+            for i, own in zip(members, found, strict=True):
+                out[i] = own
     return out
 
 
-def _prompts(name: str, examinees: list[Examinee], on_this_process: list[bool], take: np.ndarray) -> np.ndarray:
-    """Returns the array `name` of the prompts with the indices `take` of every model, [width, len(take), …].
+def _side_by_side(model: PretrainedModel, members: list[Examinee], rows: list[Rows], program: Program, width: int,
+                  batch_size: int) -> list[Any]:
+    """Returns the results of at most `width` examinees of the same stage.
 
-    The last prompt of a model with fewer prompts is repeated. Rows of models that are not on this process's devices,
-    or that only fill up the width, are zeros.
+    They are padded to `width` by repeating one of them, and a model's last row is repeated likewise."""
+    mesh = mesh_of(model.base)
+    on_this_process = is_on_this_process(mesh, width)  # only these rows are read
+    padded = members + members[:1] * (width - len(members))
+    adapters = over_clients(jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]),
+                                         *[e.adapters for e in padded]), mesh)
+    tasks = over_clients(np.asarray([e.task_index for e in padded], np.int32), mesh)
+    counts, parts = [len(own["input_ids"]) for own in rows], list[Any]()
+    at_once = min(batch_size, max(counts))
+    for first in range(0, max(counts), at_once):
+        take = np.arange(first, first + at_once)
+        batch = over_clients({name: _batch(name, rows, on_this_process, take) for name in rows[0]}, mesh)
+        parts.append(to_host(program(members[0].stage, adapters, batch, tasks, take)))
+    whole = jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=1), *parts)
+    return [jax.tree.map(lambda array, k=k, n=n: array[k, :n], whole) for k, n in enumerate(counts)]
+
+
+def _batch(name: str, rows: list[Rows], on_this_process: list[bool], take: np.ndarray) -> np.ndarray:
+    """Returns the array `name` of the rows with the numbers `take` of every model, [width, len(take), …].
+
+    The last row of a model with fewer rows is repeated. Rows of models that are not on this process's devices, or that
+    only fill up the width, are zeros.
     """
-    first = getattr(examinees[0].prompts, name)
+    first = rows[0][name]
     out = np.zeros((len(on_this_process), len(take), *first.shape[1:]), first.dtype)
     if name == "attention_mask":
-        out[len(examinees):, :, 0] = 1  # so that rows that only fill up the width have finite results
-    for k, examinee in enumerate(examinees):
+        out[len(rows):, :, 0] = 1  # so that rows that only fill up the width have finite results
+    for k, own in enumerate(rows):
         if on_this_process[k]:
-            out[k] = getattr(examinee.prompts, name)[np.minimum(take, len(examinee.prompts.references) - 1)]
+            out[k] = own[name][np.minimum(take, len(own[name]) - 1)]
     return out
 
 
-def answers(model: PretrainedModel, decoder: Decoder, examinees: list[Examinee], width: int) -> list[list[str]]:
+def answers(model: PretrainedModel, decoder: Decoder, examinees: Sequence[Examinee], width: int) -> list[list[str]]:
     """Returns every examinee's answers to its prompts, in order.
 
     Args:
         width: number of models that are decoded at once, over the `clients` axis of the base model's mesh.
     """
-    out: list[list[str]] = [[] for _ in examinees]
-    kinds = [(e.stage, *sorted(e.adapters)) for e in examinees]  # "plain" is FedAvg's stage and also the base model's
-    for kind in sorted(set(kinds)):
-        indices = [i for i, own in enumerate(kinds) if own == kind]
-        group = [examinees[i] for i in indices]
-        for i, texts in zip(indices, _answers_of_group(model, decoder, group, width), strict=True):
-            out[i] = texts
-    return out
+    def program(stage: str, adapters: Any, batch: dict[str, jax.Array], tasks: jax.Array, take: np.ndarray) -> Any:
+        # The random key depends on the prompt's index only, not on the models that are decoded at the same time.
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(decoder.seed)))(take)
+        prompts = batch | {"keys": jnp.broadcast_to(keys, (width, len(take)))}
+        return generate(model.module, model.base, adapters, prompts, tasks, stage=stage, how=decoder.how)
 
-
-def scores(model: PretrainedModel, decoder: Decoder, examinees: list[Examinee], metrics: Mapping[str, str],
-           width: int) -> list[float]:
-    """Returns the score of each examinee, by its task's metric (exact match if `metrics` has none for the task)."""
-    texts = answers(model, decoder, examinees, width)
-    return [METRICS[metrics.get(e.task, "exact")](got, e.prompts.references)
-            for e, got in zip(examinees, texts, strict=True)]
+    rows = [{name: getattr(e.prompts, name) for name in ("input_ids", "attention_mask", "features")} for e in examinees]
+    tokens = in_batches(model, examinees, rows, program, width, decoder.batch_size)
+    return [[decoder.text(row) for row in own] for own in tokens]
 
 
 def base_examinee(model: PretrainedModel, task: str, prompts: Prompts) -> Examinee:

@@ -10,11 +10,12 @@ import numpy as np
 
 from pilot_jax.config import DataConfig
 from pilot_jax.data.arrays import ClientData, Prompts
-from pilot_jax.data.build import build_prompts, encode_prompts
-from pilot_jax.data.features import FeatureRows, image_features
+from pilot_jax.data.build import build_prompts, encode_prompts, with_answers
+from pilot_jax.data.features import image_features
 from pilot_jax.embedded.scenarios import pretraining_samples
 from pilot_jax.errors import InputError
-from pilot_jax.evaluation.answers import Decoder, Examinee, base_examinee, scores
+from pilot_jax.evaluation.answers import Decoder, Examinee, base_examinee
+from pilot_jax.evaluation.results import Result, results
 from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.state import AnyState, ClientState, Federation, Population
 from pilot_jax.models.connector import connector_stage
@@ -31,9 +32,10 @@ class Evaluation:
     model_of_client: tuple[int, ...]  # [K], index of the federation's client whose model answers
     decoder: Decoder
     metrics: Mapping[str, str]  # metric by task; exact match for a task without one
-    width: int  # number of models decoded at once
+    width: int  # number of models that run at once
     data: DataConfig  # has the template and the limits of prompts
     embedded_base: bool = False  # whether the base is the embedded one, which was trained to caption digit scenes
+    scoring: str = "generate"  # `eval.scoring`; with "teacher_forced", all prompts have `answered`
 
 
 def used_adapters(fed: Federation, state: AnyState) -> dict[str, Tree]:
@@ -57,10 +59,17 @@ def evaluate(evaluation: Evaluation, population: Population | None, split: str =
 
 def evaluate_together(evaluations: Sequence[Evaluation], populations: Sequence[Population | None],
                       split: str = "test") -> list[dict[str, float]]:
-    """Returns the results of `evaluate` for several federations of the same base, whose models are decoded together."""
+    """Returns what `evaluate` returns, for several federations of the same base, whose models run together."""
+    return [{name: one.score for name, one in found.items()}
+            for found in results_together(evaluations, populations, split)]
+
+
+def results_together(evaluations: Sequence[Evaluation], populations: Sequence[Population | None],
+                     split: str = "test") -> list[dict[str, Result]]:
+    """Returns the result of each client that has `split` samples, by name, for several federations of the same base."""
     pairs = [(number, i) for number, one in enumerate(evaluations) for i, c in enumerate(one.clients)
              if split in c.evaluation]
-    out: list[dict[str, float]] = [{} for _ in evaluations]
+    out: list[dict[str, Result]] = [{} for _ in evaluations]
     for first in range(0, len(pairs), AT_ONCE):  # limits the memory, since adapters and prompts may be on disk
         block = pairs[first:first + AT_ONCE]
         examinees = []
@@ -69,13 +78,18 @@ def evaluate_together(evaluations: Sequence[Evaluation], populations: Sequence[P
             model, client = one.model_of_client[i], one.clients[i]
             state = population[model] if population is not None else ClientState({})
             examinees.append(examinee(one.fed, model, state, client.evaluation[split], client.task))
-        for (number, i), value in zip(block, _scores(evaluations[0], examinees), strict=True):
+        for (number, i), value in zip(block, _results(evaluations[0], examinees), strict=True):
             out[number][evaluations[number].clients[i].name] = value
     return out
 
 
+def _results(evaluation: Evaluation, examinees: list[Examinee]) -> list[Result]:
+    return results(evaluation.fed.model, evaluation.decoder, examinees, evaluation.metrics, evaluation.width,
+                   evaluation.scoring)
+
+
 def _scores(evaluation: Evaluation, examinees: list[Examinee]) -> list[float]:
-    return scores(evaluation.fed.model, evaluation.decoder, examinees, evaluation.metrics, evaluation.width)
+    return [one.score for one in _results(evaluation, examinees)]
 
 
 def mean_score(values: Sequence[float]) -> float | None:
@@ -91,12 +105,7 @@ def score_by_task(evaluation: Evaluation, by_client: Mapping[str, float]) -> dic
 
 def first_prompts(prompts: Prompts, count: int | None) -> Prompts:
     """Returns the first `count` prompts; all of them with None."""
-    if count is None:
-        return prompts
-    features = prompts.features
-    return Prompts(prompts.input_ids[:count], prompts.attention_mask[:count],
-                   features.first(count) if isinstance(features, FeatureRows) else features[:count],
-                   prompts.references[:count])
+    return prompts if count is None else prompts.first(count)
 
 
 def score_matrix(evaluation: Evaluation, population: Population, split: str = "test",
@@ -124,7 +133,10 @@ def base_prompts(evaluation: Evaluation, count: int) -> Prompts:
     model, data = evaluation.fed.model, evaluation.data
     samples = pretraining_samples(count, data.digits.seed)
     encoded = encode_prompts(model, evaluation.decoder.tokenizer, samples, data)
-    return build_prompts(samples, encoded, image_features(model, samples, data))
+    prompts = build_prompts(samples, encoded, image_features(model, samples, data))
+    if evaluation.scoring == "teacher_forced":
+        prompts = with_answers(model, evaluation.decoder.tokenizer, samples, data, prompts)
+    return prompts
 
 
 def forgetting(evaluations: Sequence[Evaluation], populations: Sequence[Population | None],

@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from pilot_jax.evaluation.finetune import Finetuned, common_models
-from pilot_jax.evaluation.personalised import Evaluation, evaluate_together, mean_score, score_by_task
+from pilot_jax.evaluation.personalised import Evaluation, mean_score, results_together, score_by_task
+from pilot_jax.evaluation.results import Result
 from pilot_jax.federation.state import Population, State
 
 ByClient = dict[str, float]  # score of each client that has samples of the split, by name
@@ -20,11 +23,13 @@ class Scores:
     common: ByClient | None  # of the server's current model; None where clients have parts of their own
     own: ByClient  # of the clients' final models, which the run saves
     finetuned: ByClient | None  # of the clients' models after fine-tuning; None without it
+    token_accuracy: ByClient | None = None  # of the clients' final models; None if answers are decoded
+    by_kind: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)  # of these, by client and kind
 
 
 def final_scores(evaluations: Sequence[Evaluation], states: Sequence[State], tuned: Sequence[Finetuned | None],
                  split: str = "test") -> list[Scores]:
-    """Returns the scores of several federations of the same base, whose models are decoded together.
+    """Returns the scores of several federations of the same base, whose models run together.
 
     Args:
         states: after the last round.
@@ -32,9 +37,16 @@ def final_scores(evaluations: Sequence[Evaluation], states: Sequence[State], tun
     """
     asked: list[tuple[Evaluation, Population]] = []
     places = [_ask(asked, *one) for one in zip(evaluations, states, tuned, strict=True)]
-    found = evaluate_together([one for one, _ in asked], [models for _, models in asked], split) if asked else []
-    return [Scores(*(None if place is None else found[place] for place in three))  # type: ignore[arg-type]
-            for three in places]
+    found = results_together([one for one, _ in asked], [models for _, models in asked], split) if asked else []
+    return [_scores(*(None if place is None else found[place] for place in three)) for three in places]
+
+
+def _scores(common: Mapping[str, Result] | None, own: Mapping[str, Result] | None,
+            finetuned: Mapping[str, Result] | None) -> Scores:
+    of = [None if found is None else {name: one.score for name, one in found.items()}
+          for found in (common, own, finetuned)]
+    shares = {name: one.token_accuracy for name, one in (own or {}).items() if one.token_accuracy is not None}
+    return Scores(of[0], of[1] or {}, of[2], shares or None, {name: one.by_kind for name, one in (own or {}).items()})
 
 
 def _ask(asked: list[tuple[Evaluation, Population]], evaluation: Evaluation, state: State,
@@ -71,7 +83,25 @@ def score_keys(evaluation: Evaluation, name: str, by_client: Mapping[str, float]
 
 
 def score_record(evaluation: Evaluation, scores: Scores) -> dict[str, Any]:
-    """Returns the three scores of a federation as `summary.json` has them."""
+    """Returns the scores of a federation as `summary.json` has them."""
     return {**score_keys(evaluation, "score", scores.own, "score_mean"),
             **score_keys(evaluation, "score_common", scores.common),
-            **score_keys(evaluation, "score_finetuned", scores.finetuned)}
+            **score_keys(evaluation, "score_finetuned", scores.finetuned),
+            **score_keys(evaluation, "token_accuracy", scores.token_accuracy),
+            "score_by_kind": score_by_kind(evaluation, scores.by_kind)}
+
+
+def score_by_kind(evaluation: Evaluation, by_client: Mapping[str, Mapping[str, float]],
+                  ) -> dict[str, dict[str, float]] | None:
+    """Returns, for each task and each kind of question in it, the mean score over the clients that have this kind.
+
+    Args:
+        by_client: score by client and kind.
+
+    Returns: None if no sample has a kind."""
+    out: dict[str, dict[str, float]] = {}
+    for task in evaluation.fed.tasks:
+        own = [by_client[c.name] for c in evaluation.clients if c.task == task and c.name in by_client]
+        if kinds := sorted({kind for scores in own for kind in scores}):
+            out[task] = {kind: float(np.mean([scores[kind] for scores in own if kind in scores])) for kind in kinds}
+    return out or None

@@ -25,7 +25,7 @@ from pilot_jax.config import (
     apply_overrides,
 )
 from pilot_jax.data.arrays import pooled
-from pilot_jax.data.build import build_clients, partition, refuse_images
+from pilot_jax.data.build import build_clients, clients_with_answers, partition, refuse_images
 from pilot_jax.data.conversations import stop_tokens
 from pilot_jax.data.features import compute_features
 from pilot_jax.data.llava.reading import read_samples
@@ -34,6 +34,7 @@ from pilot_jax.errors import InputError
 from pilot_jax.evaluation.answers import make_decoder
 from pilot_jax.evaluation.metrics import check_metrics
 from pilot_jax.evaluation.personalised import Evaluation
+from pilot_jax.evaluation.teacher_forced import check_scoring
 from pilot_jax.federation.cohort import participants
 from pilot_jax.federation.executor import Executor, chunk_width
 from pilot_jax.federation.roles import Tree
@@ -133,6 +134,7 @@ def _check_names(config: Config, names: list[str], tasks: list[str]) -> None:
         raise InputError(f"federation.clients: {wanted}, but data.path {config.data.path} has {len(names)} clients. "
                          "Remove the key or set data.partition.")
     check_metrics([metrics.get(task, "exact") for task in tasks])
+    check_scoring(config.eval.scoring, metrics, tasks)
     unknown = sorted(set(metrics) - set(tasks) - {"grounding"})
     if unknown:
         raise InputError(f"eval.metrics: unknown task {unknown[0]!r}. The data have {', '.join(tasks)}.")
@@ -178,15 +180,17 @@ def prepare(config: Config, strategy: Strategy | None = None) -> Setup:
     stop_tokens(tokenizer, config.data.template)  # raises if the tokenizer lacks the template's stop token
     store = None if system.store is None else Store(system.store)
     kept = open_cache(system.cache, "features", FEATURES_KEPT) if store is None else None
-    clients = tuple(build_clients(model, tokenizer, samples, config.data, system.length_spread,
-                                  None if store is None else store.folder, kept))
-    fed = Federation(strategy, model, clients, tuple(tasks), config.federation, config.train, system.seed,
+    clients = build_clients(model, tokenizer, samples, config.data, system.length_spread,
+                            None if store is None else store.folder, kept)
+    if config.eval.scoring == "teacher_forced":
+        clients = clients_with_answers(model, tokenizer, samples, config.data, clients)
+    fed = Federation(strategy, model, tuple(clients), tuple(tasks), config.federation, config.train, system.seed,
                      config.model.lora.largest, ranks, store, spread_uploads=system.mesh.devices > 1)
     evaluation = Evaluation(
-        fed, clients, tuple(range(len(clients))),
+        fed, fed.clients, tuple(range(len(clients))),
         make_decoder(tokenizer, config.data.template, config.eval, system.seed), config.eval.metrics,
         chunk_width(system.client_chunk, len(clients), mesh_of(model.base)), config.data,
-        config.model.path == "embedded" and config.model.parts is None)
+        config.model.path == "embedded" and config.model.parts is None, config.eval.scoring)
     executor = Executor(system.client_chunk, system.steps_at_once)
     return with_strategy(Setup(config, fed, evaluation, executor, config.model, config.eval, system), strategy)
 
@@ -196,6 +200,10 @@ def with_strategy(setup: Setup, strategy: Strategy, config: Config | None = None
 
     `config`, if given, replaces the setup's. It may differ in `strategy`, `train`, `federation` and `eval` only."""
     config, strategy = config or setup.config, _fitting(setup.model, strategy)
+    if config.eval.scoring != setup.eval.scoring:
+        raise InputError(f"eval.scoring: {config.eval.scoring}, but the data are prepared for {setup.eval.scoring}. "
+                         "Give all variants the same, in the config or by --set.")
+    check_scoring(config.eval.scoring, config.eval.metrics, setup.federation.tasks)
     clients, settings = setup.evaluation.clients, config.federation
     models = tuple(range(len(clients)))
     if strategy.pools_data:

@@ -75,6 +75,41 @@ def agree_on_meshes(parts, strategy):
         assert got["held"] == parts[name], name
 
 
+FORCING = """
+import json, sys
+sys.path.insert(0, "tests")
+from conftest import small_config
+import jax, numpy as np
+from pilot_jax.evaluation.answers import Examinee
+from pilot_jax.evaluation.personalised import base_prompts
+from pilot_jax.evaluation.teacher_forced import teacher_forced
+from pilot_jax.runs import prepare
+
+def forced(mesh):
+    setup = prepare.prepare(small_config(
+        strategy={"name": "fedavg"}, eval={"scoring": "teacher_forced"},
+        system={"mesh": dict(zip(("clients", "fsdp", "tensor"), mesh)), "client_chunk": 1, "client_devices": 1}))
+    prompts, rng = base_prompts(setup.evaluation, 10), np.random.default_rng(0)
+    start = prepare.initial_adapters(setup.federation)
+    models = [Examinee(start | {"text_adapter": jax.tree.map(
+        lambda leaf: leaf + scale * rng.normal(size=leaf.shape).astype(np.float32), start["text_adapter"])},
+        "plain", 0, "base", prompts) for scale in (0.01, 0.05, 0.1)]
+    found = teacher_forced(setup.federation.model, models, setup.evaluation.width, 4)
+    return np.stack([[one.exact, one.tokens] for one in found])
+
+alone = forced((1, 1, 1))
+print(json.dumps({"right": float(alone[:, 0].mean()), "differences": [
+    float(np.abs(forced(mesh) - alone).max()) for mesh in json.loads(sys.argv[1])]}))
+"""
+
+
+@pytest.mark.slow
+def test_teacher_forcing_on_a_mesh():
+    """Three models, which neither 8 nor 2 divides, have on each mesh the results that they have on one device."""
+    out = json.loads(on_devices(8, FORCING, "[[8, 1, 1], [2, 2, 2]]").splitlines()[-1])
+    assert 0.2 < out["right"] < 0.8 and len(out["differences"]) == 2 and max(out["differences"]) < 1e-6
+
+
 RANKS = {"lora": {"rank": {"*": 4, "ocr_0": 2}, "alpha": 8}}
 
 

@@ -1,4 +1,4 @@
-"""Checks a LLaVA-format sample key by key: `id`, `image`, `conversations`, `answers`, `task`, `client`, `split`."""
+"""Checks a LLaVA-format sample: `id`, `image`, `conversations`, `answers`, `task`, `client`, `split`, `kind`."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ class Sample:
     split: str
     source: str  # file and entry, for messages
     answers: tuple[str, ...] = ()  # reference answers, such as VQA's ten; empty: the last turn is the only one
+    kind: str = ""  # kind of question within its task, for which scores are reported separately; "": none
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -121,7 +122,7 @@ def _image(where: str, name: object, image_root: Path, limits: LimitsConfig) -> 
 
 
 def _name(where: str, key: str, value: object) -> str:
-    """Returns a task's or client's checked name, which becomes part of file names and is shown in terminals."""
+    """Returns the checked name of a task, client or kind, which terminals show and which may be part of file names."""
     if value is not None and (not isinstance(value, str | int) or isinstance(value, bool)):
         raise InputError(f"{where}: {key}: {value!r} must be a text.")
     name = "" if value is None else str(value)
@@ -164,4 +165,4 @@ def parse_sample(entry: Entry, image_root: Path, limits: LimitsConfig = LIMITS) 
     if sample_id is not None and not isinstance(sample_id, str | int):
         raise InputError(f"{where}: id: {reprlib.repr(sample_id)} must be a text or a number.")
     return Sample(where if sample_id is None else str(sample_id), image, turns, named["task"], named["client"], split,
-                  where, tuple(answers))
+                  where, tuple(answers), _name(where, "kind", raw.get("kind")))

@@ -17,6 +17,7 @@ from pilot_jax.compare.page import _Results
 from pilot_jax.config import FederationConfig, apply_overrides
 from pilot_jax.errors import InputError, Interrupted
 from pilot_jax.evaluation import finetune, scores
+from pilot_jax.evaluation.results import Result
 from pilot_jax.federation.executor import Executor
 from pilot_jax.federation.state import all_steps
 from pilot_jax.federation.strategies import Strategy, make_strategy
@@ -181,7 +182,7 @@ def tuned(on_toy):
 
 def summed(evaluations, populations, split="test"):
     """Returns, as each client's score, the sum of W's first row in the model that answers for it."""
-    return [{c.name: float(population[model].adapters["projector"]["w"][0].sum())
+    return [{c.name: Result(float(population[model].adapters["projector"]["w"][0].sum()))
              for c, model in zip(one.clients, one.model_of_client, strict=True)}
             for one, population in zip(evaluations, populations, strict=True)]
 
@@ -314,7 +315,7 @@ def run_scored(monkeypatch, config, *overrides):
         asked.extend(populations)
         return summed(evaluations, populations)
 
-    monkeypatch.setattr(scores, "evaluate_together", scored)
+    monkeypatch.setattr(scores, "results_together", scored)
     run = simulate.simulate(apply_overrides(config, list(overrides)))
     return run, len(asked)
 
@@ -390,7 +391,7 @@ def seed(own, common=None, finetuned=None):
 
 def results_of(rows):
     rows = {name: {"seeds": seeds, "wall_seconds": 1.0} for name, seeds in rows.items()}
-    variants = [statistics.summarise(name, rows) | {"rate_factor": 1.0} for name in rows]
+    variants = [statistics.summarise(name, row) | {"rate_factor": 1.0} for name, row in rows.items()]
     return {"variants": variants, "base": {"score": 0.125, "base_captions": None}, "seeds": 2, "split": "test",
             "config": {"federation": {"rounds": 1}}, "seconds_of_all": 1.0, "seconds_of_tuning": 0.0}
 
@@ -405,11 +406,14 @@ def test_compares_columns():
     assert fedavg[:4] == ["fedavg", "0.375 ± 0.125", "0.375 ± 0.125", "0.500 ± 0.250"]
     assert [line.split(":")[0] for line in tables.explanations(results)[:3]] == ["common", "own", "fine-tuned"]
     assert "| common | own | fine-tuned | t |" in tables.table(results)
+    share = results_of({"pilot": [seed(1.0)] * 2, "fedavg": [{**seed(0.5), "token_accuracy": 0.75}] * 2})
+    head, pilot, fedavg, _ = tables.score_rows(share)
+    assert (head[2], pilot[2], fedavg[2]) == ("token accuracy", "–", "0.750 ± 0.000")
     alone = results_of({"pilot": [seed(1.0)] * 2})
     assert tables.score_rows(alone)[0][:3] == ["", "own", "t"]
     fell = {**seed(None), "diverged": True, "score_by_task": {}, "effective_neighbors": []}
     half = results_of({"fedavg": [seed(0.5, 0.5, 0.75), fell]})["variants"][0]
     assert (half["score"], half["common"]["score"], half["finetuned"]["score"]) == (0.25, 0.25, 0.375)
-    for key in ("common", "finetuned"):
+    for key in ("common", "finetuned", "token_accuracy"):
         del alone["variants"][0][key]  # as an earlier version wrote it
     assert tables.score_rows(alone)[0][:3] == ["", "own", "t"]
