@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,14 +33,20 @@ def compare(config: ConfigPath,
             vary: Annotated[str, typer.Option(
                 help="key=v1,v2,… with key as in --set: one comparison for each value, in separate folders, and one "
                      "table of all.")] = "",
+            against: Annotated[str, typer.Option(
+                help="Variants to compare the others with, separated by commas. Default: pilot, local and fedavg_ft, "
+                     "if they are among --strategies.")] = "",
+            margin: Annotated[float, typer.Option(
+                help="Largest difference of scores that does not matter, for non-inferiority and equivalence. State it "
+                     "before the scores are known.")] = 0.02,
             overrides: Overrides = None,
             out: Annotated[Path | None, typer.Option(
                 help="Folder for results; finished variants in it are not run again. Default: a folder in runs/, named "
                      "after the config.")] = None,
             as_json: AsJson = False) -> None:
-    """Compare strategies and ablations over several seeds, on the same data, with paired differences to Pilot."""
+    """Compare strategies and ablations over several seeds, on the same data, with paired differences to references."""
+    from pilot_jax.cli.tables import print_comparison
     from pilot_jax.compare.runner import Options
-    from pilot_jax.compare.tables import table
     from pilot_jax.compare.variants import read_variants
     from pilot_jax.runs.prepare import split_cpu_for
 
@@ -47,7 +54,10 @@ def compare(config: ConfigPath,
     key, values = _read_values(vary)
     varied = [read_config(config, [*(overrides or []), f"{key}={value}"]) for value in values]
     check_choice("--split", split, "test", "validation")
-    options = Options(seeds, _read_factors(rates), split)
+    if not 0 < margin < math.inf:
+        raise InputError(f"--margin: {margin:g}, expected a number above 0.")
+    listed = tuple(dict.fromkeys(name.strip() for name in against.split(",") if name.strip()))
+    options = Options(seeds, _read_factors(rates), split, margin=margin, against=listed)
     split_cpu_for(settings)
     folder = out or Path("runs") / f"compare-{config.stem}"
     folders = [folder / _folder_of(value) for value in values] or [folder]
@@ -56,10 +66,12 @@ def compare(config: ConfigPath,
     if values:
         from pilot_jax.compare.page import write_sweep
 
-        text, result = write_sweep(key, values, done, folder), json.dumps(done, indent=1)
+        text = write_sweep(key, values, done, folder)
+        typer.echo(json.dumps(done, indent=1) if as_json else text)
+    elif as_json:
+        typer.echo(json.dumps(done[0], indent=1))
     else:
-        text, result = table(done[0]), json.dumps(done[0], indent=1)
-    typer.echo(result if as_json else text)
+        print_comparison(done[0])
     typer.echo(f"Results: {folder}", err=as_json)
 
 

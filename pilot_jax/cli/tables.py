@@ -55,6 +55,29 @@ def print_scores(summary: dict) -> None:
         typer.echo(f"Differential privacy of one client's uploads: ε = {summary['epsilon']:.3g}")
 
 
+def print_comparison(results: dict) -> None:
+    """Prints the table of a comparison: as Markdown with all columns if the output is no terminal, else as many of
+    them as fit, and what their marks mean."""
+    from pilot_jax.compare.difference_table import difference_explanations
+    from pilot_jax.compare.tables import fitting_rows, score_rows, table
+
+    if not sys.stdout.isatty():
+        typer.echo(table(results))
+        return
+    console = Console()
+    head, *rows = fitting_rows(results, console.width)
+    shown = Table()
+    for i, name in enumerate(head):
+        shown.add_column(escape(name), justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+    for row in rows:
+        shown.add_row(*map(escape, row))
+    console.print(shown)
+    for line in difference_explanations(results):
+        console.print(escape(line), style="dim", highlight=False)
+    if len(head) < len(score_rows(results)[0]):
+        typer.echo("results.md has all columns.")
+
+
 def scaled(value: float) -> str:
     """Returns a number with a decimal prefix, such as "1.5 G", to which its unit can be added."""
     for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pilot_jax.compare.difference_table import difference_to, references_of, subject
 from pilot_jax.compare.tables import Record, by_score, of_variant, tasks_of
 from pilot_jax.report import charts
 
@@ -22,6 +23,12 @@ def _colour(line: Record) -> str:
     return charts.COLOURS[1] if line["name"] == "pilot" else charts.COLOURS[0]
 
 
+def label(line: Record) -> str:
+    """Returns a variant's name, with an ellipsis in the middle of a long one: a figure has room for 34 characters."""
+    name = line["name"]
+    return name if len(name) <= 34 else f"{name[:15]}…{name[-18:]}"
+
+
 def _draw_scores(axes: Axes, results: Record, lines: Sequence[Record]) -> None:
     """Draws the mean score of each variant with its standard error, and a line at the base model's score."""
     rows = np.arange(len(lines))
@@ -31,7 +38,7 @@ def _draw_scores(axes: Axes, results: Record, lines: Sequence[Record]) -> None:
     if results["base"]["score"] is not None:
         axes.axvline(results["base"]["score"], color=charts.INK, lw=0.8, ls=":", label="base model")
         axes.legend(loc="lower right")
-    axes.set_yticks(rows, [line["name"] for line in lines])
+    axes.set_yticks(rows, [label(line) for line in lines])
     axes.set_xlim(0, 1)
     axes.set_xlabel("score: mean over clients and seeds")
 
@@ -44,10 +51,10 @@ def _draw_tasks(axes: Axes, results: Record, lines: Sequence[Record]) -> None:
     axes.legend(loc="lower right")
 
 
-def _draw_differences(axes: Axes, lines: Sequence[Record]) -> None:
-    """Draws the difference Pilot − variant with its 95 % interval; the mark is filled if the interval excludes 0."""
+def _draw_differences(axes: Axes, lines: Sequence[Record], reference: str) -> None:
+    """Draws the difference to a reference with its 95 % interval; the mark is filled if it is significant."""
     for row, line in enumerate(lines):
-        d = line.get("difference")
+        d = difference_to(line, reference)
         if d is None:
             continue
         low, high = (d["mean"], d["mean"]) if d["low"] is None else (d["low"], d["high"])
@@ -55,8 +62,8 @@ def _draw_differences(axes: Axes, lines: Sequence[Record]) -> None:
         axes.plot(d["mean"], row, "o", ms=4.5, color=charts.COLOURS[1], mew=1,
                   markerfacecolor=charts.COLOURS[1] if d["significant"] else "none")
     axes.axvline(0, color=charts.INK, lw=0.6, alpha=0.6)
-    axes.set_yticks(range(len(lines)), [line["name"] for line in lines])
-    axes.set_xlabel("score of Pilot − score of variant, paired by seed")
+    axes.set_yticks(range(len(lines)), [label(line) for line in lines])
+    axes.set_xlabel(f"difference of scores, {subject(reference)}")
     axes.grid(axis="x", color=charts.INK, alpha=0.12, lw=0.5)
 
 
@@ -68,23 +75,23 @@ def scores(results: Record) -> Figure:
     return figure
 
 
-def differences(results: Record) -> Figure:
-    """Draws the difference of Pilot's score to that of each other variant."""
-    lines = [line for line in by_score(results) if line.get("difference")]
+def differences(results: Record, reference: str = "pilot") -> Figure:
+    """Draws the difference of each variant's score to that of a reference."""
+    lines = [line for line in by_score(results) if difference_to(line, reference)]
     figure, axes = charts.new_axes(0.7 + ROW * len(lines))
-    _draw_differences(axes, lines)
+    _draw_differences(axes, lines, reference)
     return figure
 
 
 def overview(results: Record) -> Figure:
-    """Draws the scores, with a mark for each task, and the differences to Pilot side by side."""
+    """Draws the scores, with a mark for each task, and the differences to the first reference side by side."""
     lines = by_score(results)
     figure, (left, right) = charts.pyplot().subplots(
         1, 2, figsize=(2 * charts.WIDTH, 0.7 + ROW * len(lines)), sharey=True, layout="constrained",
         width_ratios=(3, 2))
     _draw_scores(left, results, lines)
     _draw_tasks(left, results, lines)
-    _draw_differences(right, lines)
+    _draw_differences(right, lines, next(iter(references_of(results)), "pilot"))
     return figure
 
 

@@ -13,10 +13,12 @@ import yaml
 from pydantic import BaseModel, Field, FiniteFloat
 
 from pilot_jax.compare import figures
+from pilot_jax.compare.difference_table import detail_rows, difference_to, references_of, subject
 from pilot_jax.compare.tables import (
     Record,
     by_score,
     explanations,
+    markdown,
     score_rows,
     sweep_table,
     table,
@@ -49,6 +51,9 @@ def write_results(results: Record, out: Path) -> None:
     atomic_write(out / "results.json", json.dumps(results, indent=1))
     text = [f"Scores on the {results['split']} split: mean over {results['seeds']} seeds ± standard error.", "",
             *(f"- {line}" for line in explanations(results)), "", table(results), ""]
+    text += [f"Warning: {warning}\n" for warning in results["warnings"]]
+    if details := detail_rows(results):
+        text += ["Every difference:", "", markdown(details), ""]
     if results["rates"]:
         text += ["Mean validation score of each strategy by the factor on the config's learning rates, on data of a "
                  "separate seed. The score of the chosen factor is bold.", "", tuning_table(results), ""]
@@ -76,18 +81,34 @@ def write_sweep(key: str, values: Sequence[str], compared: Sequence[Record], out
     seconds = sum(line["seconds_of_all"] + line["seconds_of_tuning"] for line in lines)
     atomic_write(out / "sweep.md", (
         f"Scores on the {compared[0]['split']} split: mean over {compared[0]['seeds']} seeds ± standard error. A * "
-        "marks a score whose difference to Pilot, paired by seed, has a 95 % interval that excludes 0."
+        "marks a significant difference to Pilot, paired by seed: p < 0.05 after Holm's correction over the variants."
         f"\n\n{text}\n\nIt took {seconds:.0f} s, tuning included.\n"))
     if _plots_installed():
         _write_png(figures.sweep(key, values, compared), out / "sweep.png")
     return text
 
 
-class _Difference(BaseModel):
+class _Interval(BaseModel):
+    low: FiniteFloat
+    high: FiniteFloat
+    p: FiniteFloat
+
+
+class _Difference(BaseModel):  # of earlier versions
     mean: FiniteFloat
     low: FiniteFloat | None
     high: FiniteFloat | None
     significant: bool | None
+
+
+class _TestedDifference(_Difference):
+    p: FiniteFloat | None
+    p_adjusted: FiniteFloat | None
+    p_non_inferior: FiniteFloat | None
+    p_equivalent: FiniteFloat | None
+    non_inferior: bool | None
+    equivalent: bool | None
+    with_other_clients: _Interval | None
 
 
 class _Score(BaseModel):
@@ -118,6 +139,7 @@ class _Variant(BaseModel, extra="allow"):
     server: _Server | None = None
     rate_factor: FiniteFloat
     difference: _Difference | None = None
+    differences: dict[str, _TestedDifference] = {}
 
 
 class _Base(BaseModel):
@@ -148,6 +170,8 @@ class _Results(BaseModel, extra="allow"):
     config: _Config
     factors: list[FiniteFloat] = []
     rates: dict[str, _Rate] = {}
+    margin: FiniteFloat | None = None  # results of earlier versions have none
+    warnings: list[str] = []
     seconds_of_all: FiniteFloat
     seconds_of_tuning: FiniteFloat
 
@@ -183,15 +207,17 @@ def _cards(results: Record) -> list[Card]:
     cards = [figure_card("scores", "Mean score of each variant, with its standard error over seeds",
                          f"Scores of {len(lines)} variants, from {decimal(lines[-1]['score'])} to "
                          f"{decimal(lines[0]['score'])}.", figures.scores(results))]
-    paired = sum(1 for line in lines if line.get("difference"))
-    if paired:
-        cards.append(figure_card("differences", "Difference of Pilot to each other variant, with its 95 % interval. A "
-                                 "filled mark means that the interval excludes 0.",
-                                 f"Paired differences of Pilot to {paired} variants.", figures.differences(results)))
+    meaning = "is significant" if results.get("margin") is not None else "has an interval that excludes 0"
+    for number, reference in enumerate(references_of(results)):
+        paired = sum(1 for line in lines if difference_to(line, reference))
+        cards.append(figure_card(
+            f"differences-{number}" if number else "differences",
+            f"Difference of scores, {subject(reference)}, with its 95 % interval. A filled mark {meaning}.",
+            f"Differences of {paired} variants, {subject(reference)}.", figures.differences(results, reference)))
     by_task = np.asarray([[line["by_task"].get(t, np.nan) for t in tasks] for line in lines], np.float64)
     cards.append(figure_card("tasks", "Mean score of each variant on each task",
                              f"Scores of {len(lines)} variants on {len(tasks)} tasks.",
-                             charts.cells(by_task, [line["name"] for line in lines], tasks, "task", "")))
+                             charts.cells(by_task, [figures.label(line) for line in lines], tasks, "task", "")))
     if any(line["bytes_up"] for line in lines):
         cards.append(figure_card("traffic", "Score against the megabytes that the run of one seed transfers",
                                  "Score against megabytes uploaded and downloaded.", figures.traffic(results)))
@@ -216,8 +242,10 @@ def comparison_page(results: Record) -> Page:
     if results.get("rates"):
         rates_head, *rates_rows = tuning_rows(results)
         rates = Table(rates_head, rates_rows)
+    details = detail_rows(results)
     return render("comparison.html.jinja", cards, title=results["name"], description=description, tiles=tiles,
                   cards=cards, numbers=Table(head, rows), explanations=explanations(results), rates=rates,
+                  warnings=results.get("warnings", []), details=Table(details[0], details[1:]) if details else None,
                   config_text=yaml.safe_dump(results["config"], sort_keys=False))
 
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import jax
 
+from pilot_jax.compare.differences import check_references, differences
 from pilot_jax.compare.page import write_results
-from pilot_jax.compare.statistics import summarise
+from pilot_jax.compare.statistics import edge_warnings, summarise
 from pilot_jax.compare.variants import Variant
 from pilot_jax.config import Config, apply_overrides
 from pilot_jax.data.arrays import ClientData, Prompts, aligned
@@ -205,6 +206,8 @@ class Options:
     factors: tuple[float, ...] = ()
     split: str = "test"  # split that is scored; "validation" if the comparison decides about settings
     base_samples: int = 16  # see `make_field`
+    margin: float = 0.02  # see `differences`
+    against: tuple[str, ...] = ()  # see `references`
 
 
 class Comparison:
@@ -274,7 +277,7 @@ class Comparison:
         rows: dict[str, Record] = {}
         for number, variant in enumerate(variants, 1):
             done = rows[variant.name] = self.variant(variant, rates.get(variant.family, {}).get("factor", 1.0))
-            line = summarise(variant.name, rows)
+            line = summarise(variant.name, done)
             error = "" if line["standard_error"] is None else f" ± {line['standard_error']:.3f}"
             self.say(f"[{number}/{len(variants)}] {variant.name}: {line['score']:.3f}{error} "
                      f"({done['wall_seconds']:.0f} s)")
@@ -285,18 +288,24 @@ def compare(config: Config, variants: Sequence[Variant], options: Options, out: 
             say: Callable[[str], None] = print) -> Record:
     """Runs the missing variants, writes `results.json`, `results.md` and a figure into `out`; returns the results."""
     began, comparison = time.perf_counter(), Comparison(config, options, out, say)
+    check_references(options.against, [variant.name for variant in variants])
     for variant in variants:
         apply_overrides(config, list(variant.overrides))  # a mistake in the last variant is reported before the first
     families = dict.fromkeys(v.family for v in variants) if options.factors else {}
     rates = {family: comparison.rates(family) for family in families}
     rows = comparison.rows(variants, rates)
+    apart = differences(rows, options.against, options.margin)
     results = {
         "config": config.model_dump(mode="json"), "split": options.split, "seeds": options.seeds,
         "factors": list(options.factors), "base": comparison.base(),
         "device": jax.devices()[0].device_kind, "devices": jax.device_count(), "rates": rates,
-        "variants": [summarise(name, rows) | {"rate_factor": rows[name]["rate_factor"]} for name in rows],
+        "margin": options.margin, "warnings": edge_warnings(rates, options.factors),
+        "variants": [summarise(name, row) | {"rate_factor": row["rate_factor"], "differences": apart[name]}
+                     for name, row in rows.items()],
         "rows": rows, "seconds_of_this_call": time.perf_counter() - began,
         "seconds_of_all": sum(r["wall_seconds"] for r in rows.values()),
         "seconds_of_tuning": sum(r["wall_seconds"] for r in rates.values())}
+    for warning in results["warnings"]:
+        say(f"Warning: {warning}")
     write_results(results, out)
     return results

@@ -1,52 +1,38 @@
-"""Computes means, standard errors and paired differences over seeds."""
+"""Computes the means and standard errors of a variant over seeds, and finds learning rates at the edge of the grid."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
-from scipy import stats
 
+from pilot_jax.compare.differences import mean_scores
 from pilot_jax.evaluation.personalised import mean_score
 
 Record = dict[str, Any]  # a JSON object
 
 
-class Difference(TypedDict):
-    """A paired difference over seeds with its 95 % interval; with a single seed only `mean` is not None."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    significant: bool | None
-
-
-def summarise(name: str, rows: Mapping[str, Record], reference: str = "pilot") -> Record:
-    """Returns a variant's mean, standard error and paired difference to `reference`, as `results.json` holds them.
+def summarise(name: str, row: Record) -> Record:
+    """Returns a variant's mean and standard error as `results.json` holds them, without differences to others.
 
     Args:
         name: the name of the variant.
-        rows: the result of `runner.run_variant` for each variant; all have the same seeds in the same order.
-        reference: the name of the variant to compare with; if it is not in `rows`, the difference is left out.
+        row: the result of `runner.run_variant`.
     """
-    seeds = rows[name]["seeds"]
-    values = _mean_scores(rows[name])
+    seeds, values = row["seeds"], mean_scores(row)
     tasks = sorted({t for s in seeds for t in s["score_by_task"]})
-    out = {"name": name, "score": float(values.mean()), "standard_error": standard_error(values),
-           "common": _other(seeds, "score_common"), "finetuned": _other(seeds, "score_finetuned"),
-           "token_accuracy": _other(seeds, "token_accuracy"),
-           "by_task": {t: float(np.mean([s["score_by_task"].get(t, 0.0) for s in seeds])) for t in tasks},
-           "base_captions": mean_score([s["base_captions"] for s in seeds if s["base_captions"] is not None]),
-           "effective_neighbors": mean_score([s["effective_neighbors"][-1] for s in seeds if not s["diverged"]]),
-           "quarantined": sum(s.get("quarantined", 0) for s in seeds),
-           "diverged": sum(s["diverged"] for s in seeds), "wall_seconds": rows[name]["wall_seconds"],
-           "bytes_up": seeds[0].get("bytes_up"), "bytes_down": seeds[0].get("bytes_down"),
-           "server": seeds[0].get("server")}
-    if reference in rows and name != reference:
-        out["difference"] = paired(_mean_scores(rows[reference]), values)
-    return out
+    return {"name": name, "score": float(values.mean()), "standard_error": standard_error(values),
+            "common": _other(seeds, "score_common"), "finetuned": _other(seeds, "score_finetuned"),
+            "token_accuracy": _other(seeds, "token_accuracy"),
+            "by_task": {t: float(np.mean([s["score_by_task"].get(t, 0.0) for s in seeds])) for t in tasks},
+            "base_captions": mean_score([s["base_captions"] for s in seeds if s["base_captions"] is not None]),
+            "effective_neighbors": mean_score([s["effective_neighbors"][-1] for s in seeds if not s["diverged"]]),
+            "quarantined": sum(s.get("quarantined", 0) for s in seeds),
+            "diverged": sum(s["diverged"] for s in seeds), "wall_seconds": row["wall_seconds"],
+            "bytes_up": seeds[0].get("bytes_up"), "bytes_down": seeds[0].get("bytes_down"),
+            "server": seeds[0].get("server")}
 
 
 def _other(seeds: Sequence[Record], key: str) -> Record | None:
@@ -59,27 +45,24 @@ def _other(seeds: Sequence[Record], key: str) -> Record | None:
     return {"score": float(array.mean()), "standard_error": standard_error(array)}
 
 
-def _mean_scores(row: Record) -> np.ndarray:
-    """Returns the mean score of each seed, float64 [seeds]; 0 for a seed whose run diverged."""
-    return np.asarray([s["score_mean"] if s["score_mean"] is not None else 0.0 for s in row["seeds"]])
-
-
 def standard_error(values: np.ndarray) -> float | None:
     """Returns the standard error of the mean; None for a single value."""
     return None if len(values) < 2 else float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
-def paired(reference: np.ndarray, values: np.ndarray) -> Difference:
-    """Returns the mean of reference − values, seed by seed, with its 95 % confidence interval by Student's t.
+def edge_warnings(rates: Mapping[str, Record], factors: Sequence[float]) -> list[str]:
+    """Returns a sentence for each end of the grid of learning-rate factors at which some strategy's best factor lies.
 
     Args:
-        reference: float [seeds].
-        values: float [seeds], for the same seeds in the same order.
+        rates: the result of `runner.tune` for each strategy.
+        factors: the grid; with a single factor nothing was chosen.
     """
-    apart = reference - values
-    mean, error = float(apart.mean()), standard_error(apart)
-    if error is None:
-        return {"mean": mean, "low": None, "high": None, "significant": None}
-    # If all differences are equal, SciPy returns [nan, nan]; the interval is then that single value.
-    low, high = map(float, stats.t.interval(0.95, len(apart) - 1, mean, error)) if error else (mean, mean)
-    return {"mean": mean, "low": low, "high": high, "significant": low > 0 or high < 0}
+    grid, out = sorted(set(factors)), []
+    if len(grid) < 2:
+        return []
+    for edge, beside, word in ((grid[-1], grid[-2], "largest"), (grid[0], grid[1], "smallest")):
+        names = [name for name, rate in rates.items() if rate["factor"] == edge]
+        if names:
+            out.append(f"rates × {edge:g} is the {word} of the grid: {', '.join(names)}. A better one may lie beyond: "
+                       f"add {edge * edge / beside:.2g} to --rates.")
+    return out

@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pilot_jax.compare.difference_table import (
+    difference_cell,
+    difference_explanations,
+    difference_to,
+    references_of,
+    title,
+)
 from pilot_jax.report.rendering import decimal
 
 Record = dict[str, Any]  # a JSON object: `results.json`, or a variant's entry in it
@@ -20,17 +27,27 @@ def tasks_of(results: Record) -> list[str]:
     return sorted({task for line in results["variants"] for task in line["by_task"]})
 
 
-def _difference(line: Record) -> str:
-    d = line.get("difference")
-    if d is None:
-        return "–"
-    if d["low"] is None:
-        return f"{d['mean']:+.3f}"
-    return f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]{' *' if d['significant'] else ''}"
-
-
 def _score(line: Record) -> str:
     return decimal(line["score"]) + ("" if line["standard_error"] is None else f" ± {line['standard_error']:.3f}")
+
+
+def _megabytes(line: Record) -> float | None:
+    """Returns the MB that the run of one seed uploads and downloads; None if that is not known."""
+    up, down = line["bytes_up"], line["bytes_down"]
+    return None if up is None or down is None else (up + down) / 1e6
+
+
+def _local(results: Record) -> Record | None:
+    return next((line for line in results["variants"] if line["name"] == "local"), None)
+
+
+def _per_megabyte(line: Record, local: Record | None) -> str:
+    megabytes = _megabytes(line)
+    if not megabytes:
+        return "–"
+    if local is None:
+        return f"{line['score'] / megabytes:.1e}"
+    return f"{(line['score'] - local['score']) / megabytes:+.1e}"
 
 
 def _columns(results: Record) -> dict[str, str]:
@@ -52,20 +69,22 @@ def explanations(results: Record) -> list[str]:
                           "ones (`eval.scoring: teacher_forced`)."}
     return [
         *(about[key] for key in _columns(results)),
-        "Pilot − variant: mean difference of the scores, paired by seed, with its 95 % interval by Student's t. A * "
-        "marks an interval that excludes 0.",
+        *difference_explanations(results),
         "effective neighbours: mean over clients in the last phase; the client itself counts as one.",
         "pretraining captions: score on captions like those that the embedded base model was pretrained on.",
         "rates ×: factor on the config's learning rates.",
         "MB up, MB down: uploaded and downloaded by all clients in the run of one seed.",
+        "gain per MB: the score minus that of local, divided by MB up + MB down." if _local(results) else
+        "score per MB: the score divided by MB up + MB down.",
         "server MFLOP, server MB: computed in one aggregation, and held for it, by the formulas of `pilot-jax plan`."]
 
 
 def score_rows(results: Record) -> list[list[str]]:
     """Returns the header row, the variants from best to worst, and the base model."""
-    tasks, columns = tasks_of(results), _columns(results)
-    rows = [["", *columns.values(), *tasks, "Pilot − variant [95 %]", "effective neighbours", "pretraining captions",
-             "rates ×", "MB up", "MB down", "server MFLOP", "server MB", "seconds"]]
+    tasks, columns, against, local = tasks_of(results), _columns(results), references_of(results), _local(results)
+    rows = [["", *columns.values(), *tasks, *(f"{title(name)} [95 %]" for name in against), "effective neighbours",
+             "pretraining captions", "rates ×", "MB up", "MB down", f"{'gain' if local else 'score'} per MB",
+             "server MFLOP", "server MB", "seconds"]]
     for line in sorted(results["variants"], key=lambda one: -one["score"]):
         name = line["name"] + (f" ({line['diverged']} diverged)" if line["diverged"] else "")
         name += f" ({line['quarantined']} uploads refused)" if line.get("quarantined") else ""
@@ -73,14 +92,47 @@ def score_rows(results: Record) -> list[list[str]]:
         work, held = (line["server"][k] / 1e6 if line.get("server") else None for k in ("flops", "bytes"))
         scores = [line if key == "own" else line.get(key) for key in columns]
         rows.append([name, *("–" if score is None else _score(score) for score in scores),
-                     *(decimal(line["by_task"].get(t)) for t in tasks), _difference(line),
+                     *(decimal(line["by_task"].get(t)) for t in tasks),
+                     *(difference_cell(line, reference) for reference in against),
                      decimal(line["effective_neighbors"], 1), decimal(line["base_captions"], 2),
-                     f"{line['rate_factor']:g}", decimal(up, 1), decimal(down, 1), decimal(work, 1), decimal(held, 1),
-                     f"{line['wall_seconds']:.0f}"])
+                     f"{line['rate_factor']:g}", decimal(up, 1), decimal(down, 1), _per_megabyte(line, local),
+                     decimal(work, 1), decimal(held, 1), f"{line['wall_seconds']:.0f}"])
     rows.append(["base model", *(decimal(results["base"]["score"]) if key == "own" else "" for key in columns),
-                 *[""] * len(tasks), "", "",
-                 decimal(results["base"]["base_captions"], 2), *[""] * 6])
+                 *[""] * (len(tasks) + len(against) + 1), decimal(results["base"]["base_captions"], 2), *[""] * 7])
     return rows
+
+
+def fitting_rows(results: Record, width: int) -> list[list[str]]:
+    """Returns those columns of `score_rows` that a terminal of `width` characters has room for.
+
+    The order of importance is own scores, differences, other scores. Intervals are in a line of their own if the
+    differences to all references do not fit otherwise. Names may be cut to 16 characters for the first two columns,
+    and to 30 for the others.
+    """
+    rows, tasks = score_rows(results), tasks_of(results)
+    against = [f"{title(name)} [95 %]" for name in references_of(results)]
+    others = ["fine-tuned", "common", "token accuracy", "gain per MB", "score per MB", "rates ×"]
+    first = ["own", *against, *others, *tasks]
+    order = sorted(range(1, len(rows[0])), key=lambda i: (*first, rows[0][i]).index(rows[0][i]))
+    kept: list[int] = []
+    for between in (" ", "\n"):
+        cells = [[row[0], *(cell.replace(" [", between + "[") for cell in row[1:])] for row in rows]
+        kept = _fitting([max(len(part) for row in cells for part in row[i].split("\n")) for i in range(len(rows[0]))],
+                        order, width)
+        if all(rows[0].index(name) in kept for name in against):
+            break
+    return [[row[i] for i in (0, *sorted(kept))] for row in cells]
+
+
+def _fitting(widths: Sequence[int], order: Sequence[int], width: int) -> list[int]:
+    """Returns the columns, the first ones of `order`, that fit beside column 0; each has 3 characters around it."""
+    kept: list[int] = []
+    for i in order:
+        name = min(widths[0], 16 if len(kept) < 2 else 30)
+        if 4 + name + sum(3 + widths[j] for j in (*kept, i)) > width:
+            break
+        kept.append(i)
+    return kept
 
 
 def tuning_rows(results: Record) -> list[list[str]]:
@@ -94,7 +146,7 @@ def tuning_rows(results: Record) -> list[list[str]]:
     return rows
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown(rows: Sequence[Sequence[str]]) -> str:
     rule = ["---", *["---:"] * (len(rows[0]) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:]))
 
@@ -102,13 +154,13 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 def table(results: Record) -> str:
     """Returns `score_rows` as Markdown."""
     *rows, base = score_rows(results)
-    return _markdown([*rows, [f"*{base[0]}*", *base[1:]]])
+    return markdown([*rows, [f"*{base[0]}*", *base[1:]]])
 
 
 def tuning_table(results: Record) -> str:
     """Returns `tuning_rows` as Markdown, with the score of the chosen factor in bold."""
     (*head, _), *lines = tuning_rows(results)
-    return _markdown([head, *([f"**{cell}**" if name == best else cell for name, cell in zip(head, cells, strict=True)]
+    return markdown([head, *([f"**{cell}**" if name == best else cell for name, cell in zip(head, cells, strict=True)]
                               for *cells, best in lines)])
 
 
@@ -120,10 +172,10 @@ def of_variant(name: str, compared: Sequence[Record]) -> list[Record]:
 def sweep_table(key: str, values: Sequence[str], compared: Sequence[Record]) -> str:
     """Returns, as Markdown, the score of each variant (rows) at each value of a config key (columns).
 
-    A star means that the 95 % interval of the paired difference to Pilot excludes 0.
+    A star marks a significant difference to Pilot.
     """
     rows = [["", *(f"{key} = {value}" for value in values)]]
     for name in (line["name"] for line in compared[0]["variants"]):
-        rows.append([name, *(_score(line) + (" *" if line.get("difference", {}).get("significant") else "")
+        rows.append([name, *(_score(line) + (" *" if (difference_to(line) or {}).get("significant") else "")
                              for line in of_variant(name, compared))])
-    return _markdown(rows)
+    return markdown(rows)

@@ -165,6 +165,8 @@ for name, content in {
         "a config of a text": RESULTS | {"config": "x"},
         "rounds of HTML": RESULTS | {"config": {"federation": {"rounds": "<b>"}}}, "factors of texts": RESULTS | {
             "factors": ["<i>"]}, "rates of numbers": RESULTS | {"rates": {"pilot": 3}},
+        "differences of texts": RESULTS | {"variants": [RESULTS["variants"][0] | {"differences": {"pilot": "<b>"}}]},
+        "warnings that are none": RESULTS | {"warnings": {"a": 1}}, "a margin of HTML": RESULTS | {"margin": "<b>"},
         "a score that is none": json.dumps(RESULTS).replace('"score": 0.5', '"score": NaN'),
         "a score without end": json.dumps(RESULTS).replace('"score": 0.5', '"score": Infinity')}.items():
     case("results.json", name, "results.json", lambda d, content=content: results(d, content))
@@ -298,6 +300,9 @@ for name, arguments, says in (
         ("an ablation of another", ["--strategies", "fedavg-text_mean"], "--strategies"),
         ("rates of texts", ["--strategies", "pilot", "--rates", "a,b"], "--rates"),
         ("a rate of 0", ["--strategies", "pilot", "--rates", "0"], "--rates"),
+        ("a margin of 0", ["--strategies", "pilot", "--margin", "0"], "--margin"),
+        ("a margin that is none", ["--strategies", "pilot", "--margin", "nan"], "--margin"),
+        ("against what is not compared", ["--strategies", "pilot,local", "--against", "fedavg"], "--against"),
         ("another split", ["--strategies", "pilot", "--split", "train"], "--split"),
         ("vary nothing", ["--strategies", "pilot", "--vary", "data.digits.train"], "--vary"),
         ("vary an unknown key", ["--strategies", "pilot", "--vary", "data.x=1,2"], "data.x"),

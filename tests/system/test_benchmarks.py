@@ -17,6 +17,7 @@ SMALLEST = {
     "aggregation_on_disk.py": ["--cohort", "20", "--parameters", "1e5"],
     "bad_clients.py": ["--set", "federation.rounds=1", "federation.local_steps=1", "data.digits.train=8",
                        "data.digits.test=2", "eval.max_new_tokens=2"],
+    "intervals.py": ["--repetitions", "3"],
     "operands.py": ["--steps", "2", "--repetitions", "1"],
     "peer.py": ["--repetitions", "1", "--steps", "2"],
     "scaling.py": ["--only", "chunk"],

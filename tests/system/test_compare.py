@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 from conftest import Records, slow_except, small_config, tree_max_difference
-from scipy import stats
 
 from pilot_jax.compare import runner, statistics, variants
 from pilot_jax.config import apply_overrides
@@ -93,17 +92,6 @@ def test_variants_are_read():
             variants.read_variants(bad)
 
 
-def test_paired_difference():
-    ours, theirs = np.asarray([0.8, 0.7, 0.9]), np.asarray([0.5, 0.6, 0.7])
-    result = statistics.paired(ours, theirs)
-    expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
-    assert result["mean"] == pytest.approx(0.2)
-    assert (result["low"], result["high"]) == pytest.approx((expected.low, expected.high))
-    assert not result["significant"]
-    assert statistics.paired(ours + 0.001 * theirs, ours - 0.5)["significant"]
-    assert statistics.paired(ours[:1], theirs[:1])["low"] is None
-
-
 COMMAND = ["--strategies", "fedavg,local", "--seeds", 2, "--rates", "0.5,1"]
 
 
@@ -124,13 +112,18 @@ def test_compare_writes_its_table_and_goes_on_where_it_stopped(tmp_path, call, m
     assert results["rows"]["local"]["seeds"][0]["bytes_up"] == 0 < results["rows"]["fedavg"]["seeds"][1]["bytes_up"]
     table = (out / "results.md").read_text()
     assert "| local |" in table and "*base model*" in table and "| fedavg |" in text
+    assert results["margin"] == 0.02 and [list(v["differences"]) for v in results["variants"]] == [["local"], []]
+    assert len(results["warnings"]) == len({v["factor"] for v in results["rates"].values()})  # both factors are edges
+    assert all(f"Warning: {warning}" in text and warning in table for warning in results["warnings"])
     assert (out / "results.png").stat().st_size > 1000
     (out / "variants" / "local.json").unlink()
-    code, _, _ = call("compare", config, *COMMAND, "--out", out)
+    code, _, _ = call("compare", config, *COMMAND, "--out", out, "--against", "fedavg", "--margin", 0.5)
     assert code == 0 and calls == ["fedavg", "local", "local"]  # fedavg was not run again
     again = json.loads((out / "results.json").read_text())
+    assert again["margin"] == 0.5 and list(again["variants"][1]["differences"]) == ["fedavg"]
     assert again["variants"][1]["score"] == results["variants"][1]["score"]
-    for bad in (["--rates", "0.1,x"], ["--rates", "-1"], ["--split", "train"]):
+    for bad in (["--rates", "0.1,x"], ["--rates", "-1"], ["--split", "train"], ["--margin", "0"],
+                ["--against", "fedavg,pilot"]):
         code, _, error = call("compare", config, "--strategies", "fedavg", *bad, "--out", tmp_path / "no")
         assert code == 2 and bad[0] in error and not (tmp_path / "no").exists()
 
@@ -197,7 +190,7 @@ def test_variants_with_finetuning_have_all_their_scores(field, name):
         for key in ("score", "score_common", "score_finetuned"):
             assert record[f"{key}_by_client"] == alone[f"{key}_by_client"], key
     assert (row["seeds"][0]["score_common"] is None) == (name == "pilot")
-    line = statistics.summarise(name, {name: row})
+    line = statistics.summarise(name, row)
     assert (line["common"] is None) == (name == "pilot") and line["finetuned"]["score"] is not None
     assert runner.tune(field, variant, [1.0], small_config(train=SGD))["factor"] == 1.0
 

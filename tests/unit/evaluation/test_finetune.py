@@ -391,7 +391,7 @@ def seed(own, common=None, finetuned=None):
 
 def results_of(rows):
     rows = {name: {"seeds": seeds, "wall_seconds": 1.0} for name, seeds in rows.items()}
-    variants = [statistics.summarise(name, rows) | {"rate_factor": 1.0} for name in rows]
+    variants = [statistics.summarise(name, row) | {"rate_factor": 1.0} for name, row in rows.items()]
     return {"variants": variants, "base": {"score": 0.125, "base_captions": None}, "seeds": 2, "split": "test",
             "config": {"federation": {"rounds": 1}}, "seconds_of_all": 1.0, "seconds_of_tuning": 0.0}
 
