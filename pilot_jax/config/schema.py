@@ -45,7 +45,7 @@ class ModelConfig(Section):
     """The frozen base model, and the LoRA that clients train on it."""
 
     path: str = Field("embedded", description="Folder of a Hugging Face LLaVA checkpoint, or a small base that is part "
-                      "of the package: `embedded`, which can caption digit scenes, or `instructed`, which can also follow "
+                      "of the package: `embedded`, which can caption digit scenes, or `instructed`, which also follows "
                       "instructions about them.")
     parts: PartsConfig | None = Field(None, description="Base made of separate checkpoints, instead of `model.path`.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(

@@ -87,7 +87,7 @@ def _gradients(spec: PhaseSpec, mesh: jax.sharding.Mesh | None, base: Mapping[st
                rows: Tree, about: tuple[jax.Array, jax.Array]) -> tuple[Tree, dict[str, jax.Array], Tree]:
     """Returns the gradient of each client's loss [k, …], the terms of the loss [k], and what the rule sums over steps.
 
-    That is the gradient or, if the rule has `halves`, the gradients on the two halves of the batch, [k, 2, …].
+    That is the rule's `summand` of the gradient or, if it has `halves`, of those on the batch's two halves, [k, 2, …].
 
     Args:
         adapters: trained [k, …], frozen [k, …], and frozen and equal for all clients. rows: the batches [k, B, …].
@@ -106,7 +106,7 @@ def _gradients(spec: PhaseSpec, mesh: jax.sharding.Mesh | None, base: Mapping[st
     gradient = jax.grad(total_loss, has_aux=True)
     if not spec.rule.halves:
         grads, terms = gradient(trained, own, rows, tasks)
-        return grads, terms, grads
+        return grads, terms, spec.rule.summand(grads)
     # Two clients with the same adapters stand for the halves.
     twice = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), (trained, own, tasks))
     halves = jax.tree.map(lambda leaf: leaf.reshape(2 * len(leaf), -1, *leaf.shape[2:]), rows)
@@ -114,7 +114,7 @@ def _gradients(spec: PhaseSpec, mesh: jax.sharding.Mesh | None, base: Mapping[st
     count = jnp.sum(real.reshape(len(real), 2, -1), axis=2)
     share = count / jnp.maximum(jnp.sum(count, axis=1, keepdims=True), 1)
     grads, terms = jax.tree.map(lambda leaf: jnp.einsum("kh,kh...->k...", share, leaf), apart)
-    return grads, terms, apart[0]
+    return grads, terms, spec.rule.summand(apart[0])
 
 
 def _start(spec: PhaseSpec, adapters: Adapters, batch: ClientBatch) -> Carry:

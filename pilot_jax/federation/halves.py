@@ -1,7 +1,7 @@
 """Split-half measure: how far clients are apart, relative to how little their own data say.
 
 Each step's batch has one half from each of two halves of a client's data, and the mean gradients a_k and b_k of the two
-are kept apart. Their noise is independent, so that, with u_k = (a_k + b_k)/2,
+are kept apart, with entries as signed square roots. Their noise is independent, so that, with u_k = (a_k + b_k)/2,
 
     δ²_kj = ⟨a_k − a_j, b_k − b_j⟩   estimates, without bias, the squared distance of the gradients behind the noise,
     σ²_k  = ‖a_k − b_k‖² / 4          that of u_k from the gradient behind its noise.
@@ -49,6 +49,12 @@ class SplitHalves(LocalRule):
 
     averages_gradients: bool = True
     halves: bool = True
+
+    def summand(self, gradient):
+        """Returns LoRA's entries as signed square roots, so that not a few large ones decide how far clients are
+        apart."""
+        lora = jax.tree.map(lambda leaf: jnp.sign(leaf) * jnp.sqrt(jnp.abs(leaf)), gradient["text_adapter"])
+        return {**gradient, "text_adapter": lora}
 
     def carry(self, mean_gradient, carried):
         return {**carried, SKETCH: {"halves": sketch(mean_gradient["text_adapter"])}}

@@ -46,6 +46,12 @@ def apply(matrix: Float[AnyArray, "M S"], uploads: PyTree[Float[AnyArray, "S ...
         lambda leaf: exact_einsum("ms,s...->m...", matrix, leaf.astype(jnp.float32)).astype(leaf.dtype), uploads)
 
 
+def apply_to_updates(matrix: Float[AnyArray, "S S"], uploads: PyTree[Float[AnyArray, "S ..."]],
+                     starts: PyTree[Float[AnyArray, "S ..."]]) -> PyTree[Float[Array, "S ..."]]:
+    """Returns starts + matrix·(uploads − starts): what a client has changed is mixed, and not where it began."""
+    return jax.tree.map(jnp.add, starts, apply(matrix, jax.tree.map(jnp.subtract, uploads, starts)))
+
+
 def effective_neighbors(matrix: Float[AnyArray, "M S"]) -> Float[Array, " M"]:
     """Returns exp(entropy) of each row: the effective number of clients in a mixture, the client itself included."""
     safe = jnp.where(matrix > 0, matrix, 1.0)

@@ -37,6 +37,10 @@ class LocalRule:
         """Returns the direction that the optimizer gets instead of `gradient`; trees of one client, like `trained`."""
         return gradient
 
+    def summand(self, gradient: Any) -> Any:
+        """Returns what is summed over the steps for `carry`, from gradients [k, …] or, of halves, [k, 2, …]."""
+        return gradient
+
     def carry(self, mean_gradient: Any, carried: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the carried subtrees after the phase. `mean_gradient`: the loss gradient's mean over the steps."""
         return dict(carried)

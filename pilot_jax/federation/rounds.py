@@ -195,11 +195,16 @@ def _aggregated(fed: Federation, plan: PhasePlan, trained: Trained, used: Sequen
     """Aggregates the uploads of the clients `used`. Returns (each one's adapters afterwards, the server's state, arrays
     to log)."""
     roles = fed.strategy.ownership()
-    uploads = stack([common(roles.upload(trained.adapters[c], plan.stage), trained.adapters[c]) for c in used])
-    cohort = Cohort(spread(uploads, fed.server_mesh), np.asarray([fed.clients[c].size for c in used]),
-                    np.asarray([fed.task_index(c) for c in used]), np.asarray(used), plan.round)
+
+    def stacked(adapters: Mapping[int, dict[str, Tree]]) -> dict[str, Tree]:
+        return spread(stack([common(roles.upload(adapters[c], plan.stage), adapters[c]) for c in used]),
+                      fed.server_mesh)
+
+    cohort = Cohort(stacked(trained.adapters), np.asarray([fed.clients[c].size for c in used]),
+                    np.asarray([fed.task_index(c) for c in used]), np.asarray(used), plan.round,
+                    stacked(plan.adapters) if fed.strategy.mixes_updates else None)
     evidence = dict[str, Any]()
-    if SKETCH in uploads:
+    if SKETCH in cohort.uploads:
         cohort, evidence = _with_ratio(cohort, server.get("evidence") or no_evidence(len(fed.clients)))
     downloads, server, log = fed.strategy.aggregate(cohort, server)
     server, log = server | evidence, log | ({} if cohort.ratio is None else {"ratio": cohort.ratio})

@@ -18,8 +18,8 @@ from pilot_jax.config import STRATEGY_PARAMS, StrategyParams
 from pilot_jax.errors import InputError
 from pilot_jax.federation import combining, mixing
 from pilot_jax.federation.cohort import Cohort
-from pilot_jax.federation.lora_options import empty_residual, extra_rows, traffic, with_rank
 from pilot_jax.federation.halves import SKETCH, SplitHalves, empty_sketch, sketch_role
+from pilot_jax.federation.lora_options import empty_residual, extra_rows, traffic, with_rank
 from pilot_jax.federation.phases import PLAIN_RULE, LocalRule
 from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, Scope, Tree, num_bytes
 from pilot_jax.models.lora import LORA_SUBTREES, RESIDUAL, init_lora
@@ -90,6 +90,14 @@ class Strategy:
         """Whether clients measure the noise of their updates by halves of their data, so that a cohort has `ratio`."""
         return False
 
+    @property
+    def mixes_updates(self) -> bool:
+        """Whether the clients' changes are mixed, each mixture then added to the model with which a client began.
+
+        Models that are mixed again in every round end up far closer to each other than one mixture's weights say.
+        """
+        return False
+
     def has_common_model(self) -> bool:
         """Returns whether all clients have one model after an aggregation, and no trained parts of their own."""
         own = any(row.scope == "local" and "trained" in row.modes.values() for row in self.ownership().adapter_rows)
@@ -103,7 +111,7 @@ class Strategy:
         """
         kind = type(self)
         own_rule = kind.combine is not Strategy.combine or kind.aggregate is not Strategy.aggregate
-        if own_rule or "text_adapter" not in self.roles().names(scope="shared"):
+        if own_rule or self.mixes_updates or "text_adapter" not in self.roles().names(scope="shared"):
             return ("factors",)
         if self.server_optimizer() is not None:  # its moments belong to the entries of A and B
             return "factors", "aligned"
@@ -222,7 +230,14 @@ class Strategy:
         """Returns mixed uploads, leaves [M, …], for the rows of `weights` [M, S]. Override it for an aggregation that
         no matrix expresses. With `one_model` all rows are equal, and `weights` has the first alone.
         """
-        return mixing.apply(weights, dict(cohort.uploads))
+        return self._mixed(cohort, weights, tuple(cohort.uploads))
+
+    def _mixed(self, cohort: Cohort, weights: jax.Array, names: tuple[str, ...]) -> dict[str, Tree]:
+        """Returns mixtures of some subtrees, leaves [M, …]: of models or, if it `mixes_updates`, of changes."""
+        uploads = {name: cohort.uploads[name] for name in names}
+        if cohort.starts is None:
+            return mixing.apply(weights, uploads)
+        return mixing.apply_to_updates(weights, uploads, {name: cohort.starts[name] for name in names})
 
     def aggregate(self, cohort: Cohort, server: Mapping[str, Any]) -> Aggregated:
         """Returns what each client of the cohort downloads, and the server's state afterwards."""
@@ -259,7 +274,7 @@ class Strategy:
                          else loras)
             return combining.aligned(weights, loras, reference, factor="a" if cohort.round % 2 else "b",
                                      strength=self.params.rotation)
-        return mixing.apply(weights, loras)
+        return self._mixed(cohort, weights, ("text_adapter",))["text_adapter"]
 
     def most_weights(self, cohort: int) -> int:
         """Returns how many weights in a row of the mixing matrix can be above 0."""

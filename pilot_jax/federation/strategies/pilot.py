@@ -58,7 +58,7 @@ class AtaConfig(Section):
         "split_half: no distances and no neighbours; the weight of any other client is ∝ n_j·max(0, 1 − ρ), with ρ the "
         "measured ratio of how far the two clients' gradients are apart to the noise of the client's own "
         "(docs/method.md), divided by `split_half_limit`.")
-    split_half_limit: float = Field(1.0, gt=0, description="Ratio ρ at and above which `weighting: split_half` takes "
+    split_half_limit: float = Field(0.5, gt=0, description="Ratio ρ at and above which `weighting: split_half` takes "
                                     "nothing from another client.")
     temperature: Literal["auto"] | float = Field(
         "auto", description="Temperature τ of `weighting: softmax`. auto: `auto_factor` times the client's mean "
@@ -66,6 +66,9 @@ class AtaConfig(Section):
     auto_factor: float = Field(0.25, gt=0, description="Factor in `temperature: auto`. With all M neighbours at "
                                "the same distance, the client's own upload weighs 1/(1 + M/e) at factor 1 and "
                                "1/(1 + M/e⁴) at 0.25. docs/results.md has scores for several factors.")
+    mixes: Literal["models", "updates"] = Field(
+        "models", description="What ATA mixes. models: the uploaded LoRAs, as in the paper. updates: the clients' "
+        "changes of LoRA in the phase, each mixture then added to the LoRA with which the client began it.")
     space: Literal["factors", "product"] = Field("factors", description="Vectors between which distances are measured. "
                                                  "factors: all entries of A and B. product: all entries of B·A.")
     include_self: bool = Field(True, description="Whether the client's own upload is part of its mixture.")
@@ -113,6 +116,10 @@ class Pilot(Strategy):
         return self.params.text_aggregation == "ata" and ata.weighting == "split_half" and ata.preset == "default"
 
     @property
+    def mixes_updates(self):
+        return self.params.ata.mixes == "updates"
+
+    @property
     def first_stages(self):
         return ("stage1", "stage2") if self.params.cross_task else ("stage1", "stage1")
 
@@ -157,7 +164,7 @@ class Pilot(Strategy):
         return None
 
     def combines(self):
-        return "factors", "product", "aligned"
+        return ("factors",) if self.mixes_updates else ("factors", "product", "aligned")
 
     def initial_server_state(self, adapters, sizes, tasks):
         bank = adapters["task_bank"] if self.params.cross_task else _repeat(adapters["task"], int(np.max(tasks)) + 1)
@@ -181,7 +188,7 @@ class Pilot(Strategy):
             "task": jax.tree.map(lambda leaf: leaf[cohort.tasks], bank),
         } | ({"task_bank": bank} if self.params.cross_task else {})
         log = {"weights": weights, "distances": between, "effective_neighbors": mixing.effective_neighbors(weights)}
-        if self.params.combine == "factors":
+        if self.params.combine == "factors" and not self.mixes_updates:
             log["product_gap"] = mixing.product_gap(weights, text_adapters, self.most_weights(len(cohort)))
         return Aggregated(downloads, {**server, "bank": bank, "members": members}, to_host(log))
 

@@ -12,15 +12,16 @@ from pilot_jax.federation.strategies.pilot import AtaConfig, Pilot, PilotParams
 
 @register("split_half")
 class SplitHalf(Strategy):
-    """Projector and LoRA as in plain LLaVA; each client receives its own mixture of both."""
+    """Projector and LoRA as in plain LLaVA; each client receives its own mixture of the changes of both."""
 
     class Params(StrategyParams):
-        split_half_limit: float = Field(1.0, gt=0, description="Ratio δ²/σ² at and above which nothing is taken from "
+        split_half_limit: float = Field(0.5, gt=0, description="Ratio δ²/σ² at and above which nothing is taken from "
                                         "another client: weights are ∝ n_j·max(0, 1 − ratio/limit).")
 
     aggregated_by = "split_half"
     one_model = False
     splits_halves = True
+    mixes_updates = True
 
     def mix(self, cohort):
         return shares(cohort.ratio, cohort.sizes, self.params.split_half_limit)
@@ -28,7 +29,7 @@ class SplitHalf(Strategy):
 
 @register("pilot_split_half")
 class PilotSplitHalf(Pilot):
-    """Pilot with `ata.weighting: split_half`."""
+    """Pilot with `ata.weighting: split_half`, and ATA over changes of LoRA."""
 
     class Params(PilotParams):
-        ata: AtaConfig = AtaConfig(weighting="split_half")
+        ata: AtaConfig = AtaConfig(weighting="split_half", mixes="updates")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from conftest import tree_max_difference
-from test_strategies import gradient, problem
+from test_strategies import gradient, numbers, problem
 
 from pilot_jax.config import FederationConfig
 from pilot_jax.data.arrays import halved_order
@@ -16,6 +18,7 @@ from pilot_jax.federation.observer import RunObserver
 from pilot_jax.federation.strategies import make_strategy
 from pilot_jax.testing.toy import DESCENT, run_toy, toy_clients, toy_federation, toy_numbers
 
+MATRIX = np.asarray([[0.7, 0.3, 0], [0.2, 0.5, 0.3], [0, 0, 1]], np.float32)
 ONE_STEP = FederationConfig(rounds=1, local_epochs=1, schedule="single")
 
 
@@ -30,11 +33,13 @@ class Ratios(RunObserver):
         self.weights.append(np.asarray(mixing["weights"]))
 
 
-def lora_gradient(client, half=slice(None)):
-    """Returns the gradient of LoRA's entries, A and then B, on some of a toy client's samples, at the start."""
+def lora_gradient(client, half):
+    """Returns the signed roots of the gradient of LoRA's entries, A and then B, on a half of a toy client's samples, at
+    the start."""
     x, y = problem()[client]
     g = gradient({k: v for k, v in toy_numbers().items() if k in "wab"}, x[half], y[half])
-    return np.concatenate([g["a"].ravel(), g["b"].ravel()])
+    entries = np.concatenate([g["a"].ravel(), g["b"].ravel()])
+    return np.sign(entries) * np.sqrt(np.abs(entries))
 
 
 def test_measure_is_the_formula():
@@ -100,7 +105,7 @@ def test_the_ratio_is_that_of_the_clients_own_gradients():
     np.testing.assert_allclose(seen.ratios[0], want, atol=1e-4)
     sizes = np.asarray([4, 8, 6])
     for k in range(3):
-        raw = [sizes[j] * (1.0 if j == k else min(max(1 - want[k, j], 0), 1)) for j in range(3)]
+        raw = [sizes[j] * (1.0 if j == k else min(max(1 - want[k, j] / 0.5, 0), 1)) for j in range(3)]
         np.testing.assert_allclose(seen.weights[0][k], np.asarray(raw) / sum(raw), atol=1e-4)
 
 
@@ -114,6 +119,24 @@ def test_halved_full_batches_are_plain_full_batches(optimizer):
     for one, other in zip(alone.population, local.population, strict=True):
         ours = {n: t for n, t in one.adapters.items() if n != SKETCH}
         assert tree_max_difference(ours, other.adapters) < 1e-5
+
+
+def test_mixtures_are_of_changes():
+    """start + W·(upload − start) in NumPy float64, in a second round, where the starts differ."""
+    kind = type("Given", (type(make_strategy("split_half")),), {"mix": lambda self, cohort: MATRIX})
+    settings = FederationConfig(rounds=1, local_epochs=3, schedule="single")
+    first = run_toy(toy_federation(kind(schedule="single"), settings=settings))
+    starts = [numbers(one.adapters) for one in first.population]
+    assert np.abs(starts[0]["w"] - starts[1]["w"]).max() > 1e-3
+    fed = toy_federation(kind(schedule="single"), settings=settings.model_copy(update={"rounds": 2}))
+    alone = type("Alone", (kind,), {"mix": lambda self, cohort: np.eye(3, dtype=np.float32)})
+    local = run_toy(dataclasses.replace(fed, strategy=alone(schedule="single")), first)
+    mixed = run_toy(fed, first)
+    for k in range(3):
+        for key in "wab":
+            changes = [numbers(local.population[j].adapters)[key] - starts[j][key] for j in range(3)]
+            want = starts[k][key] + sum(float(MATRIX[k, j]) * changes[j] for j in range(3))
+            np.testing.assert_allclose(numbers(mixed.population[k].adapters)[key], want, atol=1e-6, err_msg=key)
 
 
 def test_evidence_is_of_the_phases_that_two_clients_share():

@@ -281,9 +281,9 @@ CASES = {
 }
 
 
-# Pilot's parts are in test_mixing, test_losses, test_roles and test_rounds, the others in
+# Pilot's parts are in test_mixing, test_losses, test_roles and test_rounds, the others in test_halves,
 # test_personal_strategies and test_expert_strategies.
-ELSEWHERE = {"pilot", "fedalt", "fedlease", "ditto", "fedamp", "fedmosaic", "rolora"}
+ELSEWHERE = {"pilot", "split_half", "pilot_split_half", "fedalt", "fedlease", "ditto", "fedamp", "fedmosaic", "rolora"}
 
 
 def test_every_strategy_is_here():
