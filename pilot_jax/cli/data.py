@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,18 +13,24 @@ from pilot_jax.errors import InputError
 
 def digits(out: Annotated[Path, typer.Argument(help="New folder for data.json and the images.")],
            scenario: Annotated[str, typer.Option(
-               help="a: 3 tasks with 3 clients each; b: 4 tasks with 5 clients each.")] = "a",
+               help="a: 3 tasks with 3 clients each; b: 4 tasks with 5 clients each; c: 4 tasks with 3 clients each, "
+               "in looks that no base has seen.")] = "a",
+           look: Annotated[Literal["same", "own"], typer.Option(
+               help="Whether a task's clients in scenario c have one look, or each its own.")] = "own",
+           wording: Annotated[Literal["known", "shared", "half", "own"], typer.Option(
+               help="Wordings of a task's clients in scenario c; the key data.digits.wording explains them.")] = "own",
            train: Annotated[int, typer.Option(min=1, help="Number of training samples per client.")] = 480,
            validation: Annotated[int, typer.Option(min=1, help="Number of validation samples per client.")] = 16,
            test: Annotated[int, typer.Option(min=1, help="Number of test samples per client.")] = 48,
            seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 0) -> None:
     """Write the embedded digit scenes as a LLaVA data set."""
     from pilot_jax.data.llava.reading import write_samples
-    from pilot_jax.embedded.scenarios import SCENARIOS, scenario_clients, scene_samples
+    from pilot_jax.embedded.scenarios import SCENARIOS, clients_of, scene_samples
 
     if scenario not in SCENARIOS:
         raise InputError(f"--scenario: {scenario!r}, expected one of {', '.join(SCENARIOS)}.")
-    count = write_samples(scene_samples(scenario_clients(scenario, train, validation, test), seed), out)
+    specs = clients_of(scenario, (train, validation, test), look=look, wording=wording)
+    count = write_samples(scene_samples(specs, seed), out)
     typer.echo(f"{count} samples in {out / 'data.json'}, images in {out / 'images'}")
 
 

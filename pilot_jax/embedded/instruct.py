@@ -26,6 +26,7 @@ INSTRUCTED_TASKS = ("vqa", "ocr", "caption", "position")
 class InstructConfig(TrainConfig):
     """Training settings of the instructed base; `configs/pretrain_instructed.yaml` has them."""
 
+    lr: float = 1e-3
     start: str = "embedded"  # base with which training starts, as `model.path`
     captions: float = 0.2  # share of the lessons that are captions, as in pretraining
 

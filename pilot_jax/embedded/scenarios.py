@@ -92,6 +92,14 @@ def benchmark_clients(train: int, validation: int, test: int, look: str = "own",
                     [{"train": train, "validation": validation, "test": test}] * per_task)
 
 
+def clients_of(scenario: str, sizes: tuple[int, int, int], heterogeneity: float = 1.0, look: str = "own",
+               wording: str = "own", clients_per_task: int | None = None) -> list[ClientSpec]:
+    """Returns the clients of any scenario; `sizes` are the numbers of training, validation and test samples."""
+    if scenario == "c":
+        return benchmark_clients(*sizes, look, wording, clients_per_task)
+    return scenario_clients(scenario, *sizes, heterogeneity, clients_per_task)
+
+
 def _clients(scenario: str, styles: Sequence[Style], sizes: Sequence[dict[str, int]]) -> list[ClientSpec]:
     """Returns, for each task of a scenario, one client with each of the styles and sizes."""
     digits = len(str(len(styles) - 1))

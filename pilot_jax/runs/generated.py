@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pilot_jax.cache import Cache
 from pilot_jax.config import DataConfig
 from pilot_jax.data.llava.sample import Sample
-from pilot_jax.embedded.scenarios import SCENARIOS, benchmark_clients, lazy_samples, scenario_clients, scene_samples
+from pilot_jax.embedded.scenarios import SCENARIOS, clients_of, lazy_samples, scene_samples
 from pilot_jax.programs import surroundings
 from pilot_jax.real.emoji_tasks import emoji_samples
 
@@ -24,9 +24,8 @@ class Generated:
 
 def _digits(data: DataConfig, kept: Cache | None) -> Iterable[Sample]:
     own = data.digits
-    sizes = own.train, own.validation, own.test
-    specs = (benchmark_clients(*sizes, own.look, own.wording, own.clients_per_task) if own.scenario == "c"
-             else scenario_clients(own.scenario, *sizes, own.heterogeneity, own.clients_per_task))
+    specs = clients_of(own.scenario, (own.train, own.validation, own.test), own.heterogeneity, own.look, own.wording,
+                       own.clients_per_task)
     if kept is None:
         return scene_samples(specs, own.seed)
     key = f"digits {surroundings()} {specs} {own.seed}"

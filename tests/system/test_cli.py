@@ -14,11 +14,12 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from conftest import QUICK, ROOT, llava_entry, slow_except, small_config, with_image, write
+from conftest import QUICK, ROOT, llava_entry, slow_except, small_config, tree_max_difference, with_image, write
 from PIL import Image
 from rich.console import Console
 
 from pilot_jax.config import known_keys, read_settings
+from pilot_jax.embedded.instruct import InstructConfig
 from pilot_jax.embedded.pretrain import PretrainConfig
 from pilot_jax.errors import InputError
 from pilot_jax.real.pretrain import RealPretrainConfig
@@ -181,8 +182,26 @@ def test_pretrain_writes_a_loadable_base(call, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "p.yaml"]
 
 
+@pytest.mark.slow
+def test_pretrain_of_the_instructed_base(call, tmp_path):
+    """A step of the shipped config changes projector and decoder of the embedded base, and not its tower."""
+    shipped = yaml.safe_load((ROOT / "configs" / "pretrain_instructed.yaml").read_text())
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(shipped | {"language_steps": 2, "batch": 4}))
+    code, out, _ = call("pretrain", tmp_path / "p.yaml", tmp_path / "base")
+    assert code == 0 and "right answers on held-out handwriting" in out
+    import pilot_jax
+
+    made, start, instructed = (pilot_jax.load(path).base for path in (tmp_path / "base", "embedded", "instructed"))
+    for one in (made, instructed):
+        assert tree_max_difference(one["vision_tower"], start["vision_tower"]) == 0
+        assert min(tree_max_difference(one[name], start[name]) for name in ("projector", "decoder")) > 1e-4
+    code, _, err = call("pretrain", tmp_path / "p.yaml", tmp_path / "base")
+    assert code == 2 and "exists already" in err
+
+
 def test_the_shipped_pretraining_configs_are_read(tmp_path):
     """Its values are the defaults. A learning rate may be any positive number, also an integer."""
+    assert read_settings(ROOT / "configs" / "pretrain_instructed.yaml", InstructConfig) == InstructConfig()
     assert read_settings(ROOT / "configs" / "pretrain.yaml", PretrainConfig) == PretrainConfig()
     assert read_settings(ROOT / "configs" / "pretrain_real.yaml", RealPretrainConfig) == RealPretrainConfig()
     assert read_settings(write(tmp_path, "p.yaml", "{lr: 1, seed: 0}"), PretrainConfig).lr == 1

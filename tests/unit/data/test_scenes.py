@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from pilot_jax.data.build import partition
 from pilot_jax.data.llava.reading import read_samples, write_samples
 from pilot_jax.data.llava.sample import Sample
-from pilot_jax.embedded import scenarios, scenes
+from pilot_jax.embedded import scenarios, scenes, tasks
 from pilot_jax.errors import InputError
 from pilot_jax.models.checkpoints.processors import load_image_processor, load_tokenizer
 from pilot_jax.models.pretrained import model_directory
@@ -60,6 +61,43 @@ def test_scenario_b_is_uneven_and_has_four_tasks():
     specs = scenarios.scenario_clients("b", 40, 2, 2)
     assert len(specs) == 20 and {s.task for s in specs} == {"vqa", "ocr", "caption", "grounding"}
     assert sorted({s.sizes["train"] for s in specs}) == [10, 18, 25, 32, 40]
+
+
+def test_looks_and_wordings_of_scenario_c():
+    def styles(look, wording):
+        return {s.name: s.style for s in scenarios.clients_of("c", (4, 1, 1), look=look, wording=wording)}
+
+    def look(style):
+        return dataclasses.replace(style, wording=0, own_wording=1.0)
+
+    one = styles("same", "known")
+    assert len(one) == 12 and len(set(one.values())) == 1 and one["vqa_0"].wording in tasks.BASE_WORDINGS
+    other = styles("own", "known")
+    assert len({look(s) for s in other.values()}) == 3 and other["vqa_1"] == other["ocr_1"]
+    assert {s.wording for s in styles("same", "shared").values()} == {0}
+    assert [styles("same", "own")[f"vqa_{k}"].wording for k in range(3)] == [0, 1, 2]
+    half = styles("same", "half")
+    assert len({s.wording for s in half.values()}) == 3 and 0 not in {s.wording for s in half.values()}
+    assert {s.own_wording for s in half.values()} == {0.5}
+    # No client's wording is one that the instructed base has learnt, unless it is to be known.
+    assert not {s.wording for s in [*half.values(), *styles("own", "own").values()]} & set(tasks.BASE_WORDINGS)
+
+
+@pytest.mark.parametrize("task", sorted(set(tasks.TASKS) - {"grounding"}))
+def test_the_ten_wordings_of_a_task_differ(task):
+    """In their question and in the form of their answer, for one scene and one random number."""
+    scene = scenes.draw_scene(np.random.default_rng(3), "train", None)
+    texts = [tasks.TASKS[task](np.random.default_rng(5), scene, w) for w in range(10)]
+    assert len({question for question, _ in texts}) == len({answer for _, answer in texts}) == 10
+
+
+def test_a_mirrored_scene_has_mirrored_handwriting():
+    plain, mirrored = (scenes.draw_scene(np.random.default_rng(1), "train", scenes.Style(mirrored=m, noise=0.0), most=1)
+                       for m in (False, True))
+    row, column = divmod(plain.digits[0].cell, 3)
+    one, other = (np.asarray(s.image)[row * 16:row * 16 + 16, column * 16:column * 16 + 16] for s in (plain, mirrored))
+    np.testing.assert_array_equal(one[:, ::-1], other)
+    assert not np.array_equal(one, other)
 
 
 def test_written_scenes_read_back(tmp_path):
