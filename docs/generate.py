@@ -89,6 +89,8 @@ def type_name(kind: Any) -> str:
     """What a value of a Python type is, in a word."""
     kinds = [k for k in typing.get_args(kind) if k is not type(None)] if isinstance(kind, types.UnionType) else [kind]
     inner = typing.get_args(kinds[0])[0] if typing.get_origin(kinds[0]) is list else kinds[0]
+    if typing.get_origin(inner) is typing.Literal:
+        return " or ".join(f"`{value}`" for value in typing.get_args(inner))
     return {Path: "path", int: "integer", float: "number", str: "text", bool: "switch"}[inner]
 
 
