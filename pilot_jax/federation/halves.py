@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int, Real
 from pilot_jax.federation.phases import LocalRule
 from pilot_jax.federation.roles import Mode, Role, Tree
 from pilot_jax.kernels.pairwise import exact_einsum
+from pilot_jax.parallel.processes import to_host
 
 SKETCH = "gradient_sketch"  # the subtree with which sketches are uploaded
 SKETCH_SIZE = 8192  # d; an inner product is off by about ‖x‖‖y‖/√d
@@ -91,7 +92,7 @@ def with_phase(evidence: dict[str, np.ndarray], sketches: Float[Array, "S 2 d"],
 
     Row k of a ratio is about what client k can take from j. It is 0 where no noise was measured on either side.
     """
-    apart, noise = (np.asarray(x) for x in measure(sketches))
+    apart, noise = to_host(measure(sketches))
     at = np.ix_(ids, ids)
     out = {name: array.copy() for name, array in evidence.items()}
     out["apart"][at] += apart

@@ -205,7 +205,7 @@ def _aggregated(fed: Federation, plan: PhasePlan, trained: Trained, used: Sequen
                     stacked(plan.adapters) if fed.strategy.mixes_updates else None)
     evidence = dict[str, Any]()
     if SKETCH in cohort.uploads:
-        cohort, evidence = _with_ratio(cohort, server.get("evidence") or no_evidence(len(fed.clients)))
+        cohort, evidence = with_ratio(cohort, server, len(fed.clients))
     downloads, server, log = fed.strategy.aggregate(cohort, server)
     server, log = server | evidence, log | ({} if cohort.ratio is None else {"ratio": cohort.ratio})
     mixing.check_rows(log["weights"])
@@ -218,9 +218,13 @@ def _aggregated(fed: Federation, plan: PhasePlan, trained: Trained, used: Sequen
     return after, server, {"effective_neighbors": np.asarray(mixing.effective_neighbors(log["weights"]))} | log
 
 
-def _with_ratio(cohort: Cohort, evidence: dict[str, np.ndarray]) -> tuple[Cohort, dict[str, Any]]:
-    """Returns the cohort with its `ratio` and without sketches, and the server's evidence as a part of its state."""
-    uploads = dict(cohort.uploads)
+def with_ratio(cohort: Cohort, server: Mapping[str, Any], clients: int) -> tuple[Cohort, dict[str, Any]]:
+    """Returns the cohort with its `ratio` and without sketches, and the part of the server's state with the evidence.
+
+    Args:
+        clients: K, the number of clients of the federation.
+    """
+    uploads, evidence = dict(cohort.uploads), server.get("evidence") or no_evidence(clients)
     evidence, ratio = with_phase(evidence, uploads.pop(SKETCH)["halves"], np.asarray(cohort.ids))
     return dataclasses.replace(cohort, uploads=uploads, ratio=ratio), {"evidence": evidence}
 

@@ -131,7 +131,8 @@ def test_meshes_give_what_one_device_gives(parts):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("strategy", ["fedlease", "fedalt", "ditto", "fedamp", "rolora", "fedmosaic"])
+@pytest.mark.parametrize("strategy", ["fedlease", "fedalt", "ditto", "fedamp", "rolora", "fedmosaic", "split_half",
+                                      "pilot_split_half"])
 def test_other_strategies_on_a_mesh(strategy):
     agree_on_meshes({"2x2x2": 1 / 4}, strategy)
 

@@ -159,7 +159,7 @@ def test_one_of_two_processes_is_killed(one, tmp_path, victim):
 
 
 SERVER = """
-import json, sys
+import dataclasses, json, sys
 sys.path.insert(0, "tests")
 port, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 import jax
@@ -170,6 +170,7 @@ import numpy as np
 from conftest import small_config, tree_max_difference
 from pilot_jax.runs import prepare, simulate
 from pilot_jax.parallel.mesh import spread
+from pilot_jax.federation import rounds
 from pilot_jax.federation.cohort import Cohort
 from pilot_jax.federation.strategies import make_strategy
 def seen(out):
@@ -189,15 +190,24 @@ cases = [(name, {}) for name in ("fedadam", "pilot", "scaffold", "similarity", "
                                  "fedmosaic")]
 cases += [("pilot", {"ata": {"space": "product"}}), ("pilot", {"combine": "product"})]
 cases += [(name, {}) for name in ("flexlora", "fedrot_lora", "fedex_lora", "flora", "ditto", "rolora",
-                                  "fedalt", "fedlease")]
+                                  "fedalt", "fedlease", "split_half", "pilot_split_half")]
 for name, settings in cases:
     its = prepare.with_strategy(setup, make_strategy(name, settings)).federation
     state = prepare.initial_state(its)
     shared, rng = its.strategy.roles().select(state.population[0].adapters, "shared"), np.random.default_rng(0)
     uploads = jax.tree.map(lambda x: (x + 0.1 * rng.normal(size=(20, *x.shape))).astype(np.float32), shared)
     who = np.arange(1, 21), np.arange(20) % 3, np.arange(20), 2
-    alone = its.strategy.aggregate(Cohort(spread(uploads, None), *who), state.server)
-    together = its.strategy.aggregate(Cohort(spread(uploads, its.server_mesh), *who), state.server)
+    starts = jax.tree.map(lambda x: (x + 0.1 * rng.normal(size=(20, *x.shape))).astype(np.float32), shared)
+    sketches = {"gradient_sketch": {"halves": rng.normal(size=(20, 2, 64)).astype(np.float32)}}
+
+    def aggregated(mesh):
+        cohort = Cohort(spread(uploads, mesh), *who)
+        if its.strategy.splits_halves:
+            cohort = dataclasses.replace(cohort, uploads=spread(uploads | sketches, mesh), starts=spread(starts, mesh))
+            cohort, _ = rounds.with_ratio(cohort, {}, 20)
+        return its.strategy.aggregate(cohort, state.server)
+
+    alone, together = aggregated(None), aggregated(its.server_mesh)
     parts = [s.data.size / leaf.size for leaf in jax.tree.leaves(spread(uploads, its.server_mesh))
              for s in leaf.addressable_shards]
     told[name + json.dumps(settings)] = [

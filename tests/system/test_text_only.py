@@ -232,7 +232,7 @@ def test_the_programs_can_be_lowered(fedit):
 
 
 OTHERS = ("scaffold", "fedprox", "fedadam", "ffa_lora", "fedsa_lora", "feddpa", "local", "centralised", "median",
-          "similarity", "ditto", "fedamp", "fedmosaic", "rolora", "fedalt", "fedlease")
+          "similarity", "ditto", "fedamp", "fedmosaic", "rolora", "fedalt", "fedlease", "split_half")
 
 
 @pytest.mark.parametrize("strategy", [

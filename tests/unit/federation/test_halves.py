@@ -7,15 +7,18 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from conftest import tree_max_difference
-from test_strategies import gradient, numbers, problem
+from conftest import slow_except, small_config, tree_max_difference
+from test_strategies import Stops, gradient, numbers, problem
 
-from pilot_jax.config import FederationConfig
+from pilot_jax.config import FederationConfig, apply_overrides
 from pilot_jax.data.arrays import halved_order
-from pilot_jax.errors import InputError
+from pilot_jax.errors import InputError, Interrupted
+from pilot_jax.evaluation.personalised import evaluate
 from pilot_jax.federation.halves import SKETCH, measure, no_evidence, shares, sketch, with_phase
 from pilot_jax.federation.observer import RunObserver
 from pilot_jax.federation.strategies import make_strategy
+from pilot_jax.runs import restore, simulate
+from pilot_jax.runs.export import export_client
 from pilot_jax.testing.toy import DESCENT, run_toy, toy_clients, toy_federation, toy_numbers
 
 MATRIX = np.asarray([[0.7, 0.3, 0], [0.2, 0.5, 0.3], [0, 0, 1]], np.float32)
@@ -156,6 +159,35 @@ def test_evidence_is_of_the_phases_that_two_clients_share():
     ([[0, np.inf], [np.inf, 0]], 1.0, [[1, 0], [0, 1]])])
 def test_shares(ratio, limit, weights):
     np.testing.assert_allclose(shares(np.asarray(ratio, float), np.asarray([1, 3]), limit), weights, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "chunks"), slow_except({("split_half", 3)}, [
+    ("split_half", chunks) for chunks in (1, 2, 3, 4, 5)]))
+def test_a_stopped_run_goes_on_to_the_same_end(on_toy, tmp_path, name, chunks):
+    config = apply_overrides(on_toy, [f"strategy.name={name}"])
+    whole = simulate.simulate(config)
+    with pytest.raises(Interrupted):
+        simulate.simulate(config, out=tmp_path / "run", observers=[Stops(chunks)])
+    run = simulate.simulate(config, out=tmp_path / "run", resume=True)
+    for key in ("adapters_sha256", "bytes_up", "bytes_down", "client_steps"):
+        assert run.summary[key] == whole.summary[key], key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["split_half", "pilot_split_half"])
+def test_on_the_real_model(tmp_path, name):
+    """A run of the small model is evaluated, resumed to the same models, restored to the same scores, and exported."""
+    config = small_config(strategy={"name": name}, federation={"local_steps": 2, "rounds": 2},
+                          data={"digits": {"train": 4}})
+    with pytest.raises(Interrupted):
+        simulate.simulate(config, out=tmp_path / "part", observers=[Stops(4)])
+    resumed = simulate.simulate(config, out=tmp_path / "part", resume=True)
+    run = simulate.simulate(config, out=tmp_path / "run")
+    assert resumed.summary["adapters_sha256"] == run.summary["adapters_sha256"]
+    back = restore.restore(tmp_path / "run")
+    assert evaluate(back.evaluation, back.population) == run.summary["score_by_client"]
+    export_client(back, "vqa_0", tmp_path / "vqa_0")
+    assert (tmp_path / "vqa_0" / "adapter_model.safetensors").stat().st_size > 0
 
 
 def test_an_odd_batch_is_refused():
