@@ -6,22 +6,27 @@ from pydantic import Field
 
 from pilot_jax.config import StrategyParams
 from pilot_jax.federation.halves import shares
+from pilot_jax.federation.roles import BASE_ROWS, Role, Roles
 from pilot_jax.federation.strategies.base import Strategy, register
 from pilot_jax.federation.strategies.pilot import AtaConfig, Pilot, PilotParams
 
 
 @register("split_half")
 class SplitHalf(Strategy):
-    """Projector and LoRA as in plain LLaVA; each client receives its own mixture of the changes of both."""
+    """Plain LLaVA's projector and LoRA: each client receives its own mixture of the changes of LoRA, and keeps its own
+    projector, because pictures differ where instructions do not."""
 
     class Params(StrategyParams):
         split_half_limit: float = Field(0.5, gt=0, description="Ratio δ²/σ² at and above which nothing is taken from "
                                         "another client: weights are ∝ n_j·max(0, 1 − ratio/limit).")
 
-    aggregated_by = "split_half"
     one_model = False
     splits_halves = True
     mixes_updates = True
+
+    def roles(self):
+        return Roles((*BASE_ROWS, Role("text_adapter", {"plain": "trained"}, "shared", "split_half"),
+                      self.projector_role("local", "never")))
 
     def mix(self, cohort):
         return shares(cohort.ratio, cohort.sizes, self.params.split_half_limit)

@@ -125,7 +125,7 @@ def test_halved_full_batches_are_plain_full_batches(optimizer):
 
 
 def test_mixtures_are_of_changes():
-    """start + W·(upload − start) in NumPy float64, in a second round, where the starts differ."""
+    """start + W·(upload − start) of LoRA in NumPy float64, in a second round, where the starts differ."""
     kind = type("Given", (type(make_strategy("split_half")),), {"mix": lambda self, cohort: MATRIX})
     settings = FederationConfig(rounds=1, local_epochs=3, schedule="single")
     first = run_toy(toy_federation(kind(schedule="single"), settings=settings))
@@ -138,7 +138,8 @@ def test_mixtures_are_of_changes():
     for k in range(3):
         for key in "wab":
             changes = [numbers(local.population[j].adapters)[key] - starts[j][key] for j in range(3)]
-            want = starts[k][key] + sum(float(MATRIX[k, j]) * changes[j] for j in range(3))
+            weights = np.eye(3)[k] if key == "w" else MATRIX[k]  # the projector is the client's own
+            want = starts[k][key] + sum(float(weights[j]) * changes[j] for j in range(3))
             np.testing.assert_allclose(numbers(mixed.population[k].adapters)[key], want, atol=1e-6, err_msg=key)
 
 
