@@ -11,16 +11,18 @@ import pytest
 from conftest import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
+TINY = [str(ROOT / "configs" / "benchmark" / "digits.yaml"), *(
+    word for key in ("federation.rounds=1", "federation.local_steps=1", "federation.finetune_steps=null",
+                     "data.digits.train=4", "data.digits.test=2", "data.digits.clients_per_task=1")
+    for word in ("--set", key))]
 SMALLEST = {
     "accelerator.py": ["--clients", "1", "--steps", "2"],
     "aggregation.py": ["--cohort", "8", "20", "--parameters", "1e5", "--repetitions", "1"],
     "aggregation_on_disk.py": ["--cohort", "20", "--parameters", "1e5"],
     "bad_clients.py": ["--set", "federation.rounds=1", "federation.local_steps=1", "data.digits.train=8",
                        "data.digits.test=2", "eval.max_new_tokens=2"],
-    "experts.py": [str(ROOT / "configs" / "benchmark" / "digits.yaml"), *(
-        word for key in ("federation.rounds=1", "federation.local_steps=1", "federation.finetune_steps=null",
-                         "data.digits.train=4", "data.digits.test=2", "data.digits.clients_per_task=1")
-        for word in ("--set", key))],
+    "experts.py": TINY,
+    "gate.py": TINY,
     "intervals.py": ["--repetitions", "3"],
     "operands.py": ["--steps", "2", "--repetitions", "1"],
     "peer.py": ["--repetitions", "1", "--steps", "2"],
