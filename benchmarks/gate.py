@@ -4,8 +4,8 @@ usage: python benchmarks/gate.py CONFIG [--held 0.5] [--errors 1] [--set KEY=VAL
 
 A share of each client's samples is held back at first. In every phase another part of it, on which nobody has trained,
 scores four mixtures of the clients' changes of LoRA (the client's own alone, split-half weights, the mean of its task,
-the mean of all); after that it is trained on. Losses are compared with those of the client's own, sample by sample, over
-all phases so far. A client takes the mixture with the lowest mean among those that are better than its own by
+the mean of all); after that it is trained on. Losses are compared with those of the client's own, sample by sample,
+over all phases so far. A client takes the mixture with the lowest mean among those that are better than its own by
 `--errors` standard errors, else its own.
 """
 
@@ -90,7 +90,7 @@ class Gate(SplitHalf):
                     to_host(mixing.mean(cohort.sizes))]
         mixtures = [to_host(self._mixed(cohort, matrix, ("text_adapter",))) for matrix in matrices]
         projectors = to_host(cohort.uploads["projector"])
-        compared, choice = list(server["compared"]), []
+        compared, choice = list(server["compared"]), list[int]()
         for k in range(size):
             losses = np.stack([self.fresh.score(k, phase, jax.tree.map(lambda leaf, k=k: leaf[k], {
                 **mixture, "projector": projectors})) for mixture in mixtures], axis=1)
@@ -101,7 +101,8 @@ class Gate(SplitHalf):
         weights = np.stack([matrices[c][k] for k, c in enumerate(choice)]).astype(np.float32)
         lora = jax.tree.map(lambda *leaves: np.stack([leaves[c][k] for k, c in enumerate(choice)]),
                             *(mixture["text_adapter"] for mixture in mixtures))
-        return Aggregated({"text_adapter": lora, "projector": projectors}, {"compared": compared, "phase": phase + 1}, {"weights": weights})
+        return Aggregated({"text_adapter": lora, "projector": projectors},
+                          {"compared": compared, "phase": phase + 1}, {"weights": weights})
 
     def _choose(self, compared: np.ndarray) -> int:
         """Returns the index of the mixture that the differences [n, 4] to the client's own support."""
