@@ -21,6 +21,7 @@ SMALLEST = {
     "aggregation_on_disk.py": ["--cohort", "20", "--parameters", "1e5"],
     "bad_clients.py": ["--set", "federation.rounds=1", "federation.local_steps=1", "data.digits.train=8",
                        "data.digits.test=2", "eval.max_new_tokens=2"],
+    "cells.py": [f"all={ROOT / 'docs' / 'results' / 'all_strategies.json'}", "--of", "pilot"],
     "experts.py": TINY,
     "gate.py": TINY,
     "intervals.py": ["--repetitions", "3"],

@@ -251,7 +251,7 @@ def test_schema_knows_the_configs(call):
     """The JSON schema accepts and refuses the same configs as the loader."""
     validator = jsonschema.Draft202012Validator(json.loads(call("schema")[1]))
     validator.check_schema(validator.schema)
-    for file in sorted((ROOT / "configs").glob("*.yaml")):
+    for file in sorted((ROOT / "configs").rglob("*.yaml")):
         if not file.stem.startswith("pretrain"):  # the configs of `pilot-jax pretrain` have another schema
             assert not list(validator.iter_errors(yaml.safe_load(file.read_text()))), file
     for wrong in ({"train": {"batchsize": 3}}, {"train": {"batch_size": 0}}, {"strategy": {"name": "fedavgg"}}):

@@ -42,7 +42,7 @@ def in_comments(text: str) -> list[str]:
     return [re.sub(r"\s+", " ", line.split("  (")[0]).strip() for line in lines]
 
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 COMMANDS = sorted({(page.name, line) for page in PAGES for line in in_code(page.read_text(encoding="utf-8"))}
                   | {(page.name, line) for page in CONFIGS for line in in_comments(page.read_text(encoding="utf-8"))})
 # By pattern of a command: the test that runs it at a small size, or the reason why no test does.
@@ -106,7 +106,7 @@ def test_it_can_be_given(page, line):
         return
     context = command.make_context(rest[0], rest[1:], resilient_parsing=False)
     values = context.params
-    if "config" in values and Path(values["config"]).parent.name == "configs" and rest[0] != "pretrain":
+    if "config" in values and Path(values["config"]).parts[0] == "configs" and rest[0] != "pretrain":
         load_config(ROOT / values["config"], list(values["overrides"] or []))
     if "strategies" in values:
         read_variants(values["strategies"])
