@@ -2,9 +2,9 @@
 
 usage: python benchmarks/cells.py NAME=RESULTS … [--of split_half] [--against local] [--margin 0.02]
 
-RESULTS is the `results.json` in the folder of a `pilot-jax compare`. First the scores, mean over seeds ± standard error,
-of fine-tuned models too. Then the difference of the two strategies in each comparison, its interval (95 %, two-sided,
-Student's t over seeds), the lower end of the one-sided 95 % interval, and p values by Holm over the comparisons: of
+RESULTS is the `results.json` in the folder of a `pilot-jax compare`. First the scores, mean over seeds ± standard
+error, also of fine-tuned models. Then the difference of the two strategies in each comparison, its two-sided 95 %
+interval (Student's t over seeds), the lower end of the one-sided one, and p values by Holm over the comparisons: of
 "not above" and of "below by the margin".
 """
 
