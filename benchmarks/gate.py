@@ -23,10 +23,11 @@ from pilot_jax.config import load_config
 from pilot_jax.evaluation.scores import final_scores
 from pilot_jax.federation import mixing
 from pilot_jax.federation.client import client_loss
+from pilot_jax.federation.cohort import Aggregated
 from pilot_jax.federation.halves import shares
 from pilot_jax.federation.observer import RunObserver
 from pilot_jax.federation.state import Federation
-from pilot_jax.federation.strategies.base import Aggregated, Strategy, register
+from pilot_jax.federation.strategies.base import Strategy, register
 from pilot_jax.federation.strategies.split_half import SplitHalf
 from pilot_jax.parallel.processes import to_host
 

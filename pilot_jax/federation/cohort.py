@@ -1,9 +1,10 @@
-"""The cohort of a round: which clients take part, and their uploads as the server receives them."""
+"""The cohort of a round: which clients take part, their uploads as the server receives them, and what it returns."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Int
@@ -29,6 +30,19 @@ class Cohort:
     def __len__(self) -> int:
         """Returns S."""
         return len(self.sizes)
+
+
+class Aggregated(NamedTuple):
+    """The server's results of a phase.
+
+    downloads: shared subtrees with leaves [S, …], row s for client s; received subtrees with leaves that are equal for
+    all clients. server: its state afterwards. mixing: arrays to log, among them `weights` [S, S] and, for ATA,
+    `distances` [S, S].
+    """
+
+    downloads: dict[str, Tree]
+    server: dict[str, Any]
+    mixing: dict[str, np.ndarray]
 
 
 def participants(settings: FederationConfig, names: Sequence[str], round_: int, seed: int) -> list[int]:

@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import pilot_jax.programs
 from pilot_jax.cache import Cache
 from pilot_jax.embedded.scenarios import lazy_samples, scenario_clients, scene_samples
-from pilot_jax.federation import client
+from pilot_jax.federation import client, phases
 from pilot_jax.federation.losses import LossWeights
 from pilot_jax.federation.rounds import run_round
 from pilot_jax.models import generate, pretrained
@@ -111,7 +111,7 @@ def test_descriptions_differ_where_values_do():
         x: int
 
     values = [1, 1.0, True, "1", None, (1,), (1.0,), ((1,),), (1, 1), np.dtype("float32"), np.dtype("int32"),
-              LossWeights(0.5), frozenset({1}), client.PLAIN_RULE]
+              LossWeights(0.5), frozenset({1}), phases.PLAIN_RULE]
     described = [_described(value) for value in values]
     assert len(set(described)) == len(values)
     for value in (lambda: 1, Foreign(1), (1, Foreign(1)), [1], object()):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import optax
 from pilot_jax.config import STRATEGY_PARAMS, StrategyParams
 from pilot_jax.errors import InputError
 from pilot_jax.federation import combining, mixing
-from pilot_jax.federation.cohort import Cohort
+from pilot_jax.federation.cohort import Aggregated, Cohort
 from pilot_jax.federation.halves import SKETCH, SplitHalves, empty_sketch, sketch_role
 from pilot_jax.federation.lora_options import empty_residual, extra_rows, traffic, with_rank
 from pilot_jax.federation.phases import PLAIN_RULE, LocalRule
@@ -25,19 +25,6 @@ from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, Scope, Tree, num_
 from pilot_jax.models.lora import LORA_SUBTREES, RESIDUAL, init_lora
 from pilot_jax.models.spec import VlmSpec
 from pilot_jax.parallel.processes import to_host
-
-
-class Aggregated(NamedTuple):
-    """The server's results of a phase.
-
-    downloads: shared subtrees with leaves [S, …], row s for client s; received subtrees with leaves that are equal for
-    all clients. server: its state afterwards. mixing: arrays to log, among them `weights` [S, S] and, for ATA,
-    `distances` [S, S].
-    """
-
-    downloads: dict[str, Tree]
-    server: dict[str, Any]
-    mixing: dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)

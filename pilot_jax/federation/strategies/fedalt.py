@@ -20,8 +20,9 @@ import jax
 import numpy as np
 
 from pilot_jax.federation import mixing
+from pilot_jax.federation.cohort import Aggregated
 from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, num_bytes
-from pilot_jax.federation.strategies.base import Aggregated, Strategy, register
+from pilot_jax.federation.strategies.base import Strategy, register
 from pilot_jax.models.experts import init_bank, init_router
 
 

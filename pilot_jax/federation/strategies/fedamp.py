@@ -23,10 +23,11 @@ from pydantic import Field
 from pilot_jax.config import StrategyParams
 from pilot_jax.errors import InputError
 from pilot_jax.federation import mixing
+from pilot_jax.federation.cohort import Aggregated
 from pilot_jax.federation.distances import cosines, distances
 from pilot_jax.federation.phases import LocalRule
 from pilot_jax.federation.roles import Role, Roles, num_bytes
-from pilot_jax.federation.strategies.base import Aggregated, Strategy, register
+from pilot_jax.federation.strategies.base import Strategy, register
 from pilot_jax.parallel.processes import to_host
 
 

@@ -36,8 +36,9 @@ from scipy.spatial.distance import squareform
 
 from pilot_jax.config import StrategyParams
 from pilot_jax.federation import mixing
+from pilot_jax.federation.cohort import Aggregated
 from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, Tree, num_bytes
-from pilot_jax.federation.strategies.base import Aggregated, Strategy, register
+from pilot_jax.federation.strategies.base import Strategy, register
 from pilot_jax.models.experts import init_bank, init_router
 from pilot_jax.parallel.processes import to_host
 

@@ -25,10 +25,11 @@ import jax.numpy as jnp
 from pydantic import Field
 
 from pilot_jax.config import StrategyParams
+from pilot_jax.federation.cohort import Aggregated
 from pilot_jax.federation.distances import cosines
 from pilot_jax.federation.phases import LocalRule
 from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, num_bytes
-from pilot_jax.federation.strategies.base import Aggregated, Strategy, register
+from pilot_jax.federation.strategies.base import Strategy, register
 from pilot_jax.parallel.processes import to_host
 
 

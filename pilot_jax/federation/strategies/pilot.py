@@ -13,11 +13,11 @@ from pydantic import Field, model_validator
 
 from pilot_jax.config import Section, StrategyParams
 from pilot_jax.federation import mixing
-from pilot_jax.federation.cohort import Cohort
+from pilot_jax.federation.cohort import Aggregated, Cohort
 from pilot_jax.federation.distances import distances
 from pilot_jax.federation.halves import shares
 from pilot_jax.federation.roles import BASE_ROWS, Mode, Role, Roles, Tree, num_bytes
-from pilot_jax.federation.strategies.base import Aggregated, Strategy, float32, register
+from pilot_jax.federation.strategies.base import Strategy, float32, register
 from pilot_jax.models.lora import init_lora
 from pilot_jax.parallel.processes import to_host
 

@@ -15,9 +15,10 @@ import numpy as np
 import optax
 
 from pilot_jax.federation import mixing
+from pilot_jax.federation.cohort import Aggregated
 from pilot_jax.federation.phases import LocalRule
 from pilot_jax.federation.roles import Role, Roles, num_bytes
-from pilot_jax.federation.strategies.base import Aggregated, Strategy, register
+from pilot_jax.federation.strategies.base import Strategy, register
 from pilot_jax.federation.strategies.fedopt import ServerParams
 from pilot_jax.parallel.processes import to_host
 

@@ -11,8 +11,9 @@ import jax
 from pydantic import Field
 
 from pilot_jax.config import StrategyParams
+from pilot_jax.federation.cohort import Aggregated
 from pilot_jax.federation.distances import cosines
-from pilot_jax.federation.strategies.base import Aggregated, Strategy, register
+from pilot_jax.federation.strategies.base import Strategy, register
 from pilot_jax.parallel.processes import to_host
 
 

@@ -245,8 +245,9 @@ def test_checkpoints_hold_what_their_place_allows_and_restore(two_runs):
 @pytest.mark.slow
 def test_a_strategy_object_of_ones_own(another_process):
     from pilot_jax.federation import mixing
+    from pilot_jax.federation.cohort import Aggregated
     from pilot_jax.federation.strategies import Strategy
-    from pilot_jax.federation.strategies.base import Aggregated
+
 
     class Median(Strategy):
         """A user's strategy: all clients receive the coordinate-wise median."""
