@@ -14,6 +14,7 @@ import numpy as np
 
 from pilot_jax.config import FederationConfig, PrivacyConfig, StragglersConfig, TrainConfig
 from pilot_jax.data.arrays import ClientData, num_steps
+from pilot_jax.errors import InputError
 from pilot_jax.federation.cohort import participants
 from pilot_jax.federation.lora_options import fitted, with_rank
 from pilot_jax.federation.phases import PLAIN_RULE, PhaseSpec, phase_spec
@@ -159,8 +160,15 @@ class Federation:
 
     @functools.cached_property
     def noise_multiplier(self) -> float:
-        """z of `settings.privacy`; 0 without privacy, or if the strategy uploads nothing."""
+        """z of `settings.privacy`; 0 without privacy, or if the strategy uploads nothing.
+
+        Raises:
+            InputError: the strategy measures noise on halves of the data, which noised uploads hide.
+        """
         privacy = self.settings.privacy
+        if privacy.clip is not None and self.strategy.splits_halves:
+            raise InputError(f"federation.privacy.clip: {self.strategy.name} measures how noisy updates are, which is "
+                             "hidden by the noise of privacy. Set it to null, or use another strategy, such as pilot.")
         if privacy.clip is None or not self.strategy.ownership().names(scope="shared"):
             return 0.0
         return multiplier(privacy, self.most_uploads)

@@ -10,7 +10,7 @@ import pytest
 from conftest import slow_except, small_config, tree_max_difference
 from test_strategies import Stops, gradient, numbers, problem
 
-from pilot_jax.config import FederationConfig, apply_overrides
+from pilot_jax.config import FederationConfig, PrivacyConfig, apply_overrides
 from pilot_jax.data.arrays import halved_order
 from pilot_jax.errors import InputError, Interrupted
 from pilot_jax.evaluation.personalised import evaluate
@@ -195,6 +195,12 @@ def test_an_odd_batch_is_refused():
     odd = DESCENT.model_copy(update={"batch_size": 7})
     with pytest.raises(InputError, match=r"train\.batch_size: 7 is odd.*Set it to 8"):
         run_toy(toy_federation(make_strategy("split_half"), toy_clients(), train=odd))
+
+
+def test_privacy_is_refused():
+    private = ONE_STEP.model_copy(update={"privacy": PrivacyConfig(clip=1.0, noise_multiplier=1.0)})
+    with pytest.raises(InputError, match=r"federation\.privacy\.clip: split_half measures .*such as pilot"):
+        _ = toy_federation(make_strategy("split_half", schedule="single"), settings=private).noise_multiplier
 
 
 def test_a_client_with_one_sample_and_no_noise_takes_nothing():
