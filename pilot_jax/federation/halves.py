@@ -99,7 +99,7 @@ def with_phase(evidence: dict[str, np.ndarray], sketches: Float[Array, "S 2 d"],
     out["noise"][at] += np.broadcast_to(noise[:, None], apart.shape)
     above, below = out["apart"][at], out["noise"][at]
     ratio = np.where(below > 0, above / np.where(below > 0, below, 1), np.where(above > 0, np.inf, 0))
-    return out, ratio
+    return out, ratio.astype(np.float32)
 
 
 def shares(ratio: Real[np.ndarray, "S S"], sizes: Real[np.ndarray, " S"], limit: float) -> Float[np.ndarray, "S S"]:
