@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pilot_jax.embedded.pretrain import Lessons, TrainConfig, image_processor, train_language
+from pilot_jax.embedded.pretrain import LanguageConfig, Lessons, image_processor, train_language
+from pilot_jax.embedded.scenarios import SCENARIOS
 from pilot_jax.embedded.scenes import Scene
 from pilot_jax.embedded.tasks import BASE_WORDINGS, TASKS, pretraining_caption
 from pilot_jax.errors import InputError
@@ -19,11 +20,11 @@ from pilot_jax.files import new_folder, read_json
 from pilot_jax.models.checkpoints.writing import save_base
 from pilot_jax.models.pretrained import load
 
-INSTRUCTED_TASKS = ("vqa", "ocr", "caption", "position")
+INSTRUCTED_TASKS = SCENARIOS["c"][0]
 
 
 @dataclasses.dataclass(frozen=True)
-class InstructConfig(TrainConfig):
+class InstructConfig(LanguageConfig):
     """Training settings of the instructed base; `configs/pretrain_instructed.yaml` has them."""
 
     lr: float = 1e-3
@@ -61,7 +62,8 @@ def instruct(out: str | Path, config: InstructConfig | None = None, report: Call
                       model.config.num_image_tokens)
     start = {name: model.base[name] for name in ("projector", "decoder")}
     trained = train_language(model.module, tower, start, lessons, config, report)
-    raw = read_json(model.text_directory / "config.json", "model.path must be a Hugging Face LLaVA directory.")
+    raw = read_json(model.text_directory / "config.json",
+                    "start must be `embedded` or a directory that `pilot-jax pretrain` wrote.")
     with new_folder(out) as folder:
         save_base(folder, model.config, {"vision_tower": tower} | trained, raw)
         tokenizer.save_pretrained(folder)

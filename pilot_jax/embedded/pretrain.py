@@ -41,7 +41,7 @@ Lesson = Callable[[np.random.Generator, Scene], tuple[str, str]]  # makes an ins
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class LanguageConfig:
     """How projector and decoder of an embedded base are trained."""
 
     language_steps: int = 1600
@@ -51,7 +51,7 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class PretrainConfig(TrainConfig):
+class PretrainConfig(LanguageConfig):
     """Sizes and training settings of the embedded base; `configs/pretrain.yaml` has them."""
 
     width: int = 128  # D and C
@@ -147,7 +147,7 @@ class Lessons:
     lesson: Lesson
     tokenizer: PreTrainedTokenizerFast
     num_image_tokens: int  # N
-    answer_length: int = 48  # largest number of tokens besides the image's
+    text_length: int = 48  # largest number of tokens besides the image's
 
     def batch(self, rng: np.random.Generator, pool: str, size: int) -> dict[str, np.ndarray]:
         """Returns pixels [B, H, W, 3], input_ids and attention_mask, int32 [B, L], and weight, float32 [B, L].
@@ -155,7 +155,7 @@ class Lessons:
         The weight is 1 where a token is supervised, and 0 elsewhere.
         """
         tokenizer, num_image_tokens = self.tokenizer, self.num_image_tokens
-        length = num_image_tokens + self.answer_length
+        length = num_image_tokens + self.text_length
         scenes = [draw_scene(rng, pool, None) for _ in range(size)]
         ids, weight = np.zeros((size, length), np.int32), np.zeros((size, length), np.float32)
         mask = np.zeros((size, length), np.int32)
@@ -246,7 +246,7 @@ def _initial_language(module: Vlm, config: PretrainConfig) -> Params:
             "decoder": decoder | {name: decoder[name] * (0.1 / 0.02) for name in ("embedding", "head")}}
 
 
-def train_language(module: Vlm, tower: Params, start: Params, lessons: Lessons, config: TrainConfig,
+def train_language(module: Vlm, tower: Params, start: Params, lessons: Lessons, config: LanguageConfig,
                    report: Callable[[str], None]) -> Params:
     """Returns the weights of projector and decoder, trained from `start` to give the answers of `lessons`."""
     rng = np.random.default_rng([config.seed, 2])

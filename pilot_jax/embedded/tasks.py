@@ -1,4 +1,4 @@
-"""Five tasks of questions and answers about digit scenes, each in ten wordings.
+"""Five tasks of questions and answers about digit scenes, each in ten wordings, grounding in five.
 
 A task is a function (rng, scene, wording) → (question, answer). Wordings 0 to 4 are the clients' own. The captions on
 which the base is pretrained have different ones, so that the base does not give any client's answers yet. Wordings 5
@@ -88,11 +88,9 @@ def ocr(rng: np.random.Generator, scene: Scene, wording: int) -> tuple[str, str]
     question = ("read the digits.", "what is written here?", "transcribe the picture.", "spell out the digits.",
                 "text?", "what do you read?", "write down the numbers.", "copy the digits.", "which digits are they?",
                 "the digits in order, please.")[w]
-    if w == 4:
-        return question, "it reads " + " ".join(values)
-    before, between, after = (("", " ", ""), ("", ", ", ""), ("", " - ", ""), ("", "", ""), ("", "", ""),
-                              ("i read ", " ", ""), ("numbers: ", ", ", ""), ("<", " ", ">"), ("they are ", ", ", ""),
-                              ("", ".", "."))[w]
+    before, between, after = (
+        ("", " ", ""), ("", ", ", ""), ("", " - ", ""), ("", "", ""), ("it reads ", " ", ""), ("i read ", " ", ""),
+        ("numbers: ", ", ", ""), ("<", " ", ">"), ("they are ", ", ", ""), ("", ".", "."))[w]
     return question, before + between.join(values) + after
 
 

@@ -310,8 +310,8 @@ class Strategy:
         the largest, of which its arrays are, and a change of the frozen weights that is downloaded."""
         up, down = self.sent_bytes(adapters) if stage is None else self.phase_bytes(adapters, stage)
         extra = {RESIDUAL: num_bytes(adapters[RESIDUAL])} if RESIDUAL in adapters else {}
-        up |= {SKETCH: num_bytes(adapters[SKETCH])} if SKETCH in adapters else {}
-        return traffic(up, rank, largest), traffic({**down, **extra}, rank, largest)
+        sketch = {SKETCH: num_bytes(adapters[SKETCH])} if SKETCH in adapters else {}
+        return traffic({**up, **sketch}, rank, largest), traffic({**down, **extra}, rank, largest)
 
 
 def float32(tree: Tree) -> Tree:

@@ -55,9 +55,9 @@ class AtaConfig(Section):
         "client's own upload at d = 0. inverse_distance: ∝ 1/d; the own upload weighs as much as the nearest "
         "neighbour. share: ∝ 1/d; the own upload weighs as much as the client has training samples. share_of_sizes: "
         "the own upload has the client's share of its and its neighbours' training samples; the rest is ∝ 1/d. "
-        "split_half: no distances and no neighbours; the weight of any other client is ∝ n_j·max(0, 1 − ρ), with ρ the "
-        "measured ratio of how far the two clients' gradients are apart to the noise of the client's own "
-        "(docs/method.md), divided by `split_half_limit`.")
+        "split_half: no distances and no neighbours; the weight of any other client is ∝ n_j·max(0, 1 − ρ/limit), with "
+        "ρ the measured ratio of how far the two clients' gradients are apart to the noise of the client's own "
+        "(docs/method.md), and `split_half_limit`.")
     split_half_limit: float = Field(0.5, gt=0, description="Ratio ρ at and above which `weighting: split_half` takes "
                                     "nothing from another client.")
     temperature: Literal["auto"] | float = Field(
@@ -111,13 +111,17 @@ class Pilot(Strategy):
     one_model = False
 
     @property
+    def _reads_ata(self):
+        """Whether LoRA is mixed by ATA, and by the keys below its preset."""
+        return self.params.text_aggregation == "ata" and self.params.ata.preset == "default"
+
+    @property
     def splits_halves(self):
-        ata = self.params.ata
-        return self.params.text_aggregation == "ata" and ata.weighting == "split_half" and ata.preset == "default"
+        return self._reads_ata and self.params.ata.weighting == "split_half"
 
     @property
     def mixes_updates(self):
-        return self.params.ata.mixes == "updates"
+        return self._reads_ata and self.params.ata.mixes == "updates"
 
     @property
     def first_stages(self):

@@ -191,6 +191,15 @@ def test_on_the_real_model(tmp_path, name):
     assert (tmp_path / "vqa_0" / "adapter_model.safetensors").stat().st_size > 0
 
 
+@pytest.mark.parametrize("without", [{"ata": {"preset": "notes"}}, {"text_aggregation": "mean"}])
+def test_keys_of_ata_that_are_not_read_change_nothing(without):
+    """With the preset `notes`, or without ATA, nothing is measured and models are mixed."""
+    ata = {"weighting": "split_half", "mixes": "updates"} | without.get("ata", {})
+    strategy = make_strategy("pilot_split_half", {**without, "ata": ata})
+    assert not strategy.splits_halves and not strategy.mixes_updates
+    assert SKETCH not in strategy.ownership().names()
+
+
 def test_an_odd_batch_is_refused():
     odd = DESCENT.model_copy(update={"batch_size": 7})
     with pytest.raises(InputError, match=r"train\.batch_size: 7 is odd.*Set it to 8"):
