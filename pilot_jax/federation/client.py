@@ -123,9 +123,11 @@ def _start(spec: PhaseSpec, adapters: Adapters, batch: ClientBatch) -> Carry:
     state = jax.vmap(lambda tree, total, rate: make_optimizer(spec.optimizer, labels, total, rate).init(tree))(
         trained, batch.steps, batch.rates)
     sums = {name: jnp.zeros(len(batch.steps)) for name in (*spec.terms, "last_loss")}
-    gradients = jax.tree.map(jnp.zeros_like, trained) if spec.rule.averages_gradients else {}
-    if spec.rule.halves:
-        gradients = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf], axis=1), gradients)
+    gradients = {}
+    if spec.rule.averages_gradients:
+        size = (2,) if spec.rule.halves else ()
+        gradients = spec.rule.summand(jax.tree.map(
+            lambda leaf: jnp.zeros((len(leaf), *size, *leaf.shape[1:]), leaf.dtype), trained))
     return Carry(adapters, trained, state, sums, gradients, batch.steps)
 
 

@@ -52,13 +52,12 @@ class SplitHalves(LocalRule):
     halves: bool = True
 
     def summand(self, gradient):
-        """Returns LoRA's entries as signed square roots, so that not a few large ones decide how far clients are
-        apart."""
-        lora = jax.tree.map(lambda leaf: jnp.sign(leaf) * jnp.sqrt(jnp.abs(leaf)), gradient["text_adapter"])
-        return {**gradient, "text_adapter": lora}
+        """Returns LoRA's entries alone, as signed square roots, so that not a few large ones decide how far clients
+        are apart."""
+        return jax.tree.map(lambda leaf: jnp.sign(leaf) * jnp.sqrt(jnp.abs(leaf)), gradient["text_adapter"])
 
     def carry(self, mean_gradient, carried):
-        return {**carried, SKETCH: {"halves": sketch(mean_gradient["text_adapter"])}}
+        return {**carried, SKETCH: {"halves": sketch(mean_gradient)}}
 
 
 def sketch_role(stages: tuple[str, ...]) -> Role:

@@ -38,7 +38,8 @@ class LocalRule:
         return gradient
 
     def summand(self, gradient: Any) -> Any:
-        """Returns what is summed over the steps for `carry`, from gradients [k, …] or, of halves, [k, 2, …]."""
+        """Returns what is summed over the steps for `carry`, from gradients [k, …] or, of halves, [k, 2, …]. It must
+        give zeros for zeros."""
         return gradient
 
     def carry(self, mean_gradient: Any, carried: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 from conftest import slow_except, small_config, tree_max_difference
-from test_strategies import Stops, gradient, numbers, problem
+from test_strategies import goes_on_to_the_same_end, gradient, numbers, problem
 
 from pilot_jax.config import FederationConfig, PrivacyConfig, apply_overrides
 from pilot_jax.data.arrays import halved_order
-from pilot_jax.errors import InputError, Interrupted
+from pilot_jax.errors import InputError
 from pilot_jax.evaluation.personalised import evaluate
 from pilot_jax.federation.halves import SKETCH, measure, no_evidence, shares, sketch, with_phase
 from pilot_jax.federation.observer import RunObserver
@@ -165,13 +165,7 @@ def test_shares(ratio, limit, weights):
 @pytest.mark.parametrize(("name", "chunks"), slow_except({("split_half", 3)}, [
     ("split_half", chunks) for chunks in (1, 2, 3, 4, 5)]))
 def test_a_stopped_run_goes_on_to_the_same_end(on_toy, tmp_path, name, chunks):
-    config = apply_overrides(on_toy, [f"strategy.name={name}"])
-    whole = simulate.simulate(config)
-    with pytest.raises(Interrupted):
-        simulate.simulate(config, out=tmp_path / "run", observers=[Stops(chunks)])
-    run = simulate.simulate(config, out=tmp_path / "run", resume=True)
-    for key in ("adapters_sha256", "bytes_up", "bytes_down", "client_steps"):
-        assert run.summary[key] == whole.summary[key], key
+    goes_on_to_the_same_end(apply_overrides(on_toy, [f"strategy.name={name}"]), tmp_path / "run", chunks)
 
 
 @pytest.mark.slow
@@ -180,11 +174,8 @@ def test_on_the_real_model(tmp_path, name):
     """A run of the small model is evaluated, resumed to the same models, restored to the same scores, and exported."""
     config = small_config(strategy={"name": name}, federation={"local_steps": 2, "rounds": 2},
                           data={"digits": {"train": 4}})
-    with pytest.raises(Interrupted):
-        simulate.simulate(config, out=tmp_path / "part", observers=[Stops(4)])
-    resumed = simulate.simulate(config, out=tmp_path / "part", resume=True)
+    goes_on_to_the_same_end(config, tmp_path / "part", 4)
     run = simulate.simulate(config, out=tmp_path / "run")
-    assert resumed.summary["adapters_sha256"] == run.summary["adapters_sha256"]
     back = restore.restore(tmp_path / "run")
     assert evaluate(back.evaluation, back.population) == run.summary["score_by_client"]
     export_client(back, "vqa_0", tmp_path / "vqa_0")

@@ -15,16 +15,16 @@ from test_strategies import (
     PHASES,
     RANK,
     SIZES,
-    Stops,
     average,
     federated,
+    goes_on_to_the_same_end,
     local_steps,
     numbers,
     problem,
 )
 
 from pilot_jax.config import FederationConfig, apply_overrides, parse_config
-from pilot_jax.errors import InputError, Interrupted
+from pilot_jax.errors import InputError
 from pilot_jax.evaluation.personalised import evaluate, used_adapters
 from pilot_jax.federation import executor, rounds
 from pilot_jax.federation.cohort import Cohort
@@ -297,13 +297,7 @@ def test_fedamp_refuses_settings_that_give_no_mixture():
 @pytest.mark.parametrize(("name", "chunks"), slow_except({("ditto", 3)}, [
     (name, chunks) for name in NAMES for chunks in (1, 2, 3, 4, 5)]))
 def test_a_stopped_run_goes_on_to_the_same_end(on_toy, tmp_path, name, chunks):
-    config = apply_overrides(on_toy, [f"strategy.name={name}"])
-    whole = simulate.simulate(config)
-    with pytest.raises(Interrupted):
-        simulate.simulate(config, out=tmp_path / "run", observers=[Stops(chunks)])
-    run = simulate.simulate(config, out=tmp_path / "run", resume=True)
-    for key in ("adapters_sha256", "bytes_up", "bytes_down", "client_steps"):
-        assert run.summary[key] == whole.summary[key], key
+    whole = goes_on_to_the_same_end(apply_overrides(on_toy, [f"strategy.name={name}"]), tmp_path / "run", chunks)
     back = restore.restore(tmp_path / "run")
     assert tree_max_difference(back.population[1].adapters, whole.population[1].adapters) == 0
 

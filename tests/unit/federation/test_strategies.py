@@ -463,6 +463,17 @@ def module(tmp_path, monkeypatch, another_process):
     sys.modules.pop(name, None)
 
 
+def goes_on_to_the_same_end(config, folder, chunks):
+    """Checks that a run that stops after some chunks, and is resumed, ends as a whole one, which is returned."""
+    whole = simulate.simulate(config)
+    with pytest.raises(Interrupted):
+        simulate.simulate(config, out=folder, observers=[Stops(chunks)])
+    run = simulate.simulate(config, out=folder, resume=True)
+    for key in ("adapters_sha256", "bytes_up", "bytes_down", "client_steps"):
+        assert run.summary[key] == whole.summary[key], key
+    return whole
+
+
 class Stops(RunObserver):
     """Requests the end of the run after a number of chunks."""
 
