@@ -29,6 +29,9 @@ def digits(out: Annotated[Path, typer.Argument(help="New folder for data.json an
 
     if scenario not in SCENARIOS:
         raise InputError(f"--scenario: {scenario!r}, expected one of {', '.join(SCENARIOS)}.")
+    if scenario != "c" and (look, wording) != ("own", "own"):
+        raise InputError(f"--look and --wording have no effect in scenario {scenario}. Leave them out, or give "
+                         "--scenario c.")
     specs = clients_of(scenario, (train, validation, test), look=look, wording=wording)
     count = write_samples(scene_samples(specs, seed), out)
     typer.echo(f"{count} samples in {out / 'data.json'}, images in {out / 'images'}")

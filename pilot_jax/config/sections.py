@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -51,6 +51,16 @@ class DigitsConfig(Section):
     seed: int = Field(
         0, ge=0, le=2**31 - 1, description="Seed of the scenes. The split of the handwriting into training, validation "
         "and test images does not depend on it.")
+
+    @model_validator(mode="after")
+    def _no_key_of_another_scenario(self) -> DigitsConfig:
+        """Refuses keys that the scenario does not read, unless they have their defaults."""
+        unread = ("heterogeneity",) if self.scenario == "c" else ("look", "wording")
+        for key in unread:
+            if getattr(self, key) != DigitsConfig.model_fields[key].default:
+                raise ValueError(f"{key} has no effect in scenario {self.scenario}: leave it out, or choose another "
+                                 "scenario")
+        return self
 
 
 class EmojiConfig(Section):

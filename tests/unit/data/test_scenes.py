@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pilot_jax.config import parse_config
 from pilot_jax.data.build import partition
 from pilot_jax.data.llava.reading import read_samples, write_samples
 from pilot_jax.data.llava.sample import Sample
@@ -81,6 +82,15 @@ def test_looks_and_wordings_of_scenario_c():
     assert {s.own_wording for s in half.values()} == {0.5}
     # No client's wording is one that the instructed base has learnt, unless it is to be known.
     assert not {s.wording for s in [*half.values(), *styles("own", "own").values()]} & set(tasks.BASE_WORDINGS)
+
+
+@pytest.mark.parametrize(("keys", "wrong"), [
+    ({"look": "same"}, "look"), ({"scenario": "b", "wording": "half"}, "wording"),
+    ({"scenario": "c", "heterogeneity": 0.5}, "heterogeneity")])
+def test_keys_of_another_scenario_are_refused(keys, wrong):
+    with pytest.raises(InputError, match=rf"data\.digits: .*{wrong} has no effect in scenario"):
+        parse_config({"data": {"digits": keys}})
+    parse_config({"data": {"digits": parse_config({}).data.digits.model_dump() | {"scenario": "c"}}})  # all defaults
 
 
 @pytest.mark.parametrize("task", sorted(set(tasks.TASKS) - {"grounding"}))
