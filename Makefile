@@ -5,6 +5,9 @@ PY := $(VENV)/bin/python
 
 .PHONY: quickstart real report test test-slow test-all test-long fuzz bench bench-peers lint notebooks docs clean
 
+# Without bytecode every process compiles its imports again, about five seconds; some containers turn it off.
+unexport PYTHONDONTWRITEBYTECODE
+
 # uv installs in a quarter of pip's time. It does not read pip's settings, of which these two are passed on.
 ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
