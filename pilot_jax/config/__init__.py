@@ -27,13 +27,14 @@ from pilot_jax.config.schema import (
     StragglersConfig,
     StrategyParams,
     SystemConfig,
-    TrainConfig,
 )
 from pilot_jax.config.sections import DataConfig, DigitsConfig, EmojiConfig, LimitsConfig, Section
+from pilot_jax.config.training import ClientTrainConfig, TrainConfig, scaled_rates
 
 __all__ = [
     "BOTH_OR_NEITHER",
     "STRATEGY_PARAMS",
+    "ClientTrainConfig",
     "Config",
     "DataConfig",
     "DigitsConfig",
@@ -63,4 +64,5 @@ __all__ = [
     "parse_yaml",
     "read_settings",
     "read_yaml",
+    "scaled_rates",
 ]

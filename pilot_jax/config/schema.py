@@ -1,4 +1,6 @@
-"""The schema of a config: every key with its type, default, bounds and description. `data` is in sections.py."""
+"""The schema of a config: every key with its type, default, bounds and description.
+
+The section `data` is in sections.py, `train` in training.py."""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from pilot_jax.config.lora import Combine, LoraConfig, combine_field
 from pilot_jax.config.sections import DataConfig, Section
+from pilot_jax.config.training import TrainConfig
 
 BOTH_OR_NEITHER = "Give vision and projector both, or neither of them for a language model alone."
 
@@ -182,38 +185,6 @@ def strategies() -> ModuleType:
 def _default_strategy() -> StrategyParams:
     strategies()
     return STRATEGY_PARAMS[StrategyParams.model_fields["name"].default]()
-
-
-class TrainConfig(Section):
-    """Local training of the clients: batches, optimizer, learning rates and the weights of the losses."""
-
-    batch_size: int = Field(8, ge=1, le=65_536, description="Number B of samples in a client's step.")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Optimizer of the clients' local training: AdamW "
-                                               "or plain SGD. Its state starts anew in every phase.")
-    weight_decay: float = Field(0.0, ge=0, description="Coefficient of AdamW's decoupled weight decay. SGD has none.")
-    adam_epsilon: float = Field(1e-8, gt=0, description="Constant ε in AdamW's step m / (√v + ε).")
-    warmup: float = Field(0.03, ge=0, le=1, description="Share of a client's steps in a phase in which the "
-                          "learning rate rises linearly to its peak. 0: no rise.")
-    schedule: Literal["cosine", "constant"] = Field(
-        "cosine", description="Course of the learning rate over a phase, beside the warm-up. cosine: a fall as a half "
-        "cosine over the whole phase, warm-up included. constant: no fall.")
-    lr_connector: float = Field(1e-3, gt=0, description="Peak learning rate of all connector adapters: Pilot's ψ_t, "
-                                "ψ_s, ψ_c and router, and the projector of other strategies. "
-                                "configs/llava15_7b.yaml has 2e-5 for a 7B model.")
-    lr_lora_stage1: float = Field(5e-3, gt=0, description="Peak learning rate of LoRA in stage 1, and in every phase "
-                                  "of strategies without stages. configs/llava15_7b.yaml has 2e-5 for a 7B model.")
-    lr_lora_stage2: float = Field(3e-3, gt=0, description="Peak learning rate of LoRA in stage 2. "
-                                  "configs/llava15_7b.yaml has 4e-5 for a 7B model.")
-    lambda_d: float = Field(0.1, ge=0, description="Weight λ0 of the difference loss L_d in stage 1. 0: without it, an "
-                            "ablation.")
-    lambda_b: float = Field(0.1, ge=0, description="Weight λ1 of the router's load-balancing loss L_b in stage 2.")
-    lambda_z: float = Field(0.01, ge=0, description="Weight λ2 of the router's z-loss L_z in stage 2.")
-    ld_mode: Literal["token_cosine", "raw", "flat"] = Field(
-        "token_cosine", description="Form of the difference loss L_d between x_t and x_s. token_cosine: ‖x_tᵀx_s‖_F² / "
-        "N² per image, of tokens scaled to about norm 1. raw: ‖x_tᵀx_s‖_F² per image, as the paper writes it. flat: "
-        "between whole images across the batch, as in the authors' code.")
-    ld_center: bool = Field(False, description="Whether each image's mean token is subtracted from its tokens before "
-                            "L_d is computed. true is an ablation.")
 
 
 class EvalConfig(Section):

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
-from pilot_jax.federation.losses import stage_loss
+from pilot_jax.federation.losses import batch_counts, stage_loss
 from pilot_jax.federation.phases import LocalRule, PhaseSpec, make_optimizer
 from pilot_jax.federation.roles import Tree, optimizer_labels
 from pilot_jax.models.connector import connector_stage
@@ -76,11 +76,33 @@ def gather_batch(data: Mapping[str, Shaped[AnyArray, "n ..."]], rows: Int[AnyArr
 
 def client_loss(spec: PhaseSpec, base: Mapping[str, Tree], trained: Mapping[str, Tree], frozen: Mapping[str, Tree],
                 batch: Mapping[str, Shaped[AnyArray, "B ..."]], task_index: int | Int[AnyArray, ""],
+                counts: tuple[Float[Array, ""], Float[Array, ""]] | None = None,
                 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Returns the loss of one client's batch, and its terms."""
+    """Returns the loss of one client's batch, and its terms. `counts`: see `losses.stage_loss`."""
     logits, aux = spec.module.apply(variables(base, {**trained, **frozen}), batch,
                                     connector_stage(spec.stage), task_index, method="target_logits")
-    return stage_loss(logits, aux, batch, spec.weights)
+    return stage_loss(logits, aux, batch, spec.weights, counts)
+
+
+def _accumulated(size: int | None, batch: Tree, of_part: Callable[[Tree, Tree], Tree]) -> Tree:
+    """Returns the sum of of_part(part, counts) over the parts of a batch, leaves [k, B, …], of `size` samples each.
+
+    `counts` are the whole batch's, see `losses.batch_counts`. With `size` None or B, the batch is the only part, and
+    they are None.
+    """
+    samples = batch["has_image"].shape[1]
+    if size is None or size == samples:
+        return of_part(batch, None)
+    # The first of n parts has the rows 0, n, 2n, …, so that a mesh divides the rows of every part among its devices.
+    parts = jax.tree.map(lambda leaf: jnp.moveaxis(
+        leaf.reshape(len(leaf), size, samples // size, *leaf.shape[2:]), 2, 0), batch)
+    counts = batch_counts(batch)
+
+    def add(total: Tree, part: Tree) -> tuple[Tree, None]:
+        return jax.tree.map(jnp.add, total, of_part(part, counts)), None
+
+    first, rest = (jax.tree.map(lambda leaf, rows=rows: leaf[rows], parts) for rows in (0, slice(1, None)))
+    return jax.lax.scan(add, of_part(first, counts), rest)[0]
 
 
 def _gradients(spec: PhaseSpec, mesh: jax.sharding.Mesh | None, base: Mapping[str, Tree], adapters: tuple[Tree, ...],
@@ -95,22 +117,27 @@ def _gradients(spec: PhaseSpec, mesh: jax.sharding.Mesh | None, base: Mapping[st
     """
     (trained, own, common), (tasks, real) = adapters, about
 
-    def total_loss(trained: Tree, own: Tree, batch: Tree, tasks: jax.Array) -> Any:
+    def total_loss(trained: Tree, own: Tree, batch: Tree, tasks: jax.Array, counts: Tree) -> Any:
         # Clients share no trained leaf, so the gradient of their summed loss is each client's own gradient.
-        def one(trained: Tree, own: Tree, batch: Tree, task: jax.Array) -> Any:
-            return client_loss(spec, base, trained, {**own, **common}, batch, task)
+        def one(trained: Tree, own: Tree, batch: Tree, task: jax.Array, counts: Tree) -> Any:
+            return client_loss(spec, base, trained, {**own, **common}, batch, task, counts)
 
-        losses, terms = jax.vmap(one, spmd_axis_name=None if mesh is None else "clients")(trained, own, batch, tasks)
+        losses, terms = jax.vmap(one, spmd_axis_name=None if mesh is None else "clients")(
+            trained, own, batch, tasks, counts)
         return jnp.sum(losses), terms
 
-    gradient = jax.grad(total_loss, has_aux=True)
+    def gradient(trained: Tree, own: Tree, tasks: jax.Array, batch: Tree) -> tuple[Tree, dict[str, jax.Array]]:
+        return _accumulated(spec.microbatch, batch, lambda part, counts: jax.grad(total_loss, has_aux=True)(
+            trained, own, part, tasks, counts))
+
     if not spec.rule.halves:
-        grads, terms = gradient(trained, own, rows, tasks)
+        grads, terms = gradient(trained, own, tasks, rows)
         return grads, terms, spec.rule.summand(grads)
     # Two clients with the same adapters stand for the halves.
-    twice = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), (trained, own, tasks))
+    twice: tuple[Tree, Tree, jax.Array] = jax.tree.map(
+        lambda leaf: jnp.repeat(leaf, 2, axis=0), (trained, own, tasks))
     halves = jax.tree.map(lambda leaf: leaf.reshape(2 * len(leaf), -1, *leaf.shape[2:]), rows)
-    apart = jax.tree.map(lambda leaf: leaf.reshape(-1, 2, *leaf.shape[1:]), gradient(*twice[:2], halves, twice[2]))
+    apart = jax.tree.map(lambda leaf: leaf.reshape(-1, 2, *leaf.shape[1:]), gradient(*twice, halves))
     count = jnp.sum(real.reshape(len(real), 2, -1), axis=2)
     share = count / jnp.maximum(jnp.sum(count, axis=1, keepdims=True), 1)
     grads, terms = jax.tree.map(lambda leaf: jnp.einsum("kh,kh...->k...", share, leaf), apart)

@@ -199,7 +199,7 @@ class _Phase:
                     data[name][number] = array[order.ravel()]
             orders.append(order if whole else np.arange(order.size).reshape(order.shape))
             reals.append(real)
-        rates = [peak_rates(job.fed.train, self.spec.stage) for job in jobs]
+        rates = [peak_rates(job.fed.train_of(job.client), self.spec.stage) for job in jobs]
         return ClientBatch(
             data, np.stack(orders + orders[:1] * padding), np.stack(reals + reals[:1] * padding).astype(np.float32),
             np.asarray([job.steps for job in jobs] + [0] * padding, np.int32),
@@ -211,9 +211,12 @@ class _Phase:
         work = self.works[job.work]
         rng = client_generator(job.fed.seed, job.data.name, work.round, work.label)
         visit = halved_order if self.spec.rule.halves else visiting_order
-        visits = visit(rng, job.data.size, job.fed.train.batch_size, job.steps)
-        spare = ((0, max(piece.stop, self.steps) - job.steps), (0, 0))
-        order, real = (np.pad(x, spare)[piece.start:piece.stop] for x in visits)
+        size = job.fed.train_of(job.client).batch_size
+        visits = visit(rng, job.data.size, size, job.steps)
+        parts = 2 if self.spec.rule.halves else 1  # of a batch; each is padded to the size that it has for all clients
+        spare = ((0, max(piece.stop, self.steps) - job.steps), (0, 0), (0, (job.fed.train.batch_size - size) // parts))
+        order, real = (np.pad(x.reshape(len(x), parts, -1), spare)[piece.start:piece.stop].reshape(
+            -1, job.fed.train.batch_size) for x in visits)
         return order, real
 
     def run(self, piece: _Piece, loaded: _Loaded, carry: Carry | None) -> tuple[Carry | None, tuple[Any, Any] | None]:

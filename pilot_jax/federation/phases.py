@@ -66,7 +66,8 @@ class OptimizerSpec:
     weight_decay: float
     epsilon: float
     warmup: float  # fraction of a client's steps
-    schedule: str = "cosine"  # cosine | constant
+    schedule: str = "cosine"  # cosine | linear | constant
+    clip_norm: float | None = None  # largest L2 norm of a gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,7 @@ class PhaseSpec:
     optimizer: OptimizerSpec
     rule: LocalRule = PLAIN_RULE
     aliases: tuple[tuple[str, str], ...] = ()  # (subtree, the one as which the model reads it), if they differ
+    microbatch: int | None = None  # number of samples that pass the model at once; None: all of a batch
 
     def read(self, adapters: Mapping[str, Tree], names: tuple[str, ...]) -> dict[str, Tree]:
         """Returns those of the subtrees `names` that there are, under the names by which the model knows them."""
@@ -105,17 +107,24 @@ def phase_spec(module: Module, roles: Roles, stage: str, train: TrainConfig, rul
     """Returns the spec of a phase, from the ownership table and those values of `train` that are compiled in.
 
     Raises:
-        InputError: the rule halves every batch, and the batch size is odd.
+        InputError: the rule halves every batch, and the batch size is odd or its half is not made of microbatches.
     """
-    if rule.halves and train.batch_size % 2:
-        raise InputError(f"train.batch_size: {train.batch_size} is odd, but the strategy measures the noise of updates "
-                         f"on the two halves of each batch. Set it to {train.batch_size + 1}.")
+    sizes = {"train.batch_size": train.batch_size} | {
+        f"train.clients.{name}.batch_size": own.batch_size for name, own in train.clients.items() if own.batch_size}
+    for key, size in sizes.items() if rule.halves else ():
+        if size % 2:
+            raise InputError(f"{key}: {size} is odd, but the strategy measures the noise of updates on the two halves "
+                             f"of each batch. Set it to {size + 1}.")
+    if rule.halves and train.microbatch is not None and train.batch_size // 2 % train.microbatch:
+        raise InputError(f"train.microbatch: {train.microbatch} does not divide {train.batch_size // 2}, the half of "
+                         "train.batch_size on which the strategy measures the noise of updates.")
     return PhaseSpec(
         module, stage, roles.names(stage=stage, mode="trained"), roles.names(stage=stage, mode="frozen"),
         roles.names(stage=stage, mode="carried") + roles.names(stage=stage, mode="anchor"),
         roles.names(scope="received"), loss_weights(train, stage),
-        OptimizerSpec(train.optimizer, train.weight_decay, train.adam_epsilon, train.warmup, train.schedule), rule,
-        tuple((row.subtree, row.read_as) for row in roles.adapter_rows if row.read_as))
+        OptimizerSpec(train.optimizer, train.weight_decay, train.adam_epsilon, train.warmup, train.schedule,
+                      train.clip_norm),
+        rule, tuple((row.subtree, row.read_as) for row in roles.adapter_rows if row.read_as), train.microbatch)
 
 
 def peak_rates(train: TrainConfig, stage: str) -> dict[str, float]:
@@ -128,15 +137,18 @@ def learning_rate(peak: float | Float[AnyArray, ""], warmup: float, step: Real[A
                   total: Real[AnyArray, ""], schedule: str = "cosine") -> Float[Array, ""]:
     """Returns peak · min(1, (i+1)/w) · ½(1+cos(π·i/S_k)), w = max(1, ⌈warmup·S_k⌉); `total` is the client's S_k.
 
-    With `schedule` "constant", there is no cosine: the rate stays at its peak after the warm-up.
-    The schedules of optax are not used because they do not accept a traced number of steps.
+    With `schedule` "linear", the last factor is 1 − i/S_k instead. With "constant", the rate stays at its peak after
+    the warm-up. The schedules of optax are not used because they do not accept a traced number of steps.
     """
     steps = jnp.maximum(total, 1).astype(jnp.float32)
     ramp = jnp.maximum(1.0, jnp.ceil(warmup * steps))
     i = jnp.asarray(step, jnp.float32)
+    rising = peak * jnp.minimum(1.0, (i + 1) / ramp)
     if schedule == "constant":
-        return jnp.asarray(peak * jnp.minimum(1.0, (i + 1) / ramp))
-    return jnp.asarray(peak * jnp.minimum(1.0, (i + 1) / ramp) * 0.5 * (1 + jnp.cos(jnp.pi * i / steps)))
+        return jnp.asarray(rising)
+    if schedule == "linear":
+        return jnp.asarray(rising * jnp.maximum(0.0, 1 - i / steps))
+    return jnp.asarray(rising * 0.5 * (1 + jnp.cos(jnp.pi * i / steps)))
 
 
 def make_optimizer(spec: OptimizerSpec, labels: Mapping[str, Tree], total_steps: jax.Array,
@@ -152,4 +164,5 @@ def make_optimizer(spec: OptimizerSpec, labels: Mapping[str, Tree], total_steps:
             return optax.sgd(schedule)
         return optax.adamw(schedule, eps=spec.epsilon, weight_decay=spec.weight_decay)
 
-    return optax.partition({name: one(peak) for name, peak in rates.items()}, labels)
+    optimizer = optax.partition({name: one(peak) for name, peak in rates.items()}, labels)
+    return optimizer if spec.clip_norm is None else optax.chain(optax.clip_by_global_norm(spec.clip_norm), optimizer)

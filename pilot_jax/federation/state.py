@@ -144,9 +144,13 @@ class Federation:
                 out[name] = out.get(name, 0) + size * count
         return out
 
+    def train_of(self, client: int) -> TrainConfig:
+        """Returns the settings of a client's local training."""
+        return self.train.of_client(self.clients[client].name)
+
     def full_steps(self, client: int) -> int:
         """Returns the number of steps of a client's phase, if the client is no straggler."""
-        return num_steps(self.clients[client].size, self.train.batch_size, self.settings.local_epochs,
+        return num_steps(self.clients[client].size, self.train_of(client).batch_size, self.settings.local_epochs,
                          self.settings.local_steps)
 
     def steps(self, client: int, round_: int) -> int:

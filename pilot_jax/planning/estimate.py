@@ -42,6 +42,7 @@ class Workload:
     length: int  # L, tokens of the longest training sample, padded
     answers: int  # A, supervised tokens of the longest answer, padded
     ranks: tuple[int, ...] | None = None  # LoRA rank of each client, if they differ
+    names: tuple[str, ...] = ()  # of the clients; empty if there are no data
     assumed: str = ""  # says which sizes are assumptions, because data or tokenizer are missing; "" if none
 
 
@@ -67,14 +68,14 @@ def read_workload(config: Config, run: Outline, *, samples: int = 1000, tasks: i
             tokenizer = load_tokenizer(run.text_directory)
             length, answers = training_length([
                 encode(tokenizer, s.turns, data.template, image_tokens, data.max_length) for s in loaded])
-            return Workload(counts, num_tasks, length, answers, ranks)
+            return Workload(counts, num_tasks, length, answers, ranks, tuple(names))
         assumed = f"no tokenizer: {text_tokens} text tokens"
     else:
-        counts, num_tasks, ranks = (samples,) * (run.settings.clients or 3 * tasks), tasks, None
+        counts, num_tasks, ranks, names = (samples,) * (run.settings.clients or 3 * tasks), tasks, None, []
         assumed = (f"no data at {data.path}: {num_tasks} tasks, {samples} samples per client, "
                    f"{text_tokens} text tokens")
     length = min(image_tokens + text_tokens, data.max_length)
-    return Workload(counts, num_tasks, round_up(length, 8), round_up(text_tokens, 4), ranks, assumed)
+    return Workload(counts, num_tasks, round_up(length, 8), round_up(text_tokens, 4), ranks, tuple(names), assumed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,12 +145,15 @@ def step_flops(shapes: Shapes, stage: str) -> int:
 
 
 def _activations(shapes: Shapes, stage: str) -> int:
-    """Returns the bytes that one client's forward pass stores for the backward pass.
+    """Returns the bytes that one client's forward pass, of a microbatch if there is one, stores for the backward pass.
 
     With rematerialisation, one layer's activations are added, since the backward pass recomputes them."""
+    train = shapes.run.train
+    batch = data_shapes(shapes.run.spec, shapes.module.dtype, shapes.work, train.microbatch or train.batch_size)
+
     def stored(module: Vlm) -> int:
         loss, trained, frozen = stage_loss_of(dataclasses.replace(shapes, module=module), stage)
-        return saved_bytes(loss, trained, frozen, shapes.base, shapes.batch)
+        return saved_bytes(loss, trained, frozen, shapes.base, batch)
 
     if not shapes.run.model.remat:
         return stored(shapes.module)
@@ -202,13 +206,19 @@ def _feature_flops(shapes: Shapes) -> int:
         shapes.base, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
 
 
+def phase_steps(run: Outline, work: Workload, local_steps: int | None) -> list[int]:
+    """Returns the steps of each client's phase: `local_steps` if given, else those of the config's epochs."""
+    names = work.names or ("",) * len(work.sizes)
+    return [num_steps(size, run.train.of_client(name).batch_size, run.settings.local_epochs, local_steps)
+            for name, size in zip(names, work.sizes, strict=True)]
+
+
 def finetuning_steps(run: Outline, work: Workload) -> list[int]:
     """Returns the steps of each client's fine-tuning after the last round; no number if there is none."""
     settings = run.settings
     if settings.finetune_steps is None and not run.strategy.finetunes:
         return []
-    return [num_steps(n, run.train.batch_size, settings.local_epochs, settings.finetune_steps or settings.local_steps)
-            for n in work.sizes]
+    return phase_steps(run, work, settings.finetune_steps or settings.local_steps)
 
 
 def _bytes_a_phase(run: Outline, work: Workload, shapes: Shapes, stage: str, direction: int) -> float:
@@ -227,7 +237,7 @@ def make_plan(config: Config, **assumptions: int) -> dict[str, Any]:
     run = outline(config)
     work = read_workload(config, run, **assumptions)
     shapes, settings, strategy = phase_shapes(run, work), run.settings, run.strategy
-    steps = [num_steps(n, run.train.batch_size, settings.local_epochs, settings.local_steps) for n in work.sizes]
+    steps = phase_steps(run, work, settings.local_steps)
     cohort = min(settings.clients_per_round or len(steps), len(steps))
     per_round = sum(steps) * cohort / len(steps)
     flops = {stage: step_flops(shapes, stage) for stage in dict.fromkeys(strategy.first_stages)}

@@ -13,7 +13,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from pilot_jax.config import Config
-from pilot_jax.data.arrays import num_steps
 from pilot_jax.federation import combining, mixing
 from pilot_jax.federation.client import Adapters, ClientBatch, local_update
 from pilot_jax.federation.executor import chunk_width
@@ -26,7 +25,7 @@ from pilot_jax.models.connector import connector_stage
 from pilot_jax.models.generate import Decoding, generate
 from pilot_jax.models.lora import RESIDUAL
 from pilot_jax.parallel.mesh import columns, make_mesh, on_clients, on_parts, replicated, sharded_shapes
-from pilot_jax.planning.estimate import Shapes, data_shapes, finetuning_steps, phase_shapes, read_workload
+from pilot_jax.planning.estimate import Shapes, data_shapes, finetuning_steps, phase_shapes, phase_steps, read_workload
 from pilot_jax.runs.prepare import outline
 
 CUDNN_CALLS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
@@ -61,9 +60,8 @@ def _stacked(tree: Tree, count: int) -> Tree:
 def _local(shapes: Shapes, mesh: Mesh, width: int, stage: str, tunes: bool = False) -> Program:
     """Returns the program that trains `width` clients for one phase, or `tunes` them after the last round."""
     run, work, roles = shapes.run, shapes.work, shapes.run.strategy.ownership()
-    received, train, settings = roles.names(scope="received"), run.train, run.settings
-    steps = max(finetuning_steps(run, work) if tunes else [
-        num_steps(n, train.batch_size, settings.local_epochs, settings.local_steps) for n in work.sizes])
+    received, train = roles.names(scope="received"), run.train
+    steps = max(finetuning_steps(run, work) if tunes else phase_steps(run, work, run.settings.local_steps))
     order, scalar = (steps, train.batch_size), _struct((), jnp.int32)
 
     def of_clients(tree: Tree) -> Tree:

@@ -23,6 +23,7 @@ from pilot_jax.config import (
     SystemConfig,
     TrainConfig,
     apply_overrides,
+    scaled_rates,
 )
 from pilot_jax.data.arrays import pooled
 from pilot_jax.data.build import build_clients, clients_with_answers, partition, refuse_images
@@ -138,6 +139,8 @@ def _check_names(config: Config, names: list[str], tasks: list[str]) -> None:
     unknown = sorted(set(metrics) - set(tasks) - {"grounding"})
     if unknown:
         raise InputError(f"eval.metrics: unknown task {unknown[0]!r}. The data have {', '.join(tasks)}.")
+    if strangers := sorted(set(config.train.clients) - set(names)):
+        raise InputError(f"train.clients: unknown client {strangers[0]!r}. Known: {', '.join(names)}.")
     for round_ in range(1, config.federation.rounds + 1):
         participants(config.federation, names, round_, config.system.seed)
 
@@ -333,9 +336,8 @@ def seeded(config: Config, seed: int) -> Config:
 
 
 def rate_changes(config: Config, factor: float) -> list[str]:
-    """Returns overrides that multiply the config's learning rates by `factor`."""
-    return [f"train.{name}={getattr(config.train, name) * factor!r}"
-            for name in ("lr_connector", "lr_lora_stage1", "lr_lora_stage2")]
+    """Returns overrides that multiply the config's learning rates, those of single clients too, by `factor`."""
+    return scaled_rates(config.train, factor)
 
 
 def with_overrides(setup: Setup, overrides: Sequence[str]) -> Setup:

@@ -96,10 +96,12 @@ OPTIMIZERS = {
     "sgd": {"optimizer": "sgd", "lr_connector": 0.02, "lr_lora_stage1": 0.02, "lr_lora_stage2": 0.02},
     "adamw": {"adam_epsilon": 1e-3},
 }
+OPTIMIZERS |= {f"{name} in parts": keys | {"microbatch": 2} for name, keys in OPTIMIZERS.items()}  # of batches of 4
 
 
 @pytest.mark.parametrize(("stage", "optimizer"), slow_except(
-    (), [(s, o) for s in ("stage1", "stage2") for o in OPTIMIZERS], {("stage1", "adamw"), ("stage2", "sgd")}))
+    (), [("stage1", "adamw"), ("stage2", "sgd"), ("stage1", "sgd in parts"), ("stage2", "adamw in parts")],
+    {("stage1", "adamw"), ("stage2", "sgd")}))
 def test_vmapped_unequal_clients_equal_a_readable_loop(uneven, stage, optimizer):
     fed, adapters = uneven
     fed = with_train(fed, **OPTIMIZERS[optimizer])
@@ -162,6 +164,14 @@ def test_a_constant_learning_rate_stays_at_its_peak(warmup, ramp):
     expected = 2.0 * np.minimum(1, (np.arange(total, dtype=np.float64) + 1) / ramp)
     np.testing.assert_allclose(rates, expected, rtol=1e-6)
     assert float(rates[-1]) == 2.0 and (warmup > 0.01 or float(rates[0]) == 2.0)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.03])
+def test_a_linear_learning_rate_falls_to_zero(warmup):
+    total = 100
+    rates = [learning_rate(2.0, warmup, jnp.asarray(i), jnp.asarray(total), "linear") for i in range(total)]
+    rise = np.minimum(1, (np.arange(total, dtype=np.float64) + 1) / max(1, np.ceil(warmup * total)))
+    np.testing.assert_allclose(rates, 2.0 * rise * (1 - np.arange(total) / total), rtol=1e-5)
 
 
 def test_visiting_order_covers_each_epoch_once():
