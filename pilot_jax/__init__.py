@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 # Resolved on first use, so that `import pilot_jax` and `pilot-jax --help` stay fast.
 _PUBLIC = {
     "Config": "pilot_jax.config:Config",
+    "EarlyStopping": "pilot_jax.runs.early_stopping:EarlyStopping",
     "InputError": "pilot_jax.errors:InputError",
     "Run": "pilot_jax.runs.restore:Run",
     "RunObserver": "pilot_jax.federation.observer:RunObserver",

@@ -278,6 +278,12 @@ class SystemConfig(Section):
         "`--resume` takes the one before.")
     tensorboard: bool = Field(False, description="Whether losses and scores are also written as TensorBoard files into "
                               "the run directory, which needs the extra `tensorboard`.")
+    wandb: str | None = Field(
+        None, min_length=1, description="Project of Weights & Biases to which losses and scores are also sent, which "
+        "needs the extra `wandb`. Its environment variables, as WANDB_MODE=offline, apply. null: none.")
+    mlflow: str | None = Field(
+        None, min_length=1, description="Experiment of MLflow to which losses and scores are also sent, which needs "
+        "the extra `mlflow`. MLFLOW_TRACKING_URI says where it is. null: none.")
     cache: str | None = Field(
         "auto", description="Folder in which compiled programs, generated samples and image features are kept for "
         "later runs, of any config. auto: the user's cache folder. null: nothing is kept.")

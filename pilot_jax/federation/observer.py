@@ -21,6 +21,10 @@ class RunObserver:
     def run_started(self, fed: Federation, state: State) -> None:
         """Called before the first phase. In a resumed run, `state` is the last saved state."""
 
+    def run_resumed(self, records: Sequence[Record]) -> None:
+        """Called before `run_started` in a resumed run, with what the methods below were given as `record`s before its
+        last saved state, except scores of the last round. The process that writes the files alone has records."""
+
     def note(self, text: str) -> None:
         """Called with a message for people. Warnings begin with "warning:"."""
 
@@ -61,6 +65,11 @@ class RunObserver:
         """Called after each chunk and phase. Returns 0 to go on, or a signal's number (or 1) to save and end."""
         return 0
 
+    def finish_requested(self) -> bool:
+        """Called before each round but the first. Returns whether training ends here: the run then fine-tunes and
+        scores its test split, as after the last round."""
+        return False
+
 
 class Observers(RunObserver):
     """An observer that calls several others, in order."""
@@ -70,6 +79,9 @@ class Observers(RunObserver):
 
     def stop_requested(self) -> int:
         return max((observer.stop_requested() for observer in self.observers), default=0)
+
+    def finish_requested(self) -> bool:
+        return any([observer.finish_requested() for observer in self.observers])  # all are asked
 
 
 def _calls_all(name: str) -> Callable[..., None]:
@@ -81,5 +93,5 @@ def _calls_all(name: str) -> Callable[..., None]:
 
 
 for _name in vars(RunObserver):
-    if not _name.startswith("_") and _name != "stop_requested":
+    if not _name.startswith("_") and _name not in vars(Observers):
         setattr(Observers, _name, _calls_all(_name))

@@ -19,8 +19,8 @@ LOCK = ".lock"
 # Keys that may differ when a run is resumed: they say where and how results are computed, not what is computed.
 ROUNDED = ("system.mesh.", "system.client_chunk", "system.client_devices", "system.steps_at_once",
            "system.length_spread", "system.unroll", "system.attention")  # these change the order of sums
-FREE = (*ROUNDED, "system.store", "system.tensorboard", "system.cache", "system.compilation_cache", "system.save_every",
-        "system.keep_saved")
+FREE = (*ROUNDED, "system.store", "system.tensorboard", "system.wandb", "system.mlflow", "system.cache",
+        "system.compilation_cache", "system.save_every", "system.keep_saved")
 
 
 class RunFolder:

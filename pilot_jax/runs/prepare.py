@@ -49,7 +49,7 @@ from pilot_jax.parallel.mesh import AXES, base_placement, mesh_of, on_training_d
 from pilot_jax.parallel.processes import to_host
 from pilot_jax.programs import keep_in
 from pilot_jax.runs.generated import GENERATED
-from pilot_jax.runs.tensorboard import check_installed
+from pilot_jax.runs.trackers import check_installed
 from pilot_jax.storage import Store
 
 # Bytes in `system.cache`. The least recently used of each kind are removed.
@@ -89,13 +89,12 @@ def configure(config: Config) -> None:
     """Sets the JAX options of a config, which must happen before JAX starts, and checks that libraries are installed.
 
     Raises:
-        InputError: see `parallel.devices.ask_for_determinism` and `runs.tensorboard.check_installed`.
+        InputError: see `parallel.devices.ask_for_determinism` and `runs.trackers.check_installed`.
     """
     use_compilation_cache(config.system.compilation_cache)
     keep_in(open_cache(config.system.cache, "programs", PROGRAMS_KEPT))
     ask_for_determinism(config.system)
-    if config.system.tensorboard:
-        check_installed()
+    check_installed(config.system)
 
 
 def split_cpu_for(config: Config, processes: int = 1) -> None:

@@ -18,6 +18,7 @@ from pilot_jax.federation.observer import Observers, Record, RunObserver
 from pilot_jax.federation.rounds import run_round
 from pilot_jax.federation.state import Population, State, Tamper, prune
 from pilot_jax.federation.strategies import Strategy
+from pilot_jax.parallel import processes
 from pilot_jax.parallel.host_memory import give_back
 from pilot_jax.parallel.processes import is_writer, wait_for_all
 from pilot_jax.runs.checkpoint import save_population
@@ -37,7 +38,7 @@ from pilot_jax.runs.restore import Run, restore
 from pilot_jax.runs.resume import Snapshots
 from pilot_jax.runs.signals import StopSignals
 from pilot_jax.runs.summary import Clocks, costs, data_sha256, summarise, versions
-from pilot_jax.runs.tensorboard import EventFiles
+from pilot_jax.runs.trackers import EventFiles, open_services
 
 
 def simulate(config: Config, *, out: str | Path | None = None, resume: bool = False, strategy: Strategy | None = None,
@@ -118,7 +119,7 @@ class RunLoop(RunObserver):
             self.resume()
             with self.signals:
                 self.observer.run_started(self.fed, self.state)
-                while self.state.round <= self.fed.settings.rounds:
+                while self.state.round <= self.fed.settings.rounds and not self.is_over():
                     self.round()
                 population, summary = self.finish()
         except Interrupted as interrupted:
@@ -133,7 +134,7 @@ class RunLoop(RunObserver):
 
     def resume(self) -> None:
         """Loads the last snapshot, if the folder has one, and opens the run's files."""
-        before: dict[str, Written] = {}
+        before, services = dict[str, Written](), list[RunObserver]()
         if self.folder is not None and self.folder.resumes:
             assert self.snapshots is not None
             found = self.snapshots.load(self.state, self.fed.store, self.outside.note, self.writes)
@@ -154,10 +155,12 @@ class RunLoop(RunObserver):
             self.metrics = MetricsFile(self.folder.path / "metrics.jsonl", metrics["bytes"] if metrics else 0)
             self.mixing = MixingFiles(self.folder.path / "mixing",
                                       {Path(name).name: entry for name, entry in before.items()})
-            self.files = [self.mixing]
-            if self.setup.system.tensorboard:
-                self.files.append(EventFiles(self.folder.path / "tensorboard", self.metrics.records))
-        self.observer = Observers(*self.files, self.metrics, self.outside, self, self.signals)
+            system, path, records = self.setup.system, self.folder.path, self.metrics.records
+            self.files = [self.mixing, *([EventFiles(path / "tensorboard", records)] if system.tensorboard else [])]
+            services += open_services(system, path, records, self.outside)
+        self.observer = Observers(*self.files, self.metrics, *services, self.outside, self, self.signals)
+        if self.metrics.records:
+            self.observer.run_resumed(self.metrics.records)
 
     def _files_before(self, extra: Mapping[str, Any]) -> dict[str, Written]:
         """Returns the files that the run had written when its snapshot was, without those that are missing.
@@ -188,6 +191,14 @@ class RunLoop(RunObserver):
         if saved["versions"] != versions():
             self.outside.note(f"note: the run began with {saved['versions']} and goes on with {versions()}: results "
                               "agree to rounding, not bit for bit.")
+
+    def is_over(self) -> bool:
+        """Returns whether an observer, in any process, asks for the end of training; it can between two rounds."""
+        between = self.state.round > 1 and self.state.phase == 0 and self.state.partial is None
+        over = between and processes.largest_of_all(int(self.observer.finish_requested())) > 0
+        if over:
+            self.observer.note(f"training ends after round {self.state.round - 1}, as an observer asks")
+        return over
 
     def round(self) -> None:
         """Trains what is left of a round, and scores the validation split if `eval.every` says so."""

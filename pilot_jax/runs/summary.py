@@ -59,7 +59,7 @@ def summarise(evaluation: Evaluation, state: State, tuned: Finetuned | None) -> 
     scores |= score_keys(evaluation, "score_base", evaluate(evaluation, None))
     state = after_finetuning(fed, state, tuned)
     return {
-        "strategy": fed.strategy.name, "seed": fed.seed, "rounds": fed.settings.rounds,
+        "strategy": fed.strategy.name, "seed": fed.seed, "rounds": state.round - 1,
         "clients": [c.name for c in clients], "tasks": list(fed.tasks),
         "task_by_client": {c.name: c.task for c in clients}, **scores,
         "bytes_up": state.bytes_up, "bytes_down": state.bytes_down, "client_steps": state.client_steps,
