@@ -26,6 +26,7 @@ _PUBLIC = {
     "load": "pilot_jax.models.pretrained:load",
     "load_config": "pilot_jax.config:load_config",
     "load_from_parts": "pilot_jax.models.pretrained:load_from_parts",
+    "metric": "pilot_jax.evaluation.metrics:metric",
     "mixing": "pilot_jax.federation.mixing:",
     "register": "pilot_jax.federation.strategies:register",
     "restore": "pilot_jax.runs.restore:restore",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pilot_jax.cli.options import AsJson, ConfigPath, Overrides, RunStrategy, check_choice, read_config
+from pilot_jax.cli.options import AsJson, ConfigPath, Overrides, RunStrategy, Use, check_choice, read_config
 from pilot_jax.errors import InputError
 from pilot_jax.files import path_part
 
@@ -43,7 +43,7 @@ def compare(config: ConfigPath,
             out: Annotated[Path | None, typer.Option(
                 help="Folder for results; finished variants in it are not run again. Default: a folder in runs/, named "
                      "after the config.")] = None,
-            as_json: AsJson = False) -> None:
+            use: Use = None, as_json: AsJson = False) -> None:
     """Compare strategies and ablations over several seeds, on the same data, with paired differences to references."""
     from pilot_jax.cli.tables import print_comparison
     from pilot_jax.compare.runner import Options
@@ -131,11 +131,11 @@ def report(runs: Annotated[list[Path], typer.Argument(
                min=0, help="Number of each client's test prompts that every model answers, to score each model on "
                            "every task. With 0 these scores are left out.")] = 8,
            asked: Annotated[int | None, typer.Option(min=0, hidden=True, help="Old name of --questions.")] = None,
-           strategy: RunStrategy = None) -> None:
+           strategy: RunStrategy = None, use: Use = None) -> None:
     """Write an HTML page about runs (also unfinished ones) or about a comparison, and its figures as PNG files."""
     from pilot_jax.compare.page import is_comparison, write_comparison_report
     from pilot_jax.config import SystemConfig
-    from pilot_jax.federation.strategies import use
+    from pilot_jax.federation.strategies import use as use_strategy
     from pilot_jax.parallel.devices import split_cpu
     from pilot_jax.report.page import write_report
 
@@ -144,7 +144,7 @@ def report(runs: Annotated[list[Path], typer.Argument(
         raise InputError("report: a comparison has a page of its own. Give one comparison alone, or only runs.")
     split_cpu(SystemConfig())
     if strategy is not None:
-        use(strategy)
+        use_strategy(strategy)
     out = out or (runs[0].with_suffix(".html") if runs[0].is_file() else runs[0] / "report.html")
     page, *pictures = (write_comparison_report(runs[0], out) if comparisons
                        else write_report(runs, out, answers, questions if asked is None else asked))

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pilot_jax.cli.options import AsJson, ConfigPath, Overrides, RunPath, StrategyName, check_choice, read_config
+from pilot_jax.cli.options import AsJson, ConfigPath, Overrides, RunPath, StrategyName, Use, check_choice, read_config
 from pilot_jax.cli.tables import print_plan, printable
 from pilot_jax.errors import InputError
 
@@ -41,7 +41,7 @@ def roles(config: ConfigPath, overrides: Overrides = None, strategy: StrategyNam
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def plan(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName = None,
+def plan(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName = None, use: Use = None,
          samples: Annotated[int, typer.Option(
              min=1, help="Number of training samples per client to assume if the data do not exist.")] = 1000,
          tasks: Annotated[int, typer.Option(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pilot_jax.cli.options import AsJson, ConfigPath, RunPath, RunStrategy, check_choice
+from pilot_jax.cli.options import AsJson, ConfigPath, RunPath, RunStrategy, Use, check_choice
 from pilot_jax.cli.tables import print_matrix
 from pilot_jax.errors import InputError
 
@@ -20,7 +20,7 @@ def evaluate(run_dir: RunPath,
                       "captions that it was pretrained on.")] = False,
              samples: Annotated[int | None, typer.Option(
                  min=1, help="With --matrix: number of each client's samples to use. Default: all.")] = None,
-             strategy: RunStrategy = None, as_json: AsJson = False) -> None:
+             strategy: RunStrategy = None, use: Use = None, as_json: AsJson = False) -> None:
     """Score every client's personalised model on its own held-out data, or with --matrix on all clients' data."""
     from pilot_jax.evaluation.personalised import evaluate as score
     from pilot_jax.evaluation.personalised import evaluation_matrix
@@ -55,7 +55,7 @@ def generate(run_dir: RunPath, client: Annotated[str, typer.Option(help="Client 
              top_p: Annotated[float, typer.Option(
                  min=0.01, max=1, help="Probability mass from which tokens are sampled.")] = 1.0,
              seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
-             strategy: RunStrategy = None) -> None:
+             strategy: RunStrategy = None, use: Use = None) -> None:
     """Answer a question, with or without an image, with the personalised model of one client."""
     from pilot_jax.runs.restore import answer, restore
 
@@ -72,7 +72,7 @@ def export(run_dir: RunPath, client: Annotated[str, typer.Option(help="Client wh
            rank: Annotated[int | None, typer.Option(
                min=1, help="Largest rank of the exported LoRA. Default: what the adapters need; what a smaller one "
                            "loses is printed.")] = None,
-           strategy: RunStrategy = None) -> None:
+           strategy: RunStrategy = None, use: Use = None) -> None:
     """Write a client's LoRA as a PEFT adapter and its connector as safetensors, with a model card."""
     from pilot_jax.runs.export import export_client
     from pilot_jax.runs.restore import restore

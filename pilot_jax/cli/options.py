@@ -33,6 +33,19 @@ RunStrategy = Annotated[str | None, typer.Option(
     "--strategy", help="Strategy of the run, as module:Class, if it is a class of your own. Its module is imported.")]
 
 
+def _import_modules(names: list[str] | None) -> list[str] | None:
+    if not names:  # also while the shell completes
+        return names
+    from pilot_jax.config import use_modules
+
+    return use_modules(names)
+
+
+Use = Annotated[list[str] | None, typer.Option(
+    "--use", callback=_import_modules, is_eager=True, help="Module of your own to import first, which registers "
+    "metrics or strategies that the config names. Can be repeated.")]
+
+
 def read_config(path: Path, overrides: list[str] | None, strategy: str | None = None) -> Config:
     """Returns the config in the file `path`, with the keys of `--set` and the strategy of `--strategy`.
 

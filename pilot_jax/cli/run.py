@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pilot_jax.cli.options import ConfigPath, Overrides, StrategyName, check_choice, read_config
+from pilot_jax.cli.options import ConfigPath, Overrides, StrategyName, Use, check_choice, read_config
 from pilot_jax.cli.supervise import in_child
 from pilot_jax.cli.tables import print_scores, printable
 from pilot_jax.errors import InputError, Interrupted, is_wrong_path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pilot_jax.runs.restore import Run
 
 
-def run(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName = None,
+def run(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName = None, use: Use = None,
         out: Annotated[Path | None, typer.Option(
             help="New run directory. Default: a folder in runs/, named after config and time.")] = None,
         resume: Annotated[bool, typer.Option(
@@ -46,7 +46,7 @@ def run(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName 
     folder = out or Path("runs") / f"{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     several = distributed or coordinator is not None or num_processes is not None or process_id is not None
     if several:
-        in_child(lambda: _how_to_go_on(settings, folder))
+        in_child(lambda: _how_to_go_on(settings, folder, use))
     from pilot_jax.parallel import processes
     from pilot_jax.runs.prepare import configure, split_cpu_for
 
@@ -54,7 +54,7 @@ def run(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName 
     split_cpu_for(settings, num_processes or 1)
     if several:
         processes.connect(coordinator, num_processes, process_id)
-    summary = _simulate(settings, folder, resume, progress).summary
+    summary = _simulate(settings, folder, resume, progress, use).summary
     if processes.is_writer() and progress == "json":
         typer.echo(json.dumps({"kind": "summary", "folder": str(folder)} | summary))
     elif processes.is_writer() and progress == "auto":
@@ -62,7 +62,7 @@ def run(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName 
         typer.echo(f"Run directory: {folder}")
 
 
-def _simulate(config: Config, folder: Path, resume: bool, progress: str) -> Run:
+def _simulate(config: Config, folder: Path, resume: bool, progress: str, use: list[str] | None) -> Run:
     """Simulates with progress on the terminal. An interruption or an error ends the command with a message."""
     from pilot_jax.parallel import processes
     from pilot_jax.runs.simulate import simulate
@@ -72,7 +72,7 @@ def _simulate(config: Config, folder: Path, resume: bool, progress: str) -> Run:
                         observers=_observers(config, folder, progress) if processes.is_writer() else ())
     except (Interrupted, KeyboardInterrupt) as stop:  # KeyboardInterrupt: before training, while data are loaded
         if processes.is_writer():
-            typer.echo(f"\nInterrupted. {_how_to_go_on(config, folder)}", err=True)
+            typer.echo(f"\nInterrupted. {_how_to_go_on(config, folder, use)}", err=True)
         raise typer.Exit(128 + getattr(stop, "signum", signal.SIGINT)) from None
     except FloatingPointError as error:
         typer.echo(f"Failed: {printable(str(error))}", err=True)
@@ -82,7 +82,7 @@ def _simulate(config: Config, folder: Path, resume: bool, progress: str) -> Run:
         if isinstance(error, InputError) or not expected or is_wrong_path(error):
             raise
         what = printable(" ".join(str(error).split())[:500])
-        typer.echo(f"Failed: {what}. {_how_to_go_on(config, folder)}", err=True)
+        typer.echo(f"Failed: {what}. {_how_to_go_on(config, folder, use)}", err=True)
         raise typer.Exit(1) from None
 
 
@@ -95,11 +95,11 @@ def _observers(config: Config, folder: Path, progress: str) -> list[RunObserver]
     return [display, Forecast(config, display)]
 
 
-def _how_to_go_on(config: Config, folder: Path) -> str:
+def _how_to_go_on(config: Config, folder: Path, use: list[str] | None) -> str:
     from pilot_jax.runs.prepare import strategy_name
 
     if not (folder / "config.yaml").is_file():
         return "Nothing was written."
     name = strategy_name(config)
-    own = f" --strategy {name}" if ":" in name else ""
+    own = (f" --strategy {name}" if ":" in name else "") + "".join(f" --use {module}" for module in use or [])
     return f"To go on: pilot-jax run {folder / 'config.yaml'} --out {folder} --resume{own}"

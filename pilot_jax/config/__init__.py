@@ -1,6 +1,7 @@
 """The configuration: its schema, and the functions that read and check config files. Imports only `errors`."""
 
 from pilot_jax.config.lora import LoraConfig, combine_field
+from pilot_jax.config.own_code import import_own, use_modules
 from pilot_jax.config.reading import (
     apply_overrides,
     differences,
@@ -56,6 +57,7 @@ __all__ = [
     "apply_overrides",
     "combine_field",
     "differences",
+    "import_own",
     "json_schema",
     "known_keys",
     "load_config",
@@ -65,4 +67,5 @@ __all__ = [
     "read_settings",
     "read_yaml",
     "scaled_rates",
+    "use_modules",
 ]

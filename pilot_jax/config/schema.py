@@ -205,11 +205,11 @@ class EvalConfig(Section):
     temperature: float = Field(0.0, ge=0, description="Temperature of sampling. 0: greedy decoding.")
     top_p: float = Field(1.0, gt=0, le=1, description="Probability p of nucleus sampling: a token is drawn from the "
                          "fewest most probable tokens whose probabilities add up to p. 1: from all tokens.")
-    metrics: dict[str, Literal["exact", "iou", "vqa", "anls", "rouge_l", "bleu", "cider"]] = Field(
+    metrics: dict[str, Literal["exact", "iou", "vqa", "anls", "rouge_l", "bleu", "cider"] | str] = Field(
         {"grounding": "iou"}, description="Metrics, as {task: metric}; a task that is not named has exact. exact: "
         "equal up to case and white space. iou: boxes with IoU of at least 0.5. vqa: VQA accuracy against ten "
         "annotators. anls: edit similarity, for OCR. rouge_l, bleu, cider: for captions, with the extra `scores`. Each "
-        "is from 0 to 1, cider from 0 to 10.")
+        "is from 0 to 1, cider from 0 to 10. Or the name of a metric of your own, which `pilot_jax.metric` registers.")
 
     @model_validator(mode="after")
     def _nothing_is_sampled(self) -> EvalConfig:

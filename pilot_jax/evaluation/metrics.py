@@ -2,11 +2,14 @@
 
 A metric takes n answers and, for each of them, one or several references. It returns the mean over the samples, or the
 corpus score where it is defined on a corpus (BLEU, CIDEr). All metrics lie in [0, 1], except CIDEr, which lies in
-[0, 10].
+[0, 10]. `metric` adds one of your own.
 """
 
 from __future__ import annotations
 
+import difflib
+import importlib.metadata
+import math
 import re
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -125,13 +128,64 @@ _NEEDS = {"bleu": ("sacrebleu", "sacrebleu"), "rouge_l": ("rouge_score", "rouge-
           "cider": ("pycocoevalcap", "pycocoevalcap")}
 
 
-def check_metrics(names: Sequence[str]) -> None:
-    """Checks, before anything is trained, that the libraries of the given metrics are installed.
+_PACKAGED, ENTRY_POINTS = frozenset(METRICS), "pilot_jax.metrics"  # the group in which installed packages name theirs
+
+
+def metric(name: str, *, corpus: bool = False) -> Callable[[Callable[..., float]], Callable[..., float]]:
+    """Returns a decorator that registers a function as a metric, under a name that `eval.metrics` can then have.
+
+    The function takes (answer, reference) and returns the score of one answer; of several references, the best counts.
+    With `corpus`, it takes all answers of a client and, for each, its references, and returns their score. A function
+    registered under the same name before is replaced.
 
     Raises:
-        InputError: a library is missing; the message says what to install.
+        ValueError: the name is that of one of the package's metrics.
+    """
+    if name in _PACKAGED:
+        raise ValueError(f"the package has a metric {name!r}: choose another name")
+
+    def register(score: Callable[..., float]) -> Callable[..., float]:
+        METRICS[name] = score if corpus else _mean_best(score)
+        return score
+
+    return register
+
+
+def scored(name: str, answers: Sequence[str], references: References) -> float:
+    """Returns the score of answers by the metric `name`.
+
+    Raises:
+        InputError: the metric is not known in this process, or is not a finite number.
+    """
+    check_metrics([name])
+    score = METRICS[name](answers, references)
+    try:
+        score = float(score)
+        if not math.isfinite(score):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise InputError(f"eval.metrics: {name} returned {score!r} for {len(answers)} answers. A metric returns a "
+                         "finite number.") from None
+    return score
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Checks, before anything is trained, that the given metrics are known and their libraries installed.
+
+    A metric of an installed package is imported here. A name alone imports nothing else: a config may come from
+    somebody else.
+
+    Raises:
+        InputError: a metric is not known, or its library is missing; the message says what to do.
     """
     for name in names:
+        for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name) if name not in METRICS else ():
+            metric(name)(point.load())
+        if name not in METRICS:
+            near = difflib.get_close_matches(name, METRICS, 1, 0.6)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(METRICS)}."
+            raise InputError(f"eval.metrics: {name!r} is not a metric. {hint} For your own, name the module that "
+                             "registers it: --use MODULE (in Python: import it).")
         if name in _NEEDS and find_spec(_NEEDS[name][0]) is None:
             raise InputError(f"eval.metrics: {name} needs a library that is not installed (it is in the extra "
                              f"'scores'). Run: pip install {_NEEDS[name][1]}")

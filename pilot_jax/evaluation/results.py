@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from pilot_jax.data.arrays import Prompts
 from pilot_jax.evaluation.answers import Decoder, Examinee, answers
-from pilot_jax.evaluation.metrics import METRICS, Metric
+from pilot_jax.evaluation.metrics import scored
 from pilot_jax.evaluation.teacher_forced import teacher_forced
 from pilot_jax.models.pretrained import PretrainedModel
 
@@ -35,13 +35,13 @@ def results(model: PretrainedModel, decoder: Decoder, examinees: Sequence[Examin
             kind: float(one.exact[rows].mean()) for kind, rows in rows_of_kinds(e.prompts.kinds).items()})
                 for e, one in zip(examinees, forced, strict=True)]
     texts = answers(model, decoder, examinees, width)
-    return [_of_texts(METRICS[metrics.get(e.task, "exact")], got, e.prompts)
+    return [_of_texts(metrics.get(e.task, "exact"), got, e.prompts)
             for e, got in zip(examinees, texts, strict=True)]
 
 
-def _of_texts(metric: Metric, texts: Sequence[str], prompts: Prompts) -> Result:
+def _of_texts(metric: str, texts: Sequence[str], prompts: Prompts) -> Result:
     def score(rows: Sequence[int]) -> float:
-        return metric([texts[i] for i in rows], [prompts.references[i] for i in rows])
+        return scored(metric, [texts[i] for i in rows], [prompts.references[i] for i in rows])
 
     return Result(score(range(len(texts))), by_kind={
         kind: score(rows) for kind, rows in rows_of_kinds(prompts.kinds).items()})

@@ -10,11 +10,9 @@ import difflib
 import importlib
 import importlib.metadata
 import pkgutil
-import sys
-from pathlib import Path
 from typing import Any
 
-from pilot_jax.config import STRATEGY_PARAMS, StrategyParams, parse_strategy
+from pilot_jax.config import STRATEGY_PARAMS, StrategyParams, import_own, parse_strategy
 from pilot_jax.errors import InputError
 from pilot_jax.federation.strategies.base import STRATEGIES, Strategy, name_of, register
 
@@ -79,15 +77,9 @@ def use(strategy: str | type[Strategy] | Strategy) -> str:
     if not colon:
         params_of(strategy, "--strategy")
         return strategy
-    if str(Path.cwd()) not in sys.path and "" not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        found = importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(f"strategy.name: {strategy}: cannot be imported ({error}). Run it from the folder of "
-                         f"{module}.py, or install the package that has it.") from None
+    found: Any = import_own(module, f"strategy.name: {strategy}")
     for part in name.split("."):
-        found = getattr(found, part, None)  # type: ignore[assignment]
+        found = getattr(found, part, None)
     if found is None:
         raise InputError(f"strategy.name: {strategy}: the module {module} has no {name}.")
     _registered(strategy, found)
