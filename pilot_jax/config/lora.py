@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pilot_jax.config.sections import Section
 
 Combine = Literal["factors", "product", "aligned", "exact"]
+Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 Rank = Annotated[int, Field(ge=1, le=4_096)]
 
 
 class LoraConfig(Section):
-    """LoRA on every linear layer of the language model but its head: W' = W + (alpha / rank)·B·A."""
+    """LoRA on linear layers of the language model: W' = W + (alpha / rank)·B·A."""
 
     rank: Rank | dict[str, Rank] = Field(
         8, description="Rank R of LoRA's factors A [R, d_in] and B [d_out, R]. The paper has 64 for a 7B model. With "
@@ -22,10 +23,22 @@ class LoraConfig(Section):
     alpha: float = Field(16.0, gt=0, description="Numerator of the factor alpha / rank by which B·A is multiplied. The "
                          "paper has 128.")
 
+    targets: tuple[Target, ...] = Field(
+        ("q", "k", "v", "o", "gate", "up", "down"), min_length=1, description="Linear layers that get LoRA, in every "
+        "decoder layer: q, k, v, o of the attention and gate, up, down of the MLP. Default: all, as in LLaVA.")
+
     @property
     def largest(self) -> int:
         """The largest rank of a client, which all clients' arrays have."""
         return self.rank if isinstance(self.rank, int) else max(self.rank.values())
+
+    @field_validator("targets")
+    @classmethod
+    def _none_twice(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuses a layer that is named twice."""
+        if len(set(value)) < len(value):
+            raise ValueError("a layer is in the list twice")
+        return value
 
     @model_validator(mode="after")
     def _some_rank(self) -> LoraConfig:

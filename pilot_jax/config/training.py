@@ -38,6 +38,10 @@ class TrainConfig(Section):
     adam_epsilon: float = Field(1e-8, gt=0, description="Constant ε in AdamW's step m / (√v + ε).")
     warmup: float = Field(0.03, ge=0, le=1, description="Share of a client's steps in a phase in which the "
                           "learning rate rises linearly to its peak. 0: no rise.")
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of the inputs of each LoRA that are set to 0 in training, at random, while "
+        "the others are scaled up in turn, as in PEFT. 0: none. Strategies that mix several LoRA by a router refuse "
+        "it.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Course of the learning rate over a phase, beside the warm-up. cosine: a fall to 0 as a "
         "half cosine over the whole phase, warm-up included. linear: a straight fall to 0. constant: no fall.")

@@ -22,6 +22,7 @@ from pilot_jax.federation.losses import batch_counts, stage_loss
 from pilot_jax.federation.phases import LocalRule, PhaseSpec, make_optimizer
 from pilot_jax.federation.roles import Tree, optimizer_labels
 from pilot_jax.models.connector import connector_stage
+from pilot_jax.models.lora import DROPOUT, folded, with_dropout
 from pilot_jax.models.vlm import variables
 from pilot_jax.programs import KeptJit
 
@@ -79,8 +80,11 @@ def client_loss(spec: PhaseSpec, base: Mapping[str, Tree], trained: Mapping[str,
                 counts: tuple[Float[Array, ""], Float[Array, ""]] | None = None,
                 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns the loss of one client's batch, and its terms. `counts`: see `losses.stage_loss`."""
-    logits, aux = spec.module.apply(variables(base, {**trained, **frozen}), batch,
-                                    connector_stage(spec.stage), task_index, method="target_logits")
+    weights = variables(base, {**trained, **frozen})
+    if DROPOUT in batch:
+        weights["lora"] = {"decoder": with_dropout(weights["lora"]["decoder"], jnp.asarray(batch[DROPOUT]),
+                                                        spec.lora_dropout)}
+    logits, aux = spec.module.apply(weights, batch, connector_stage(spec.stage), task_index, method="target_logits")
     return stage_loss(logits, aux, batch, spec.weights, counts)
 
 
@@ -173,6 +177,8 @@ def _advance(spec: PhaseSpec, mesh: jax.sharding.Mesh | None, base: Mapping[str,
     def step(index: jax.Array, state: tuple) -> tuple:
         trained, optimizer, sums, gradients = state
         rows = jax.vmap(gather_batch)(batch.data, batch.order[:, index], batch.real[:, index])
+        if DROPOUT in rows:  # another mask at each step
+            rows[DROPOUT] = jax.vmap(jax.vmap(partial(folded, number=index + offset)))(rows[DROPOUT])
         if mesh is not None:
             rows = jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, PartitionSpec("clients", "fsdp")))
         grads, terms, parts = _gradients(spec, mesh, base, (trained, own_frozen, common_frozen), rows,

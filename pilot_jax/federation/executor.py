@@ -25,6 +25,7 @@ from pilot_jax.federation.randomness import client_generator
 from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.state import Federation, Timings, Trained, row, stack
 from pilot_jax.federation.uploads import after_upload
+from pilot_jax.models.lora import DROPOUT
 from pilot_jax.parallel.processes import is_on_this_process, to_host
 
 
@@ -168,6 +169,8 @@ class _Phase:
 
         data = {name: shape(self.samples, *v.shape[1:], dtype=v.dtype)
                 for name, v in piece.members[0].data.train.items()}
+        if self.spec.lora_dropout:
+            data[DROPOUT] = shape(self.samples, 2, dtype=np.uint32)
         order = self.steps, train.batch_size
         return ClientBatch(data, shape(*order, dtype=np.int32), shape(*order), shape(dtype=np.int32),
                            shape(dtype=np.int32), {name: shape() for name in peak_rates(train, self.spec.stage)})
@@ -187,12 +190,12 @@ class _Phase:
         jobs, padding = piece.members, self.width - len(piece.members)
         train = jobs[0].fed.train
         rows = self.samples if whole else (piece.stop - piece.start) * train.batch_size
-        data = {k: np.zeros((self.width, rows, *v.shape[1:]), v.dtype) for k, v in jobs[0].data.train.items()}
+        data = {k: np.zeros((self.width, rows, *v.shape[1:]), v.dtype) for k, v in self._arrays(jobs[0]).items()}
         data["attention_mask"][len(jobs):, :, 0] = 1  # so that padding clients give finite numbers
         orders, reals = [], []
         for number, job in enumerate(jobs):
             order, real = self._visits(job, piece)
-            for name, array in job.data.train.items() if self.on_this_process[number] else ():
+            for name, array in self._arrays(job).items() if self.on_this_process[number] else ():
                 if whole:
                     data[name][number, :job.data.size] = array
                 else:  # the samples of these steps, one after another
@@ -205,6 +208,14 @@ class _Phase:
             np.asarray([job.steps for job in jobs] + [0] * padding, np.int32),
             np.asarray([job.fed.task_index(job.client) for job in jobs + jobs[:1] * padding], np.int32),
             jax.tree.map(np.float32, stack(rates + rates[:1] * padding)))
+
+    def _arrays(self, job: _Job) -> dict[str, Any]:
+        """Returns a client's training arrays, leaves [n, …], with the keys of dropout if there is any."""
+        if not self.spec.lora_dropout:
+            return dict(job.data.train)
+        work = self.works[job.work]
+        rng = client_generator(job.fed.seed, job.data.name, work.round, f"{work.label} dropout")
+        return {**job.data.train, DROPOUT: rng.integers(2**32, size=(job.data.size, 2), dtype=np.uint32)}
 
     def _visits(self, job: _Job, piece: _Piece) -> tuple[np.ndarray, np.ndarray]:
         """Returns the samples that a client visits in a piece: rows and whether they are real, [steps, B]."""

@@ -85,6 +85,7 @@ class PhaseSpec:
     rule: LocalRule = PLAIN_RULE
     aliases: tuple[tuple[str, str], ...] = ()  # (subtree, the one as which the model reads it), if they differ
     microbatch: int | None = None  # number of samples that pass the model at once; None: all of a batch
+    lora_dropout: float = 0.0  # for batches that have keys, see `models.lora.with_dropout`
 
     def read(self, adapters: Mapping[str, Tree], names: tuple[str, ...]) -> dict[str, Tree]:
         """Returns those of the subtrees `names` that there are, under the names by which the model knows them."""
@@ -107,7 +108,8 @@ def phase_spec(module: Module, roles: Roles, stage: str, train: TrainConfig, rul
     """Returns the spec of a phase, from the ownership table and those values of `train` that are compiled in.
 
     Raises:
-        InputError: the rule halves every batch, and the batch size is odd or its half is not made of microbatches.
+        InputError: the rule halves every batch, and the batch size is odd or its half is not made of microbatches; or
+            there is dropout, and a router mixes several LoRA.
     """
     sizes = {"train.batch_size": train.batch_size} | {
         f"train.clients.{name}.batch_size": own.batch_size for name, own in train.clients.items() if own.batch_size}
@@ -118,13 +120,17 @@ def phase_spec(module: Module, roles: Roles, stage: str, train: TrainConfig, rul
     if rule.halves and train.microbatch is not None and train.batch_size // 2 % train.microbatch:
         raise InputError(f"train.microbatch: {train.microbatch} does not divide {train.batch_size // 2}, the half of "
                          "train.batch_size on which the strategy measures the noise of updates.")
+    if train.lora_dropout and "expert_router" in roles.names():
+        raise InputError("train.lora_dropout: the strategy mixes several LoRA by a router, for which dropout is not "
+                         "defined here. Set it to 0.")
     return PhaseSpec(
         module, stage, roles.names(stage=stage, mode="trained"), roles.names(stage=stage, mode="frozen"),
         roles.names(stage=stage, mode="carried") + roles.names(stage=stage, mode="anchor"),
         roles.names(scope="received"), loss_weights(train, stage),
         OptimizerSpec(train.optimizer, train.weight_decay, train.adam_epsilon, train.warmup, train.schedule,
                       train.clip_norm),
-        rule, tuple((row.subtree, row.read_as) for row in roles.adapter_rows if row.read_as), train.microbatch)
+        rule, tuple((row.subtree, row.read_as) for row in roles.adapter_rows if row.read_as), train.microbatch,
+        train.lora_dropout)
 
 
 def peak_rates(train: TrainConfig, stage: str) -> dict[str, float]:

@@ -107,15 +107,18 @@ class DecoderBlock(nn.Module):
     kernel: Attention = "own"
     operands: str = "float32"
 
-    def _linears(self, x: jax.Array, names: tuple[str, ...], lora: Mapping[str, Mapping[str, jax.Array]] | None
+    def _linears(self, x: jax.Array, names: tuple[str, ...], lora: Mapping[str, Mapping[str, jax.Array]]
                  ) -> list[jax.Array]:
         """Returns x·W (+ bias) (+ scale·x·Aᵀ·Bᵀ) of every linear in `names`; x [B·L, d_in]."""
         shapes = self.config.linear_shapes
-        kernels = tuple(self.param(n, nn.initializers.normal(0.02), shapes[n]).astype(x.dtype) for n in names)
-        outs = [x @ w for w in kernels] if lora is None else lora_linears(
-            x, kernels, lora, names, self.lora_scale, self.operands)
-        return [y + self.param(f"{n}_bias", nn.initializers.zeros, y.shape[-1:]).astype(x.dtype)
-                if n in self.config.biases else y for n, y in zip(names, outs, strict=True)]
+        kernels = {n: self.param(n, nn.initializers.normal(0.02), shapes[n]).astype(x.dtype) for n in names}
+        adapted = tuple(n for n in names if n in lora)
+        outs = {n: x @ kernels[n] for n in names if n not in lora}
+        if adapted:
+            outs |= zip(adapted, lora_linears(x, tuple(kernels[n] for n in adapted), lora, adapted, self.lora_scale,
+                                              self.operands), strict=True)
+        return [outs[n] + self.param(f"{n}_bias", nn.initializers.zeros, outs[n].shape[-1:]).astype(x.dtype)
+                if n in self.config.biases else outs[n] for n in names]
 
     @nn.compact
     def __call__(self, x: jax.Array, cache: Cache | None, windowed: jax.Array, shared: LayerInputs,
@@ -123,8 +126,8 @@ class DecoderBlock(nn.Module):
         c, (batch, length, width) = self.config, x.shape
         cos, sin, biases, slot = shared
         kv, groups, hd = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
-        lora: dict[str, Mapping[str, jax.Array]] | None
-        lora = {n: self.get_variable("lora", n) for n in c.linear_shapes} if self.has_variable("lora", "q") else None
+        lora: dict[str, Mapping[str, jax.Array]]
+        lora = {n: self.get_variable("lora", n) for n in c.linear_shapes if self.has_variable("lora", n)}
 
         def heads(y: jax.Array, count: int) -> jax.Array:
             return y.reshape(batch, -1, count, hd).transpose(0, 2, 1, 3)

@@ -12,14 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree, UInt32
 
 from pilot_jax.kernels.low_rank import linears_with_low_rank
 from pilot_jax.models.experts import is_mixture, mixed, with_experts
-from pilot_jax.models.spec import TextSpec
+from pilot_jax.models.spec import TARGETS, TextSpec
 from pilot_jax.programs import KeptJit
 
-TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 # Names of the subtrees that make up a client's LoRA: the whole, or its two factors for strategies that treat A and B
 # differently; a second LoRA, whose output is added; and further experts with their router (`models.experts`). Two more
 # go with it: the factors of a change of the frozen weights, which is the same for all clients, and the factor α/r of a
@@ -28,14 +27,19 @@ RESIDUAL, SCALE = "text_residual", "text_scale"
 LORA_SUBTREES = ("text_adapter", "text_adapter_a", "text_adapter_b", "private_adapter", "expert_bank", "expert_router",
                  "expert_slots", RESIDUAL, SCALE)
 
+DROPOUT = "lora_dropout"  # name of the keys of dropout in a batch, uint32 [B, 2]
+
 LoraTree = dict[str, dict[str, dict[str, jax.Array]]]
 
 
 @partial(KeptJit, static=("config", "rank"))
 def init_lora(key: Key[Array, ""], config: TextSpec, rank: int) -> LoraTree:
-    """Returns a new LoRA in float32: A is uniform in ±1/√d_in (PEFT's Kaiming-uniform with a = √5), and B is 0."""
+    """Returns a new LoRA in float32 on `config.lora_targets`: A is uniform in ±1/√d_in (PEFT's Kaiming-uniform with
+    a = √5), and B is 0."""
     layers = {}
     for index, name in enumerate(TARGETS):
+        if name not in config.lora_targets:
+            continue
         d_in, d_out = config.linear_shapes[name]
         bound = d_in**-0.5
         a = jax.random.uniform(jax.random.fold_in(key, index), (config.num_layers, rank, d_in), jnp.float32,
@@ -100,6 +104,33 @@ def collection(adapters: Mapping[str, PyTree]) -> PyTree | None:
                               "residual_b": residual["layers"][name]["b"]} for name, pair in lora["layers"].items()}}
 
 
+def folded(key: UInt32[Array, " 2"], number: Int[ArrayLike, ""]) -> UInt32[Array, " 2"]:
+    """Returns another key, as numbers, for each number."""
+    return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key), number))
+
+
+def with_dropout(lora: Mapping[str, PyTree], keys: UInt32[Array, "B 2"], rate: float) -> PyTree:
+    """Returns a LoRA, as the decoder reads it, that drops a share `rate` of its inputs (Srivastava et al., 2014).
+
+    Each sample has a key, so that what is dropped of it does not depend on the batch that it is in.
+    """
+    layers = {}
+    for index, (name, pair) in enumerate(sorted(lora["layers"].items())):
+        count = len(pair["a"])
+        own = jax.vmap(lambda layer, index=index: jax.vmap(
+            lambda key: folded(key, layer * len(TARGETS) + index))(keys))(jnp.arange(count))
+        layers[name] = {**pair, "dropout_keys": own, "keep": jnp.full(count, 1 - rate)}
+    return {"layers": layers}
+
+
+def _dropped(x: Float[Array, "tokens d_in"], pair: Mapping[str, Array]) -> Float[Array, "tokens d_in"]:
+    """Returns x with some entries set to 0 and the others divided by the share that is kept."""
+    shape = (len(x) // len(pair["dropout_keys"]), x.shape[1])  # of one sample
+    kept = jax.vmap(lambda key: jax.random.bernoulli(jax.random.wrap_key_data(key), pair["keep"], shape))(
+        pair["dropout_keys"]).reshape(x.shape)
+    return jnp.where(kept, x / pair["keep"].astype(x.dtype), 0)
+
+
 def lora_linears(x: Float[Array, "tokens d_in"], kernels: tuple[Float[Array, "d_in _d_out"], ...],
                  adapters: Mapping[str, Mapping[str, Float[Array, ...]]], names: tuple[str, ...], scale: float,
                  operands: str = "float32") -> tuple[Float[Array, "tokens _d_out"], ...]:
@@ -108,8 +139,9 @@ def lora_linears(x: Float[Array, "tokens d_in"], kernels: tuple[Float[Array, "d_
     Args:
         kernels: W of each target, in the order of `names`.
         adapters: one layer of a LoRA, {target: {"a": [R, d_in], "b": [d_out, R]}}. With "residual_a" [C, d_in] and
-            "residual_b" [d_out, C] beside them, W is W + scale·(residual_b·residual_a)ᵀ. Or one layer of several LoRA
-            that a router mixes, with the leaves of `models.experts.mixed`.
+            "residual_b" [d_out, C] beside them, W is W + scale·(residual_b·residual_a)ᵀ. With the leaves of
+            `with_dropout`, LoRA reads x after dropout. Or one layer of several LoRA that a router mixes, with the
+            leaves of `models.experts.mixed`.
         scale: α/r.
         operands: the dtype of the factors of products with W + scale·B·A; see `kernels.low_rank.merged`. Several
             experts form no such sum.
@@ -119,6 +151,9 @@ def lora_linears(x: Float[Array, "tokens d_in"], kernels: tuple[Float[Array, "d_
     if "residual_a" in adapters[names[0]]:
         kernels = tuple(w + (scale * adapters[n]["residual_a"].T @ adapters[n]["residual_b"].T).astype(w.dtype)
                         for n, w in zip(names, kernels, strict=True))
+    if "dropout_keys" in adapters[names[0]]:
+        return tuple(x @ w + (_dropped(x, adapters[n]) @ adapters[n]["a"].T.astype(x.dtype))
+                     @ (adapters[n]["b"].T * scale).astype(x.dtype) for n, w in zip(names, kernels, strict=True))
     a = jnp.concatenate([adapters[n]["a"] for n in names]).astype(x.dtype)  # [len(names)·R, d_in]: reads x once
     bs = tuple((adapters[n]["b"].T * scale).astype(x.dtype) for n in names)
     return linears_with_low_rank(x, kernels, a, bs, operands)

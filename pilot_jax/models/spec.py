@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 from pilot_jax.errors import InputError
+
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # the linear layers of a decoder layer, all of which can have LoRA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,7 @@ class TextSpec:
     biases: tuple[str, ...] = ()  # names of the linear layers that have a bias
     sliding_window: int | None = None  # width in tokens, the query's own included; None: no layer has a window
     sliding_layers: tuple[bool, ...] = ()  # whether each layer has the window
+    lora_targets: tuple[str, ...] = TARGETS  # linear layers that get LoRA
 
     @property
     def layers_see_alike(self) -> bool:
@@ -93,7 +97,7 @@ class TextSpec:
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """The sizes (d_in, d_out) of each linear layer that has LoRA: all but `lm_head`."""
+        """The sizes (d_in, d_out) of each linear layer that can have LoRA: all but `lm_head`."""
         c, f, hd = self.hidden_size, self.intermediate_size, self.head_dim
         return {
             "q": (c, self.num_heads * hd),
@@ -118,6 +122,11 @@ class VlmSpec:
     image_token_id: int  # -1, which is no token, for a language model alone
     drop_first: bool  # whether H_v lacks the tower's first token (LLaVA's vision_feature_select_strategy: default)
     projector_bias: bool
+
+    def with_lora_on(self, targets: Sequence[str]) -> VlmSpec:
+        """Returns the same model with LoRA on the named linear layers of the decoder, in the usual order."""
+        named = tuple(name for name in self.text.linear_shapes if name in targets)
+        return dataclasses.replace(self, text=dataclasses.replace(self.text, lora_targets=named))
 
     @property
     def num_image_tokens(self) -> int:

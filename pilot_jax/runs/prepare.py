@@ -156,7 +156,8 @@ def load_model(config: Config) -> PretrainedModel:
     parts = config.model.parts
     model = load(config.model.path, **options) if parts is None else load_from_parts(**parts.model_dump(), **options)
     module = model.module.clone(kernel=system.attention, operands=config.model.operands)
-    return dataclasses.replace(model, module=module, base=on_training_devices(model.base, system))
+    return dataclasses.replace(model, config=model.config.with_lora_on(lora.targets), module=module,
+                               base=on_training_devices(model.base, system))
 
 
 def prepare(config: Config, strategy: Strategy | None = None) -> Setup:
@@ -315,8 +316,8 @@ def outline(config: Config) -> Outline:
     """
     spec, text_directory = read_shapes(config.model)
     strategy = _fitting(config.model, make_strategy(config.strategy, schedule=config.federation.schedule))
-    return Outline(spec, text_directory, strategy, config.model, config.data, config.federation, config.train,
-                   config.eval, config.system)
+    return Outline(spec.with_lora_on(config.model.lora.targets), text_directory, strategy, config.model, config.data,
+                   config.federation, config.train, config.eval, config.system)
 
 
 def count_tasks(config: Config) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from pilot_jax.federation.client import client_loss, optimizer_labels
 from pilot_jax.federation.losses import LossWeights
 from pilot_jax.federation.phases import OptimizerSpec, PhaseSpec, make_optimizer
 from pilot_jax.models.lora import init_lora
+from pilot_jax.models.spec import TARGETS
 
 TOLERANCE = 1e-4
 RANK, ALPHA, RATE = 4, 12, 0.05
@@ -62,23 +65,25 @@ def test_it_takes_no_images(both):
             call()
 
 
-def peft_linears(peft):
+def peft_linears(peft, targets):
     """Returns the modules that have LoRA, by target and layer."""
     layers = peft.base_model.model.model.layers
     return {name: [getattr(layer.self_attn if name in "qkvo" else layer.mlp, f"{name}_proj") for layer in layers]
-            for name in ("q", "k", "v", "o", "gate", "up", "down")}
+            for name in targets}
 
 
-def test_a_gradient_step_of_lora_against_peft(both):
+@pytest.mark.parametrize("targets", [TARGETS, ("q", "v", "up", "down")], ids="-".join)
+def test_a_gradient_step_of_lora_against_peft(both, targets):
     """Loss, gradients and the weights after a step of SGD are those of peft, at answers in the middle of a text."""
     from peft import LoraConfig, get_peft_model
 
     reference, model = both
     lora = jax.tree.map(lambda a: np.random.default_rng(1).normal(size=a.shape).astype(np.float32) * 0.2,
-                        init_lora(jax.random.key(0), model.config.text, RANK))
-    peft = get_peft_model(reference, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=[
+                        init_lora(jax.random.key(0), model.config.with_lora_on(targets).text, RANK))
+    assert set(lora["layers"]) == set(targets)
+    peft = get_peft_model(copy.deepcopy(reference), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=[
         f"{name}_proj" for name in lora["layers"]])).train()
-    linears = peft_linears(peft)
+    linears = peft_linears(peft, targets)
     pairs = [(pair[x][i], getattr(module, f"lora_{x.upper()}")["default"].weight)
              for name, pair in lora["layers"].items() for i, module in enumerate(linears[name]) for x in ("a", "b")]
     with torch.no_grad():

@@ -13,7 +13,8 @@ from jaxtyping import PyTree
 from pilot_jax.errors import InputError
 from pilot_jax.files import new_folder, write_safetensors
 from pilot_jax.models.experts import is_mixture
-from pilot_jax.models.lora import LORA_SUBTREES, RESIDUAL, SCALE, TARGETS, assembled, joined, on_factors
+from pilot_jax.models.lora import LORA_SUBTREES, RESIDUAL, SCALE, assembled, joined, on_factors
+from pilot_jax.models.spec import TARGETS
 
 # Path of the decoder's layers in transformers' LlavaForConditionalGeneration, and in a language model by itself.
 LAYERS = {"llava": "model.language_model.layers", "language_model": "model.layers"}
