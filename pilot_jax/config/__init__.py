@@ -1,6 +1,6 @@
 """The configuration: its schema, and the functions that read and check config files. Imports only `errors`."""
 
-from pilot_jax.config.lora import LoraConfig, combine_field
+from pilot_jax.config.lora import LoraConfig, client_ranks, combine_field
 from pilot_jax.config.reading import (
     apply_overrides,
     differences,
@@ -29,7 +29,7 @@ from pilot_jax.config.schema import (
     SystemConfig,
     TrainConfig,
 )
-from pilot_jax.config.sections import DataConfig, DigitsConfig, EmojiConfig, LimitsConfig, Section
+from pilot_jax.config.sections import DataConfig, DigitsConfig, EmojiConfig, HoldOutConfig, LimitsConfig, Section
 
 __all__ = [
     "BOTH_OR_NEITHER",
@@ -40,6 +40,7 @@ __all__ = [
     "EmojiConfig",
     "EvalConfig",
     "FederationConfig",
+    "HoldOutConfig",
     "LimitsConfig",
     "LoraConfig",
     "MeshConfig",
@@ -53,6 +54,7 @@ __all__ = [
     "SystemConfig",
     "TrainConfig",
     "apply_overrides",
+    "client_ranks",
     "combine_field",
     "differences",
     "json_schema",
