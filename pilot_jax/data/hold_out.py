@@ -94,13 +94,15 @@ class _Splits:
     def _give(self, client: str, split: str) -> None:
         """Moves a group of the client into `split`, by which no client may lose its last group of another split.
 
-        Groups of this client alone come first, and then those whose hashes are nearest to the split's. If there is none
-        that may be moved, a client still gets a group for training.
+        The test split may take the last group for validation, which then gets another one if there are enough. Groups
+        of this client alone come first, and then those whose hashes are nearest to the split's. If there is none that
+        may be moved, a client still gets a group for training.
         """
         order = sorted(self._groups[client], reverse=split == "train")
         order = sorted(order, key=lambda key: len(self._owners[key]))
         key = next((key for key in order if all(
-            self._counts[owner][before] > 1 for owner, before, _ in self._changes(key, split))), None)
+            self._counts[owner][before] > 1 or (split, before) == ("test", "validation")
+            for owner, before, _ in self._changes(key, split))), None)
         if key is None and split == "train":
             key = order[0]
         if key is not None:

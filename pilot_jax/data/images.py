@@ -84,7 +84,9 @@ def _shown(image: Image.Image, limits: LimitsConfig) -> Image.Image:
     image = _eight_bit(_upright(image))
     if not image.has_transparency_data:
         return image.convert("RGB")
-    layer = image.convert("RGBA")  # `convert("RGB")` would show the colours that were hidden
+    # `convert("RGB")` would show the colours that were hidden. `convert("RGBA")` changes the palette of its image,
+    # which may be the user's.
+    layer = (image.copy() if image.mode == "P" else image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 

@@ -62,8 +62,8 @@ def _score_cards(runs: Sequence[RunRecord]) -> list[Card]:
 def _without_answers(run: RunRecord) -> str:
     """Returns why the page has no answers of a finished run's models; "" if it can have them."""
     if not run.summary["score_by_client"]:
-        return ("The data have no test samples, so there are no scores and no answers. Name the split of samples, or set "
-                "data.hold_out.test, such as 0.1.")
+        return ("The data have no test samples, so there are no scores and no answers. Name the split of samples, or "
+                "set data.hold_out.test, such as 0.1.")
     if run.config["data"]["path"].startswith(PREFIX):
         return "The samples were given in Python, so this page has no answers of the models."
     return ""
