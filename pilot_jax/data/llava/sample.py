@@ -83,6 +83,8 @@ def parse_sample(entry: Entry, image_root: Path | None, limits: LimitsConfig = L
         raise InputError(f"{where}: split: {reprlib.repr(split)}, expected one of {', '.join(SPLITS)}.")
     named = {key: checked_name(where, key, raw.get(key)) or checked_name(where, key, getattr(entry, key))
              for key in ("task", "client")}
+    if not named["task"]:
+        raise InputError(f"{where}: task: missing. Name the sample's task.")
     answers = raw.get("answers") or []
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
         raise InputError(f"{where}: answers: expected a list of texts, the references of the last answer.")

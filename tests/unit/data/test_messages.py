@@ -157,11 +157,11 @@ def test_names_of_pictures_in_either_form_of_unicode(tmp_path):
 
 
 # The chat templates of Llama-2-chat and of Qwen2 as their checkpoints have them, shortened to what they say of roles.
-LLAMA2 = ("{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set s = '<<SYS>>\\n' + "
-          "messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}{% else %}{% set rest = messages %}{% set s = '' %}"
-          "{% endif %}{% for m in rest %}{% set c = s + m['content'] if loop.index0 == 0 else m['content'] %}{% if m['role'] == "
-          "'user' %}{{ bos_token + '[INST] ' + c.strip() + ' [/INST]' }}{% else %}{{ ' ' + c.strip() + ' ' + eos_token "
-          "}}{% endif %}{% endfor %}")
+LLAMA2 = ("{% set rest = messages %}{% set s = '' %}{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] "
+          "%}{% set s = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}{% endif %}"
+          "{% for m in rest %}{% set c = s + m['content'] if loop.index0 == 0 else m['content'] %}"
+          "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + c.strip() + ' [/INST]' }}"
+          "{% else %}{{ ' ' + c.strip() + ' ' + eos_token }}{% endif %}{% endfor %}")
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}"
           "{% endfor %}")
 TURNS = (("system", "Be brief."), ("human", "hi"), ("gpt", "hello"), ("human", "and?"), ("gpt", "yes"))

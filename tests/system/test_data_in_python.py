@@ -1,0 +1,72 @@
+"""Tests runs whose samples are given in Python: they are resumed and restored with the same samples, and no others."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import DiesAt, Killed, same_run, small_config
+from PIL import Image
+
+import pilot_jax
+from pilot_jax.errors import InputError
+from pilot_jax.report.page import write_report
+
+
+def entries(colour=200):
+    return [{"image": Image.new("RGB", (20, 20), (colour, 40 * i, 0)), "task": "shade", "split": "train" if i else "test",
+             "conversations": [{"from": "human", "value": "<image>\nwhat is shown?"}, {"from": "gpt", "value": f"{i}"}]}
+            for i in range(5) for _ in range(2)]
+
+
+def by_turn(samples):
+    return [f"client {i % 2}" for i in range(len(samples))]
+
+
+def given(**options):
+    return pilot_jax.Data(entries(**options), partition=by_turn)
+
+
+CONFIG = small_config(federation={"rounds": 2, "local_steps": 1}, eval={"max_new_tokens": 2})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("given") / "run"
+    return pilot_jax.simulate(CONFIG, out=folder, data=given()), folder
+
+
+@pytest.mark.slow
+def test_it_is_restored_with_the_same_samples_alone(run, call, tmp_path):
+    done, folder = run
+    assert done.summary["clients"] == ["client 0", "client 1"] and done.summary["client_steps"] == 2 * 3
+    back = pilot_jax.restore(folder, data=given())
+    assert back.config == done.config and back.summary == done.summary
+    with pytest.raises(InputError, match="given in Python. Pass the same again"):
+        pilot_jax.restore(folder)
+    for other in (given(colour=100), pilot_jax.Data(entries(), partition=lambda samples: ["one"] * len(samples))):
+        with pytest.raises(InputError, match="data: these are not the samples of the run"):
+            pilot_jax.restore(folder, data=other)
+    code, _, err = call("evaluate", folder)
+    assert code == 2 and "given in Python" in err
+    page, *_ = write_report([folder], tmp_path / "page.html", 1)
+    assert "The samples were given in Python" in page.read_text()
+
+
+@pytest.mark.slow
+def test_it_is_resumed_with_the_same_samples_alone(run, tmp_path):
+    _, whole = run
+    folder = tmp_path / "run"
+    with pytest.raises(Killed):
+        pilot_jax.simulate(CONFIG, out=folder, data=given(), observers=[DiesAt(2)])
+    before = sorted(path.name for path in folder.rglob("*"))
+    for options in ({}, {"data": given(colour=100)}):
+        with pytest.raises(InputError, match="the run began with other samples than it is given now"):
+            pilot_jax.simulate(CONFIG, out=folder, resume=True, **options)
+    with pytest.raises(InputError, match="given in Python. Pass the same again"):
+        pilot_jax.simulate(pilot_jax.load_config(folder / "config.yaml"), out=folder, resume=True)
+    assert sorted(path.name for path in folder.rglob("*")) == before
+    pilot_jax.simulate(CONFIG, out=folder, resume=True, data=given())
+    same_run(whole, folder)
+    again = pilot_jax.simulate(CONFIG, out=folder, resume=True, data=given())  # has ended: it is restored
+    assert again.summary["clients"] == ["client 0", "client 1"]
+    with pytest.raises(InputError, match="data: these are not the samples of the run"):
+        pilot_jax.restore(folder, data=entries())  # without their partition
