@@ -11,10 +11,15 @@ from pilot_jax.errors import InputError
 from pilot_jax.report.page import write_report
 
 
+def entry(number, colour):
+    return {"image": Image.new("RGB", (20, 20), (colour, 40 * number, 0)), "task": "shade",
+            "split": "train" if number else "test",
+            "conversations": [{"from": "human", "value": "<image>\nwhat is shown?"},
+                              {"from": "gpt", "value": str(number)}]}
+
+
 def entries(colour=200):
-    return [{"image": Image.new("RGB", (20, 20), (colour, 40 * i, 0)), "task": "shade", "split": "train" if i else "test",
-             "conversations": [{"from": "human", "value": "<image>\nwhat is shown?"}, {"from": "gpt", "value": f"{i}"}]}
-            for i in range(5) for _ in range(2)]
+    return [entry(i, colour) for i in range(5) for _ in range(2)]
 
 
 def by_turn(samples):
@@ -40,7 +45,7 @@ def test_it_is_restored_with_the_same_samples_alone(run, call, tmp_path):
     assert done.summary["clients"] == ["client 0", "client 1"] and done.summary["client_steps"] == 2 * 3
     back = pilot_jax.restore(folder, data=given())
     assert back.config == done.config and back.summary == done.summary
-    with pytest.raises(InputError, match="given in Python. Pass the same again"):
+    with pytest.raises(InputError, match=r"given in Python\. Pass the same again"):
         pilot_jax.restore(folder)
     for other in (given(colour=100), pilot_jax.Data(entries(), partition=lambda samples: ["one"] * len(samples))):
         with pytest.raises(InputError, match="data: these are not the samples of the run"):
@@ -61,7 +66,7 @@ def test_it_is_resumed_with_the_same_samples_alone(run, tmp_path):
     for options in ({}, {"data": given(colour=100)}):
         with pytest.raises(InputError, match="the run began with other samples than it is given now"):
             pilot_jax.simulate(CONFIG, out=folder, resume=True, **options)
-    with pytest.raises(InputError, match="given in Python. Pass the same again"):
+    with pytest.raises(InputError, match=r"given in Python\. Pass the same again"):
         pilot_jax.simulate(pilot_jax.load_config(folder / "config.yaml"), out=folder, resume=True)
     assert sorted(path.name for path in folder.rglob("*")) == before
     pilot_jax.simulate(CONFIG, out=folder, resume=True, data=given())
