@@ -129,9 +129,11 @@ class HoldOutConfig(Section):
 class DataConfig(Section):
     """The data: where they are, how they become token ids and pixels, and how they are divided among clients."""
 
-    path: str = Field("digits", description="Path of LLaVA-format data: a .json, .jsonl or .parquet file, a folder of "
-                      "such files or of one folder per task, or a Hugging Face `datasets` folder. `digits` means the "
-                      "generated digit scenes of `data.digits`, `emoji` the pictures of `data.emoji`.")
+    path: str = Field("digits", description="Path of data with LLaVA's `conversations` or with `messages`: a .json, "
+                      ".jsonl or .parquet file, a folder of such files or of one folder per task, or a Hugging Face "
+                      "`datasets` folder. `digits` means the generated digit scenes of `data.digits`, `emoji` the "
+                      "pictures of `data.emoji`. A run of samples that were given in Python writes `python:` and their "
+                      "checksum here.")
     image_root: str | None = Field(None, description="Folder from which the samples' `image` paths start. null: the "
                                    "folder `images` beside the data if it exists, else the folder of the data.")
     file_names: Literal["task", "client"] = Field(
