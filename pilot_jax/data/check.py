@@ -158,11 +158,13 @@ def check_data(path: str | Path, data: DataConfig, model: PretrainedModel | None
     if data.template not in (*TEMPLATES, TOKENIZER):
         raise InputError(f"data.template: {data.template!r} is not known. Use one of "
                          f"{', '.join([*TEMPLATES, TOKENIZER])}.")
-    root, side = find_image_root(path, data.image_root), 336 if model is None else model.config.tower.image_size
+    root = find_image_root(path, data.image_root)
+    has_tower = model is None or model.config.vision is not None
+    side = 336 if model is None or not has_tower else model.config.tower.image_size
     samples, entries, errors = list[Sample](), list[Entry](), list[str]()
     for entry in read_entries(path, data.file_names, data.limits):
         try:
-            samples.append(_sample(entry, root, data, side, settings.takes_images))
+            samples.append(_sample(entry, root, data, side, settings.takes_images and has_tower))
         except InputError as error:
             errors.append(str(error))
         entries.append(dataclasses.replace(entry, value={"task": entry.value.get("task")})

@@ -151,9 +151,8 @@ def load_samples(config: Config, given: list[Sample] | None = None) -> list[Samp
 
 def checked_data(config: Config, path: Path, model: PretrainedModel | None) -> Report:
     """Returns what `check_data` finds in the data of `path` for a run of this config."""
-    images = config.model.takes_images if model is None else model.config.vision is not None
-    settings = Settings(config.federation.clients, config.system.seed, images, config.eval.every)
-    return check_data(path, config.data, model, settings)
+    return check_data(path, config.data, model, Settings(
+        config.federation.clients, config.system.seed, config.model.takes_images, config.eval.every))
 
 
 def _check_names(config: Config, names: list[str], tasks: list[str]) -> None:

@@ -32,10 +32,10 @@ def _tables(path: Path) -> dict[str, Any]:
     return dict(loaded) if isinstance(loaded, dict) else {"": loaded}
 
 
-def _conversations(raw: Any) -> Any:
+def _turns(raw: Any) -> Any:
     """Returns a list of turns; older releases of `datasets` give a struct of lists instead of a list of structs."""
-    if isinstance(raw, dict) and {"from", "value"} <= set(raw):
-        return [{"from": who, "value": text} for who, text in zip(raw["from"], raw["value"], strict=True)]
+    if isinstance(raw, dict) and raw and all(isinstance(column, list) for column in raw.values()):
+        return [dict(zip(raw, values, strict=True)) for values in zip(*raw.values(), strict=True)]
     return raw
 
 
@@ -54,7 +54,7 @@ def tables_rows(tables: Mapping[str, Any], name: str) -> Iterator[tuple[str, obj
         table = _encoded(table)
         for row in range(len(table)):
             value = dict(table[row])
-            value["conversations"] = _conversations(value.get("conversations"))
+            value |= {key: _turns(value.get(key)) for key in ("conversations", "messages")}
             for key, one in (("image", value.get("image")), ("images", value.get("images"))):
                 alone = one[0] if key == "images" and isinstance(one, list) and len(one) == 1 else one
                 if isinstance(alone, dict):
