@@ -82,6 +82,10 @@ def test_from_check_to_report(call, tmp_path):
     assert code == 0, err
     page = (tmp_path / "plain.html").read_text()
     assert "The data have no test samples, so there are no scores and no answers" in page
+    code, _, err = call("evaluate", tmp_path / "plain")
+    assert code == 2 and "no client has test samples" in err and "data.hold_out.test" in err
+    code, _, err = call("compare", tmp_path / "c.yaml", "--strategies", "fedavg", "--out", tmp_path / "all")
+    assert code == 2 and "no client has test samples" in err and "data.hold_out.test" in err
 
     code, out, err = call(*check, *held)
     assert code == 0 and "1 of 30 clients have no test samples" in out and "no client has" not in out, err
