@@ -16,10 +16,12 @@ __version__ = "0.1.0"
 # Resolved on first use, so that `import pilot_jax` and `pilot-jax --help` stay fast.
 _PUBLIC = {
     "Config": "pilot_jax.config:Config",
+    "Data": "pilot_jax.data.given:Data",
     "EarlyStopping": "pilot_jax.runs.early_stopping:EarlyStopping",
     "InputError": "pilot_jax.errors:InputError",
     "Run": "pilot_jax.runs.restore:Run",
     "RunObserver": "pilot_jax.federation.observer:RunObserver",
+    "Sample": "pilot_jax.data.llava.sample:Sample",
     "Strategy": "pilot_jax.federation.strategies:Strategy",
     "StrategyParams": "pilot_jax.config:StrategyParams",
     "answer": "pilot_jax.runs.restore:answer",

@@ -227,7 +227,7 @@ def tree_max_difference(a, b) -> float:
 @contextlib.contextmanager
 def toy_instead_of_model(clients=None, client_chunk=2):
     """Makes `simulate` and `restore` train the toy on the clients given, whatever model and data a config names."""
-    def setup(config, strategy=None):
+    def setup(config, strategy=None, samples=None):
         if strategy is None:
             strategy = make_strategy(config.strategy, schedule=config.federation.schedule)
         else:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from pilot_jax.cli.options import Overrides
 from pilot_jax.cli.tables import printable
 from pilot_jax.errors import InputError
 
@@ -72,36 +74,41 @@ def stamps(folder: Annotated[Path, typer.Argument(
 
 
 def check(path: Annotated[Path, typer.Argument(help="Data file or folder of data files.")],
-          image_root: Annotated[Path | None, typer.Option(help="Folder that image paths are relative to.")] = None,
+          config_file: Annotated[Path | None, typer.Option(
+              "--config", help="YAML config of the run, whose keys apply. Default: the default of every key.")] = None,
+          overrides: Overrides = None,
+          image_root: Annotated[Path | None, typer.Option(
+              help="Folder that image paths are relative to: the key data.image_root.")] = None,
           model: Annotated[str | None, typer.Option(
-              help="LLaVA directory whose tokenizer measures lengths in tokens. Default: in characters.")] = None,
-          template: Annotated[str, typer.Option(help="Conversation template.")] = "vicuna_v1",
-          max_length: Annotated[int, typer.Option(
-              min=8, help="Number of tokens after which a run would cut a sample.")] = 2048,
-          file_names: Annotated[str, typer.Option(
-              help="What the names of data files stand for, if samples do not say it: task or client.")] = "task",
-          ) -> None:
+              help="LLaVA directory, whose tokenizer measures lengths in tokens. Default: in characters, and samples "
+                   "that are too long are not found.")] = None,
+          template: Annotated[str | None, typer.Option(help="Conversation template: the key data.template.")] = None,
+          max_length: Annotated[int | None, typer.Option(
+              help="Number of tokens after which a run would cut a sample: the key data.max_length.")] = None,
+          file_names: Annotated[str | None, typer.Option(
+              help="What the names of data files stand for, if samples do not say it, task or client: the key "
+                   "data.file_names.")] = None) -> None:
     """Read a data set as `run` would, images included, and report its counts, its lengths and all errors in it."""
-    from pilot_jax.config import parse_config
-    from pilot_jax.data.check import check_data
+    from pilot_jax.config import apply_overrides, load_config, parse_config
+    from pilot_jax.runs.prepare import checked_data
 
-    settings = parse_config({"data": {"image_root": None if image_root is None else str(image_root),
-                                      "template": template, "max_length": max_length, "file_names": file_names}},
-                            "data check").data
+    given = {"image_root": None if image_root is None else str(image_root), "template": template,
+             "max_length": max_length, "file_names": file_names}
+    settings = parse_config({}) if config_file is None else load_config(config_file)
+    settings = apply_overrides(settings, [*(f"data.{key}={json.dumps(value)}" for key, value in given.items()
+                                            if value is not None), *(overrides or [])])
     loaded = None
     if model is not None:
-        from pilot_jax.data.conversations import stop_tokens
         from pilot_jax.models.pretrained import load
 
         loaded = load(model)
-        stop_tokens(loaded.tokenizer(), template)
-    report = check_data(path, settings, loaded)
+    report = checked_data(settings, path, loaded)
     for (task, client, split), count in report.counts.items():
         typer.echo(f"{task:<16} {client or '(no client)':<20} {split:<12} {count:>7}")
     for low, high, count in report.lengths:
         typer.echo(f"{low:>6} to {high:>6} {report.length_unit:<12} {count:>7}")
     for warning in report.warnings:
-        typer.echo(f"Warning: {warning}.")
+        typer.echo(printable(f"Warning: {warning}."))
     if report.errors:
         for error in report.errors[:20]:
             typer.echo(f"Error: {printable(error)}", err=True)

@@ -37,7 +37,8 @@ def evaluate(run_dir: RunPath,
         return
     by_client = score(done.evaluation, done.population, split)
     if not by_client:
-        raise InputError(f"data.path: no client has {split} samples.")
+        raise InputError(f"data.path: no client has {split} samples. Name their split, or train another run with "
+                         f"data.hold_out.{split}.")
     mean = sum(by_client.values()) / len(by_client)
     if as_json:
         typer.echo(json.dumps({"split": split, "score_mean": mean, "score_by_client": by_client}, indent=1))

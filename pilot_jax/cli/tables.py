@@ -18,6 +18,27 @@ def printable(text: str) -> str:
 
 
 def print_scores(summary: dict) -> None:
+    """Prints the scores and the costs of a run."""
+    if summary["score_by_client"]:
+        _print_score_table(summary)
+    else:
+        typer.echo("No scores: the data have no test samples. Name the split of samples, or set data.hold_out.test, "
+                   "such as 0.1.")
+    speed = summary["client_steps_per_second"]
+    typer.echo(f"{summary['client_steps']} client steps{'' if speed is None else f', {speed:.1f}/s'}; "
+               f"{summary['bytes_up'] / 1e6:.1f} MB up, {summary['bytes_down'] / 1e6:.1f} MB down; "
+               f"{summary['wall_seconds']:.0f} s with evaluation, of which compiling "
+               f"{summary['compile_seconds']:.0f} s")
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in summary.get("memory_bytes", {}).items())
+    typer.echo(f"peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB{f', of which {parts}' if parts else ''}")
+    if summary.get("quarantined"):
+        typer.echo(f"{summary['quarantined']} uploads were refused; metrics.jsonl says why (key `fault`)")
+    if summary.get("epsilon") is not None:
+        typer.echo(f"Differential privacy of one client's uploads: ε = {summary['epsilon']:.3g}")
+
+
+def _print_score_table(summary: dict) -> None:
+    """Prints the score of every client, and the means by task."""
     table = Table(title="Score on held-out data, each client's own model")
     for column in ("task", "client"):
         table.add_column(column)
@@ -42,17 +63,6 @@ def print_scores(summary: dict) -> None:
     table.add_row("all", "mean", shown(summary["score_base"]), shown(summary["score_mean"]),
                   *(shown(summary[key]) for _, key in others), style="bold")
     Console(width=None if sys.stdout.isatty() else 80).print(table)
-    speed = summary["client_steps_per_second"]
-    typer.echo(f"{summary['client_steps']} client steps{'' if speed is None else f', {speed:.1f}/s'}; "
-               f"{summary['bytes_up'] / 1e6:.1f} MB up, {summary['bytes_down'] / 1e6:.1f} MB down; "
-               f"{summary['wall_seconds']:.0f} s with evaluation, of which compiling "
-               f"{summary['compile_seconds']:.0f} s")
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in summary.get("memory_bytes", {}).items())
-    typer.echo(f"peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB{f', of which {parts}' if parts else ''}")
-    if summary.get("quarantined"):
-        typer.echo(f"{summary['quarantined']} uploads were refused; metrics.jsonl says why (key `fault`)")
-    if summary.get("epsilon") is not None:
-        typer.echo(f"Differential privacy of one client's uploads: ε = {summary['epsilon']:.3g}")
 
 
 def print_comparison(results: dict) -> None:

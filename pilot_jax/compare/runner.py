@@ -22,6 +22,7 @@ from pilot_jax.compare.statistics import edge_warnings, summarise
 from pilot_jax.compare.variants import Variant
 from pilot_jax.config import Config, apply_overrides
 from pilot_jax.data.arrays import ClientData, Prompts, aligned
+from pilot_jax.errors import InputError
 from pilot_jax.evaluation.finetune import Finetuned, after_finetuning, finetune
 from pilot_jax.evaluation.personalised import base_prompts, evaluate_together, forgetting, mean_score
 from pilot_jax.evaluation.scores import Scores, final_scores, score_record
@@ -225,6 +226,10 @@ class Comparison:
             self._fields.clear()
             self._fields[kind] = (make_field(self.config, [TUNING_SEED]) if kind == "tune"
                                   else make_field(self.config, seeds, samples))
+            split = "validation" if kind == "tune" else self.options.split
+            if not any(split in c.evaluation for c in self._fields[kind].setups[0].evaluation.clients):
+                raise InputError(f"data.path: no client has {split} samples, on which scores could be compared. Name "
+                                 f"the split of samples, or set data.hold_out.{split}, such as 0.1.")
         return self._fields[kind]
 
     def _once(self, name: str, given: Sequence[object], make: Callable[[], Record]) -> tuple[Record, bool]:

@@ -1,6 +1,6 @@
 """The configuration: its schema, and the functions that read and check config files. Imports only `errors`."""
 
-from pilot_jax.config.lora import LoraConfig, combine_field
+from pilot_jax.config.lora import LoraConfig, client_ranks, combine_field
 from pilot_jax.config.own_code import import_own, use_modules
 from pilot_jax.config.reading import (
     apply_overrides,
@@ -29,7 +29,7 @@ from pilot_jax.config.schema import (
     StrategyParams,
     SystemConfig,
 )
-from pilot_jax.config.sections import DataConfig, DigitsConfig, EmojiConfig, LimitsConfig, Section
+from pilot_jax.config.sections import DataConfig, DigitsConfig, EmojiConfig, HoldOutConfig, LimitsConfig, Section
 from pilot_jax.config.training import ClientTrainConfig, TrainConfig, scaled_rates
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "EmojiConfig",
     "EvalConfig",
     "FederationConfig",
+    "HoldOutConfig",
     "LimitsConfig",
     "LoraConfig",
     "MeshConfig",
@@ -55,6 +56,7 @@ __all__ = [
     "SystemConfig",
     "TrainConfig",
     "apply_overrides",
+    "client_ranks",
     "combine_field",
     "differences",
     "import_own",

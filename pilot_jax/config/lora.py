@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pilot_jax.config.sections import Section
+from pilot_jax.errors import InputError
 
 Combine = Literal["factors", "product", "aligned", "exact"]
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
@@ -58,3 +60,18 @@ def combine_field(default: str) -> Any:
         "aligned: the means of A and B after each pair is rotated to the server's model (in a client's own mixture, to "
         "its own pair), which does not change B·A. exact: as factors, and what the mean of the products has beyond "
         "them is added to the frozen weights; for strategies with one model for all.")
+
+
+def client_ranks(rank: int | Mapping[str, int], names: Sequence[str]) -> tuple[int, ...] | None:
+    """Returns the LoRA rank of each client; None for one rank of all.
+
+    Raises:
+        InputError: a client has no rank, or there is no client of a name.
+    """
+    if isinstance(rank, int):
+        return None
+    if unknown := sorted(set(rank) - {*names, "*"}):
+        raise InputError(f"model.lora.rank: unknown client {unknown[0]!r}. Known: {', '.join(names)}.")
+    if missing := [name for name in names if name not in rank and "*" not in rank]:
+        raise InputError(f"model.lora.rank: no rank for client {missing[0]!r}. Add it, or give '*' for all others.")
+    return tuple(rank[name] if name in rank else rank["*"] for name in names)

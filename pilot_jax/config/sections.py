@@ -107,12 +107,33 @@ class LimitsConfig(Section):
     follow_links: bool = Field(False, description="Whether symbolic links may lead out of the folder of images.")
 
 
+class HoldOutConfig(Section):
+    """Shares of each client's training samples that are held out, for data without such splits."""
+
+    validation: float = Field(
+        0.0, ge=0, lt=1, description="Share of each client's training samples that becomes its validation split, "
+        "unless the data have one for this client. 0: none.")
+    test: float = Field(
+        0.0, ge=0, lt=1, description="Share of each client's training samples that becomes its test split, unless the "
+        "data have one for this client. Samples are chosen by a hash of their image, or of their prompt if they have "
+        "none, so that samples with the same image are in the same split; a client that has enough of them gets at "
+        "least one. 0: none.")
+
+    @model_validator(mode="after")
+    def _some_remain(self) -> HoldOutConfig:
+        if self.validation + self.test >= 1:
+            raise ValueError("validation and test together must be less than 1, so that training samples remain")
+        return self
+
+
 class DataConfig(Section):
     """The data: where they are, how they become token ids and pixels, and how they are divided among clients."""
 
-    path: str = Field("digits", description="Path of LLaVA-format data: a .json, .jsonl or .parquet file, a folder of "
-                      "such files or of one folder per task, or a Hugging Face `datasets` folder. `digits` means the "
-                      "generated digit scenes of `data.digits`, `emoji` the pictures of `data.emoji`.")
+    path: str = Field("digits", description="Path of data with LLaVA's `conversations` or with `messages`: a .json, "
+                      ".jsonl or .parquet file, a folder of such files or of one folder per task, or a Hugging Face "
+                      "`datasets` folder. `digits` means the generated digit scenes of `data.digits`, `emoji` the "
+                      "pictures of `data.emoji`. A run of samples that were given in Python writes `python:` and their "
+                      "checksum here.")
     image_root: str | None = Field(None, description="Folder from which the samples' `image` paths start. null: the "
                                    "folder `images` beside the data if it exists, else the folder of the data.")
     file_names: Literal["task", "client"] = Field(
@@ -133,6 +154,7 @@ class DataConfig(Section):
         "samples are divided into equal or Dirichlet-distributed shares, validation and test samples into equal ones.")
     dirichlet_alpha: float = Field(1.0, gt=0, description="Concentration α of the Dirichlet distribution in "
                                    "`partition: dirichlet`. Smaller values give more uneven shares.")
+    hold_out: HoldOutConfig = HoldOutConfig()
     max_length: int = Field(
         2048, ge=8, description="Largest number of tokens of a conversation, image tokens included. Longer training "
         "samples lose their end. A longer evaluation prompt is an error, and so is a sample that would lose image "

@@ -1,4 +1,4 @@
-"""Builds every client's data from samples: divides them among clients, encodes them and pads them to a few shapes."""
+"""Builds every client's data from its samples: encodes them and pads them to a few shapes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from pilot_jax.data.arrays import (
     training_length,
 )
 from pilot_jax.data.conversations import IMAGE, Encoded, encode
+from pilot_jax.data.division import client_faults
 from pilot_jax.data.features import FeatureRows, Features
-from pilot_jax.data.llava.sample import SPLITS, Sample
+from pilot_jax.data.llava.sample import Sample
+from pilot_jax.data.llava.turns import Turns
 from pilot_jax.errors import InputError
 from pilot_jax.storage import append_rows
 
@@ -49,24 +51,41 @@ def refuse_images(samples: Sequence[Sample], takes_images: bool) -> None:
                                  "Leave samples with images out, or give model.parts.vision and model.parts.projector.")
 
 
+def encode_prompt(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, sample: Sample,
+                  data: DataConfig) -> np.ndarray:
+    """Returns the token ids, int32 [length], of a conversation without its last answer.
+
+    Raises:
+        InputError: the prompt is longer than `data.max_length`. It is not cut, because it would then ask something
+            else. Or it has a token that the model does not know, or the template cannot form it.
+    """
+    ids = _encode(model, tokenizer, sample, sample.turns[:-1], data).input_ids
+    if len(ids) > data.max_length:
+        raise InputError(f"{sample.source}: the prompt has {len(ids)} tokens, data.max_length is "
+                         f"{data.max_length}. Shorten it or raise the limit.")
+    return ids
+
+
 def encode_prompts(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample],
                    data: DataConfig) -> list[np.ndarray]:
     """Returns the token ids, int32 [length], of each conversation without its last answer.
 
     Raises:
-        InputError: a prompt is longer than `data.max_length`. It is not cut, because it would then ask something else.
-            Or it has a token that the model does not know, or an image that it does not take.
+        InputError: see `encode_prompt`; or a sample has an image, which the model does not take.
     """
     refuse_images(samples, model.config.vision is not None)
-    n_image, prompts = model.config.num_image_tokens, []
-    for sample in samples:
-        ids = encode(tokenizer, sample.turns[:-1], data.template, n_image).input_ids
-        _check_ids(sample, ids, model, tokenizer)
-        if len(ids) > data.max_length:
-            raise InputError(f"{sample.source}: the prompt has {len(ids)} tokens, data.max_length is "
-                             f"{data.max_length}. Shorten it or raise the limit.")
-        prompts.append(ids)
-    return prompts
+    return [encode_prompt(model, tokenizer, sample, data) for sample in samples]
+
+
+def _encode(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, sample: Sample, turns: Turns,
+            data: DataConfig, max_length: int | None = None) -> Encoded:
+    """Returns the encoded turns of a sample; an error names the sample."""
+    try:
+        item = encode(tokenizer, turns, data.template, model.config.num_image_tokens, max_length)
+    except InputError as error:
+        raise InputError(f"{sample.source}: {error}") from None
+    _check_ids(sample, item.input_ids, model, tokenizer)
+    return item
 
 
 def _check_ids(sample: Sample, ids: np.ndarray, model: PretrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -104,8 +123,7 @@ def with_answers(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, sam
         prompt = prompts.input_ids[number][prompts.attention_mask[number] > 0]
         for reference in dict.fromkeys(sample.references):
             turns = (*sample.turns[:-1], ("gpt", reference))
-            item = encode(tokenizer, turns, data.template, model.config.num_image_tokens)
-            _check_ids(sample, item.input_ids, model, tokenizer)
+            item = _encode(model, tokenizer, sample, turns, data)
             if len(item.input_ids) > data.max_length:
                 raise InputError(f"{sample.source}: the prompt and its answer have {len(item.input_ids)} tokens, "
                                  f"data.max_length is {data.max_length}. Shorten them or raise the limit.")
@@ -134,6 +152,21 @@ def clients_with_answers(model: PretrainedModel, tokenizer: PreTrainedTokenizerF
         for split, prompts in client.evaluation.items()}) for client in clients]
 
 
+def encode_sample(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, sample: Sample,
+                  data: DataConfig) -> Encoded:
+    """Returns a conversation's token ids with its answers marked, cut to `data.max_length`.
+
+    Raises:
+        InputError: the limit would cut an image, or leave the sample without an answer token, or a token is not one of
+            the model's, or the template cannot form the conversation.
+    """
+    item = _encode(model, tokenizer, sample, sample.turns, data, data.max_length)
+    if not item.supervised.any():
+        raise InputError(f"{sample.source}: no answer token within data.max_length ({data.max_length}). "
+                         "Shorten the sample or raise the limit.")
+    return item
+
+
 def encode_samples(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample],
                    data: DataConfig) -> list[Encoded]:
     """Returns each conversation's token ids with its answers marked, cut to `data.max_length`.
@@ -141,21 +174,10 @@ def encode_samples(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, s
     A warning is logged that says how many answers were cut.
 
     Raises:
-        InputError: the limit would cut an image, or leave a sample without an answer token, or a token is not one of
-            the model's, or the model takes no images.
+        InputError: see `encode_sample`; or a sample has an image, which the model does not take.
     """
     refuse_images(samples, model.config.vision is not None)
-    encoded = []
-    for sample in samples:
-        try:
-            item = encode(tokenizer, sample.turns, data.template, model.config.num_image_tokens, data.max_length)
-        except InputError as error:
-            raise InputError(f"{sample.source}: {error}") from None
-        _check_ids(sample, item.input_ids, model, tokenizer)
-        if not item.supervised.any():
-            raise InputError(f"{sample.source}: no answer token within data.max_length ({data.max_length}). "
-                             "Shorten the sample or raise the limit.")
-        encoded.append(item)
+    encoded = [encode_sample(model, tokenizer, sample, data) for sample in samples]
     cut = [sample.source for sample, item in zip(samples, encoded, strict=True) if item.cut]
     if cut:
         logger.warning("data.max_length: %d cuts the answers of %d of %d samples (first: %s).", data.max_length,
@@ -211,16 +233,11 @@ def _rows_by_client(samples: Sequence[Sample]) -> dict[str, list[int]]:
     Raises:
         InputError: a client has several tasks, or no training sample.
     """
+    for fault in client_faults(samples):
+        raise InputError(fault)
     rows_by_client: dict[str, list[int]] = {}
     for i, sample in enumerate(samples):
         rows_by_client.setdefault(sample.client, []).append(i)
-    for name, rows in rows_by_client.items():
-        tasks = sorted({samples[i].task for i in rows})
-        if len(tasks) != 1:
-            raise InputError(f"client {name!r} has samples of several tasks ({', '.join(tasks)}). "
-                             "Pilot gives each client one task: split it into one client per task.")
-        if all(samples[i].split != "train" for i in rows):
-            raise InputError(f"client {name!r} has no training sample. Add some, or remove the client from data.path.")
     return rows_by_client
 
 
@@ -232,55 +249,3 @@ def _evaluation_prompts(samples: Sequence[Sample], rows: Sequence[int], prompts:
         if own := [i for i in rows if samples[i].split == split]:
             out[split] = build_prompts([samples[i] for i in own], [prompts[i] for i in own], features.rows(own), length)
     return out
-
-
-def partition(samples: list[Sample], how: str, clients: int | None, alpha: float, seed: int) -> list[Sample]:
-    """Returns the samples with the key `client` set according to `data.partition`.
-
-    Args:
-        how: "given": every sample names its client. "equal", "dirichlet": each task's samples of each split are
-            shuffled and divided among clients / T clients, in equal or Dirichlet(alpha) shares of at least one sample.
-        clients: the number of clients, a multiple of the number of tasks T; unused with "given".
-
-    Raises:
-        InputError: a sample names no client, `clients` is not a multiple of T, or a task has too few samples.
-    """
-    if how == "given":
-        for sample in samples:
-            if not sample.client:
-                raise InputError(f"{sample.source}: client: missing. Name the sample's client, or set data.partition: "
-                                 "equal.")
-        return samples
-    tasks = sorted({s.task for s in samples})
-    if clients is None or clients % len(tasks):
-        raise InputError(f"federation.clients: {clients} must be a multiple of the {len(tasks)} tasks "
-                         f"({', '.join(tasks)}) with data.partition: {how}.")
-    per_task = clients // len(tasks)
-    out = []
-    for index, task in enumerate(tasks):
-        rng = np.random.default_rng([seed, index])
-        equal = np.full(per_task, 1.0 / per_task)
-        shares = equal if how == "equal" else rng.dirichlet(np.full(per_task, alpha))
-        for split in SPLITS:
-            of_split = [s for s in samples if s.task == task and s.split == split]
-            if of_split:
-                # Evaluation splits are divided evenly, because a score of only a few samples says little.
-                out += _divided(of_split, shares if split == "train" else equal, rng)
-    return out
-
-
-def _divided(samples: Sequence[Sample], shares: np.ndarray, rng: np.random.Generator) -> list[Sample]:
-    """Returns a task's samples, shuffled and divided among clients `<task>_<number>` in the given shares.
-
-    Raises:
-        InputError: there are fewer samples than clients.
-    """
-    task, clients = samples[0].task, len(shares)
-    if len(samples) < clients:
-        raise InputError(f"data.path: task {task!r} has {len(samples)} {samples[0].split} samples for {clients} "
-                         "clients. Lower federation.clients, or add samples.")
-    counts = 1 + np.floor(shares * (len(samples) - clients)).astype(int)
-    counts[np.argmax(shares)] += len(samples) - counts.sum()
-    order = rng.permutation(len(samples))
-    numbers = np.repeat(np.arange(clients), counts)
-    return [dataclasses.replace(samples[i], client=f"{task}_{k}") for i, k in zip(order, numbers, strict=True)]

@@ -1,4 +1,4 @@
-"""Checks a LLaVA-format data set and reports all of its problems at once."""
+"""Checks a data set as a run would, and reports all of its problems at once."""
 
 from __future__ import annotations
 
@@ -11,14 +11,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pilot_jax.config import DataConfig, LimitsConfig
-from pilot_jax.data.conversations import encode
+from pilot_jax.data.build import encode_prompt, encode_sample, refuse_images
+from pilot_jax.data.conversations import TEMPLATES, TOKENIZER, check_system, encode, stop_tokens
+from pilot_jax.data.division import check_client_count, client_faults, divided, missing_splits, splits_of
 from pilot_jax.data.images import check_shape, read_image
 from pilot_jax.data.llava.reading import find_image_root, read_entries
-from pilot_jax.data.llava.sample import Sample, parse_sample
+from pilot_jax.data.llava.sample import Entry, Sample, parse_sample
 from pilot_jax.errors import InputError
 
 if TYPE_CHECKING:
     from pilot_jax.models.pretrained import PretrainedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run's config says of its data outside of the section `data`."""
+
+    clients: int | None = None  # federation.clients
+    seed: int = 0  # system.seed
+    takes_images: bool = True  # whether the base has a vision tower
+    every: int = 0  # eval.every
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,53 +80,110 @@ def _duplicates(samples: list[Sample], limits: LimitsConfig) -> list[str]:
     return out
 
 
-def _client_errors(samples: list[Sample]) -> list[str]:
-    """Returns errors about clients with several tasks or without a training sample."""
-    tasks: dict[str, set[str]] = defaultdict(set)
-    trained = {s.client for s in samples if s.split == "train"}
+def _oddities(entries: list[Entry], samples: list[Sample]) -> list[str]:
+    """Returns warnings about what a run takes as it is: equal ids, empty answers, and tasks that only files name."""
+    out = []
+    first: dict[str, Sample] = {}
+    again = [(first[s.id], s) for s in samples if first.setdefault(s.id, s) is not s]
+    if again:
+        out.append(f"{len(again)} samples have the id of another one (first: {again[0][0].id!r} of "
+                   f"{again[0][0].source} and {again[0][1].source})")
+    empty = [s.source for s in samples if not all(text.strip() for text in (s.turns[-1][1], *s.answers))]
+    if empty:
+        out.append(f"{len(empty)} samples have an empty answer, of which a model learns to say nothing (first: "
+                   f"{empty[0]})")
+    unnamed = [e for e in entries if isinstance(e.value, dict) and not e.value.get("task")]
+    if unnamed and len(unnamed) < len(entries):  # if none does, files are meant to name tasks
+        tasks = ", ".join(sorted({e.task for e in unnamed}))
+        out.append(f"{len(unnamed)} samples name no task and get that of their file's name: {tasks} (first: "
+                   f"{unnamed[0].where})")
+    return out
+
+
+def _encoding_errors(samples: list[Sample], data: DataConfig, model: PretrainedModel) -> list[str]:
+    """Returns errors about samples that cannot be encoded as a run would encode them, by their splits.
+
+    Raises:
+        InputError: the tokenizer lacks the template's stop token.
+    """
+    tokenizer, errors = model.tokenizer(), list[str]()
+    stop_tokens(tokenizer, data.template)
     for sample in samples:
-        tasks[sample.client].add(sample.task)
-    several = [f"client {c!r} has samples of several tasks ({', '.join(sorted(t))}); a client must have one"
-               for c, t in sorted(tasks.items()) if c and len(t) > 1]
-    return several + [f"client {c!r} has no training sample" for c in sorted(tasks) if c and c not in trained]
+        try:
+            (encode_sample if sample.split == "train" else encode_prompt)(model, tokenizer, sample, data)
+        except InputError as error:
+            errors.append(str(error))
+    return errors
 
 
-def check_data(path: str | Path, data: DataConfig, model: PretrainedModel | None = None) -> Report:
+
+
+def _sample(entry: Entry, root: Path, data: DataConfig, side: int, takes_images: bool) -> Sample:
+    """Returns the sample of an entry, after reading its image and checking what does not depend on its split.
+
+    Raises:
+        InputError: a run would refuse the entry.
+    """
+    sample = parse_sample(entry, root, data.limits)
+    refuse_images([sample], takes_images)
+    if sample.image is not None:
+        check_shape(sample, read_image(sample, data.limits), data.image_fit, data.limits, side)
+    try:
+        check_system(sample.turns, data.template)
+    except InputError as error:
+        raise InputError(f"{sample.source}: {error}") from None
+    return sample
+
+
+def _lengths(samples: list[Sample], data: DataConfig, model: PretrainedModel | None) -> list[int]:
+    """Returns the samples' numbers of tokens; without a model, of characters."""
+    if model is None:
+        return [sum(len(text) for _, text in sample.turns) for sample in samples]
+    tokenizer, count = model.tokenizer(), model.config.num_image_tokens
+    return [len(encode(tokenizer, sample.turns, data.template, count).input_ids) for sample in samples]
+
+
+def check_data(path: str | Path, data: DataConfig, model: PretrainedModel | None = None,
+               settings: Settings = Settings()) -> Report:
     """Reads a data set as a run would, images included, and returns a report of its problems.
 
     Args:
-        model: a model whose tokenizer measures lengths in tokens and finds answers that `data.max_length` cuts. None:
-            lengths are in characters.
+        model: a model whose tokenizer measures lengths in tokens and finds samples that are too long for
+            `data.max_length`. None: lengths are in characters, and nothing is too long.
+        settings: what the run's config says outside of the section `data`.
 
     Raises:
-        InputError: `path` holds no data file, or a file cannot be parsed at all.
+        InputError: `path` holds no data file, or a file cannot be parsed at all, or the template cannot be used.
     """
+    if data.template not in (*TEMPLATES, TOKENIZER):
+        raise InputError(f"data.template: {data.template!r} is not known. Use one of "
+                         f"{', '.join([*TEMPLATES, TOKENIZER])}.")
     root = find_image_root(path, data.image_root)
-    samples, lengths = list[Sample](), list[int]()
-    errors, warnings, cut = list[str](), list[str](), list[str]()
-    tokenizer = None if model is None else model.tokenizer()
+    has_tower = model is None or model.config.vision is not None
+    side = 336 if model is None or not has_tower else model.config.tower.image_size
+    samples, entries, errors = list[Sample](), list[Entry](), list[str]()
     for entry in read_entries(path, data.file_names, data.limits):
         try:
-            sample = parse_sample(entry, root, data.limits)
-            if sample.image is not None:
-                side = 336 if model is None else model.config.tower.image_size
-                check_shape(sample, read_image(sample, data.limits), data.image_fit, data.limits, side)
-            if model is None or tokenizer is None:
-                lengths.append(sum(len(text) for _, text in sample.turns))
-            else:
-                whole = encode(tokenizer, sample.turns, data.template, model.config.num_image_tokens)
-                lengths.append(len(whole.input_ids))
-                cut += [sample.source] if lengths[-1] > data.max_length else []
-            samples.append(sample)
+            samples.append(_sample(entry, root, data, side, settings.takes_images and has_tower))
         except InputError as error:
             errors.append(str(error))
-    if cut:
+        entries.append(dataclasses.replace(entry, value={"task": entry.value.get("task")})
+                       if isinstance(entry.value, dict) else entry)
+    if not entries:
+        errors.append(f"{path}: holds no sample.")
+    warnings = _oddities(entries, samples)
+    try:
+        samples = divided(samples, data, settings.clients, settings.seed)
+        check_client_count(data, settings.clients, len({s.client for s in samples}))
+    except InputError as error:
+        errors.append(str(error))
+    faults = client_faults([s for s in samples if s.client])
+    unencodable = [] if model is None else _encoding_errors(samples, data, model)
+    lengths = [] if unencodable else _lengths(samples, data, model)
+    if model is not None and (cut := [s.source for s, n in zip(samples, lengths, strict=False) if n > data.max_length]):
         warnings.append(f"{len(cut)} samples are longer than data.max_length ({data.max_length}) and lose the end of "
                         f"their answers (first: {cut[0]})")
-    warnings += _duplicates(samples, data.limits)
-    errors += _client_errors(samples)
-    if not samples and not errors:
-        errors.append(f"{path}: holds no sample.")
+    warnings += _duplicates(samples, data.limits) + missing_splits(splits_of(samples), settings.every)
     counts = Counter((s.task, s.client, s.split) for s in samples)
     return Report(dict(sorted(counts.items())), "characters" if model is None else "tokens", _histogram(lengths),
-                  errors, warnings)
+                  errors + faults + unencodable, warnings)

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pilot_jax.data.llava.turns import IMAGE, Turns
 from pilot_jax.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-IMAGE = "<image>"
-Turns = tuple[tuple[str, str], ...]  # ("human" | "gpt", text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,31 +25,36 @@ class Template:
 
     human: str  # form of a human turn; "{}" stands for its text
     answer: str  # form of an answer; "{}" stands for its text
-    system: str = ""  # text before the first turn
+    system: str = ""  # text before the first turn of a conversation without a system turn
+    system_turn: str = ""  # form of a system turn, "{}" for its text; "": the template has no place for one
+    system_inside: bool = False  # whether a system turn is put before the text of the first human turn, not before it
     end: str | None = None  # end token after an answer; None: the tokenizer's eos_token
     between: str = ""  # text between an end token and the next turn; "{bos}" stands for the tokenizer's bos_token
 
 
+CHATML_SYSTEM = "<|im_start|>system\n{}<|im_end|>\n"
 TEMPLATES = {
     # Vicuna v1.1, as in LLaVA-1.5 and the paper.
     "vicuna_v1": Template(
         "USER: {} ASSISTANT:", " {}",
         system="A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-               "detailed, and polite answers to the user's questions. "),
+               "detailed, and polite answers to the user's questions. ", system_turn="{} "),
     # The same turns without the system sentence, so that prompts for the embedded base are short.
-    "vicuna_short": Template("USER: {} ASSISTANT:", " {}"),
-    # Llama-2-chat, without a system prompt.
-    "llama2": Template("[INST] {} [/INST]", " {} ", between="{bos}"),
+    "vicuna_short": Template("USER: {} ASSISTANT:", " {}", system_turn="{} "),
+    # Llama-2-chat, without a system prompt unless the conversation has one.
+    "llama2": Template("[INST] {} [/INST]", " {} ", between="{bos}", system_turn="<<SYS>>\n{}\n<</SYS>>\n\n",
+                       system_inside=True),
     # ChatML in Qwen's form.
     "chatml": Template("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "{}",
                        system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", end="<|im_end|>",
-                       between="\n"),
+                       between="\n", system_turn=CHATML_SYSTEM),
     # The same turns without the system message, so that prompts for small models are short.
     "chatml_short": Template("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "{}", end="<|im_end|>",
-                             between="\n"),
+                             between="\n", system_turn=CHATML_SYSTEM),
     # Image, text and end token without roles, as in the pretraining of LLaVA's projectors.
     "plain": Template("{}", "{}"),
 }
+ROLES = {"system": "system", "human": "user", "gpt": "assistant"}  # by speaker
 TOKENIZER = "tokenizer"  # the value of `data.template` that means the tokenizer's own chat template
 
 
@@ -80,12 +83,15 @@ def _render(turns: Turns, template: Template, eos: str, bos: str) -> tuple[str, 
 
     If the last turn is a human one, the text ends in the template's cue for the answer, as prompts for generation do.
     """
-    text, spans = template.system, []
+    text, spans, inside = template.system, [], ""
     between = template.between.replace("{bos}", bos)
     before, after = template.human.split("{}")
+    if turns[0][0] == "system":
+        own = template.system_turn.replace("{}", turns[0][1].strip())
+        text, inside, turns = ("", own, turns[1:]) if template.system_inside else (own, "", turns[1:])
     for number, (speaker, value) in enumerate(turns):
         if speaker == "human":
-            text += before + value + after
+            text += before + (inside if number == 0 else "") + value + after
         else:
             start = len(text)
             text += template.answer.replace("{}", value.strip()) + (template.end or eos)
@@ -159,14 +165,17 @@ def _apply_template(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str,
 
 def _render_by_tokenizer(turns: Turns, tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[tuple[int, int]]]:
     """Returns the same as `_render`, by the tokenizer's chat template; an answer is the text that follows its cue."""
-    messages = [{"role": "user" if who == "human" else "assistant", "content": value} for who, value in turns]
+    messages = [{"role": ROLES[who], "content": value} for who, value in turns]
 
     def text_of(count: int, cue: bool) -> str:
         return _apply_template(tokenizer, messages[:count], cue)
 
     whole, spans = text_of(len(turns), turns[-1][0] == "human"), []
+    if turns[0][0] == "system" and turns[0][1].strip() not in whole:
+        raise InputError("data.template: tokenizer: the tokenizer's chat template leaves a system turn out. Remove the "
+                         "turn, or choose a named template.")
     for number, (speaker, _) in enumerate(turns):
-        if speaker == "human":
+        if speaker != "gpt":
             continue
         prompt, answered = text_of(number, True), text_of(number + 1, False)
         if not answered.startswith(prompt) or not whole.startswith(answered):
@@ -177,6 +186,18 @@ def _render_by_tokenizer(turns: Turns, tokenizer: PreTrainedTokenizerFast) -> tu
     return whole, spans
 
 
+def check_system(turns: Turns, template: str) -> None:
+    """Refuses a system turn if the named template has no place for one; a chat template is checked when it is used.
+
+    Raises:
+        InputError: there is one.
+    """
+    if turns[0][0] == "system" and template in TEMPLATES and not TEMPLATES[template].system_turn:
+        able = [name for name, one in TEMPLATES.items() if one.system_turn]
+        raise InputError(f"data.template: {template} has no place for a system turn. Remove the turn, or choose a "
+                         f"template that has one ({', '.join(able)}).")
+
+
 def encode(tokenizer: PreTrainedTokenizerFast, turns: Turns, template: str, num_image_tokens: int,
            max_length: int | None = None) -> Encoded:
     """Returns the token ids of a conversation, with the answers marked.
@@ -185,14 +206,16 @@ def encode(tokenizer: PreTrainedTokenizerFast, turns: Turns, template: str, num_
     tokens belong to an answer. (Tokenising pieces and joining them gives other ids where a token spans two pieces.)
 
     Args:
-        turns: the turns, ("human" | "gpt", text), alternating.
+        turns: the turns, ("human" | "gpt", text), alternating; ("system", text) may stand before them.
         template: a name in `TEMPLATES`, or `TOKENIZER`.
         num_image_tokens: N, the number of tokens of an image.
         max_length: the largest number of tokens; those beyond it are dropped, and the supervised ones counted in `cut`.
 
     Raises:
-        InputError: image tokens lie beyond `max_length`, or the tokenizer's chat template cannot be used.
+        InputError: image tokens lie beyond `max_length`, or the template has no place for a system turn, or the
+            tokenizer's chat template cannot be used.
     """
+    check_system(turns, template)
     turns = expand_image(turns, num_image_tokens)
     if template == TOKENIZER:
         text, spans = _render_by_tokenizer(turns, tokenizer)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pilot_jax.config import LimitsConfig
-from pilot_jax.data.llava.sample import LIMITS, DrawnImage, Sample, StoredImage
+from pilot_jax.data.llava.image_field import LIMITS, DrawnImage
+from pilot_jax.data.llava.sample import Sample
 from pilot_jax.errors import InputError
 from pilot_jax.models.checkpoints.processors import load_image_processor
 
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
 
 # Other formats are refused: Pillow passes some of them to other programs, and some decoders are little reviewed.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "MPO")
+ORIENTATION = 0x0112  # the EXIF tag
 
 
 def read_image(sample: Sample, limits: LimitsConfig = LIMITS) -> Image.Image:
-    """Returns the sample's image in RGB; for an animated image, its first frame.
+    """Returns the sample's image in RGB as a viewer shows it: upright, and on white where it is transparent.
+
+    Of an animated image, it is the first frame.
 
     Args:
         sample: a sample that has an image.
@@ -31,20 +35,18 @@ def read_image(sample: Sample, limits: LimitsConfig = LIMITS) -> Image.Image:
     Raises:
         InputError: the image cannot be decoded, or has more pixels than `limits` allow.
     """
-    if isinstance(sample.image, Image.Image):
-        return sample.image
     if isinstance(sample.image, DrawnImage):
         return sample.image.draw()
     assert sample.image is not None
-    name = sample.image if isinstance(sample.image, Path) else "the stored image"
+    name = sample.image if isinstance(sample.image, Path) else "the image"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of its own limit, and of oddities in a file
-            with Image.open(sample.image.open() if isinstance(sample.image, StoredImage) else sample.image,
-                            formats=FORMATS) as image:
-                if image.width * image.height > limits.image_pixels:
-                    raise Image.DecompressionBombError
-                return _eight_bit(image).convert("RGB")
+            if isinstance(sample.image, Image.Image):
+                return _shown(sample.image, limits)
+            file = sample.image if isinstance(sample.image, Path) else sample.image.open()
+            with Image.open(file, formats=FORMATS) as image:
+                return _shown(image, limits)
     except Image.DecompressionBombError:
         raise InputError(f"{sample.source}: image: {name} has more pixels than data.limits.image_pixels, "
                          f"{limits.image_pixels}. Shrink the image or raise the limit.") from None
@@ -66,10 +68,36 @@ def image_identity(sample: Sample) -> bytes:
     if isinstance(image, DrawnImage):
         return image.name.encode()
     if isinstance(image, Image.Image):
-        content = repr((image.mode, image.size)).encode() + image.tobytes()
+        # Orientation, palette and transparent colours are not among the pixels.
+        marks = (image.mode, image.size, image.getpalette(), image.info.get("transparency"),
+                 image.getexif().get(ORIENTATION))
+        content = repr(marks).encode() + image.tobytes()
     else:
-        content = image.open().read() if isinstance(image, StoredImage) else image.read_bytes()
+        content = image.read_bytes() if isinstance(image, Path) else image.open().read()
     return hashlib.sha256(content).digest()
+
+
+def _shown(image: Image.Image, limits: LimitsConfig) -> Image.Image:
+    """Returns an image in RGB, turned as its EXIF data say, with white behind what is transparent."""
+    if image.width * image.height > limits.image_pixels:
+        raise Image.DecompressionBombError
+    image = _eight_bit(_upright(image))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    # `convert("RGB")` would show the colours that were hidden. `convert("RGBA")` changes the palette of its image,
+    # which may be the user's.
+    layer = (image.copy() if image.mode == "P" else image).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Returns the image turned as its EXIF data say; as it is if they are damaged, as viewers do."""
+    try:
+        return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
+    except OSError:  # the pixels themselves cannot be decoded
+        raise
+    except Exception:  # the parser of EXIF data raises whatever it meets
+        return image
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -97,7 +125,7 @@ def check_shape(sample: Sample, image: Image.Image, fit: str, limits: LimitsConf
     long, short = max(image.size), min(image.size)
     pixels = long**2 if fit == "pad" else side * max(side, side * long // short)
     if pixels > limits.image_pixels:
-        name = sample.image if isinstance(sample.image, Path) else "the stored image"
+        name = sample.image if isinstance(sample.image, Path) else "the image"
         raise InputError(f"{sample.source}: image: {name} is {image.width}×{image.height} and would be enlarged to "
                          f"{pixels} pixels, data.limits.image_pixels is {limits.image_pixels}. Crop it, or raise the "
                          "limit.")

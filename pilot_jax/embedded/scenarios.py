@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pilot_jax.data.llava.sample import DrawnImage, Sample
+from pilot_jax.data.llava.image_field import DrawnImage
+from pilot_jax.data.llava.sample import Sample
 from pilot_jax.embedded.scenes import Style, draw_scene
 from pilot_jax.embedded.tasks import BASE_WORDINGS, CLIENT_WORDINGS, TASKS, pretraining_caption
 

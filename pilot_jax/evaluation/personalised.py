@@ -120,7 +120,8 @@ def score_matrix(evaluation: Evaluation, population: Population, split: str = "t
     fed, clients = evaluation.fed, evaluation.clients
     missing = [c.name for c in clients if split not in c.evaluation]
     if missing:
-        raise InputError(f"data.path: client {missing[0]!r} has no {split} samples.")
+        raise InputError(f"data.path: client {missing[0]!r} has no {split} samples. Name their split, or "
+                         f"train another run with data.hold_out.{split}.")
     examinees = []
     for model in evaluation.model_of_client:
         examinees += [examinee(fed, model, population[model], first_prompts(c.evaluation[split], count), c.task)

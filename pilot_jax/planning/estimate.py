@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from pilot_jax.config import Config
+from pilot_jax.config import Config, client_ranks
 from pilot_jax.data.arrays import num_steps, round_up, training_length
 from pilot_jax.data.conversations import encode
 from pilot_jax.federation.client import client_loss
@@ -30,7 +30,8 @@ from pilot_jax.parallel.mesh import AXES, base_spec, shard_elements
 from pilot_jax.planning.flops import matmul_flops, saved_bytes
 from pilot_jax.planning.server import server_costs
 from pilot_jax.runs.generated import GENERATED
-from pilot_jax.runs.prepare import Outline, client_ranks, load_samples, outline
+from pilot_jax.runs.outline import Outline
+from pilot_jax.runs.prepare import load_samples, outline
 
 
 @dataclasses.dataclass(frozen=True)

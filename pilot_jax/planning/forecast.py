@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from pilot_jax.federation.state import Federation, all_steps
 from pilot_jax.planning.estimate import Shapes, Workload, memory, phase_shapes, step_flops
-from pilot_jax.runs.prepare import Outline
+from pilot_jax.runs.outline import Outline
 
 
 def product_speed(devices: Sequence[jax.Device], dtype: DTypeLike) -> float:

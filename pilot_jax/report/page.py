@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pilot_jax.data.given import PREFIX
 from pilot_jax.evaluation.personalised import mean_score
 from pilot_jax.report import charts
 from pilot_jax.report.probes import Example, Inside, look_inside
@@ -21,6 +22,7 @@ class Section:
     name: str
     description: str
     tiles: dict[str, str]  # main numbers by label; empty if the run has not ended
+    missing: str  # why there are no answers; "" if there are some, or if none were asked for
     cards: Sequence[Card]
     examples: Sequence[Example]
     config: str
@@ -43,7 +45,7 @@ def _score_table(runs: Sequence[RunRecord]) -> Table:
 def _score_cards(runs: Sequence[RunRecord]) -> list[Card]:
     """Returns the figures that show all runs together."""
     cards, ended = [], [r for r in runs if r.summary]
-    if ended:
+    if any(r.summary["score_by_client"] for r in ended):
         means = ", ".join(f"{decimal(mean_score(list(r.summary['score_by_client'].values())))} ({r.name})"
                           for r in ended)
         cards.append(figure_card(
@@ -57,6 +59,16 @@ def _score_cards(runs: Sequence[RunRecord]) -> list[Card]:
     return cards
 
 
+def _without_answers(run: RunRecord) -> str:
+    """Returns why the page has no answers of a finished run's models; "" if it can have them."""
+    if not run.summary["score_by_client"]:
+        return ("The data have no test samples, so there are no scores and no answers. Name the split of samples, or "
+                "set data.hold_out.test, such as 0.1.")
+    if run.config["data"]["path"].startswith(PREFIX):
+        return "The samples were given in Python, so this page has no answers of the models."
+    return ""
+
+
 def _description(run: RunRecord) -> str:
     return (f"Strategy {run.strategy}; {len(run.task_of)} clients; tasks: {', '.join(run.tasks)}; "
             f"rounds: {run.config['federation']['rounds']}; seed: {run.config['system']['seed']}")
@@ -67,8 +79,9 @@ def _tiles(run: RunRecord) -> dict[str, str]:
     s = run.summary
     if not s:
         return {}
-    values = {"test score, mean over clients": decimal(s["score_mean"]),
-              "test score of the base model": decimal(s["score_base"]),
+    scores = {"test score, mean over clients": decimal(s["score_mean"]),
+              "test score of the base model": decimal(s["score_base"])}
+    values = {**(scores if s["score_by_client"] else {"test score": "no test data"}),
               **{title: decimal(s[key]) for title, key in (
                   ("test score of the common model", "score_common"),
                   ("test score after fine-tuning", "score_finetuned")) if s.get(key) is not None},
@@ -101,7 +114,8 @@ def runs_page(runs: Sequence[RunRecord], look: Callable[[RunRecord], Inside] = l
     for number, run in enumerate(runs, 1):
         inside, prefix = look(run), f"{number}-" if several else ""
         cards = run_cards(run, prefix) + inside_cards(run, inside, prefix)
-        sections.append(Section(run.name, _description(run), _tiles(run), cards if several else shared + cards,
+        sections.append(Section(run.name, _description(run), _tiles(run),
+                                _without_answers(run) if run.summary else "", cards if several else shared + cards,
                                 inside.examples, run.config_text))
     return render("runs.html.jinja", [*shared, *(card for section in sections for card in section.cards)],
                   title=f"{len(runs)} runs" if several else runs[0].name, sections=sections,
@@ -124,6 +138,8 @@ def write_report(folders: Sequence[str | Path], out: Path, examples: int, prompt
     runs = [read_run(folder) for folder in folders]
 
     def look(run: RunRecord) -> Inside:
-        return look_inside(run.folder, examples, prompts) if examples and run.summary else Inside()
+        if not examples or not run.summary or _without_answers(run):
+            return Inside()
+        return look_inside(run.folder, examples, prompts)
 
     return write_page(out, runs_page(runs, look))

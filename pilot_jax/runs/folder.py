@@ -11,6 +11,7 @@ from typing import Any
 import filelock
 
 from pilot_jax.config import Config, differences
+from pilot_jax.data.given import PREFIX
 from pilot_jax.errors import InputError
 from pilot_jax.files import atomic_write
 from pilot_jax.runs.manifest import config_at_start, has_ended, own_files, write_manifest, written
@@ -73,6 +74,10 @@ class RunFolder:
         free, bound = list[str](), list[str]()
         for line in differences(earlier, self._config):
             (free if line.startswith(FREE) else bound).append(line)
+        if any(line.startswith("data.path:") and PREFIX in line for line in bound):
+            raise InputError(f"{self.path}: data: the run began with other samples than it is given now, of which some "
+                             "were given in Python. Pass the same data and partition to pilot_jax.simulate again, or "
+                             "start another run.")
         if bound:
             raise InputError(f"{self.path}: a run can only be resumed with the config that it began with. These keys "
                              "differ (old → new):\n  " + "\n  ".join(bound) + "\nUndo these changes, or start another "

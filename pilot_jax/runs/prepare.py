@@ -6,7 +6,7 @@ This is the only file that reads a whole config. All others are given the sectio
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,21 @@ import numpy as np
 from pilot_jax.cache import open_cache
 from pilot_jax.config import (
     Config,
-    DataConfig,
     EvalConfig,
     FederationConfig,
     ModelConfig,
     SystemConfig,
-    TrainConfig,
     apply_overrides,
+    client_ranks,
     scaled_rates,
 )
 from pilot_jax.data.arrays import pooled
-from pilot_jax.data.build import build_clients, clients_with_answers, partition, refuse_images
+from pilot_jax.data.build import build_clients, clients_with_answers, refuse_images
+from pilot_jax.data.check import Report, Settings, check_data
 from pilot_jax.data.conversations import stop_tokens
+from pilot_jax.data.division import check_client_count, divided
 from pilot_jax.data.features import compute_features
-from pilot_jax.data.llava.reading import read_samples
+from pilot_jax.data.given import PREFIX, Data, samples_sha256
 from pilot_jax.data.llava.sample import Sample
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.answers import make_decoder
@@ -43,17 +44,17 @@ from pilot_jax.federation.state import Federation, State, initial_population, mo
 from pilot_jax.federation.strategies import Strategy, make_strategy, use
 from pilot_jax.kernels.attention import check_cudnn
 from pilot_jax.models.pretrained import PACKAGED, PretrainedModel, load, load_from_parts, read_shapes
-from pilot_jax.models.spec import VlmSpec
 from pilot_jax.parallel.devices import ask_for_determinism, split_cpu, use_compilation_cache
 from pilot_jax.parallel.mesh import AXES, base_placement, mesh_of, on_training_devices
 from pilot_jax.parallel.processes import to_host
 from pilot_jax.programs import keep_in
-from pilot_jax.runs.generated import GENERATED
+from pilot_jax.runs.outline import Outline
+from pilot_jax.runs.sources import num_tasks, source_samples
 from pilot_jax.runs.trackers import check_installed
 from pilot_jax.storage import Store
 
 # Bytes in `system.cache`. The least recently used of each kind are removed.
-PROGRAMS_KEPT, SAMPLES_KEPT, FEATURES_KEPT = 2**30, 2**28, 2**33
+PROGRAMS_KEPT, FEATURES_KEPT = 2**30, 2**33
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,37 +103,62 @@ def split_cpu_for(config: Config, processes: int = 1) -> None:
     split_cpu(config.system, processes)
 
 
-def prepare_restored(config: Config) -> Setup:
+def prepare_restored(config: Config, data: Data | None = None) -> Setup:
     """Prepares a run whose models shall answer prompts, not train.
 
-    Attention is the package's own, and one device is used if this machine has fewer devices than the run's mesh."""
+    Attention is the package's own, and one device is used if this machine has fewer devices than the run's mesh.
+
+    Raises:
+        InputError: see `prepare`; or `data`, given in Python, are not those of the run.
+    """
+    given, samples = (config, None) if data is None else given_data(config, data)
+    if given != config:
+        raise InputError("data: these are not the samples of the run. Pass the same data and partition that "
+                         "pilot_jax.simulate was given, or leave data= out if the run read data.path.")
     overrides = ["system.attention=own"]
     if config.system.mesh.devices > jax.device_count():
         overrides += [f"system.mesh.{axis}=1" for axis in AXES]
-    return prepare(apply_overrides(config, overrides))
+    return prepare(apply_overrides(config, overrides), samples=samples)
 
 
-def load_samples(config: Config) -> list[Sample]:
-    """Returns the samples of `data.path`, each assigned to a client.
+def given_data(config: Config, data: Data) -> tuple[Config, list[Sample]]:
+    """Returns the samples that a program gave in Python, and the config with their checksum as `data.path`.
+
+    Raises:
+        InputError: a sample is wrong.
+    """
+    samples = data.samples(config.data)
+    changed: dict[str, Any] = {"path": PREFIX + samples_sha256(samples)}
+    if data.partition is not None:
+        changed["partition"] = "given"
+    return config.model_copy(update={"data": config.data.model_copy(update=changed)}), samples
+
+
+def load_samples(config: Config, given: list[Sample] | None = None) -> list[Sample]:
+    """Returns the samples of `data.path`, each with the client and the split that it has in the run.
+
+    Args:
+        given: the samples that `given_data` has returned, if they were given in Python.
 
     Raises:
         InputError: the data are wrong, or have an image that the base does not take.
     """
     data = config.data
-    if data.path in GENERATED:
-        samples = list(GENERATED[data.path].samples(data, open_cache(config.system.cache, "samples", SAMPLES_KEPT)))
-    else:
-        samples = read_samples(data.path, data.image_root, data.file_names, data.limits)
+    samples = source_samples(data, config.system.cache) if given is None else given
     refuse_images(samples, config.model.takes_images)
-    return partition(samples, data.partition, config.federation.clients, data.dirichlet_alpha, config.system.seed)
+    return divided(samples, data, config.federation.clients, config.system.seed)
+
+
+def checked_data(config: Config, path: Path, model: PretrainedModel | None) -> Report:
+    """Returns what `check_data` finds in the data of `path` for a run of this config."""
+    return check_data(path, config.data, model, Settings(
+        config.federation.clients, config.system.seed, config.model.takes_images, config.eval.every))
 
 
 def _check_names(config: Config, names: list[str], tasks: list[str]) -> None:
     """Checks the config's clients, tasks and metrics against those of the data, before anything is trained."""
-    wanted, metrics = config.federation.clients, config.eval.metrics
-    if config.data.partition == "given" and wanted is not None and wanted != len(names):
-        raise InputError(f"federation.clients: {wanted}, but data.path {config.data.path} has {len(names)} clients. "
-                         "Remove the key or set data.partition.")
+    metrics = config.eval.metrics
+    check_client_count(config.data, config.federation.clients, len(names))
     check_metrics([metrics.get(task, "exact") for task in tasks])
     check_scoring(config.eval.scoring, metrics, tasks)
     unknown = sorted(set(metrics) - set(tasks) - {"grounding"})
@@ -160,11 +186,12 @@ def load_model(config: Config) -> PretrainedModel:
                                base=on_training_devices(model.base, system))
 
 
-def prepare(config: Config, strategy: Strategy | None = None) -> Setup:
+def prepare(config: Config, strategy: Strategy | None = None, samples: list[Sample] | None = None) -> Setup:
     """Loads model and data, and checks them against the config. Nothing is written.
 
     Args:
         strategy: a strategy object, used instead of the config's strategy.
+        samples: the samples that `given_data` has returned, if they were given in Python.
 
     Raises:
         InputError: config, data or checkpoint are wrong; the message says what.
@@ -174,7 +201,7 @@ def prepare(config: Config, strategy: Strategy | None = None) -> Setup:
     else:
         config, strategy = with_own_strategy(config, strategy)
     strategy = _fitting(config.model, strategy)
-    samples = load_samples(config)
+    samples = load_samples(config) if samples is None else load_samples(config, samples)
     names, tasks = sorted({s.client for s in samples}), sorted({s.task for s in samples})
     _check_names(config, names, tasks)
     ranks = client_ranks(config.model.lora.rank, names)
@@ -255,21 +282,6 @@ def _fitting(model: ModelConfig, strategy: Strategy) -> Strategy:
     return dataclasses.replace(strategy, ranks_differ=differ).for_base(model.takes_images)
 
 
-def client_ranks(rank: int | Mapping[str, int], names: Sequence[str]) -> tuple[int, ...] | None:
-    """Returns the LoRA rank of each client; None for one rank of all.
-
-    Raises:
-        InputError: a client has no rank, or there is no client of a name.
-    """
-    if isinstance(rank, int):
-        return None
-    if unknown := sorted(set(rank) - {*names, "*"}):
-        raise InputError(f"model.lora.rank: unknown client {unknown[0]!r}. Known: {', '.join(names)}.")
-    if missing := [name for name in names if name not in rank and "*" not in rank]:
-        raise InputError(f"model.lora.rank: no rank for client {missing[0]!r}. Add it, or give '*' for all others.")
-    return tuple(rank[name] if name in rank else rank["*"] for name in names)
-
-
 def initial_adapters(fed: Federation) -> dict[str, Tree]:
     """Returns the adapters that every client starts with; all clients have the same random LoRA matrix A.
 
@@ -293,21 +305,6 @@ def initial_state(fed: Federation) -> State:
     return State(initial_population(fed, adapters), server)
 
 
-@dataclasses.dataclass(frozen=True)
-class Outline:
-    """The parts of a run that planning needs: the model's shapes, the strategy, and sections of the config."""
-
-    spec: VlmSpec  # shapes of the base model
-    text_directory: Path  # folder of the tokenizer
-    strategy: Strategy
-    model: ModelConfig
-    data: DataConfig
-    settings: FederationConfig
-    train: TrainConfig
-    eval: EvalConfig
-    system: SystemConfig
-
-
 def outline(config: Config) -> Outline:
     """Returns the outline of a run. Nothing is allocated and no weights are read.
 
@@ -322,10 +319,7 @@ def outline(config: Config) -> Outline:
 
 def count_tasks(config: Config) -> int:
     """Returns the number of tasks in the data; images are not read."""
-    data = config.data
-    if data.path in GENERATED:
-        return GENERATED[data.path].num_tasks(data)
-    return len({s.task for s in read_samples(data.path, data.image_root, data.file_names, data.limits)})
+    return num_tasks(config.data)
 
 
 def seeded(config: Config, seed: int) -> Config:

@@ -9,6 +9,7 @@ from typing import Any
 from pilot_jax.config import Config, EvalConfig
 from pilot_jax.data.build import build_prompts, encode_prompts
 from pilot_jax.data.features import image_features
+from pilot_jax.data.given import as_data
 from pilot_jax.data.llava.sample import Sample
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.answers import answers, make_decoder
@@ -63,7 +64,7 @@ class Run:
         return self.population[self.evaluation.model_of_client[self.client(name)]]
 
 
-def restore(folder: str | Path, strategy: str | type[Strategy] | Strategy | None = None) -> Run:
+def restore(folder: str | Path, strategy: str | type[Strategy] | Strategy | None = None, data: Any = None) -> Run:
     """Loads a run from its directory so that its models can answer prompts; an unfinished run as of its last snapshot.
 
     One device is used if this machine has fewer devices than the run's mesh.
@@ -71,9 +72,11 @@ def restore(folder: str | Path, strategy: str | type[Strategy] | Strategy | None
     Args:
         strategy: the run's strategy, if it is not one of this package: a class, an object or "module:Class". No module
             is imported only because a run's config.yaml names it.
+        data: the run's samples, if they were given in Python: the same as were given to `simulate`.
 
     Raises:
-        InputError: the folder is not a run directory, is damaged, or has a strategy that is not known.
+        InputError: the folder is not a run directory, is damaged, or has a strategy that is not known; or `data` are
+            missing, or not those of the run.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file() or not (folder / "checkpoints").is_dir():
@@ -85,7 +88,7 @@ def restore(folder: str | Path, strategy: str | type[Strategy] | Strategy | None
     if name is not None and strategy_name(config) != name:
         raise InputError(f"--strategy: {name}, but {folder} is a run of {strategy_name(config)}. Give that strategy, "
                          "or leave the option out.")
-    setup = prepare_restored(config)
+    setup = prepare_restored(config, None if data is None else as_data(data))
     fed = setup.federation
     if ended:
         population = load_population(folder / "checkpoints", fed.names, initial_adapters(fed))

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from pilot_jax.config import Config
+from pilot_jax.data.division import missing_splits
+from pilot_jax.data.given import as_data
 from pilot_jax.errors import InputError, Interrupted
 from pilot_jax.evaluation.finetune import Finetuned, after_finetuning, finetune
 from pilot_jax.evaluation.personalised import evaluate, mean_score
@@ -30,6 +32,7 @@ from pilot_jax.runs.prepare import (
     compile_first_round,
     compute_all_features,
     configure,
+    given_data,
     initial_state,
     prepare,
     with_own_strategy,
@@ -42,7 +45,7 @@ from pilot_jax.runs.trackers import EventFiles, open_services
 
 
 def simulate(config: Config, *, out: str | Path | None = None, resume: bool = False, strategy: Strategy | None = None,
-             tamper: Tamper | None = None, observers: Sequence[RunObserver] = ()) -> Run:
+             tamper: Tamper | None = None, observers: Sequence[RunObserver] = (), data: Any = None) -> Run:
     """Runs a federation.
 
     Args:
@@ -52,6 +55,8 @@ def simulate(config: Config, *, out: str | Path | None = None, resume: bool = Fa
         tamper: a function (client, round, upload, start) -> upload that simulates attackers: it replaces each upload.
             `start` has the same subtrees as they were at the start of the phase.
         observers: objects whose methods are called during the run.
+        data: samples that are used instead of `data.path`: an object of `Data`, or what its `source` may be. To resume
+            or restore the run, give the same again.
 
     Raises:
         InputError: config, data or checkpoint are wrong, or `out` is another run's; nothing has been written then.
@@ -59,19 +64,20 @@ def simulate(config: Config, *, out: str | Path | None = None, resume: bool = Fa
         FloatingPointError: an upload was refused and `federation.on_bad_client` is "stop".
         OSError: a file could not be written; what was saved before is intact.
     """
-    began, clock, folder = time.perf_counter(), CompileClock(), None
+    began, clock, folder, samples = time.perf_counter(), CompileClock(), None, None
     try:
         if strategy is not None:
             config, strategy = with_own_strategy(config, strategy)
         configure(config)
+        if data is not None:
+            config, samples = given_data(config, data := as_data(data))
         if resume and out is None:
             raise InputError("--resume: no run directory. Give its folder as --out.")
         folder = None if out is None else RunFolder(out, config, resume, is_writer())
         wait_for_all("run directory")  # no process may write to it before all have checked it
         if folder is not None and folder.finished:
-            return restore(folder.path)
-        setup = prepare(config, strategy)
-        setup = _tampered(setup, tamper)
+            return restore(folder.path, data=data)
+        setup = _tampered(prepare(config, strategy, samples), tamper)
         state = initial_state(setup.federation)
         compile_first_round(setup, state)
         compute_all_features(setup)
@@ -147,8 +153,10 @@ class RunLoop(RunObserver):
                 self.saved, self.earlier = self.state, Clocks(**extra["clocks"])
                 self.train_compile = self.earlier.train_compile
                 self.outside.note(f"going on in round {self.state.round} after {self.state.client_steps} client steps")
-        if warning := self.fed.strategy.warning():
-            self.outside.note(f"warning: {warning}")
+        clients = {client.name: ("train", *client.evaluation) for client in self.setup.evaluation.clients}
+        for warning in (self.fed.strategy.warning(), *missing_splits(clients, self.setup.eval.every)):
+            if warning:
+                self.outside.note(f"warning: {warning}")
         if self.writes:
             assert self.folder is not None
             metrics = before.pop("metrics.jsonl", None)

@@ -13,7 +13,8 @@ from pathlib import Path
 from PIL import Image
 
 from pilot_jax.config import LimitsConfig
-from pilot_jax.data.llava.sample import LIMITS, Entry, Sample, parse_sample
+from pilot_jax.data.llava.image_field import LIMITS
+from pilot_jax.data.llava.sample import Entry, Sample, parse_sample
 from pilot_jax.data.llava.tables import table_values
 from pilot_jax.errors import InputError
 from pilot_jax.files import new_folder
@@ -24,7 +25,7 @@ SUFFIXES = (".json", ".jsonl", ".parquet")
 def _lines(file: Path, limits: LimitsConfig) -> Iterator[tuple[str, object]]:
     """Yields (place for messages, object) of each line of a JSONL file, which is never in memory as a whole."""
     number, most = 0, 100 * limits.text_characters
-    with file.open(encoding="utf-8", newline="\n") as lines:
+    with file.open(encoding="utf-8-sig", newline="\n") as lines:
         while line := lines.readline(most):
             number += 1
             if len(line) == most:
@@ -46,7 +47,7 @@ def _json_values(file: Path, limits: LimitsConfig) -> Iterator[tuple[str, object
         if file.stat().st_size > limits.file_bytes:
             raise InputError(f"{file}: {file.stat().st_size} bytes, data.limits.file_bytes is {limits.file_bytes}. "
                              "Raise the limit, or convert the file to JSONL, which is read line by line.")
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read ({error}). data.path needs UTF-8 JSON or JSONL.") from None
     try:

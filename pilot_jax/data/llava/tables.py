@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import atexit
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pilot_jax.data.llava.sample import StoredImage
+from pilot_jax.data.llava.image_field import StoredImage
 from pilot_jax.errors import InputError
 
 
@@ -32,10 +32,10 @@ def _tables(path: Path) -> dict[str, Any]:
     return dict(loaded) if isinstance(loaded, dict) else {"": loaded}
 
 
-def _conversations(raw: Any) -> Any:
+def _turns(raw: Any) -> Any:
     """Returns a list of turns; older releases of `datasets` give a struct of lists instead of a list of structs."""
-    if isinstance(raw, dict) and {"from", "value"} <= set(raw):
-        return [{"from": who, "value": text} for who, text in zip(raw["from"], raw["value"], strict=True)]
+    if isinstance(raw, dict) and raw and all(isinstance(column, list) for column in raw.values()):
+        return [dict(zip(raw, values, strict=True)) for values in zip(*raw.values(), strict=True)]
     return raw
 
 
@@ -45,15 +45,34 @@ def table_values(path: Path) -> Iterator[tuple[str, object, str]]:
     Raises:
         InputError: `datasets` is not installed, or cannot read the file.
     """
-    for split, table in _tables(path).items():
-        import datasets
+    yield from tables_rows(_tables(path), str(path))
 
-        if isinstance(table.features.get("image"), datasets.Image):
-            table = table.cast_column("image", datasets.Image(decode=False))
+
+def tables_rows(tables: Mapping[str, Any], name: str) -> Iterator[tuple[str, object, str]]:
+    """Yields what `table_values` does, of tables in memory: `datasets.Dataset` by split; "" for a table without one."""
+    for split, table in tables.items():
+        table = _encoded(table)
         for row in range(len(table)):
             value = dict(table[row])
-            value["conversations"] = _conversations(value.get("conversations"))
-            image = value.get("image")
-            if isinstance(image, dict):
-                value["image"] = StoredImage(table, row) if image.get("bytes") is not None else image.get("path")
-            yield f"{path}{f' ({split})' if split else ''}[{row}]", value, {"val": "validation"}.get(split, split)
+            value |= {key: _turns(value.get(key)) for key in ("conversations", "messages")}
+            for key, one in (("image", value.get("image")), ("images", value.get("images"))):
+                alone = one[0] if key == "images" and isinstance(one, list) and len(one) == 1 else one
+                if isinstance(alone, dict):
+                    stored = alone.get("bytes") is not None
+                    value[key] = StoredImage(table, row, key) if stored else alone.get("path")
+            yield (f"{name}{f' ({split})' if split else ''}[{row}]", value,
+                   {"val": "validation"}.get(str(split), str(split)))
+
+
+def _encoded(table: Any) -> Any:
+    """Returns the table with its columns `image` and `images` as encoded files, which are not decoded on reading."""
+    import datasets
+
+    plain = datasets.Image(decode=False)
+    features = table.features
+    if isinstance(features.get("image"), datasets.Image):
+        table = table.cast_column("image", plain)
+    of_list = getattr(features.get("images"), "feature", None)
+    if isinstance(of_list, datasets.Image):
+        table = table.cast_column("images", type(features["images"])(plain))
+    return table

@@ -21,7 +21,7 @@ from pilot_jax.data.features import (
     image_features,
 )
 from pilot_jax.data.images import image_identity, pixel_values
-from pilot_jax.data.llava.sample import DrawnImage
+from pilot_jax.data.llava.image_field import DrawnImage
 from pilot_jax.errors import InputError
 from pilot_jax.federation import rounds
 from pilot_jax.runs import prepare

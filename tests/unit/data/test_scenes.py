@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pilot_jax.config import parse_config
-from pilot_jax.data.build import partition
+from pilot_jax.data.division import partition
 from pilot_jax.data.llava.reading import read_samples, write_samples
 from pilot_jax.data.llava.sample import Sample
 from pilot_jax.embedded import scenarios, scenes, tasks
