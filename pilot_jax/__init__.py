@@ -22,13 +22,14 @@ _PUBLIC = {
     "Strategy": "pilot_jax.federation.strategies:Strategy",
     "StrategyParams": "pilot_jax.config:StrategyParams",
     "answer": "pilot_jax.runs.restore:answer",
-    "load": "pilot_jax.models.pretrained:load",
+    "load": "pilot_jax.evaluation.questions:load",
     "load_config": "pilot_jax.config:load_config",
-    "load_from_parts": "pilot_jax.models.pretrained:load_from_parts",
+    "load_from_parts": "pilot_jax.evaluation.questions:load_from_parts",
     "mixing": "pilot_jax.federation.mixing:",
     "register": "pilot_jax.federation.strategies:register",
     "restore": "pilot_jax.runs.restore:restore",
     "simulate": "pilot_jax.runs.simulate:simulate",
+    "torch": "pilot_jax.torch:",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

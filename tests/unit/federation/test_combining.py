@@ -412,8 +412,7 @@ def _check_against_peft(run, client, folder):
 
     state = run.state(client)
     reference = AutoModelForImageTextToText.from_pretrained(model_directory("embedded"), dtype=torch.float32)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    reference = get_peft_model(reference, LoraConfig(**{k: config[k] for k in ("r", "lora_alpha", "target_modules")}))
+    reference = get_peft_model(reference, LoraConfig.from_pretrained(folder))
     set_peft_model_state_dict(reference, load_file(folder / "adapter_model.safetensors"))
     ids = np.asarray([run.tokenizer("USER: what colour is the 3? ASSISTANT: it is red")["input_ids"]])
     with torch.no_grad():
