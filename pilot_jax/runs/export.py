@@ -45,7 +45,7 @@ def _about(run: Run, client: str, base: str | None) -> dict[str, Any]:
             **prompt_form(data.template, run.tokenizer)}
 
 
-def export_client(run: Run, client: str, out: Path, rank: int | None = None, licence: str | None = None,
+def export_client(run: Run, client: str, out: str | Path, rank: int | None = None, licence: str | None = None,
                   base: str | None = None) -> float:
     """Writes a client's adapters into the new folder `out`.
 
@@ -59,6 +59,7 @@ def export_client(run: Run, client: str, out: Path, rank: int | None = None, lic
     Raises:
         InputError: see `_adapters`.
     """
+    out = Path(out)
     adapters, state = _adapters(run, client, out, "--out"), run.state(client)
     fed, model = run.federation, run.setup.model
     number = run.evaluation.model_of_client[run.client(client)]
@@ -81,7 +82,7 @@ def export_client(run: Run, client: str, out: Path, rank: int | None = None, lic
     return lost
 
 
-def merge_client(run: Run, client: str, out: Path, licence: str | None = None, base: str | None = None) -> None:
+def merge_client(run: Run, client: str, out: str | Path, licence: str | None = None, base: str | None = None) -> None:
     """Writes a client's whole model into the new folder `out`: a stock checkpoint, which needs nothing of this package.
 
     It is a LLaVA directory, or that of a language model if the base is one alone. Each tensor has the data type of the
@@ -94,6 +95,7 @@ def merge_client(run: Run, client: str, out: Path, licence: str | None = None, b
     Raises:
         InputError: see `_adapters`; or the connector is not LLaVA's projector.
     """
+    out = Path(out)
     adapters, fed = _adapters(run, client, out, "--merged"), run.federation
     beyond = sorted(set(adapters) - {*LORA_SUBTREES, "projector"})
     if beyond:
