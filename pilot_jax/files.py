@@ -116,6 +116,7 @@ def stream_safetensors(path: Path, tensors: Mapping[str, LateTensor], metadata: 
             if value.shape != tensors[name].shape or value.dtype.name != tensors[name].dtype:
                 raise ValueError(f"{name}: {value.dtype} {value.shape}, expected {tensors[name]}")
             file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            del value  # before the next one is made
         file.flush()
         os.fsync(file.fileno())
 

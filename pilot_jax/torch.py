@@ -197,10 +197,11 @@ def _language_model(language: Path, rows: int, dtype: torch.dtype) -> Any:
     """Returns a language model, its vocabulary filled up to `rows` with mean rows, which no answer chooses."""
     if is_gguf(language):
         opened = open_gguf(language)
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**opened.config))
-        model.load_state_dict({name: torch.from_numpy(opened.read(name)) for name in opened.shapes()},
-                              strict=not model.config.tie_word_embeddings)
-        model = model.to(dtype)
+        config = transformers.AutoConfig.for_model(**opened.config)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        weights = model.state_dict()
+        for name in opened.shapes():
+            weights[name].copy_(torch.tensor(opened.read(name)))
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(language, dtype=dtype)
     known = model.config.vocab_size

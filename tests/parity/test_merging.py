@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ import torch
 from conftest import IMAGE_TOKEN, write_checkpoint, write_language_model, write_llava
 from gguf import GGMLQuantizationType
 from peft import LoraConfig, PeftModel
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, LlavaForConditionalGeneration
 from written_parts import write_gguf, write_parts
 
+import pilot_jax.torch
 from pilot_jax.config import ModelConfig
 from pilot_jax.errors import InputError
 from pilot_jax.files import LateTensor, new_folder, stream_safetensors, write_safetensors
@@ -48,8 +51,10 @@ def merged_and_beside(folder, model, kind="llava"):
     own = adapters_of(spec)
     with new_folder(folder / "merged") as out:
         write_merged(out, model, spec, changes(own["text_adapter"], FACTOR, own.get("projector")))
+    about = {"format": 1, "base": model.path, "parts": model.parts and model.parts.model_dump(), "template": "plain",
+             "image_fit": "processor"}
     save_adapters(folder / "beside", own, own["text_adapter"], stage="plain", tasks=("t",), task_index=0,
-                  alpha_over_rank=FACTOR, kind=kind, base="base", about={}, card="",
+                  alpha_over_rank=FACTOR, kind=kind, base="base", about=about, card="",
                   exclude=r"(.*\.)?vision_tower\..*" if kind == "llava" else None)
     return spec, folder / "merged", folder / "beside"
 
@@ -123,7 +128,7 @@ def test_parts_are_joined_to_a_llava_model(tmp_path, siglip):
     parts = {"vision": str(tmp_path / "tower"), "language": str(tmp_path / "language"),
              "projector": str(tmp_path / "mm_projector.safetensors")}
     (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 16, "width": 16}}))
-    spec, merged, _ = merged_and_beside(tmp_path, ModelConfig(parts=parts))
+    spec, merged, beside = merged_and_beside(tmp_path, ModelConfig(parts=parts), "language_model")
     stock, info = LlavaForConditionalGeneration.from_pretrained(merged, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     token = AutoTokenizer.from_pretrained(merged).convert_tokens_to_ids("<image>")
@@ -136,6 +141,7 @@ def test_parts_are_joined_to_a_llava_model(tmp_path, siglip):
                   exclude=r"(.*\.)?vision_tower\..*")
     theirs = logits(with_adapters(base, tmp_path / "whole_adapters"), probe(spec))
     np.testing.assert_allclose(logits(stock, probe(spec, token)), theirs, atol=1e-4)
+    np.testing.assert_allclose(logits(pilot_jax.torch.load(beside).model, probe(spec, token)), theirs, atol=1e-4)
 
 
 @pytest.mark.parametrize("arch", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
@@ -180,6 +186,9 @@ def test_an_image_token_beyond_the_vocabulary_gets_a_row(tmp_path):
     text = {"input_ids": probe(spec)["input_ids"]}
     theirs = logits(PeftModel.from_pretrained(base, beside).eval(), text)
     np.testing.assert_allclose(logits(stock, text)[..., :320], theirs, atol=1e-4)
+    joined = pilot_jax.torch.load(beside)
+    np.testing.assert_allclose(logits(joined.model, probe(spec, 320)), got, atol=1e-4)
+    assert (joined.inputs(Image.new("L", (9, 20)), "what?")["input_ids"] == 320).sum() == spec.num_image_tokens
 
 
 def test_a_language_model_directory_stays_one(tmp_path):
@@ -191,6 +200,10 @@ def test_a_language_model_directory_stays_one(tmp_path):
     inputs = {"input_ids": torch.tensor(np.random.default_rng(0).integers(7, 400, (2, 12)))}
     theirs = logits(PeftModel.from_pretrained(base, beside).eval(), inputs)
     np.testing.assert_allclose(logits(AutoModelForCausalLM.from_pretrained(merged), inputs), theirs, atol=1e-4)
+    alone = pilot_jax.torch.load(beside)
+    np.testing.assert_allclose(logits(alone.model, inputs), theirs, atol=1e-4)
+    with pytest.raises(InputError, match="takes no images"):
+        alone.ask("x.png", "what is it?")
     names = {file.name for file in merged.iterdir()}
     assert {"LICENSE.txt", "tokenizer.json", "config.json", "model.safetensors"} <= names and "run_me.py" not in names
 
@@ -233,8 +246,20 @@ def test_files_of_weights_have_the_rights_that_the_umask_leaves(tmp_path, umask,
     assert [(tmp_path / f"{name}.safetensors").stat().st_mode & 0o777 for name in "ab"] == [mode, mode]
 
 
-def test_a_streamed_file_is_what_the_library_writes(tmp_path):
-    """Odd sizes and several dtypes: the file equals the library's byte for byte, and so its tensors are aligned."""
+def test_one_tensor_at_a_time_is_in_memory(tmp_path):
+    made = []
+
+    def make():
+        assert all(reference() is None for reference in made)  # those before it are gone
+        made.append(weakref.ref(value := np.zeros(5)))
+        return value
+
+    stream_safetensors(tmp_path / "a.safetensors", {name: LateTensor((5,), "float64", make) for name in "abc"}, {})
+    assert len(made) == 3
+
+
+def test_the_library_reads_a_streamed_file(tmp_path):
+    """Odd sizes and several dtypes, each tensor aligned to its own size."""
     rng = np.random.default_rng(0)
     tensors = {"half": rng.normal(size=(3, 5)).astype(np.float16), "byte": np.arange(7, dtype=np.uint8),
                "long": np.arange(3), "single": rng.normal(size=(5,)).astype(np.float32), "none": np.zeros((0, 2))}
