@@ -71,15 +71,16 @@ class Connector(nn.Module):
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             self.stage, self.own_task = about["stage"], int(about["task_index"])
             self.num_tasks = len(json.loads(about["tasks"]))
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise InputError(f"{file}: not an exported connector ({error}). Export the client again.") from None
-        router = tensors.pop("router.weight", None)  # [T, D]
-        self.router = None if router is None else nn.Parameter(router)
-        grouped: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            adapter, layer, leaf = name.rsplit(".", 2)
-            grouped.setdefault(adapter.replace(".", "/"), {})[f"{layer}.{leaf}"] = tensor
-        self.adapters = nn.ModuleDict({name: Mlp(own) for name, own in grouped.items()})
+            router = tensors.pop("router.weight", None)  # [T, D]
+            self.router = None if router is None else nn.Parameter(router)
+            grouped: dict[str, dict[str, torch.Tensor]] = {}
+            for name, tensor in tensors.items():
+                adapter, layer, leaf = name.rsplit(".", 2)
+                grouped.setdefault(adapter.replace(".", "/"), {})[f"{layer}.{leaf}"] = tensor
+            self.adapters = nn.ModuleDict({name: Mlp(own) for name, own in grouped.items()})
+        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+            raise InputError(f"{file}: not an exported connector ({type(error).__name__}: {error}). Export the client "
+                             "again.") from None
         self.requires_grad_(False)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -161,10 +162,12 @@ def load(folder: str | Path, base: str | Path | None = None, dtype: str = "float
     """
     folder = Path(folder)
     about = read_json(folder / "pilot_jax.json", "Give a folder that `pilot-jax export … --out DIR` wrote.")
-    if about.get("format") != 1:
+    if about.get("format") != 1 or not {"base", "parts", "template", "image_fit"} <= set(about):
         raise InputError(f"{folder / 'pilot_jax.json'}: format {about.get('format')!r}, expected 1. Export the client "
                          "again, or use a newer pilot_jax.")
-    kind = getattr(torch, dtype)
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise InputError(f"dtype: {dtype!r} is not known. Use float32, bfloat16 or float16.")
     if about["parts"] is not None and base is None:
         model, spec, text, images = _from_parts(folder, about["parts"], kind)
     else:

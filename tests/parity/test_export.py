@@ -182,6 +182,26 @@ def test_the_chat_template_writes_what_was_trained(name, tmp_path):
                         "<|im_start|>user\nwhat colour?<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_a_folder_that_is_no_export(tmp_path):
+    with pytest.raises(InputError, match=r"pilot_jax\.json does not exist\. Give a folder that `pilot-jax export"):
+        pilot_jax.torch.load(tmp_path)
+    (tmp_path / "pilot_jax.json").write_text('{"format": 2}')
+    with pytest.raises(InputError, match="format 2, expected 1"):
+        pilot_jax.torch.load(tmp_path)
+    about = {"format": 1, "base": "nowhere", "parts": None, "template": "plain", "image_fit": "processor"}
+    (tmp_path / "pilot_jax.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match=r"base: nowhere is no directory here.*load\(folder, base=…\)"):
+        pilot_jax.torch.load(tmp_path)
+    with pytest.raises(InputError, match="dtype: 'half a byte' is not known"):
+        pilot_jax.torch.load(tmp_path, dtype="half a byte")
+    (tmp_path / "text").write_text("hello")
+    save_file({"task.linear_1.weight": torch.ones(2, 2)}, tmp_path / "half.safetensors",
+              {"stage": "stage1", "task_index": "0", "tasks": "[]"})
+    for name in ("text", "half.safetensors", "gone"):
+        with pytest.raises(InputError, match=f"{name}: not an exported connector"):
+            pilot_jax.torch.Connector(tmp_path / name)
+
+
 @pytest.mark.slow
 def test_the_connector_needs_no_jax(tmp_path):
     """`pilot_jax.torch` is imported, and reads a connector, in a process in which JAX cannot be imported."""
