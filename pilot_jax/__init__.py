@@ -33,7 +33,7 @@ _PUBLIC = {
     "simulate": "pilot_jax.runs.simulate:simulate",
     "torch": "pilot_jax.torch:",
 }
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [*(name for name in _PUBLIC if name != "torch"), "__version__"]  # a star import must not need torch
 
 
 def __getattr__(name: str) -> Any:
@@ -45,4 +45,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*_PUBLIC, "__version__"])
