@@ -25,16 +25,19 @@ _PUBLIC = {
     "Strategy": "pilot_jax.federation.strategies:Strategy",
     "StrategyParams": "pilot_jax.config:StrategyParams",
     "answer": "pilot_jax.runs.restore:answer",
-    "load": "pilot_jax.models.pretrained:load",
+    "export_client": "pilot_jax.runs.export:export_client",
+    "load": "pilot_jax.evaluation.questions:load",
     "load_config": "pilot_jax.config:load_config",
-    "load_from_parts": "pilot_jax.models.pretrained:load_from_parts",
+    "load_from_parts": "pilot_jax.evaluation.questions:load_from_parts",
+    "merge_client": "pilot_jax.runs.export:merge_client",
     "metric": "pilot_jax.evaluation.metrics:metric",
     "mixing": "pilot_jax.federation.mixing:",
     "register": "pilot_jax.federation.strategies:register",
     "restore": "pilot_jax.runs.restore:restore",
     "simulate": "pilot_jax.runs.simulate:simulate",
+    "torch": "pilot_jax.torch:",
 }
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [*(name for name in _PUBLIC if name != "torch"), "__version__"]  # a star import must not need torch
 
 
 def __getattr__(name: str) -> Any:
@@ -46,4 +49,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*_PUBLIC, "__version__"])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +53,7 @@ def atomic_write(path: Path, data: str | bytes | Callable[[Path], object], *, du
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file.
+    """Writes a safetensors file, readable for whom the umask says.
 
     Raises:
         OSError: the file could not be written. (The library itself raises an error of its own kind.)
@@ -58,10 +61,64 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:
         raise OSError(errno.EIO, " ".join(str(error).split()), str(path)) from None
+    path.chmod(mode)  # the library replaces the file by one that only its owner can read
+
+
+SAFETENSORS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+               "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}  # the format's names of dtypes
+
+
+@dataclasses.dataclass(frozen=True)
+class LateTensor:
+    """A tensor that is made when it is written. `make` returns an array of this shape and dtype."""
+
+    shape: tuple[int, ...]
+    dtype: str  # a key of SAFETENSORS
+    make: Callable[[], np.ndarray]
+
+    @property
+    def itemsize(self) -> int:
+        """The bytes of an element; NumPy itself does not know bfloat16."""
+        return 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the tensor."""
+        return self.itemsize * math.prod(self.shape)
+
+
+def stream_safetensors(path: Path, tensors: Mapping[str, LateTensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file of which one tensor at a time is in memory; the library's writer needs all of them.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    # The largest elements come first, as the library writes them, so that every tensor is aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        one = tensors[name]
+        start, end = end, end + one.nbytes
+        table[name] = {"dtype": SAFETENSORS[one.dtype], "shape": list(one.shape), "data_offsets": [start, end]}
+    header = json.dumps(table).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in order:
+            value = tensors[name].make()
+            if value.shape != tensors[name].shape or value.dtype.name != tensors[name].dtype:
+                raise ValueError(f"{name}: {value.dtype} {value.shape}, expected {tensors[name]}")
+            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            del value  # before the next one is made
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def path_part(name: str) -> str:

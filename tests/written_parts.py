@@ -8,8 +8,10 @@ import zipfile
 import numpy as np
 import onnx
 import torch
+from conftest import write_llava, write_tokenizer
 from gguf import GGMLQuantizationType, GGUFWriter, quantize
 from onnx import helper, numpy_helper
+from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, Dinov2Model
 
@@ -110,6 +112,32 @@ def write_onnx(file):
     graph = helper.make_graph(nodes, "tower", [], [], values)
     onnx.save(helper.make_model(graph), str(file))
     return tensors
+
+
+def write_parts(folder, *, siglip=False, projector="safetensors"):
+    """Writes tower, language model and mm_projector as three checkpoints; returns them as one LLaVA model of torch."""
+    from transformers import CLIPVisionModel, LlamaForCausalLM, SiglipVisionModel
+
+    vision = {"model_type": "siglip_vision_model"} if siglip else {}
+    whole = write_llava(folder / "whole", text={"vocab_size": 400}, vision=vision,
+                        vision_feature_select_strategy="full" if siglip else "default")
+    tower = (SiglipVisionModel if siglip else CLIPVisionModel)(whole.config.vision_config)
+    tower.load_state_dict(whole.model.vision_tower.state_dict())
+    tower.save_pretrained(folder / "tower")
+    language = LlamaForCausalLM(whole.config.text_config)
+    language.model.load_state_dict(whole.model.language_model.state_dict())
+    language.lm_head.load_state_dict(whole.lm_head.state_dict())
+    language.save_pretrained(folder / "language")
+    tokenizer = write_tokenizer(folder / "language", size=390, image=False)
+    tensors = {}
+    for number, name in (("0", "linear_1"), ("2", "linear_2")):
+        for kind, value in getattr(whole.model.multi_modal_projector, name).named_parameters():
+            tensors[f"model.mm_projector.{number}.{kind}"] = value.detach().clone()
+    if projector == "bin":
+        torch.save(tensors, folder / "mm_projector.bin")
+    else:
+        save_file(tensors, folder / "mm_projector.safetensors")
+    return whole, tokenizer
 
 
 def write_wheel(folder, member="pkg/weights.bin", content=b"weights"):

@@ -51,7 +51,9 @@ def main() -> None:
     """Runs the command line. Every error ends it with one message: exit code 2 for wrong input, 1 for all others."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Hugging Face's libraries read it when they are imported. Nothing but this option needs the network.
+    pushes = any(word.split("=")[0] == "--push-to-hub" for word in sys.argv)
+    os.environ.setdefault("HF_HUB_OFFLINE", "0" if pushes else "1")
     library.leave_out_torch()
     try:
         app()

@@ -68,20 +68,46 @@ def generate(run_dir: RunPath, client: Annotated[str, typer.Option(help="Client 
     typer.echo(answer(done, client, image, prompt, settings, seed))
 
 
-def export(run_dir: RunPath, client: Annotated[str, typer.Option(help="Client whose adapters are exported.")],
-           out: Annotated[Path, typer.Option(help="New folder for the adapters.")],
+def export(run_dir: RunPath, client: Annotated[str, typer.Option(help="Client whose model is exported.")],
+           out: Annotated[Path | None, typer.Option(
+               help="New folder for the adapters: LoRA, connector, and how the model is asked.")] = None,
+           merged: Annotated[Path | None, typer.Option(
+               help="New folder for the whole model, instead of --out: a stock LLaVA checkpoint (or that of a language "
+                    "model) with LoRA merged into it. Not for strategies with visual adapters, such as pilot.")] = None,
            rank: Annotated[int | None, typer.Option(
                min=1, help="Largest rank of the exported LoRA. Default: what the adapters need; what a smaller one "
                            "loses is printed.")] = None,
+           base_model: Annotated[str | None, typer.Option(
+               help="Name of the base model for the model card and PEFT, such as its name on a hub. Default: the "
+                    "run's path of it.")] = None,
+           license: Annotated[str | None, typer.Option(help="Licence for the model card. Default: unknown.")] = None,
+           push_to_hub: Annotated[str | None, typer.Option(
+               metavar="REPO", help="Also upload the new folder to this repository on the Hugging Face Hub, such as "
+                                    "me/my-model; it is made, private, if there is none.")] = None,
            strategy: RunStrategy = None, use: Use = None) -> None:
-    """Write a client's LoRA as a PEFT adapter and its connector as safetensors, with a model card."""
-    from pilot_jax.runs.export import export_client
+    """Write a client's adapters for PEFT and torch, or its whole model for transformers, with a model card."""
+    from pilot_jax.runs.export import export_client, merge_client
+    from pilot_jax.runs.hub import check_can_push, push
     from pilot_jax.runs.restore import restore
 
-    lost = export_client(restore(run_dir, strategy=strategy), client, out, rank)
+    if (out is None) == (merged is None):
+        raise InputError("--out, --merged: give one of them: the folder for the adapters, or for the whole model.")
+    if merged is not None and rank is not None:
+        raise InputError("--rank: a merged model has no LoRA. Leave the option out.")
+    if push_to_hub is not None:
+        check_can_push(push_to_hub)
+    run = restore(run_dir, strategy=strategy)
+    folder, lost = merged or out, 0.0
+    assert folder is not None
+    if merged is not None:
+        merge_client(run, client, merged, license, base_model)
+    else:
+        lost = export_client(run, client, folder, rank, license, base_model)
     if lost > 1e-6:
         typer.echo(f"The exported LoRA lacks {lost:.2g} of the change of the weights (Frobenius norm).")
-    typer.echo(f"Adapters of {client}: {out}")
+    typer.echo(f"{'Adapters' if merged is None else 'Model'} of {client}: {folder}")
+    if push_to_hub is not None:
+        typer.echo(f"Uploaded: {push(folder, push_to_hub)}")
 
 
 def base(name: Annotated[str, typer.Argument(help="Name of the base model: smollm2-dinov2.")],

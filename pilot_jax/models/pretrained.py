@@ -22,6 +22,7 @@ from pilot_jax.models.checkpoints.parts import load_parts, read_language_config,
 from pilot_jax.models.checkpoints.processors import IMAGE_TOKEN, load_tokenizer
 from pilot_jax.models.checkpoints.reading import Place, load_base
 from pilot_jax.models.generate import Decoding, generate
+from pilot_jax.models.packaged import EMBEDDED, model_directory, shapes_directory
 from pilot_jax.models.spec import VlmSpec
 from pilot_jax.models.vlm import Vlm, variables
 from pilot_jax.parallel.mesh import mesh_of
@@ -30,26 +31,6 @@ from pilot_jax.programs import KeptJit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-EMBEDDED = "embedded"
-PACKAGED = {EMBEDDED: "base", "instructed": "instructed"}  # folder in `ASSETS` of each base that is in the package
-ASSETS = Path(__file__).parent.parent / "embedded" / "assets"
-
-
-def model_directory(path: str | Path) -> Path:
-    """Returns the directory that `path` names; "embedded" and "instructed" name bases that are part of the package."""
-    return ASSETS / PACKAGED[str(path)] if str(path) in PACKAGED else Path(path).expanduser()
-
-
-def shapes_directory(path: str | Path) -> Path:
-    """Returns `model_directory(path)` or, if that does not exist, a folder with the config of a well-known model.
-
-    The package holds such folders, so that a run can be planned without the model's weights.
-    """
-    directory = model_directory(path)
-    known = ASSETS / "shapes" / Path(str(path)).name
-    return known if not directory.exists() and known.is_dir() else directory
-
 
 def read_shapes(config: ModelConfig) -> tuple[VlmSpec, Path]:
     """Returns the shapes of the configured model and the directory of its tokenizer; no weights are read."""

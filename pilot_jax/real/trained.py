@@ -33,7 +33,7 @@ def write_trained(folder: Path, params: dict[str, Any], rank: int, alpha: float,
                           ("adapter_model.safetensors", peft_tensors(params["text_adapter"], "language_model"))):
         write_safetensors(folder / file, {name: np.ascontiguousarray(value, np.float16)
                                           for name, value in tensors.items()}, {"format": "pt"})
-    config = peft_config(rank, alpha, "language_model", base)
+    config = peft_config(rank, alpha, base)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -43,7 +43,8 @@ from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.state import Federation, State, initial_population, most_uploads
 from pilot_jax.federation.strategies import Strategy, make_strategy, use
 from pilot_jax.kernels.attention import check_cudnn
-from pilot_jax.models.pretrained import PACKAGED, PretrainedModel, load, load_from_parts, read_shapes
+from pilot_jax.models.packaged import PACKAGED
+from pilot_jax.models.pretrained import PretrainedModel, load, load_from_parts, read_shapes
 from pilot_jax.parallel.devices import ask_for_determinism, split_cpu, use_compilation_cache
 from pilot_jax.parallel.mesh import AXES, base_placement, mesh_of, on_training_devices
 from pilot_jax.parallel.processes import to_host

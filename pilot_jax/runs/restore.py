@@ -10,10 +10,10 @@ from pilot_jax.config import Config, EvalConfig
 from pilot_jax.data.build import build_prompts, encode_prompts
 from pilot_jax.data.features import image_features
 from pilot_jax.data.given import as_data
-from pilot_jax.data.llava.sample import Sample
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.answers import answers, make_decoder
 from pilot_jax.evaluation.personalised import Evaluation, examinee
+from pilot_jax.evaluation.questions import Picture, question_sample
 from pilot_jax.federation.state import AnyState, Federation, Population
 from pilot_jax.federation.strategies import Strategy, use
 from pilot_jax.files import read_json
@@ -63,6 +63,19 @@ class Run:
         """Returns the state of a client's model; all clients of a run on pooled data have one model."""
         return self.population[self.evaluation.model_of_client[self.client(name)]]
 
+    def ask(self, client: str, image: Picture, question: str, *, max_new_tokens: int = 64) -> str:
+        """Returns the greedy answer of a client's personalised model to a question about an image, or without one.
+
+        Args:
+            image: a file, a picture of Pillow's, or None.
+            max_new_tokens: the largest number of tokens of the answer.
+
+        Raises:
+            InputError: the run has no such client, or the image cannot be read.
+        """
+        greedy = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "top_p": 1.0}
+        return answer(self, client, image, question, self.setup.eval.model_copy(update=greedy))
+
 
 def restore(folder: str | Path, strategy: str | type[Strategy] | Strategy | None = None, data: Any = None) -> Run:
     """Loads a run from its directory so that its models can answer prompts; an unfinished run as of its last snapshot.
@@ -102,13 +115,18 @@ def restore(folder: str | Path, strategy: str | type[Strategy] | Strategy | None
     return Run(setup, population, read_json(folder / "summary.json", "") if ended else {})
 
 
-def answer(run: Run, client: str, image: Path | None, prompt: str, settings: EvalConfig | None = None,
+def answer(run: Run, client: str, image: Picture, prompt: str, settings: EvalConfig | None = None,
            seed: int = 0) -> str:
-    """Returns the answer of `client`'s personalised model to a prompt, and to an image if one is given."""
+    """Returns the answer of `client`'s personalised model to a prompt, and to an image if one is given.
+
+    Args:
+        image: a file, a picture of Pillow's, or None.
+        settings: how the answer is decoded; None: as in the run's evaluation.
+        seed: the seed of the sampling, if `settings` samples.
+    """
     fed, index, data = run.federation, run.client(client), run.evaluation.data
     one = run.evaluation.clients[index]
-    turns = (("human", prompt if image is None else f"<image>\n{prompt}"), ("gpt", ""))
-    sample = Sample("prompt", image, turns, one.task, one.name, "test", "--prompt" if image is None else str(image))
+    sample = question_sample(image, prompt, one.task, one.name)
     prompts = build_prompts([sample], encode_prompts(fed.model, run.tokenizer, [sample], data),
                             image_features(fed.model, [sample], data))
     settings = (settings or run.setup.eval).model_copy(update={"batch_size": 1})

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_TOKEN, TINY_VISION, slow_except, write_checkpoint, write_llava, write_tokenizer
+from conftest import IMAGE_TOKEN, TINY_VISION, slow_except, write_checkpoint, write_llava
 from safetensors.torch import load_file, save_file
+from written_parts import write_parts
 
 import pilot_jax
 from pilot_jax.errors import InputError
@@ -214,32 +215,6 @@ def test_loading_streams(tmp_path):
     extra, placed = map(int, done.stdout.split())
     assert placed > 400e6
     assert extra < max(shards) + 150e6  # 150 MB for XLA's own buffers; the whole checkpoint has 450 MB
-
-
-def write_parts(folder, *, siglip=False, projector="safetensors"):
-    """Writes tower, language model and mm_projector as three checkpoints; returns them as one LLaVA model of torch."""
-    from transformers import CLIPVisionModel, LlamaForCausalLM, SiglipVisionModel
-
-    vision = {"model_type": "siglip_vision_model"} if siglip else {}
-    whole = write_llava(folder / "whole", text={"vocab_size": 400}, vision=vision,
-                        vision_feature_select_strategy="full" if siglip else "default")
-    tower = (SiglipVisionModel if siglip else CLIPVisionModel)(whole.config.vision_config)
-    tower.load_state_dict(whole.model.vision_tower.state_dict())
-    tower.save_pretrained(folder / "tower")
-    language = LlamaForCausalLM(whole.config.text_config)
-    language.model.load_state_dict(whole.model.language_model.state_dict())
-    language.lm_head.load_state_dict(whole.lm_head.state_dict())
-    language.save_pretrained(folder / "language")
-    tokenizer = write_tokenizer(folder / "language", size=390, image=False)
-    tensors = {}
-    for number, name in (("0", "linear_1"), ("2", "linear_2")):
-        for kind, value in getattr(whole.model.multi_modal_projector, name).named_parameters():
-            tensors[f"model.mm_projector.{number}.{kind}"] = value.detach().clone()
-    if projector == "bin":
-        torch.save(tensors, folder / "mm_projector.bin")
-    else:
-        save_file(tensors, folder / "mm_projector.safetensors")
-    return whole, tokenizer
 
 
 @pytest.mark.parametrize(("siglip", "projector"), [(False, "safetensors"), (False, "bin"), (True, "safetensors")])

@@ -2,56 +2,76 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, small_config
+from conftest import ROOT, small_config, write_checkpoint
 from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoProcessor
 
-import pilot_jax
-from pilot_jax.data.conversations import TEMPLATES
+import pilot_jax.torch
+from pilot_jax.data.conversations import TEMPLATES, encode
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.personalised import used_adapters
-from pilot_jax.models.pretrained import model_directory
+from pilot_jax.models.checkpoints import stock
+from pilot_jax.models.checkpoints.hf_config import read_vlm_config
+from pilot_jax.models.checkpoints.processors import load_tokenizer
+from pilot_jax.models.packaged import model_directory
 from pilot_jax.models.vlm import variables
-from pilot_jax.runs.export import export_client
+from pilot_jax.runs.export import export_client, merge_client
+from pilot_jax.runs.prompt_form import chat_template
 
 DOCS = ROOT / "docs" / "exported-adapters.md"
 TOLERANCE = 1e-4
+QUESTION = "is there a 2?"  # that of the page
+
+
+def moved(run):
+    """Returns a run with random numbers added to all adapters, so that a missing one would change the logits."""
+    rng = np.random.default_rng(0)
+    return dataclasses.replace(run, population=tuple(dataclasses.replace(c, adapters=jax.tree.map(
+        lambda a: (a + 0.05 * rng.normal(size=a.shape)).astype(np.float32), c.adapters)) for c in run.population))
 
 
 @pytest.fixture(scope="module")
 def finished():
-    """A finished run with random numbers added to all adapters, so that a missing one would change the logits."""
-    run = pilot_jax.simulate(small_config())
-    rng = np.random.default_rng(0)
-    moved = [dataclasses.replace(c, adapters=jax.tree.map(
-        lambda a: (a + 0.05 * rng.normal(size=a.shape)).astype(np.float32), c.adapters)) for c in run.population]
-    return dataclasses.replace(run, population=tuple(moved))
+    return moved(pilot_jax.simulate(small_config()))
+
+
+@pytest.fixture(scope="module")
+def averaged():
+    """A run of FedAvg, whose model is a stock LLaVA."""
+    return moved(pilot_jax.simulate(small_config(
+        strategy={"name": "fedavg"}, data={"digits": {"train": 4}}, model={"lora": {"targets": ["q", "v", "down"]}})))
+
+
+@pytest.fixture
+def scene(tmp_path, monkeypatch):
+    """Makes scene.png, which the page asks about, in the current directory, and returns its path."""
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.random.default_rng(2).integers(0, 256, (48, 48, 3), np.uint8)).save("scene.png")
+    return tmp_path / "scene.png"
 
 
 def code_blocks():
+    """Returns the page's code by what it begins with: the merged model, `pilot_jax.torch.load`, the same by hand."""
     return re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S)
 
 
-def page_in_torch(folder, base):
-    """Returns the names that the three code blocks of the page define."""
-    scope: dict = {"folder": str(folder), "base": base}
-    for block in code_blocks():
-        exec(block, scope)
-    return scope
-
-
 def in_torch(folder, base):
-    """Returns the torch model that the page builds."""
-    return page_in_torch(folder, base)["model"]
+    """Returns the torch model that the page builds by hand."""
+    scope: dict = {"folder": str(folder), "base": base, "pilot_jax": pilot_jax}
+    exec(code_blocks()[2], scope)
+    return scope["model"]
 
 
 def inputs(model, tokenizer):
@@ -84,25 +104,48 @@ def test_exported_client_gives_the_same_logits_in_torch(finished, tmp_path, stag
 
 
 @pytest.mark.slow
-def test_the_answer_of_the_page_is_that_of_pilot_jax(finished, tmp_path):
-    export_client(finished, "ocr_1", tmp_path / "out")
-    image = tmp_path / "scene.png"
-    Image.fromarray(np.random.default_rng(2).integers(0, 256, (48, 48, 3), np.uint8)).save(image)
-    scope = page_in_torch(tmp_path / "out", str(model_directory("embedded")))
-    assert finished.evaluation.data.template == "vicuna_short"
-    settings = finished.setup.eval.model_copy(update={"max_new_tokens": 12})
-    ours = pilot_jax.answer(finished, "ocr_1", image, "which digits are there?", settings)
-    assert ours and scope["answer"](image, "which digits are there?", max_new_tokens=12) == ours
-
-
-def test_the_prompts_on_the_page_are_the_templates():
-    prompts = re.search(r"^PROMPTS = (\{.*?^\})", code_blocks()[2], re.M | re.S)[1]
-    assert ast.literal_eval(prompts) == {name: t.system + t.human for name, t in TEMPLATES.items()}
+@pytest.mark.parametrize("strategy", ["finished", "averaged"])
+def test_torch_answers_as_pilot_jax(strategy, request, tmp_path, scene, capsys):
+    """The page's code prints the answer of the run; so does the model that `load` returns, for other questions."""
+    run = request.getfixturevalue(strategy)
+    export_client(run, "ocr_1", tmp_path / "out")
+    scope: dict = {"folder": str(tmp_path / "out")}
+    exec(code_blocks()[1], scope)
+    printed = capsys.readouterr().out.strip()
+    assert printed and printed == run.ask("ocr_1", scene, QUESTION)
+    client, picture = scope["client"], Image.open(scene).convert("L")
+    for image, question in ((picture, "which digits are there?"), (None, "which digits are there?")):
+        assert client.ask(image, question, 8) == run.ask("ocr_1", image, question, max_new_tokens=8)
 
 
 @pytest.mark.slow
-def test_projector_of_a_baseline_loads_too(tmp_path):
-    run = pilot_jax.simulate(small_config(strategy={"name": "fedavg"}, data={"digits": {"train": 4}}))
+def test_a_merged_model_answers_as_pilot_jax(averaged, tmp_path, scene, capsys):
+    """The page's code, which imports transformers alone; the base's weights are float16, and so the merged ones."""
+    merge_client(averaged, "ocr_1", tmp_path / "merged", licence="apache-2.0")
+    scope: dict = {"merged": str(tmp_path / "merged")}
+    exec(code_blocks()[0], scope)
+    printed = capsys.readouterr().out.strip()
+    assert printed and printed == averaged.ask("ocr_1", scene, QUESTION)
+    assert scope["model"].dtype == torch.float16
+    card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    assert 'license: "apache-2.0"' in card and 'library_name: "transformers"' in card
+    assert "| training samples | 4 |" in card and "| training samples of all clients | 36 of 9 clients |" in card
+    again = pilot_jax.load(tmp_path / "merged")
+    assert again.template() == "tokenizer" and again.ask(scene, QUESTION) == printed
+    with pytest.raises(InputError, match="exists already"):
+        merge_client(averaged, "ocr_1", tmp_path / "merged")
+
+
+@pytest.mark.slow
+def test_visual_adapters_are_not_merged(finished, tmp_path):
+    with pytest.raises(InputError, match=r"--merged: pilot trains visual adapters.*--out DIR.*pilot_jax\.torch"):
+        merge_client(finished, "ocr_1", tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_projector_of_a_baseline_loads_too(averaged, tmp_path):
+    run = averaged
     export_client(run, "vqa_0", tmp_path / "out")
     reference = in_torch(tmp_path / "out", str(model_directory("embedded")))
     index, model = run.client("vqa_0"), run.federation.model
@@ -114,11 +157,68 @@ def test_projector_of_a_baseline_loads_too(tmp_path):
     np.testing.assert_allclose(ours, expected, atol=TOLERANCE)
 
 
+CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " how many? "}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "two "}]},
+        {"role": "user", "content": "what colour?"}]
+TURNS = (("human", "<image>\n how many? "), ("gpt", "two "), ("human", "what colour?"))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_chat_template_writes_what_was_trained(name, tmp_path):
+    """Of a conversation with an image: the same token ids, also through transformers' LlavaProcessor."""
+    write_checkpoint(tmp_path / "base")
+    tokenizer = load_tokenizer(tmp_path / "base")
+    stock.add_chat(tmp_path / "base", chat_template(name, tokenizer), (2,))
+    stock.add_processor(tmp_path / "base", read_vlm_config(tmp_path / "base"))
+    processor = AutoProcessor.from_pretrained(tmp_path / "base")
+    expected = encode(tokenizer, TURNS, name, 4).input_ids
+    text = processor.apply_chat_template(CHAT, add_generation_prompt=True)
+    picture = Image.new("RGB", (20, 30))
+    ids = processor(text=text, images=[picture], add_special_tokens=False, return_tensors="np")["input_ids"][0]
+    np.testing.assert_array_equal(ids, expected)
+    if name == "llama2":
+        assert text == "<s>[INST] <image>\nhow many? [/INST] two </s><s>[INST] what colour? [/INST]"
+    if name == "chatml_short":
+        assert text == ("<s><|im_start|>user\n<image>\nhow many?<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"
+                        "<|im_start|>user\nwhat colour?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_folder_that_is_no_export(tmp_path):
+    with pytest.raises(InputError, match=r"pilot_jax\.json does not exist\. Give a folder that `pilot-jax export"):
+        pilot_jax.torch.load(tmp_path)
+    (tmp_path / "pilot_jax.json").write_text('{"format": 2}')
+    with pytest.raises(InputError, match="format 2, expected 1"):
+        pilot_jax.torch.load(tmp_path)
+    about = {"format": 1, "base": "nowhere", "parts": None, "template": "plain", "image_fit": "processor"}
+    (tmp_path / "pilot_jax.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match=r"base: nowhere is no directory here.*load\(folder, base=…\)"):
+        pilot_jax.torch.load(tmp_path)
+    with pytest.raises(InputError, match="dtype: 'half a byte' is not known"):
+        pilot_jax.torch.load(tmp_path, dtype="half a byte")
+    (tmp_path / "text").write_text("hello")
+    save_file({"task.linear_1.weight": torch.ones(2, 2)}, tmp_path / "half.safetensors",
+              {"stage": "stage1", "task_index": "0", "tasks": "[]"})
+    for name in ("text", "half.safetensors", "gone"):
+        with pytest.raises(InputError, match=f"{name}: not an exported connector"):
+            pilot_jax.torch.Connector(tmp_path / name)
+
+
+@pytest.mark.slow
+def test_the_connector_needs_no_jax(tmp_path):
+    """`pilot_jax.torch` is imported, and reads a connector, in a process in which JAX cannot be imported."""
+    save_file({f"projector.linear_{i}.weight": torch.ones(2, 2) for i in (1, 2)}, tmp_path / "c.safetensors",
+              {"stage": "plain", "task_index": "0", "tasks": '["t"]'})
+    code = ("import sys; sys.modules['jax'] = None; import torch, pilot_jax.torch; "
+            "print(pilot_jax.torch.Connector(sys.argv[1])(torch.zeros(1, 2)).tolist())")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "c.safetensors"], capture_output=True, text=True)
+    assert done.stdout.strip() == "[[0.0, 0.0]]", done.stderr[-1000:]
+
+
 @pytest.mark.slow
 def test_model_card_says_where_it_comes_from(finished, tmp_path):
     export_client(finished, "vqa_2", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    for fact in ("base_model: \"embedded\"", "| client | vqa_2 |", "| task | vqa |", "| rounds taken part in | 1 |",
+    for fact in ("| base model | embedded |", "| client | vqa_2 |", "| task | vqa |", "| rounds taken part in | 1 |",
                  "| stage of the connector | stage2 |", f"{finished.summary['score_by_client']['vqa_2']:.3f} (exact)",
                  finished.summary["adapters_sha256"]):
         assert fact in card

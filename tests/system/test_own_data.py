@@ -85,7 +85,12 @@ def test_check_run_evaluate_ask_and_export(call, checkpoint, photos, tmp_path):
     code, out, err = call("export", tmp_path / "run", "--client", "north", "--out", tmp_path / "north")
     assert code == 0, err
     assert {f.name for f in (tmp_path / "north").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "connector.safetensors", "README.md"}
+        "adapter_config.json", "adapter_model.safetensors", "connector.safetensors", "pilot_jax.json", "README.md"}
+    code, _, err = call("export", tmp_path / "run", "--client", "north", "--merged", tmp_path / "x")
+    assert code == 2 and "pilot trains visual adapters" in err and "pilot_jax.torch" in err
+    for wrong in ((), ("--out", "x", "--merged", "y"), ("--merged", "y", "--rank", 1)):
+        code, _, err = call("export", tmp_path / "run", "--client", "north", *wrong)
+        assert code == 2 and err.startswith(("Error: --out, --merged", "Error: --rank")), err
     code, _, err = call("export", tmp_path / "run", "--client", "nobody", "--out", tmp_path / "x")
     assert code == 2 and "nobody" in err and "north" in err
 

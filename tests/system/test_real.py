@@ -74,10 +74,9 @@ def test_an_exported_client_in_torch(base, finished, call, tmp_path):
     folder, _ = finished
     code, _, err = call("export", folder, "--client", "kind_noto", "--out", tmp_path / "out")
     assert code == 0, err
-    scope = {"folder": str(tmp_path / "out"), "base": str(base)}
+    scope = {"folder": str(tmp_path / "out"), "base": str(base), "pilot_jax": pilot_jax}
     page = (ROOT / "docs" / "exported-adapters.md").read_text(encoding="utf-8")
-    for block in re.findall(r"```python\n(.*?)```", page, re.S)[:2]:
-        exec(block, scope)
+    exec(re.findall(r"```python\n(.*?)```", page, re.S)[2], scope)
     run = restore(folder)
     fed, index = run.federation, run.client("kind_noto")
     ids = np.asarray([run.tokenizer("<image>" * 16 + "\nWhat is it?")["input_ids"]])

@@ -146,7 +146,7 @@ def test_the_export_is_a_lora_that_peft_loads(fedit, tmp_path):
     _, reference, run, _ = fedit
     export_client(run, "a", tmp_path / "out")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        "adapter_model.safetensors", "adapter_config.json", "README.md"}
+        "adapter_model.safetensors", "adapter_config.json", "pilot_jax.json", "README.md"}
     card = (tmp_path / "out" / "README.md").read_text()
     assert "connector" not in card and "llava" not in card
     ids = np.random.default_rng(0).integers(7, 400, (2, 12))
@@ -158,6 +158,17 @@ def test_the_export_is_a_lora_that_peft_loads(fedit, tmp_path):
         after = PeftModel.from_pretrained(reference, tmp_path / "out")(input_ids=torch.tensor(ids)).logits.numpy()
     assert np.abs(after - before).max() > 1e-2
     np.testing.assert_allclose(ours, after, atol=1e-4)
+
+
+def whole_models_answer(folder, question):
+    """Returns transformers' answer by a stock directory alone: its weights, chat template and generation settings."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
+                                           return_dict=True, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+    return tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
 @pytest.mark.slow
@@ -179,6 +190,10 @@ def test_the_shipped_config_from_plan_to_export(call, fedit, tmp_path):
     assert code == 0, err
     code, out, err = call("export", tmp_path / "run", "--client", "a", "--out", tmp_path / "out")
     assert code == 0 and (tmp_path / "out" / "adapter_model.safetensors").is_file(), err
+    _, ours, _ = call("generate", tmp_path / "run", "--client", "a", "--prompt", "what is 1 of a?")
+    code, out, err = call("export", tmp_path / "run", "--client", "a", "--merged", tmp_path / "merged")
+    assert code == 0 and out.startswith("Model of a:"), err
+    assert whole_models_answer(tmp_path / "merged", "what is 1 of a?") == ours.strip()
     code, out, err = call("report", tmp_path / "run")
     assert code == 0, err
 

@@ -35,13 +35,70 @@ def run_outside(python: list[str], folder: Path, env: dict[str, str]) -> None:
     assert not where.startswith(str(ROOT / "pilot_jax")), where
 
 
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    """Returns a folder with the wheel's own files alone; the dependencies are those of this environment."""
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder / "there",
+                    built(folder)], check=True)
+    return folder / "there"
+
+
 @pytest.mark.slow
-def test_the_wheel_runs_outside_the_repository(tmp_path):
-    """Only the wheel's own files are installed; the dependencies are those of this environment."""
-    wheel, there = built(tmp_path), tmp_path / "there"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", there, wheel], check=True)
+def test_the_wheel_runs_outside_the_repository(there, tmp_path):
     assert (there / "pilot_jax" / "py.typed").is_file() and not (there / "tests").exists()
     run_outside([sys.executable], tmp_path, os.environ | {"PYTHONPATH": str(there), "JAX_PLATFORMS": "cpu"})
+
+
+# What a user writes. The first part makes the data, each other one is a program behind it.
+DATA = """
+import json, pathlib, PIL.Image, pilot_jax
+colours, rows = ("red", "green", "blue"), []
+pathlib.Path("data").mkdir()
+for i in range(24):
+    PIL.Image.new("RGB", (48, 48), colours[i % 3]).save(f"data/{i}.png")
+    rows.append({"image": f"{i}.png", "task": f"task_{i // 12}", "client": f"client_{i // 12}", "conversations": [
+        {"from": "human", "value": "<image>\\nwhat colour?"}, {"from": "gpt", "value": colours[i % 3]}]})
+pathlib.Path("data/all.json").write_text(json.dumps(rows))
+pathlib.Path("config.yaml").write_text(
+    "{data: {path: data, template: vicuna_short}, federation: {rounds: 2, local_steps: 12}, system: {unroll: 1}}")
+"""
+MERGED = """
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+run = pilot_jax.simulate(pilot_jax.load_config("config.yaml", ["strategy.name=fedavg"]))
+pilot_jax.merge_client(run, "client_0", "merged")
+model = LlavaForConditionalGeneration.from_pretrained("merged")
+processor = AutoProcessor.from_pretrained("merged")
+content = [{"type": "image", "path": "data/1.png"}, {"type": "text", "text": "what colour?"}]
+inputs = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
+                                       tokenize=True, return_dict=True, return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+print("merged:", processor.decode(tokens, skip_special_tokens=True).strip())
+"""
+ADAPTERS = """
+import pilot_jax.torch
+run = pilot_jax.simulate(pilot_jax.load_config("config.yaml", ["strategy.name=pilot"]))
+pilot_jax.export_client(run, "client_0", "adapters")
+client = pilot_jax.torch.load("adapters")
+print("torch:", client.ask("data/1.png", "what colour?", 16))
+"""
+OURS = """
+print("ours:", run.ask("client_0", "data/1.png", "what colour?", max_new_tokens=16))
+"""
+
+
+@pytest.mark.slow
+def test_own_data_become_a_model_that_answers_elsewhere(there, tmp_path):
+    """From a list of dicts to an answer in transformers, and in torch with Pilot's connector, in 25 lines each."""
+    for part in (MERGED, ADAPTERS):
+        assert len((DATA + part).split("\n")) - 2 <= 25
+    (tmp_path / "mine.py").write_text(DATA + MERGED + OURS + ADAPTERS + OURS)
+    env = os.environ | {"PYTHONPATH": str(there), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [line.split(": ", 1) for line in done.stdout.splitlines() if line.startswith(("merged:", "torch:", "ours:"))]
+    assert [name for name, _ in said] == ["merged", "ours", "torch", "ours"]
+    assert [text for _, text in said] == ["green"] * 4
 
 
 @pytest.mark.long

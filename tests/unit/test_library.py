@@ -11,7 +11,7 @@ CODE = """
 import sys
 from pilot_jax.models.checkpoints import library
 from pilot_jax.models.checkpoints.processors import load_image_processor, load_tokenizer
-from pilot_jax.models.pretrained import ASSETS
+from pilot_jax.models.packaged import ASSETS
 if {hides}:
     library.leave_out_torch()
 tokenizer, processor = load_tokenizer(ASSETS / "base"), load_image_processor(ASSETS / "base", "clip")

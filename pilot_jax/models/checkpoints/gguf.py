@@ -135,6 +135,10 @@ class GgufFile:
         """Returns the tensors' shapes by Hugging Face's names."""
         return {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
 
+    def dtype(self, key: str) -> str:
+        """Returns the data type in which a checkpoint holds this tensor: float16 if it is quantised here."""
+        return {"F32": "float32", "BF16": "bfloat16"}.get(self._tensors[key].tensor_type.name, "float16")
+
     def read(self, key: str) -> np.ndarray:
         """Returns a tensor in float32, in Hugging Face's layout."""
         from gguf import dequantize

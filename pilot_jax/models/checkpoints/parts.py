@@ -43,11 +43,22 @@ def _projector_name(key: str) -> str | None:
     return f"multi_modal_projector.{_PROJECTOR.get(match[1], match[1])}.{match[2]}"
 
 
-def _config_of(directory: Path, key: str) -> tuple[dict[str, Any], Path]:
+def config_of(directory: Path, key: str) -> tuple[dict[str, Any], Path]:
+    """Returns the content of a part's `config.json`, and the file.
+
+    Args:
+        key: "vision" or "language". Of a contrastive model, the content is that of its vision tower.
+
+    Raises:
+        InputError: the file does not exist, or is not a JSON object.
+    """
     if key == "language" and is_gguf(directory):
         return open_gguf(directory).config, directory
     file = directory / "config.json"
-    return read_json(file, f"model.parts.{key} must be a Hugging Face model directory."), file
+    raw = read_json(file, f"model.parts.{key} must be a Hugging Face model directory.")
+    if key == "vision" and raw.get("model_type") in ("clip", "siglip"):  # the whole model, with a tower of texts
+        raw = {"model_type": raw["model_type"] + "_vision_model"} | raw.get("vision_config", {})
+    return raw, file
 
 
 def read_language_config(language: Path) -> VlmSpec:
@@ -56,7 +67,7 @@ def read_language_config(language: Path) -> VlmSpec:
     Raises:
         InputError: the directory has no config.json, or its model is one that this package does not implement.
     """
-    raw, file = _config_of(language, "language")
+    raw, file = config_of(language, "language")
     if raw.get("model_type") not in ("llama", "mistral", "qwen2"):
         raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected llama, mistral or qwen2. "
                          "Correct model.parts.language.")
@@ -71,9 +82,7 @@ def read_parts_config(vision: Path, language: Path, projector: Path, feature_lay
     Raises:
         InputError: a directory has no config.json, or its model is one that this package does not implement.
     """
-    raw, file = _config_of(vision, "vision")
-    if raw.get("model_type") in ("clip", "siglip"):  # the whole contrastive model, of which only the tower is used
-        raw = {"model_type": raw["model_type"] + "_vision_model"} | raw.get("vision_config", {})
+    raw, file = config_of(vision, "vision")
     if raw.get("model_type") not in ("clip_vision_model", "siglip_vision_model", "dinov2"):
         raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected a CLIP, SigLIP or DINOv2 model. "
                          "Correct model.parts.vision.")
@@ -90,10 +99,14 @@ def read_parts_config(vision: Path, language: Path, projector: Path, feature_lay
     return join(tower, text, image_token_id, feature_select, "multi_modal_projector.linear_1.bias" in names, file)
 
 
+def part_sources(vision: Path | None, language: Path, projector: Path | None) -> list[Source]:
+    """Returns the files of these parts, the language model's first."""
+    sources = [Source(f, _language_name) for f in ([language] if is_gguf(language) else safetensors_files(language))]
+    sources += [] if vision is None else [Source(f, _tower_name) for f in safetensors_files(vision)]
+    return sources + ([] if projector is None else [Source(projector, _projector_name)])
+
+
 def load_parts(config: VlmSpec, vision: Path | None, language: Path, projector: Path | None, dtype: str,
                place: Place | None = None) -> dict[str, PyTree]:
     """Returns the frozen base that these parts make; see `reading.load_tensors`."""
-    sources = [] if vision is None else [Source(f, _tower_name) for f in safetensors_files(vision)]
-    sources += [Source(f, _language_name) for f in ([language] if is_gguf(language) else safetensors_files(language))]
-    sources += [] if projector is None else [Source(projector, _projector_name)]
-    return load_tensors(sources, config, dtype, place)
+    return load_tensors(part_sources(vision, language, projector), config, dtype, place)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -18,7 +18,8 @@ from pilot_jax.models.spec import TARGETS
 
 # Path of the decoder's layers in transformers' LlavaForConditionalGeneration, and in a language model by itself.
 LAYERS = {"llava": "model.language_model.layers", "language_model": "model.layers"}
-_MODULES = {name: ("self_attn" if name in "qkvo" else "mlp") + f".{name}_proj" for name in TARGETS}
+ABOUT = "pilot_jax.json"  # the file that says how an exported client is asked
+MODULES = {name: ("self_attn" if name in "qkvo" else "mlp") + f".{name}_proj" for name in TARGETS}
 
 
 def peft_tensors(lora: Mapping[str, PyTree], kind: str) -> dict[str, np.ndarray]:
@@ -26,22 +27,26 @@ def peft_tensors(lora: Mapping[str, PyTree], kind: str) -> dict[str, np.ndarray]
     tensors = {}
     for target, pair in lora["layers"].items():
         for i in range(len(pair["a"])):
-            name = f"base_model.model.{LAYERS[kind]}.{i}.{_MODULES[target]}"
+            name = f"base_model.model.{LAYERS[kind]}.{i}.{MODULES[target]}"
             tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(pair["a"][i], np.float32)
             tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(pair["b"][i], np.float32)
     return tensors
 
 
-def peft_config(rank: int, alpha: float, kind: str, base: str) -> dict[str, Any]:
-    """Returns the content of `adapter_config.json`.
+def peft_config(rank: int, alpha: float, base: str, exclude: str | None = None,
+                targets: Sequence[str] = TARGETS) -> dict[str, Any]:
+    """Returns the content of `adapter_config.json`, with the fields that PEFT and vLLM read.
 
-    In a LLaVA model, `target_modules` is a pattern that does not match q_proj, k_proj and v_proj of the vision tower.
+    Args:
+        targets: the linear layers that have LoRA.
+        base: the name or path of the base model.
+        exclude: a pattern of modules that have no LoRA although their names are among the targets, such as q_proj of a
+            vision tower.
     """
-    names = [f"{name}_proj" for name in TARGETS]
-    inside = rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(names)})"
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
-            "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
-            "inference_mode": True, "target_modules": inside if kind == "llava" else names}
+            "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha, "lora_dropout": 0.0, "bias": "none",
+            "target_modules": [f"{name}_proj" for name in targets], "modules_to_save": None, "use_rslora": False,
+            "fan_in_fan_out": False, "inference_mode": True} | ({} if exclude is None else {"exclude_modules": exclude})
 
 
 def _torch_mlp(prefix: str, adapter: Mapping[str, PyTree], slot: int | None = None) -> dict[str, np.ndarray]:
@@ -150,12 +155,16 @@ class ExportDetails(TypedDict):
     alpha_over_rank: float
     kind: str
     base: str
+    exclude: str | None
+    about: Mapping[str, Any]
     card: str
 
 
 def save_adapters(out: Path, adapters: Mapping[str, PyTree], lora: Mapping[str, PyTree],
                   **details: Unpack[ExportDetails]) -> None:
-    """Writes `adapter_model.safetensors`, `adapter_config.json`, `connector.safetensors` and `README.md` into `out`.
+    """Writes one client's adapters, and what is needed to use them, into the new folder `out`.
+
+    They are `adapter_model.safetensors`, `adapter_config.json`, `connector.safetensors`, `pilot_jax.json`, `README.md`.
 
     The folder appears under its name only when it is complete. Adapters that are LoRA alone have no connector's file.
 
@@ -167,6 +176,8 @@ def save_adapters(out: Path, adapters: Mapping[str, PyTree], lora: Mapping[str, 
         alpha_over_rank: the factor by which LoRA's B·A is multiplied.
         kind: a key of LAYERS.
         base: the name or path of the base model.
+        exclude: see `peft_config`.
+        about: the content of `pilot_jax.json`.
         card: the text of `README.md`.
 
     Raises:
@@ -174,11 +185,12 @@ def save_adapters(out: Path, adapters: Mapping[str, PyTree], lora: Mapping[str, 
     """
     check_is_one_lora(lora, "this model")
     rank = lora_rank(lora)
-    config = peft_config(rank, details["alpha_over_rank"] * rank, details["kind"], details["base"])
-
+    config = peft_config(rank, details["alpha_over_rank"] * rank, details["base"], details["exclude"],
+                         [name for name in TARGETS if name in lora["layers"]])
     with new_folder(out) as folder:
         write_safetensors(folder / "adapter_model.safetensors", peft_tensors(lora, details["kind"]), {"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / ABOUT).write_text(json.dumps(details["about"], indent=2) + "\n", encoding="utf-8")
         if set(adapters) - set(LORA_SUBTREES):
             write_safetensors(folder / "connector.safetensors",
                               connector_tensors(adapters, details["stage"], details["task_index"]),

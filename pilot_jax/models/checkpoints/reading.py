@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from pilot_jax.errors import InputError
-from pilot_jax.files import without_duplicates
+from pilot_jax.files import SAFETENSORS, without_duplicates
 from pilot_jax.models.checkpoints.gguf import GgufFile, is_gguf, open_gguf
 from pilot_jax.models.checkpoints.hf_config import read_vlm_config
 from pilot_jax.models.checkpoints.tensor_names import Piece, base_shapes, canonical_name, leaf_at, never_run, pieces
@@ -70,6 +70,10 @@ class _SafetensorsFile:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {k: tuple(self._handle.get_slice(k).get_shape()) for k in self._handle.keys()}  # noqa: SIM118
 
+    def dtype(self, key: str) -> str:
+        kind = self._handle.get_slice(key).get_dtype()
+        return next((ours for ours, theirs in SAFETENSORS.items() if theirs == kind), kind)
+
     def read(self, key: str) -> np.ndarray:
         return self._handle.get_tensor(key)
 
@@ -94,6 +98,9 @@ class _TorchFile:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {k: tuple(v.shape) for k, v in self._tensors.items()}
+
+    def dtype(self, key: str) -> str:
+        return str(self._tensors[key].dtype).removeprefix("torch.")
 
     def read(self, key: str) -> np.ndarray:
         tensor = self._tensors[key]

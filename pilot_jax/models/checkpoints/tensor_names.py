@@ -43,6 +43,19 @@ def canonical_name(name: str) -> str:
     return re.sub(r"^language_model\.model\.", "language_model.", name)
 
 
+def stock_name(name: str, family: str) -> str:
+    """Returns the name that a canonical one has in LLaVA checkpoints, in the layout that every release reads.
+
+    Args:
+        family: the vision tower's family.
+    """
+    if name.startswith("lm_head."):
+        return f"language_model.{name}"
+    if name.startswith("vision_tower.") and family != "dinov2":
+        return "vision_tower.vision_model." + name.removeprefix("vision_tower.")
+    return re.sub(r"^language_model\.", "language_model.model.", name)
+
+
 def pieces(config: VlmSpec) -> dict[str, Piece]:
     """Returns the piece of every tensor of the model, by the tensor's canonical name."""
     table: dict[str, Piece] = {}

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from pilot_jax.files import write_safetensors
-from pilot_jax.models.checkpoints.tensor_names import leaf_at, pieces
+from pilot_jax.models.checkpoints.tensor_names import leaf_at, pieces, stock_name
 from pilot_jax.models.spec import VlmSpec
 
 
@@ -23,17 +23,11 @@ def save_base(directory: str | Path, config: VlmSpec, base: dict[str, PyTree], h
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    written = (("vision_tower.", "vision_tower.vision_model."), ("language_model.", "language_model.model."),
-               ("lm_head.", "language_model.lm_head."))
     tensors = {}
     host = jax.tree.map(np.asarray, base)
     for name, piece in pieces(config).items():
-        for ours, theirs in written:
-            if name.startswith(ours):
-                name = theirs + name.removeprefix(ours)
-                break
         tensor = piece.from_leaf(leaf_at(host, piece.leaf)).astype(np.float32).astype(dtype)
-        tensors[name] = np.ascontiguousarray(tensor)
+        tensors[stock_name(name, config.tower.family)] = np.ascontiguousarray(tensor)
     # transformers requires the tower's final norm, although LLaVA takes its features before it.
     width, prefix = config.tower.hidden_size, "vision_tower.vision_model.post_layernorm"
     tensors[f"{prefix}.weight"], tensors[f"{prefix}.bias"] = np.ones(width, dtype), np.zeros(width, dtype)

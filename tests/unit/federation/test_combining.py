@@ -29,7 +29,7 @@ from pilot_jax.models.lora import assembled
 from pilot_jax.models.pretrained import model_directory
 from pilot_jax.models.vlm import variables
 from pilot_jax.runs import prepare
-from pilot_jax.runs.export import export_client
+from pilot_jax.runs.export import export_client, merge_client
 from pilot_jax.testing.phases import train_phase
 from pilot_jax.testing.toy import RANK, run_toy, toy_clients, toy_federation, toy_state
 
@@ -399,6 +399,7 @@ def test_a_run_and_its_export(name, model, tmp_path):
     assert lost < 1e-6
     if name != "pilot":
         _check_against_peft(back, client, tmp_path / "out")
+        _check_merged(back, client, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     if name in ("flexlora", "pilot"):
         assert (config["r"], config["lora_alpha"]) == (2, 8)
@@ -412,8 +413,7 @@ def _check_against_peft(run, client, folder):
 
     state = run.state(client)
     reference = AutoModelForImageTextToText.from_pretrained(model_directory("embedded"), dtype=torch.float32)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    reference = get_peft_model(reference, LoraConfig(**{k: config[k] for k in ("r", "lora_alpha", "target_modules")}))
+    reference = get_peft_model(reference, LoraConfig.from_pretrained(folder))
     set_peft_model_state_dict(reference, load_file(folder / "adapter_model.safetensors"))
     ids = np.asarray([run.tokenizer("USER: what colour is the 3? ASSISTANT: it is red")["input_ids"]])
     with torch.no_grad():
@@ -424,6 +424,25 @@ def _check_against_peft(run, client, folder):
     plain = fed.model.logits(ids, np.ones_like(ids), None)
     assert np.abs(np.asarray(plain) - expected).max() > 1e-3  # the adapters matter
     np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+def _check_merged(run, client, folder):
+    """Each weight of the merged model is the float16 nearest to that of the base plus the exported LoRA."""
+    merge_client(run, client, folder.with_name("merged"))
+    config, lora = json.loads((folder / "adapter_config.json").read_text()), load_file(
+        folder / "adapter_model.safetensors")
+    base, merged = (load_file(at / "model.safetensors") for at in (model_directory("embedded"),
+                                                                   folder.with_name("merged")))
+    changed = 0
+    for name, a in lora.items():
+        if name.endswith(".lora_A.weight"):
+            b = lora[name.replace(".lora_A.", ".lora_B.")].double()
+            key = name.removeprefix("base_model.model.model.language_model.").replace(".lora_A.", ".")
+            key = f"language_model.model.{key}"
+            exact = base[key].double() + config["lora_alpha"] / config["r"] * (b @ a.double())
+            assert bool(((merged[key].double() - exact).abs() <= 0.51 * 2**-10 * exact.abs() + 1e-6).all()), key
+            changed += int((merged[key] != base[key]).sum())
+    assert changed > 1000
 
 
 def test_smallest_rank_of_a_sum():

@@ -243,5 +243,5 @@ def test_a_mixture_is_not_exported_as_one_lora(tiny, tmp_path):
     adapters = clients_adapters(tiny[1], "fedalt")
     with pytest.raises(InputError, match=r"mixes several LoRA for every token.*would be another model.*Nothing was"):
         save_adapters(tmp_path / "out", adapters, assembled(adapters), stage="plain", tasks=("t",), task_index=0,
-                      alpha_over_rank=1.0, kind="llava", base="tiny", card="")
+                      alpha_over_rank=1.0, kind="llava", base="tiny", exclude=None, about={}, card="")
     assert not (tmp_path / "out").exists()
