@@ -26,6 +26,7 @@ _PUBLIC = {
     "StrategyParams": "pilot_jax.config:StrategyParams",
     "answer": "pilot_jax.runs.restore:answer",
     "export_client": "pilot_jax.runs.export:export_client",
+    "image_fit": "pilot_jax.data.images:image_fit",
     "load": "pilot_jax.evaluation.questions:load",
     "load_config": "pilot_jax.config:load_config",
     "load_from_parts": "pilot_jax.evaluation.questions:load_from_parts",

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from pilot_jax.data.conversations import IMAGE, encode, stop_tokens
-from pilot_jax.data.images import pad_to_square, read_image
+from pilot_jax.data.images import fit_image, read_image
 from pilot_jax.data.llava.sample import Sample
 from pilot_jax.errors import InputError
 from pilot_jax.files import read_json
@@ -129,9 +129,7 @@ class ExportedModel:
             if not isinstance(image, Image.Image):
                 image = read_image(Sample("", Path(image), (), "", "", "", "image"))
             image = image.convert("RGB")
-            if self.about["image_fit"] == "pad":
-                red, green, blue = (int(255 * c) for c in self.image_processor.image_mean)
-                image = pad_to_square(image, (red, green, blue))
+            image = fit_image(image, self.about["image_fit"], self.image_processor)
             pixels = self.image_processor(images=[image], return_tensors="pt")["pixel_values"]
             out["pixel_values"] = pixels.to(self.model.dtype)
         return {name: value.to(self.model.device) for name, value in out.items()}

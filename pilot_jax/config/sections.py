@@ -145,9 +145,10 @@ class DataConfig(Section):
         "LLaVA-1.5 and the paper), vicuna_short (without its system sentence), llama2, chatml, chatml_short "
         "(without its system message), plain (no roles), or tokenizer (the chat template of the checkpoint's "
         "tokenizer).")
-    image_fit: Literal["processor", "pad"] = Field(
+    image_fit: Literal["processor", "pad"] | str = Field(
         "processor", description="Treatment of images that are not square. processor: what the checkpoint's image "
-        "processor does. pad: images are first padded to a square with the processor's mean colour, as in LLaVA-1.5.")
+        "processor does. pad: images are first padded to a square with the processor's mean colour, as in LLaVA-1.5. "
+        "Or the name of a function of your own, which `pilot_jax.image_fit` registers.")
     partition: Literal["given", "equal", "dirichlet"] = Field(
         "given", description="Assignment of samples to clients. given: each sample names its client. equal, dirichlet: "
         "each task's samples are shuffled and divided among `federation.clients` / (number of tasks) clients. Training "

@@ -14,7 +14,7 @@ from pilot_jax.config import DataConfig, LimitsConfig
 from pilot_jax.data.build import encode_prompt, encode_sample, refuse_images
 from pilot_jax.data.conversations import TEMPLATES, TOKENIZER, check_system, encode, stop_tokens
 from pilot_jax.data.division import check_client_count, client_faults, divided, missing_splits, splits_of
-from pilot_jax.data.images import check_shape, read_image
+from pilot_jax.data.images import check_image_fit, check_shape, read_image
 from pilot_jax.data.llava.reading import find_image_root, read_entries
 from pilot_jax.data.llava.sample import Entry, Sample, parse_sample
 from pilot_jax.errors import InputError
@@ -158,6 +158,7 @@ def check_data(path: str | Path, data: DataConfig, model: PretrainedModel | None
     if data.template not in (*TEMPLATES, TOKENIZER):
         raise InputError(f"data.template: {data.template!r} is not known. Use one of "
                          f"{', '.join([*TEMPLATES, TOKENIZER])}.")
+    check_image_fit(data.image_fit)
     root = find_image_root(path, data.image_root)
     has_tower = model is None or model.config.vision is not None
     side = 336 if model is None or not has_tower else model.config.tower.image_size

@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike
 
 from pilot_jax.cache import Cache
 from pilot_jax.config import DataConfig
-from pilot_jax.data.images import check_shape, image_identity, pixel_values, read_image
+from pilot_jax.data.images import FITS, check_shape, image_identity, pixel_values, read_image
 from pilot_jax.data.llava.sample import Sample
 from pilot_jax.errors import InputError
 from pilot_jax.models.checkpoints.processors import processor_files
@@ -134,8 +134,9 @@ class Features:
                 kept.write(key, [self._values.reshape(-1).view(np.uint8).data])
 
     def _key(self) -> str:
-        """Returns the key of these features in the cache; "" if there is none, or nothing is missing."""
-        if self._computed.all():
+        """Returns the key of these features in the cache; "" if there is none, nothing is missing, or images pass a
+        function of the user's."""
+        if self._computed.all() or self._data.image_fit in FITS:
             return ""
         digest = hashlib.sha256()
         for leaf in jax.tree.leaves(to_host(self._model.base["vision_tower"])):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -22,6 +23,54 @@ if TYPE_CHECKING:
 # Other formats are refused: Pillow passes some of them to other programs, and some decoders are little reviewed.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "MPO")
 ORIENTATION = 0x0112  # the EXIF tag
+Fit = Callable[[Image.Image], Image.Image]
+FITS: dict[str, Fit] = {}  # a user's own values of `data.image_fit`
+
+
+def image_fit(name: str) -> Callable[[Fit], Fit]:
+    """Returns a decorator that registers a function from an RGB image to another, which `data.image_fit` can then name.
+
+    It is called on every image before the checkpoint's image processor. Features of these images are computed anew in
+    each run, because nothing says whether the function is still the same.
+
+    Raises:
+        ValueError: the name is one of the package's.
+    """
+    if name in ("processor", "pad"):
+        raise ValueError(f"the package has an image_fit {name!r}: choose another name")
+
+    def register(fit: Fit) -> Fit:
+        FITS[name] = fit
+        return fit
+
+    return register
+
+
+def check_image_fit(fit: str) -> None:
+    """Raises an `InputError` if `data.image_fit` names nothing that this process knows."""
+    known = ("processor", "pad", *FITS)
+    if fit not in known:
+        raise InputError(f"data.image_fit: {fit!r} is not known. Use one of {', '.join(known)}. For your own, name the "
+                         "module that registers it: --use MODULE (in Python: import it).")
+
+
+def fit_image(image: Image.Image, fit: str, processor: Any) -> Image.Image:
+    """Returns an RGB image as the checkpoint's image processor gets it.
+
+    Raises:
+        InputError: `fit` is not known, or a user's function returns something else than an image.
+    """
+    check_image_fit(fit)
+    if fit == "processor":
+        return image
+    if fit == "pad":
+        red, green, blue = (int(255 * c) for c in processor.image_mean)
+        return pad_to_square(image, (red, green, blue))
+    fitted = FITS[fit](image)
+    if not isinstance(fitted, Image.Image) or not all(fitted.size):
+        raise InputError(f"data.image_fit: {fit} returned {type(fitted).__name__} for an image of {image.width}×"
+                         f"{image.height}. It has to return an image of Pillow.")
+    return fitted.convert("RGB")
 
 
 def read_image(sample: Sample, limits: LimitsConfig = LIMITS) -> Image.Image:
@@ -146,7 +195,7 @@ def pixel_values(model: PretrainedModel, images: list[Image.Image], fit: str = "
     """Returns the vision tower's input for these images, float32 [len(images), 3, H, W].
 
     Args:
-        fit: the value of `data.image_fit`: "processor", or "pad", with which images are padded to squares first.
+        fit: the value of `data.image_fit`, see `fit_image`.
 
     Raises:
         InputError: the checkpoint's image processor fails, or its output has another size than the tower takes.
@@ -154,9 +203,7 @@ def pixel_values(model: PretrainedModel, images: list[Image.Image], fit: str = "
     tower = model.config.tower
     assert model.image_directory is not None
     processor = load_image_processor(model.image_directory, tower.family)
-    if fit == "pad":
-        red, green, blue = (int(255 * c) for c in processor.image_mean)
-        images = [pad_to_square(image, (red, green, blue)) for image in images]
+    images = [fit_image(image, fit, processor) for image in images]
     try:
         pixels = processor(images=images, return_tensors="np")["pixel_values"]
     except Exception as error:  # the processor's checks of its own settings raise many kinds

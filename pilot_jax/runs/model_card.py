@@ -43,8 +43,9 @@ def facts(run: Run, client: str) -> list[tuple[str, object]]:
         *([("stage of the connector", connector_stage(state.stage))] if staged else []),
         ("LoRA rank, alpha in training", f"{trained}, {setup.model.lora.alpha:g}"),
         ("conversation template", data.template),
-        *([("images", "padded to a square with the processor's mean colour before it (data.image_fit: pad)")]
-          if setup.model.takes_images and data.image_fit == "pad" else []),
+        *([("images", "padded to a square with the processor's mean colour before it (data.image_fit: pad)"
+            if data.image_fit == "pad" else f"changed by the run's own function `{data.image_fit}` (data.image_fit)")]
+          if setup.model.takes_images and data.image_fit != "processor" else []),
         ("seed", setup.system.seed),
         ("adapters_sha256 of the run", summary.get("adapters_sha256", "unknown: the run was not finished")),
         ("written by", f"pilot_jax {__version__}"), *_scores(run, client, own.task)]

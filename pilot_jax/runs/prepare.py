@@ -31,6 +31,7 @@ from pilot_jax.data.conversations import stop_tokens
 from pilot_jax.data.division import check_client_count, divided
 from pilot_jax.data.features import compute_features
 from pilot_jax.data.given import PREFIX, Data, samples_sha256
+from pilot_jax.data.images import check_image_fit
 from pilot_jax.data.llava.sample import Sample
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.answers import make_decoder
@@ -160,6 +161,7 @@ def _check_names(config: Config, names: list[str], tasks: list[str]) -> None:
     """Checks the config's clients, tasks and metrics against those of the data, before anything is trained."""
     metrics = config.eval.metrics
     check_client_count(config.data, config.federation.clients, len(names))
+    check_image_fit(config.data.image_fit)
     check_metrics([metrics.get(task, "exact") for task in tasks])
     check_scoring(config.eval.scoring, metrics, tasks)
     unknown = sorted(set(metrics) - set(tasks) - {"grounding"})

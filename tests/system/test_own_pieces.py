@@ -6,26 +6,31 @@ import json
 import re
 import sys
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, small_config
+from PIL import Image
 
 import pilot_jax
 from pilot_jax.config import apply_overrides, parse_config
+from pilot_jax.data.images import FITS, check_image_fit, image_fit, pixel_values
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.metrics import METRICS, check_metrics, metric, scored
 from pilot_jax.evaluation.personalised import evaluate
+from pilot_jax.runs import prepare
 
 PAGE = ROOT / "docs" / "own-pieces.md"
 
 
 @pytest.fixture
 def registered():
-    """Forgets metrics that a test registers."""
+    """Forgets what a test registers."""
     before = dict(METRICS)
     yield
     METRICS.clear()
     METRICS.update(before)
+    FITS.clear()
 
 
 def blocks(language):
@@ -48,7 +53,7 @@ def test_the_examples_run(monkeypatch, tmp_path, capsys, registered):
     monkeypatch.setattr(pilot_jax, "load_config", smaller, raising=False)
     scope: dict = {"__name__": "page"}
     examples = blocks("python")
-    assert len(examples) == 3 and all(len(lines(block)) <= 14 for block in examples)
+    assert len(examples) == 4 and all(len(lines(block)) <= 14 for block in examples)
     for block in examples:
         exec(block, scope)
         if "overlap" in block:
@@ -111,3 +116,30 @@ def test_metrics_of_ones_own(registered):
         metric("exact")
     with pytest.raises(InputError, match=r"'exat' is not a metric\. Did you mean 'exact'"):
         check_metrics(["exat"])
+
+
+def test_images_pass_the_function_before_the_processor(federation, registered):
+    model = federation[0].model
+    scope = {"pilot_jax": pilot_jax}
+    exec(next(block for block in blocks("python") if "image_fit" in block), scope)
+    assert scope["config"].data.image_fit == "middle"
+    pixels = np.random.default_rng(0).integers(256, size=(30, 50, 3)).astype(np.uint8)
+    wide = Image.fromarray(pixels)
+    np.testing.assert_array_equal(pixel_values(model, [wide], "middle"),
+                                  pixel_values(model, [Image.fromarray(pixels[:, 10:40])]))
+    image_fit("nothing")(lambda image: None)
+    with pytest.raises(InputError, match=r"data\.image_fit: nothing returned NoneType for an image of 50×30"):
+        pixel_values(model, [wide], "nothing")
+    with pytest.raises(InputError, match=r"data\.image_fit: 'midle' is not known\. Use one of processor, pad, middle"):
+        check_image_fit("midle")
+    with pytest.raises(ValueError, match="the package has an image_fit 'pad'"):
+        image_fit("pad")
+
+
+def test_features_of_an_own_function_are_not_kept(registered):
+    """Nothing says whether a function of the same name still does the same."""
+    image_fit("mine")(lambda image: image)
+    for fit, kept in (("processor", True), ("mine", False)):
+        config = small_config(data={"image_fit": fit, "digits": {"train": 2}})
+        features = prepare.prepare(config).evaluation.clients[0].features.source
+        assert bool(features._key()) == kept
