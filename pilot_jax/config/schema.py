@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from pilot_jax.config.lora import Combine, LoraConfig, combine_field
 from pilot_jax.config.sections import DataConfig, Section
@@ -309,6 +309,15 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     system: SystemConfig = SystemConfig()
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _strategy_by_name(cls, value: Any) -> Any:
+        """Returns the keys of a section as an object of the class that their `name` chooses."""
+        if not isinstance(value, dict):
+            return value
+        name = value.get("name", StrategyParams.model_fields["name"].default)
+        return strategies().params_of(name).model_validate(value | {"name": name})
 
     def to_yaml(self) -> str:
         """Returns the config as YAML, with every key and its value."""

@@ -52,24 +52,21 @@ def test_the_wheel_runs_outside_the_repository(there, tmp_path):
 
 # What a user writes. The first part makes the data, each other one is a program behind it.
 DATA = """
-import json, pathlib, PIL.Image, pilot_jax
-colours, rows = ("red", "green", "blue"), []
-pathlib.Path("data").mkdir()
-for i in range(24):
-    PIL.Image.new("RGB", (48, 48), colours[i % 3]).save(f"data/{i}.png")
-    rows.append({"image": f"{i}.png", "task": f"task_{i // 12}", "client": f"client_{i // 12}", "conversations": [
-        {"from": "human", "value": "<image>\\nwhat colour?"}, {"from": "gpt", "value": colours[i % 3]}]})
-pathlib.Path("data/all.json").write_text(json.dumps(rows))
-pathlib.Path("config.yaml").write_text(
-    "{data: {path: data, template: vicuna_short}, federation: {rounds: 2, local_steps: 12}, system: {unroll: 1}}")
+import PIL.Image, pilot_jax
+colours = ("red", "green", "blue")
+rows = [{"image": PIL.Image.new("RGB", (48, 48), colours[i % 3]), "task": f"task_{i // 12}",
+         "client": f"client_{i // 12}", "conversations": [
+             {"from": "human", "value": "<image>\\nwhat colour?"}, {"from": "gpt", "value": colours[i % 3]}]}
+        for i in range(24)]
+keys = {"data": {"template": "vicuna_short"}, "federation": {"rounds": 2, "local_steps": 12}, "system": {"unroll": 1}}
 """
 MERGED = """
 from transformers import AutoProcessor, LlavaForConditionalGeneration
-run = pilot_jax.simulate(pilot_jax.load_config("config.yaml", ["strategy.name=fedavg"]))
+run = pilot_jax.simulate(pilot_jax.Config(**keys, strategy={"name": "fedavg"}), data=rows)
 pilot_jax.merge_client(run, "client_0", "merged")
 model = LlavaForConditionalGeneration.from_pretrained("merged")
 processor = AutoProcessor.from_pretrained("merged")
-content = [{"type": "image", "path": "data/1.png"}, {"type": "text", "text": "what colour?"}]
+content = [{"type": "image", "image": rows[1]["image"]}, {"type": "text", "text": "what colour?"}]
 inputs = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
                                        tokenize=True, return_dict=True, return_tensors="pt")
 tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1]:]
@@ -77,13 +74,13 @@ print("merged:", processor.decode(tokens, skip_special_tokens=True).strip())
 """
 ADAPTERS = """
 import pilot_jax.torch
-run = pilot_jax.simulate(pilot_jax.load_config("config.yaml", ["strategy.name=pilot"]))
+run = pilot_jax.simulate(pilot_jax.Config(**keys, strategy={"name": "pilot"}), data=rows)
 pilot_jax.export_client(run, "client_0", "adapters")
 client = pilot_jax.torch.load("adapters")
-print("torch:", client.ask("data/1.png", "what colour?", 16))
+print("torch:", client.ask(rows[1]["image"], "what colour?", 16))
 """
 OURS = """
-print("ours:", run.ask("client_0", "data/1.png", "what colour?", max_new_tokens=16))
+print("ours:", run.ask("client_0", rows[1]["image"], "what colour?", max_new_tokens=16))
 """
 
 
