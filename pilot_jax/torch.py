@@ -126,10 +126,9 @@ class ExportedModel:
         out = {"input_ids": torch.tensor(ids[None], dtype=torch.long)}
         out["attention_mask"] = torch.ones_like(out["input_ids"])
         if image is not None:
-            if not isinstance(image, Image.Image):
-                image = read_image(Sample("", Path(image), (), "", "", "", "image"))
-            image = image.convert("RGB")
-            image = fit_image(image, self.about["image_fit"], self.image_processor)
+            picture = image if isinstance(image, Image.Image) else Path(image)
+            shown = read_image(Sample("", picture, (), "", "", "", "image"))
+            image = fit_image(shown, self.about["image_fit"], self.image_processor)
             pixels = self.image_processor(images=[image], return_tensors="pt")["pixel_values"]
             out["pixel_values"] = pixels.to(self.model.dtype)
         return {name: value.to(self.model.device) for name, value in out.items()}

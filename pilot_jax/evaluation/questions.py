@@ -31,8 +31,6 @@ def question_sample(image: Picture, question: str, task: str = "", client: str =
     if isinstance(image, Path) and not image.is_file():
         raise InputError(f"image: {image} does not exist. Give an image file, a picture of Pillow's, or None.")
     source = str(image) if isinstance(image, Path) else "the question"
-    if isinstance(image, Image.Image):
-        image = image.convert("RGB")
     turns = (("human", question if image is None else f"<image>\n{question}"), ("gpt", ""))
     return Sample("question", image, turns, task, client, "test", source)
 

@@ -10,7 +10,9 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil
 
 import pilot_jax
+from pilot_jax.data.images import read_image
 from pilot_jax.errors import InputError
+from pilot_jax.evaluation.questions import question_sample
 
 STOP = 2
 
@@ -68,6 +70,12 @@ def test_wrong_questions(checkpoint):
         model.ask(folder / "base" / "config.json", "what is it?")
     with pytest.raises(InputError, match="template"):
         model.ask(None, "what is it?", template="vicuna")
+
+
+def test_a_picture_is_shown_to_the_model_as_in_training():
+    """What is transparent is white, not the colour behind it."""
+    hidden = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert np.asarray(read_image(question_sample(hidden, "what colour?"))).min() == 255
 
 
 def test_public_names_are_listed():
