@@ -33,6 +33,7 @@ _PUBLIC = {
     "merge_client": "pilot_jax.runs.export:merge_client",
     "metric": "pilot_jax.evaluation.metrics:metric",
     "mixing": "pilot_jax.federation.mixing:",
+    "projector": "pilot_jax.models.projectors:projector",
     "register": "pilot_jax.federation.strategies:register",
     "restore": "pilot_jax.runs.restore:restore",
     "simulate": "pilot_jax.runs.simulate:simulate",

@@ -60,6 +60,9 @@ class ModelConfig(Section):
         "the third digit: not for results that are compared with others.")
     remat: bool = Field(False, description="Whether the backward pass computes the decoder layers' activations again "
                         "instead of storing them, which takes less memory and more time.")
+    projector: str | None = Field(None, description="Name of a projector of your own, which `pilot_jax.projector` "
+                                  "registers, instead of the checkpoint's. It starts untrained. null: the "
+                                  "checkpoint's.")
     lora: LoraConfig = LoraConfig()
 
     @model_validator(mode="after")

@@ -7,7 +7,8 @@ experts have a leading T axis. Biases are absent where the checkpoint's projecto
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,10 +46,10 @@ def expert(stack: Adapter, index: Int[Array, ""]) -> Adapter:
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
 
 
-def plain(adapters: Mapping[str, PyTree], features: Float[Array | np.ndarray, "B N D"]
-          ) -> tuple[Float[Array, "B N C"], dict[str, jax.Array]]:
+def plain(adapters: Mapping[str, PyTree], features: Float[Array | np.ndarray, "B N D"],
+          projector: Callable[..., Any] = mlp) -> tuple[Float[Array, "B N C"], dict[str, jax.Array]]:
     """Returns x_img = projector(H_v), LLaVA's own connector, and no auxiliary outputs."""
-    return mlp(adapters["projector"], features), {}
+    return projector(adapters["projector"], features).astype(features.dtype), {}
 
 
 def stage1(adapters: Mapping[str, PyTree], features: Float[Array | np.ndarray, "B N D"]
@@ -90,13 +91,18 @@ def stage2(adapters: Mapping[str, PyTree], features: Float[Array | np.ndarray, "
 
 
 class Connector(nn.Module):
-    """The connector as a Flax module, whose adapters are in the collection "connector"; see `stage1` and `stage2`."""
+    """The connector as a Flax module, whose adapters are in the collection "connector"; see `stage1` and `stage2`.
+
+    `projector`: that of the stage "plain", if it is not LLaVA's; see `models.projectors`.
+    """
+
+    projector: Any = None
 
     def __call__(self, features: Float[Array, "B N D"], stage: str, task_index: Int[Array, ""] | int | np.integer
                  ) -> tuple[Float[Array, "B N C"], dict[str, jax.Array]]:
         adapters = self.variables["connector"]
         if stage == "plain":
-            return plain(adapters, features)
+            return plain(adapters, features, self.projector or mlp)
         if stage == "stage1":
             return stage1(adapters, features)
         if stage == "stage2":

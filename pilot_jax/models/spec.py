@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pilot_jax.errors import InputError
 
@@ -122,6 +122,11 @@ class VlmSpec:
     image_token_id: int  # -1, which is no token, for a language model alone
     drop_first: bool  # whether H_v lacks the tower's first token (LLaVA's vision_feature_select_strategy: default)
     projector_bias: bool
+    projector: Any = None  # an object of `models.projectors.Projector`; None: LLaVA's MLP
+
+    def with_projector(self, projector: Any) -> VlmSpec:
+        """Returns the same model with a projector of the user's own."""
+        return dataclasses.replace(self, projector=projector)
 
     def with_lora_on(self, targets: Sequence[str]) -> VlmSpec:
         """Returns the same model with LoRA on the named linear layers of the decoder, in the usual order."""

@@ -65,7 +65,7 @@ class Vlm(nn.Module):
         c = self.config
         if c.vision is not None:
             self.vision_tower = VisionTower(c.vision, c.drop_first, self.dtype)
-            self.connector = Connector()
+            self.connector = Connector(c.projector)
         self.decoder = Decoder(c.text, self.lora_scale, self.dtype, self.remat, self.unroll, self.kernel, self.operands)
 
     def features(self, pixels: jax.Array) -> jax.Array:

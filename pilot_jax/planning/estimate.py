@@ -24,6 +24,7 @@ from pilot_jax.models.checkpoints.processors import has_tokenizer, load_tokenize
 from pilot_jax.models.checkpoints.tensor_names import base_shapes
 from pilot_jax.models.llama import empty_cache
 from pilot_jax.models.pretrained import plain_connector
+from pilot_jax.models.projectors import initial_projector
 from pilot_jax.models.spec import VlmSpec
 from pilot_jax.models.vlm import Vlm
 from pilot_jax.parallel.mesh import AXES, base_spec, shard_elements
@@ -98,6 +99,8 @@ def phase_shapes(run: Outline, work: Workload) -> Shapes:
     module = Vlm(run.spec, lora.alpha / lora.largest, dtype, run.model.remat, run.system.unroll)
     base = {name: jax.tree.map(lambda leaf, n=name: jax.ShapeDtypeStruct(
         leaf.shape, jnp.float32 if n == "projector" else dtype), tree) for name, tree in base_shapes(run.spec).items()}
+    if run.spec.projector is not None:
+        base["projector"] = jax.eval_shape(lambda key: initial_projector(run.spec, key), jax.random.key(0))
     adapters = adapter_shapes(run, plain_connector(base), work.num_tasks)
     return Shapes(run, work, module, base, adapters, data_shapes(run.spec, dtype, work, run.train.batch_size))
 

@@ -31,6 +31,9 @@ def _adapters(run: Run, client: str, out: Path, option: str) -> dict[str, Any]:
         raise InputError(f"{option}: {out} exists already. Choose a new folder; nothing was written.")
     if state.stage == "none":
         raise InputError(f"--client: {client} took part in no round, so it has no adapters of its own.")
+    if (name := run.setup.model.projector) is not None:
+        raise InputError(f"{option}: the run has a projector of your own ({name}), for which PEFT and LLaVA have no "
+                         "form. In Python, pilot_jax.restore(RUN).ask(client, image, question) uses it.")
     adapters = used_adapters(run.federation, state)
     check_is_one_lora(assembled(adapters) or {"layers": {}}, run.federation.strategy.name)
     return adapters

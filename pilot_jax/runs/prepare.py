@@ -46,6 +46,7 @@ from pilot_jax.federation.strategies import Strategy, make_strategy, use
 from pilot_jax.kernels.attention import check_cudnn
 from pilot_jax.models.packaged import PACKAGED
 from pilot_jax.models.pretrained import PretrainedModel, load, load_from_parts, read_shapes
+from pilot_jax.models.projectors import with_initial_projector, with_projector
 from pilot_jax.parallel.devices import ask_for_determinism, split_cpu, use_compilation_cache
 from pilot_jax.parallel.mesh import AXES, base_placement, mesh_of, on_training_devices
 from pilot_jax.parallel.processes import to_host
@@ -184,9 +185,10 @@ def load_model(config: Config) -> PretrainedModel:
         "remat": config.model.remat, "unroll": system.unroll, "place": base_placement(system.mesh)}
     parts = config.model.parts
     model = load(config.model.path, **options) if parts is None else load_from_parts(**parts.model_dump(), **options)
-    module = model.module.clone(kernel=system.attention, operands=config.model.operands)
-    return dataclasses.replace(model, config=model.config.with_lora_on(lora.targets), module=module,
-                               base=on_training_devices(model.base, system))
+    spec = with_projector(model.config.with_lora_on(lora.targets), config.model.projector)
+    base = with_initial_projector(model.base, spec, system.seed)
+    module = model.module.clone(config=spec, kernel=system.attention, operands=config.model.operands)
+    return dataclasses.replace(model, config=spec, module=module, base=on_training_devices(base, system))
 
 
 def prepare(config: Config, strategy: Strategy | None = None, samples: list[Sample] | None = None) -> Setup:
@@ -282,7 +284,11 @@ def compile_first_round(setup: Setup, state: State) -> None:
 def _fitting(model: ModelConfig, strategy: Strategy) -> Strategy:
     """Returns the strategy as it runs on the base and with the LoRA ranks of `model`."""
     differ = isinstance(model.lora.rank, dict) and not strategy.pools_data
-    return dataclasses.replace(strategy, ranks_differ=differ).for_base(model.takes_images)
+    fitting = dataclasses.replace(strategy, ranks_differ=differ).for_base(model.takes_images)
+    if model.projector is not None and fitting.visual_adapters() not in (("projector",), ()):
+        raise InputError(f"model.projector: {fitting.name} trains adapters of its own, which are LLaVA's MLPs. Remove "
+                         "the key, or use a strategy that trains the projector, such as fedavg.")
+    return fitting
 
 
 def initial_adapters(fed: Federation) -> dict[str, Tree]:
@@ -316,7 +322,8 @@ def outline(config: Config) -> Outline:
     """
     spec, text_directory = read_shapes(config.model)
     strategy = _fitting(config.model, make_strategy(config.strategy, schedule=config.federation.schedule))
-    return Outline(spec.with_lora_on(config.model.lora.targets), text_directory, strategy, config.model, config.data,
+    spec = with_projector(spec.with_lora_on(config.model.lora.targets), config.model.projector)
+    return Outline(spec, text_directory, strategy, config.model, config.data,
                    config.federation, config.train, config.eval, config.system)
 
 

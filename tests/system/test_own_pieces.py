@@ -18,6 +18,7 @@ from pilot_jax.data.images import FITS, check_image_fit, image_fit, pixel_values
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.metrics import METRICS, check_metrics, metric, scored
 from pilot_jax.evaluation.personalised import evaluate
+from pilot_jax.models.projectors import PROJECTORS
 from pilot_jax.runs import prepare
 
 PAGE = ROOT / "docs" / "own-pieces.md"
@@ -31,6 +32,7 @@ def registered():
     METRICS.clear()
     METRICS.update(before)
     FITS.clear()
+    PROJECTORS.clear()
 
 
 def blocks(language):
@@ -53,7 +55,7 @@ def test_the_examples_run(monkeypatch, tmp_path, capsys, registered):
     monkeypatch.setattr(pilot_jax, "load_config", smaller, raising=False)
     scope: dict = {"__name__": "page"}
     examples = blocks("python")
-    assert len(examples) == 4 and all(len(lines(block)) <= 14 for block in examples)
+    assert len(examples) == 5 and all(len(lines(block)) <= 14 for block in examples)
     for block in examples:
         exec(block, scope)
         if "overlap" in block:
