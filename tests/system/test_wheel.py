@@ -89,9 +89,13 @@ def test_own_data_become_a_model_that_answers_elsewhere(there, tmp_path):
     """From a list of dicts to an answer in transformers, and in torch with Pilot's connector, in 25 lines each."""
     for part in (MERGED, ADAPTERS):
         assert len((DATA + part).split("\n")) - 2 <= 25
-    (tmp_path / "mine.py").write_text(DATA + MERGED + OURS + ADAPTERS + OURS)
-    env = os.environ | {"PYTHONPATH": str(there), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    check_that_all_answer_alike(sys.executable, tmp_path, os.environ | {
+        "PYTHONPATH": str(there), "JAX_PLATFORMS": "cpu"})
+
+
+def check_that_all_answer_alike(python, folder, env):
+    (folder / "mine.py").write_text(DATA + MERGED + OURS + ADAPTERS + OURS)
+    done = subprocess.run([python, "mine.py"], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     said = [line.split(": ", 1) for line in done.stdout.splitlines() if line.startswith(("merged:", "torch:", "ours:"))]
     assert [name for name, _ in said] == ["merged", "ours", "torch", "ours"]
@@ -105,4 +109,7 @@ def test_the_wheel_runs_in_an_empty_environment(tmp_path):
     venv.create(tmp_path / "empty", with_pip=True)
     python = tmp_path / "empty" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "-q", wheel], check=True)
-    run_outside([str(python)], tmp_path, {k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    run_outside([str(python)], tmp_path, env)
+    subprocess.run([python, "-m", "pip", "install", "-q", "torch==2.13.0", f"{wheel}[torch]"], check=True)
+    check_that_all_answer_alike(python, tmp_path, env)

@@ -35,6 +35,8 @@ def checked_turns(where: str, raw: Mapping[str, Any], limits: LimitsConfig) -> t
     Raises:
         InputError: the entry has no conversation, or it is wrong; the message names the turn.
     """
+    if raw.get("prompt") is not None or raw.get("completion") is not None:
+        raw = _with_messages(where, raw)
     if raw.get("messages") is None:
         return _alternating(where, "conversations", "from", _said(where, raw.get("conversations"), limits)), []
     if raw.get("conversations") is not None:
@@ -46,6 +48,21 @@ def checked_turns(where: str, raw: Mapping[str, Any], limits: LimitsConfig) -> t
         said = [(role, f"{IMAGE}\n{text}" if i == first else text) for i, (role, text) in enumerate(said)]
     turns = _alternating(where, "messages", "role", said)
     return tuple((SPEAKERS[role], text) for role, text in turns), images
+
+
+def _with_messages(where: str, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns an entry of TRL's `prompt` and `completion`, which are both texts or both lists of messages, with
+    `messages` instead."""
+    if other := next((key for key in ("messages", "conversations") if raw.get(key) is not None), None):
+        raise InputError(f"{where}: the entry has both prompt or completion and {other}. Remove one of them.")
+    prompt, completion = raw.get("prompt"), raw.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    elif isinstance(prompt, list) and isinstance(completion, list):
+        messages = [*prompt, *completion]
+    else:
+        raise InputError(f"{where}: prompt, completion: expected two texts, or two lists of {{role, content}}.")
+    return {**raw, "messages": messages}
 
 
 def _said(where: str, raw: object, limits: LimitsConfig) -> list[tuple[object, str]]:

@@ -49,6 +49,11 @@ FORMS = {
     "a column of images for a text": entry("what colour?", images=[png()]),
     "an image for a text": entry("what colour?", image=png()),
     "a mark in the text": entry("<image>\nwhat colour?", images=[png()]),
+    "TRL's prompt and completion": {"task": "t", "client": "c", "images": [png()], "prompt": "what colour?",
+                                    "completion": "red"},
+    "TRL's prompt and completion as messages": {
+        "task": "t", "client": "c", "images": [png()], "prompt": entry([{"type": "image"}, TEXT])["messages"][:1],
+        "completion": entry("", answer="red")["messages"][1:]},
     "keys without values, as tables have them": entry([{"type": "image", "text": None, "image_url": None},
                                                        TEXT | {"image_url": None}], images=[png()]),
 }
@@ -95,6 +100,9 @@ WRONG = {
     "a system turn alone": ({"messages": [{"role": "system", "content": "x"}]}, "the last turn must be an answer"),
     "no answer": ({"messages": [{"role": "user", "content": "x"}]}, "the last turn must be an answer"),
     "both forms": (llava_entry() | entry("q"), "both messages and conversations"),
+    "a prompt beside messages": (entry("q") | {"prompt": "x", "completion": "y"}, "both prompt or completion and mess"),
+    "a prompt without completion": ({"task": "t", "prompt": "x"}, "expected two texts, or two lists"),
+    "a prompt of another kind": ({"prompt": "x", "completion": [{"role": "assistant", "content": "y"}]}, "two texts"),
     "no message": (entry("q") | {"messages": []}, "messages: expected a non-empty list"),
     "an image in the system turn": (entry("q", {"role": "system", "content": [{"type": "image", "image": png()}]}),
                                     "<image> must stand once, in a human turn"),
