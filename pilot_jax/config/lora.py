@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -25,14 +26,50 @@ class LoraConfig(Section):
     alpha: float = Field(16.0, gt=0, description="Numerator of the factor alpha / rank by which B·A is multiplied. The "
                          "paper has 128.")
 
+    layer_ranks: dict[str, Rank] = Field(
+        {}, description="Ranks of some decoder layers, at most `rank`, as {\"0-3\": 2, \"7\": 4}; layers count from 0, "
+        "and the others have `rank`. The factor alpha / rank stays the same in all. Only with `combine: factors`.")
     targets: tuple[Target, ...] = Field(
         ("q", "k", "v", "o", "gate", "up", "down"), min_length=1, description="Linear layers that get LoRA, in every "
         "decoder layer: q, k, v, o of the attention and gate, up, down of the MLP. Default: all, as in LLaVA.")
+
+    def ranks_of(self, layers: int) -> tuple[int, ...]:
+        """Returns the rank of each of a model's decoder layers; () if `layer_ranks` is empty.
+
+        Raises:
+            InputError: a layer does not exist or is named twice, or its rank is above `rank`.
+        """
+        if not self.layer_ranks:
+            return ()
+        ranks = [0] * layers
+        for name, rank in self.layer_ranks.items():
+            first, _, last = name.partition("-")
+            numbers = range(int(first), int(last or first) + 1)
+            what = f"model.lora.layer_ranks: {name}"
+            if not numbers or numbers[-1] >= layers:
+                raise InputError(f"{what}: the model has the layers 0 to {layers - 1}. Name one, or first-last.")
+            if rank > self.largest:
+                raise InputError(f"{what} has rank {rank}, above model.lora.rank, {self.largest}, which has to be the "
+                                 "largest.")
+            for number in numbers:
+                if ranks[number]:
+                    raise InputError(f"{what}: layer {number} has a rank already. Name each layer once.")
+                ranks[number] = rank
+        return tuple(rank or self.largest for rank in ranks)
 
     @property
     def largest(self) -> int:
         """The largest rank of a client, which all clients' arrays have."""
         return self.rank if isinstance(self.rank, int) else max(self.rank.values())
+
+    @field_validator("layer_ranks")
+    @classmethod
+    def _numbers_of_layers(cls, value: dict[str, int]) -> dict[str, int]:
+        """Refuses a key that names no layers."""
+        for name in value:
+            if not re.fullmatch("[0-9]{1,4}(-[0-9]{1,4})?", name):
+                raise ValueError(f"{name!r} names no layer: give a number, or first-last, as 0-3")
+        return value
 
     @field_validator("targets")
     @classmethod

@@ -1,9 +1,12 @@
-"""What two options add to the adapters of any strategy: LoRA ranks that differ by client, and `combine: exact`.
+"""What three options add to the adapters of any strategy: ranks of LoRA by client or by layer, and `combine: exact`.
 
-With ranks that differ, all clients have arrays of the largest rank R, and the rows of A and columns of B beyond a
+With ranks that differ by client, all have arrays of the largest rank R, and the rows of A and columns of B beyond a
 client's own rank r are zeros, which no gradient changes. The subtree `text_scale` has the client's factor R/r, because
 the model multiplies B·A by α/R, and the client's own factor is α/r. The server works with B·R/r, in a scale that is
 common to all; what a client receives is cut to its rank and divided by R/r (`fitted`).
+
+With ranks that differ by layer, the rows of A and columns of B beyond a layer's rank start as zeros, and stay so. All
+layers have the factor α/R.
 
 With `combine: exact`, the subtree `text_residual` has factors of a change ΔW of the frozen weights, equal for all.
 """
@@ -11,11 +14,13 @@ With `combine: exact`, the subtree `text_residual` has factors of a change ΔW o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pilot_jax.errors import InputError
 from pilot_jax.federation.roles import Mode, Role, Tree
 from pilot_jax.models.lora import LORA_SUBTREES, RESIDUAL, SCALE, on_factors
 
@@ -85,6 +90,33 @@ def _rescaled(subtrees: Mapping[str, Tree], adapters: Mapping[str, Tree], power:
     return {n: of_rank(n, t, rank, (largest / rank) ** power) for n, t in subtrees.items()}
 
 
-def traffic(sizes: Mapping[str, int], rank: int, largest: int) -> dict[str, int]:
-    """Returns bytes by subtree for a client of the given LoRA rank, from those of the largest rank."""
-    return {n: size * rank // largest if n in LORA_SUBTREES and n != RESIDUAL else size for n, size in sizes.items()}
+def rank_share(rank: int, largest: int, layer_ranks: Sequence[int]) -> Fraction:
+    """Returns the share of the entries of LoRA's arrays, which have the largest rank, that a client of a rank has."""
+    ranks = [min(rank, of_layer) for of_layer in layer_ranks] or [rank]
+    return Fraction(sum(ranks), largest * len(ranks))
+
+
+def traffic(sizes: Mapping[str, int], share: Fraction) -> dict[str, int]:
+    """Returns bytes by subtree for a client that has a share of LoRA's entries, from those of whole arrays."""
+    return {n: int(size * share) if n in LORA_SUBTREES and n != RESIDUAL else size for n, size in sizes.items()}
+
+
+def of_layer_ranks(name: str, tree: Tree, ranks: Sequence[int]) -> Tree:
+    """Returns a subtree of initial adapters; if it is LoRA, with zeros in the rows of A and columns of B beyond each
+    layer's rank, which then get no gradient."""
+    if not ranks or name not in LORA_SUBTREES or name in (RESIDUAL, SCALE):
+        return tree
+
+    def kept(leaf: jax.Array, axis: int) -> np.ndarray:  # leaf [layers, …]
+        shape = [len(ranks), *(1,) * (leaf.ndim - 1)]
+        shape[axis] = leaf.shape[axis]
+        return (np.arange(leaf.shape[axis]) < np.asarray(ranks)[:, None]).reshape(shape).astype(np.float32)
+
+    return on_factors(name, tree, lambda a: a * kept(a, -2), lambda b: b * kept(b, -1))
+
+
+def check_layer_ranks(strategy: str, combine: str, ranks: Sequence[int]) -> None:
+    """Raises an `InputError` if layers have ranks of their own, which a way to combine LoRAs would not keep."""
+    if ranks and combine != "factors":
+        raise InputError(f"model.lora.layer_ranks: {strategy} has strategy.combine: {combine}, which gives every layer "
+                         "the same rank. Remove the key, or set combine to factors.")

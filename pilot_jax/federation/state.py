@@ -167,12 +167,16 @@ class Federation:
         """z of `settings.privacy`; 0 without privacy, or if the strategy uploads nothing.
 
         Raises:
-            InputError: the strategy measures noise on halves of the data, which noised uploads hide.
+            InputError: the strategy measures noise on halves of the data, which noised uploads hide; or layers have
+                LoRA ranks of their own.
         """
         privacy = self.settings.privacy
         if privacy.clip is not None and self.strategy.splits_halves:
             raise InputError(f"federation.privacy.clip: {self.strategy.name} measures how noisy updates are, which is "
                              "hidden by the noise of privacy. Set it to null, or use another strategy, such as pilot.")
+        if privacy.clip is not None and self.strategy.layer_ranks:
+            raise InputError("model.lora.layer_ranks: the noise of federation.privacy would give every layer the "
+                             "largest rank. Remove one of the two.")
         if privacy.clip is None or not self.strategy.ownership().names(scope="shared"):
             return 0.0
         return multiplier(privacy, self.most_uploads)

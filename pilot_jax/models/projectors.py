@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import jax
@@ -55,6 +55,17 @@ def with_projector(spec: VlmSpec, name: str | None) -> VlmSpec:
         raise InputError(f"model.projector: {name!r} is not known. {hint}Name the module that registers it: --use "
                          "MODULE (in Python: import it).")
     return spec.with_projector(PROJECTORS[name])
+
+
+def check_projector(name: str | None, strategy: str, visual_adapters: Sequence[str]) -> None:
+    """Refuses a projector of one's own under a strategy with visual adapters that are LLaVA's MLPs.
+
+    Raises:
+        InputError: it is one.
+    """
+    if name is not None and set(visual_adapters) - {"projector"}:
+        raise InputError(f"model.projector: {strategy} trains adapters of its own, which are LLaVA's MLPs. Remove the "
+                         "key, or use a strategy that trains the projector, such as fedavg.")
 
 
 def initial_projector(spec: VlmSpec, key: Key[Array, ""]) -> PyTree:

@@ -46,7 +46,7 @@ from pilot_jax.federation.strategies import Strategy, make_strategy, use
 from pilot_jax.kernels.attention import check_cudnn
 from pilot_jax.models.packaged import PACKAGED
 from pilot_jax.models.pretrained import PretrainedModel, load, load_from_parts, read_shapes
-from pilot_jax.models.projectors import with_initial_projector, with_projector
+from pilot_jax.models.projectors import check_projector, with_initial_projector, with_projector
 from pilot_jax.parallel.devices import ask_for_determinism, split_cpu, use_compilation_cache
 from pilot_jax.parallel.mesh import AXES, base_placement, mesh_of, on_training_devices
 from pilot_jax.parallel.processes import to_host
@@ -205,7 +205,7 @@ def prepare(config: Config, strategy: Strategy | None = None, samples: list[Samp
         strategy = make_strategy(config.strategy, schedule=config.federation.schedule)
     else:
         config, strategy = with_own_strategy(config, strategy)
-    strategy = _fitting(config.model, strategy)
+    strategy = _fitting(config.model, strategy, read_shapes(config.model)[0].text.num_layers)
     samples = load_samples(config) if samples is None else load_samples(config, samples)
     names, tasks = sorted({s.client for s in samples}), sorted({s.task for s in samples})
     _check_names(config, names, tasks)
@@ -234,10 +234,11 @@ def with_strategy(setup: Setup, strategy: Strategy, config: Config | None = None
     """Returns the setup with the same data and model, but another strategy.
 
     `config`, if given, replaces the setup's. It may differ in `strategy`, `train`, `federation` and `eval` only."""
-    config, strategy = config or setup.config, _fitting(setup.model, strategy)
-    if config.eval.scoring != setup.eval.scoring:
-        raise InputError(f"eval.scoring: {config.eval.scoring}, but the data are prepared for {setup.eval.scoring}. "
-                         "Give all variants the same, in the config or by --set.")
+    config = config or setup.config
+    strategy = _fitting(setup.model, strategy, setup.federation.model.config.text.num_layers)
+    if (scoring := config.eval.scoring) != setup.eval.scoring:
+        raise InputError(f"eval.scoring: {scoring}, but the data are prepared for {setup.eval.scoring}. Give all "
+                         "variants the same, in the config or by --set.")
     check_scoring(config.eval.scoring, config.eval.metrics, setup.federation.tasks)
     clients, settings = setup.evaluation.clients, config.federation
     models = tuple(range(len(clients)))
@@ -281,13 +282,12 @@ def compile_first_round(setup: Setup, state: State) -> None:
         setup.executor.compile_ahead(fed, state.round, {c: state.population[c].adapters for c in members})
 
 
-def _fitting(model: ModelConfig, strategy: Strategy) -> Strategy:
-    """Returns the strategy as it runs on the base and with the LoRA ranks of `model`."""
+def _fitting(model: ModelConfig, strategy: Strategy, layers: int) -> Strategy:
+    """Returns the strategy as it runs on the base and with the LoRA ranks of `model`, which has `layers` of them."""
     differ = isinstance(model.lora.rank, dict) and not strategy.pools_data
-    fitting = dataclasses.replace(strategy, ranks_differ=differ).for_base(model.takes_images)
-    if model.projector is not None and fitting.visual_adapters() not in (("projector",), ()):
-        raise InputError(f"model.projector: {fitting.name} trains adapters of its own, which are LLaVA's MLPs. Remove "
-                         "the key, or use a strategy that trains the projector, such as fedavg.")
+    fitting = dataclasses.replace(strategy, ranks_differ=differ, layer_ranks=model.lora.ranks_of(layers))
+    fitting = fitting.for_base(model.takes_images)
+    check_projector(model.projector, fitting.name, fitting.visual_adapters())
     return fitting
 
 
@@ -321,7 +321,8 @@ def outline(config: Config) -> Outline:
         InputError: there is no config.json at model.path.
     """
     spec, text_directory = read_shapes(config.model)
-    strategy = _fitting(config.model, make_strategy(config.strategy, schedule=config.federation.schedule))
+    strategy = _fitting(config.model, make_strategy(config.strategy, schedule=config.federation.schedule),
+                        spec.text.num_layers)
     spec = with_projector(spec.with_lora_on(config.model.lora.targets), config.model.projector)
     return Outline(spec, text_directory, strategy, config.model, config.data,
                    config.federation, config.train, config.eval, config.system)
@@ -334,9 +335,8 @@ def count_tasks(config: Config) -> int:
 
 def seeded(config: Config, seed: int) -> Config:
     """Returns the config with `seed` added to its seeds (initialisation, cohorts, batches; and generated data)."""
-    return apply_overrides(config, [f"system.seed={config.system.seed + seed}",
-                                    f"data.digits.seed={config.data.digits.seed + seed}",
-                                    f"data.emoji.seed={config.data.emoji.seed + seed}"])
+    seeds = {"system": config.system.seed, "data.digits": config.data.digits.seed, "data.emoji": config.data.emoji.seed}
+    return apply_overrides(config, [f"{section}.seed={value + seed}" for section, value in seeds.items()])
 
 
 def rate_changes(config: Config, factor: float) -> list[str]:

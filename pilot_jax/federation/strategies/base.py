@@ -16,10 +16,9 @@ import optax
 
 from pilot_jax.config import STRATEGY_PARAMS, StrategyParams
 from pilot_jax.errors import InputError
-from pilot_jax.federation import combining, mixing
+from pilot_jax.federation import combining, lora_options, mixing
 from pilot_jax.federation.cohort import Aggregated, Cohort
 from pilot_jax.federation.halves import SKETCH, SplitHalves, empty_sketch, sketch_role
-from pilot_jax.federation.lora_options import empty_residual, extra_rows, traffic, with_rank
 from pilot_jax.federation.phases import PLAIN_RULE, LocalRule
 from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, Scope, Tree, num_bytes
 from pilot_jax.models.lora import LORA_SUBTREES, RESIDUAL, init_lora
@@ -38,6 +37,7 @@ class Strategy:
     params: Any = None  # an instance of the class' `Params`; None: the defaults
     schedule: str = "first_time"
     ranks_differ: bool = False  # whether the clients' LoRA ranks differ
+    layer_ranks: tuple[int, ...] = ()  # rank of LoRA in each decoder layer; (): the same in all
 
     Params: ClassVar[type[StrategyParams]] = StrategyParams  # the keys of the section `strategy` beside `name`
     first_stages: ClassVar[Any] = ("plain", "plain")  # stages of a client's first round
@@ -61,6 +61,7 @@ class Strategy:
         if self.ranks_differ and one_rank:
             raise InputError(f"model.lora.rank: the clients' ranks differ, but {self.name} needs one rank for all. "
                              "Give one, or use another strategy, such as flexlora or flora.")
+        lora_options.check_layer_ranks(self.name, self.params.combine, self.layer_ranks)
         if self.finetunes and self.pools_data:
             raise InputError(f"strategy.name: {self.name} pools all data into one client, so it cannot fine-tune each "
                              "client's model. Set the class attribute finetunes or pools_data to False.")
@@ -147,7 +148,7 @@ class Strategy:
     def ownership(self) -> Roles:
         """Returns the whole ownership table: `roles`, and the rows that options of LoRA add."""
         stages = dict.fromkeys((*self.first_stages, *self.later_stages))
-        extra = extra_rows(tuple(stages), self.params.combine == "exact", self.ranks_differ)
+        extra = lora_options.extra_rows(tuple(stages), self.params.combine == "exact", self.ranks_differ)
         sketch = [sketch_role(tuple(stages))] if self.splits_halves else []
         return Roles((*self.roles().rows, *extra, *sketch))
 
@@ -175,10 +176,11 @@ class Strategy:
         """Returns `initial_adapters`, whose LoRA has the given rank, and the subtrees that options of LoRA add."""
         out = dict(adapters)
         if self.params.combine == "exact":
-            out[RESIDUAL] = empty_residual(adapters["text_adapter"], self.params.residual_rank)
+            out[RESIDUAL] = lora_options.empty_residual(adapters["text_adapter"], self.params.residual_rank)
         if self.splits_halves:
             out[SKETCH] = empty_sketch()
-        return with_rank(out, rank, rank) if self.ranks_differ else out
+        out = lora_options.with_rank(out, rank, rank) if self.ranks_differ else out
+        return {name: lora_options.of_layer_ranks(name, tree, self.layer_ranks) for name, tree in out.items()}
 
     def warning(self) -> str | None:
         """Returns a warning about these parameters for the user, or None."""
@@ -311,7 +313,8 @@ class Strategy:
         up, down = self.sent_bytes(adapters) if stage is None else self.phase_bytes(adapters, stage)
         extra = {RESIDUAL: num_bytes(adapters[RESIDUAL])} if RESIDUAL in adapters else {}
         sketch = {SKETCH: num_bytes(adapters[SKETCH])} if SKETCH in adapters else {}
-        return traffic({**up, **sketch}, rank, largest), traffic({**down, **extra}, rank, largest)
+        share = lora_options.rank_share(rank, largest, self.layer_ranks)
+        return lora_options.traffic({**up, **sketch}, share), lora_options.traffic({**down, **extra}, share)
 
 
 def float32(tree: Tree) -> Tree:
