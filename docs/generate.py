@@ -37,7 +37,8 @@ CONFIGURATION = """\
 A configuration is a YAML file, such as those in `configs/`. Every key has a default, so an empty file is a valid
 configuration. `--set section.key=value` overrides a key on the command line; the value is YAML. A key that does not
 exist, or a value of the wrong type or out of bounds, is refused before anything is loaded. `pilot-jax schema` prints
-the JSON schema from which this page is made; editors complete and check YAML files with it.
+the JSON schema from which this page is made; editors complete and check YAML files with it. A file whose first line is
+`base: other.yaml` has the keys of that file too, and changes those that it names; the path is relative to it.
 """
 STRATEGY = """\
 Each strategy takes its own keys beside these. Keys of other strategies are checked and then ignored, so that one
@@ -62,7 +63,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def code(value: object) -> str:
     """A value as YAML writes it, as code."""
-    return f"`{value if isinstance(value, str) else json.dumps(value).replace(chr(34), '')}`"
+    return f"`{value if isinstance(value, str | Path) else json.dumps(value).replace(chr(34), '')}`"
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------

@@ -8,21 +8,21 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from pilot_jax import __version__
 from pilot_jax.cli import comparisons, data, inspect, models, supervise
 from pilot_jax.cli.run import run
 from pilot_jax.cli.tables import printable
 from pilot_jax.errors import InputError, is_wrong_path
 from pilot_jax.models.checkpoints import library
 
-app = typer.Typer(name="pilot-jax", no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="Federated multimodal instruction tuning in JAX: Pilot, its baselines and its ablations.")
+app = typer.Typer(name="pilot-jax", pretty_exceptions_enable=False)
 COMMANDS: tuple[Callable[..., None], ...] = (
-    run, comparisons.report, inspect.schema, inspect.roles, inspect.plan, models.evaluate, comparisons.compare,
-    models.generate, models.export, inspect.verify, models.base, models.pretrain)
+    run, inspect.runs, comparisons.report, inspect.schema, inspect.roles, inspect.plan, models.evaluate,
+    comparisons.compare, models.generate, models.export, inspect.verify, models.base, models.pretrain)
 DATA_COMMANDS: tuple[Callable[..., None], ...] = (data.digits, data.emoji, data.stamps, data.check)
 
 
@@ -39,9 +39,32 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pilot-jax {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def pilot_jax(context: typer.Context, version: Annotated[bool, typer.Option(
+        "--version", callback=_show_version, is_eager=True, help="Print the version.")] = False) -> None:
+    """Federated multimodal instruction tuning in JAX: Pilot, its baselines and its ablations."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
 for command in COMMANDS:
     app.command()(_interruptible(command))
-data_app = typer.Typer(no_args_is_help=True, help="Create or check data sets.")
+data_app = typer.Typer(invoke_without_command=True)
+
+
+@data_app.callback()
+def _data(context: typer.Context) -> None:
+    """Create or check data sets."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
 app.add_typer(data_app, name="data")
 for command in DATA_COMMANDS:
     data_app.command()(_interruptible(command))

@@ -1,10 +1,11 @@
-"""The commands `schema`, `roles` and `plan`, which describe a config, and `verify`; none of them loads weights."""
+"""The commands `schema`, `roles` and `plan`, which describe a config, and `runs` and `verify`; none loads weights."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -76,6 +77,38 @@ def plan(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName
         typer.echo(json.dumps(result, indent=1))
         return
     print_plan(result)
+
+
+def runs(folder: Annotated[Path, typer.Argument(help="Folder with run directories.")] = Path("runs"),
+         as_json: AsJson = False) -> None:
+    """List the runs in a folder, newest first: strategy, score, state and age."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pilot_jax.runs.listing import list_runs
+
+    found = list_runs(folder)
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(run) for run in found], indent=1))
+        return
+    if not found:
+        typer.echo(f"No runs in {printable(str(folder))}.")
+        return
+    table = Table()
+    for column in ("run", "strategy", "score", "state", "age"):
+        table.add_column(column, overflow="fold", justify="right" if column in ("score", "age") else "left")
+    for run in found:
+        table.add_row(printable(run.folder), run.strategy, "–" if run.score is None else f"{run.score:.3f}", run.state,
+                      _age(run.seconds))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _age(seconds: float) -> str:
+    """Returns a duration in its largest unit, as "3 h"."""
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def verify(run_dir: RunPath, as_json: AsJson = False) -> None:

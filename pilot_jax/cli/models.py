@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pilot_jax.cli.options import AsJson, ConfigPath, RunPath, RunStrategy, Use, check_choice
+from pilot_jax.cli.options import AsJson, ConfigPath, RunPath, RunStrategy, Use, check_choice, complete_client
 from pilot_jax.cli.tables import print_matrix
 from pilot_jax.errors import InputError
 
@@ -48,7 +48,8 @@ def evaluate(run_dir: RunPath,
     typer.echo(f"{'mean':<24} {mean:.3f}")
 
 
-def generate(run_dir: RunPath, client: Annotated[str, typer.Option(help="Client whose model answers.")],
+def generate(run_dir: RunPath, client: Annotated[str, typer.Option(
+                 help="Client whose model answers.", autocompletion=complete_client)],
              prompt: Annotated[str, typer.Option(help="Question to answer.")],
              image: Annotated[Path | None, typer.Option(help="Image file. Default: no image.")] = None,
              max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of the answer.")] = 64,
@@ -58,8 +59,10 @@ def generate(run_dir: RunPath, client: Annotated[str, typer.Option(help="Client 
              seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
              strategy: RunStrategy = None, use: Use = None) -> None:
     """Answer a question, with or without an image, with the personalised model of one client."""
+    from pilot_jax.runs.listing import check_client
     from pilot_jax.runs.restore import answer, restore
 
+    check_client(run_dir, client)
     if image is not None and not image.is_file():
         raise InputError(f"--image: {image} does not exist.")
     done = restore(run_dir, strategy=strategy)
@@ -68,7 +71,8 @@ def generate(run_dir: RunPath, client: Annotated[str, typer.Option(help="Client 
     typer.echo(answer(done, client, image, prompt, settings, seed))
 
 
-def export(run_dir: RunPath, client: Annotated[str, typer.Option(help="Client whose model is exported.")],
+def export(run_dir: RunPath, client: Annotated[str, typer.Option(
+               help="Client whose model is exported.", autocompletion=complete_client)],
            out: Annotated[Path | None, typer.Option(
                help="New folder for the adapters: LoRA, connector, and how the model is asked.")] = None,
            merged: Annotated[Path | None, typer.Option(
@@ -88,17 +92,22 @@ def export(run_dir: RunPath, client: Annotated[str, typer.Option(help="Client wh
     """Write a client's adapters for PEFT and torch, or its whole model for transformers, with a model card."""
     from pilot_jax.runs.export import export_client, merge_client
     from pilot_jax.runs.hub import check_can_push, push
+    from pilot_jax.runs.listing import check_client
     from pilot_jax.runs.restore import restore
 
     if (out is None) == (merged is None):
         raise InputError("--out, --merged: give one of them: the folder for the adapters, or for the whole model.")
     if merged is not None and rank is not None:
         raise InputError("--rank: a merged model has no LoRA. Leave the option out.")
+    folder, lost = merged or out, 0.0
+    assert folder is not None
+    if folder.exists():
+        raise InputError(f"{'--out' if merged is None else '--merged'}: {folder} exists already. Choose a new folder; "
+                         "nothing was written.")
+    check_client(run_dir, client)
     if push_to_hub is not None:
         check_can_push(push_to_hub)
     run = restore(run_dir, strategy=strategy)
-    folder, lost = merged or out, 0.0
-    assert folder is not None
     if merged is not None:
         merge_client(run, client, merged, license, base_model)
     else:

@@ -20,6 +20,22 @@ def complete_key(incomplete: str) -> list[tuple[str, str]]:
     return [(f"{key}=", text) for key, text in known_keys().items() if text and key.startswith(incomplete)]
 
 
+def complete_client(context: typer.Context, incomplete: str) -> list[str]:
+    """Returns the clients of the run directory on the command line that begin with `incomplete`."""
+    from pilot_jax.runs.listing import client_names
+
+    folder = context.params.get("run_dir")
+    return [] if folder is None else [name for name in client_names(Path(folder)) if name.startswith(incomplete)]
+
+
+def complete_strategy(incomplete: str) -> list[str]:
+    """Returns the strategies that begin with `incomplete`; of a list with commas, its last entry is completed."""
+    from pilot_jax.federation.strategies import STRATEGIES
+
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in STRATEGIES if name.startswith(last)]
+
+
 ConfigPath = Annotated[Path, typer.Argument(help="YAML config; the folder configs/ has examples.")]
 Overrides = Annotated[list[str] | None, typer.Option(
     "--set", help="Config key to set, such as eval.every=2 (section.key=value). Can be repeated.",
@@ -27,8 +43,8 @@ Overrides = Annotated[list[str] | None, typer.Option(
 RunPath = Annotated[Path, typer.Argument(help="Run directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 StrategyName = Annotated[str | None, typer.Option(
-    "--strategy", help="Strategy to use instead of the config's: a name, or module:Class for a class of your own. That "
-                       "module is imported.")]
+    "--strategy", autocompletion=complete_strategy, help="Strategy to use instead of the config's: a name, or "
+    "module:Class for a class of your own. That module is imported.")]
 RunStrategy = Annotated[str | None, typer.Option(
     "--strategy", help="Strategy of the run, as module:Class, if it is a class of your own. Its module is imported.")]
 

@@ -7,7 +7,7 @@ import difflib
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -19,6 +19,19 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 MOST_BYTES = 1_000_000  # largest size of a config file
+# The keys that are meant by names that other tools have for them.
+MEANT = dict.fromkeys(("learning_rate", "lr"), "train.lr_connector, train.lr_lora_stage1 or train.lr_lora_stage2") | {
+    "epochs": "federation.local_epochs", "num_epochs": "federation.local_epochs",
+    "num_train_epochs": "federation.local_epochs", "max_steps": "federation.local_steps",
+    "num_rounds": "federation.rounds", "num_clients": "federation.clients",
+    "fraction_fit": "federation.clients_per_round", "per_device_train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.microbatch", "max_grad_norm": "train.clip_norm",
+    "warmup_ratio": "train.warmup", "lr_scheduler_type": "train.schedule", "optim": "train.optimizer",
+    "lora_r": "model.lora.rank", "r": "model.lora.rank", "lora_alpha": "model.lora.alpha",
+    "target_modules": "model.lora.targets", "max_seq_length": "data.max_length",
+    "model_max_length": "data.max_length", "model_name_or_path": "model.path", "data_path": "data.path",
+    "image_folder": "data.image_root", "image_aspect_ratio": "data.image_fit", "report_to": "system.wandb",
+    "output_dir": "the option --out"}
 _Model = TypeVar("_Model", bound=BaseModel)
 _Settings = TypeVar("_Settings", bound="DataclassInstance")
 
@@ -65,12 +78,7 @@ def _message(error: Mapping[str, Any], source: str) -> str:
     """Returns the message for one of pydantic's errors; `source` is the file, or where else the config comes from."""
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = list(known_keys())
-        leaf = {k.rsplit(".", 1)[-1]: k for k in known}
-        near = difflib.get_close_matches(key, known, 1, 0.6)
-        near = near or [leaf[k] for k in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, 1, 0.6)]
-        hint = f" Did you mean '{near[0]}'?" if near else " `pilot-jax schema` prints the known keys."
-        return f"{source}: {key}: unknown key.{hint}"
+        return f"{source}: {key}: unknown key.{nearest(key)}"
     return f"{source}: {key}: {error['msg']} (got {reprlib.repr(error.get('input'))})."
 
 
@@ -143,6 +151,34 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _with_base(raw: Any, path: Path, chain: tuple[Path, ...] = ()) -> Any:
+    """Returns a config's raw sections with those of the file that its key `base` names below them.
+
+    Raises:
+        InputError: a file names itself as its base, directly or through others, or is no config.
+    """
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: a config is a mapping of sections, this is a {type(raw).__name__}.")
+    if "base" not in raw:
+        return raw
+    name, own = raw["base"], {key: value for key, value in raw.items() if key != "base"}
+    if not isinstance(name, str):
+        raise InputError(f"{path}: base: expected the path of another config, got {reprlib.repr(name)}.")
+    base, chain = (path.parent / name).resolve(), (*chain, path.resolve())
+    if base in chain:
+        raise InputError(f"{path}: base: {name} has this file as its base in turn. Remove one of the two keys.")
+    return _merged(_with_base(read_yaml(base), base, chain), own)
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """Returns nested dicts with the values of `above`, and those of `below` where it has none."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    if "name" in above and above["name"] != below.get("name"):  # another strategy, whose defaults are its own
+        below = _without_defaults(below)
+    return {**below, **{key: _merged(below[key], value) if key in below else value for key, value in above.items()}}
+
+
 def read_yaml(path: str | Path) -> Any:
     """Returns the content of a YAML file; of an empty one, {}.
 
@@ -174,7 +210,7 @@ def parse_yaml(content: bytes, source: str | Path) -> Any:
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Reads a config from a YAML file.
+    """Reads a config from a YAML file. Its key `base` can name another one, whose keys it changes and adds to.
 
     Args:
         overrides: texts "section.key=value", with a YAML value, that replace or add keys.
@@ -182,9 +218,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         InputError: the file cannot be read or is not YAML, or a key or value is wrong.
     """
-    raw = read_yaml(path)
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: a config is a mapping of sections, this is a {type(raw).__name__}.")
+    raw = _with_base(read_yaml(path), Path(path))
     return parse_config(_overridden(raw, overrides or []), str(path))
 
 
@@ -211,6 +245,7 @@ def _overridden(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise InputError(f"--set {override}: expected section.key=value.")
+        _refuse_unknown(key, override)
         if key == "strategy.name":
             strategies()  # fills STRATEGY_PARAMS
             raw["strategy"] = _without_defaults(raw.get("strategy", {}))
@@ -227,6 +262,41 @@ def _overridden(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         if key == "strategy.name" and ":" in value:  # the user named the module, not a file: it may be imported
             strategies().use(value)
     return raw
+
+
+def _refuse_unknown(key: str, override: str) -> None:
+    """Raises an `InputError` for an override of a key that does not exist, which names the nearest one.
+
+    Entries of mappings, such as eval.metrics.vqa, and keys of strategies, of which a later override may choose another
+    one, are checked with the whole config.
+    """
+    if key.startswith("strategy.") or key in known_keys() or key.startswith(tuple(f"{one}." for one in _mappings())):
+        return
+    raise InputError(f"--set {override}: {key}: unknown key.{nearest(key)}")
+
+
+def _mappings(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Returns the keys whose value maps names, such as those of clients, to values."""
+    found = []
+    for name, field in model.model_fields.items():
+        kinds = (field.annotation, *get_args(field.annotation))
+        found += [prefix + name] if any(get_origin(kind) is dict for kind in kinds) else []
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found += _mappings(kind, f"{prefix}{name}.")
+    return found
+
+
+def nearest(key: str) -> str:
+    """Returns the end of a message about an unknown key: which one may be meant."""
+    known = list(known_keys())
+    leaf = key.rsplit(".", 1)[-1]
+    if leaf in MEANT:
+        return f" Did you mean {MEANT[leaf]}?"
+    leaves = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}  # of equal ones, the first
+    near = [leaves[leaf]] if leaf in leaves else difflib.get_close_matches(key, known, 1, 0.6)
+    near = near or [leaves[k] for k in difflib.get_close_matches(leaf, leaves, 1, 0.6)]
+    return f" Did you mean '{near[0]}'?" if near else " `pilot-jax schema` prints the known keys."
 
 
 def _without_defaults(section: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pilot_jax.config import Config
+from pilot_jax.config import Config, load_config
 from pilot_jax.data.division import missing_splits
 from pilot_jax.data.given import as_data
 from pilot_jax.errors import InputError, Interrupted
@@ -44,19 +44,19 @@ from pilot_jax.runs.summary import Clocks, costs, data_sha256, summarise, versio
 from pilot_jax.runs.trackers import EventFiles, open_services
 
 
-def simulate(config: Config, *, out: str | Path | None = None, resume: bool = False, strategy: Strategy | None = None,
-             tamper: Tamper | None = None, observers: Sequence[RunObserver] = (), data: Any = None) -> Run:
-    """Runs a federation.
+def simulate(config: Config | str | Path, *, out: str | Path | None = None, resume: bool = False,
+             strategy: Strategy | None = None, tamper: Tamper | None = None, observers: Sequence[RunObserver] = (),
+             data: Any = None) -> Run:
+    """Runs a federation. `config` may be the path of its file.
 
     Args:
         out: the run directory, which must be new or empty unless `resume` is set; None writes nothing.
         resume: whether to go on with the run in `out`; if there is none, the run starts from its beginning.
         strategy: a strategy object, used instead of `config.strategy`; `config.yaml` will have its class.
-        tamper: a function (client, round, upload, start) -> upload that simulates attackers: it replaces each upload.
-            `start` has the same subtrees as they were at the start of the phase.
+        tamper: a function (client, round, upload, start) -> upload that simulates attackers: it replaces each upload;
+            `start` is the upload as of the start of the phase.
         observers: objects whose methods are called during the run.
-        data: samples that are used instead of `data.path`: an object of `Data`, or what its `source` may be. To resume
-            or restore the run, give the same again.
+        data: samples, used instead of `data.path`: a `Data`, or what its `source` may be. To resume, give the same.
 
     Raises:
         InputError: config, data or checkpoint are wrong, or `out` is another run's; nothing has been written then.
@@ -66,6 +66,7 @@ def simulate(config: Config, *, out: str | Path | None = None, resume: bool = Fa
     """
     began, clock, folder, samples = time.perf_counter(), CompileClock(), None, None
     try:
+        config = config if isinstance(config, Config) else load_config(config)
         if strategy is not None:
             config, strategy = with_own_strategy(config, strategy)
         configure(config)
@@ -83,8 +84,7 @@ def simulate(config: Config, *, out: str | Path | None = None, resume: bool = Fa
         compute_all_features(setup)
         if folder is not None:
             folder.begin()
-        loop = RunLoop(setup, state, folder, clock, began, observers)
-        return loop.run()
+        return RunLoop(setup, state, folder, clock, began, observers).run()
     finally:
         clock.stop()
         if folder is not None:

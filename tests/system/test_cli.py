@@ -50,7 +50,7 @@ BAD = {
     "no such config": (lambda d: ["run", d / "none.yaml"], ["none.yaml", "cannot be read"]),
     "config is not YAML": (lambda d: ["run", write(d, "c.yaml", "a: [")], ["c.yaml", "not valid YAML"]),
     "unknown key": (lambda d: ["run", QUICK, "--set", "federation.round=2"],
-                    ["quickstart.yaml", "federation.round", "unknown key", "Did you mean 'federation.rounds'"]),
+                    ["--set federation.round=2", "unknown key", "Did you mean 'federation.rounds'"]),
     "unknown section": (lambda d: ["run", write(d, "c.yaml", "trian: {}")], ["trian", "Did you mean 'train'"]),
     "M = 0": (lambda d: ["run", QUICK, "--set", "strategy.ata.neighbors=0"],
               ["strategy.ata.neighbors", "greater than or equal to 1", "got 0"]),

@@ -1,0 +1,68 @@
+"""Tests of configs that are based on others, and of messages about overrides of keys that do not exist."""
+
+from __future__ import annotations
+
+import pytest
+
+import pilot_jax
+from pilot_jax.config import apply_overrides, load_config
+from pilot_jax.config.reading import MEANT, known_keys
+from pilot_jax.errors import InputError
+
+
+def written(folder, **files):
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def test_a_config_changes_and_adds_to_the_one_that_it_names(tmp_path):
+    (tmp_path / "below").mkdir()
+    written(tmp_path / "below", first="train: {batch_size: 4, lr_connector: 0.5}\neval: {metrics: {a: iou, b: vqa}}\n",
+            second="base: first.yaml\ntrain: {batch_size: 2}\n")
+    written(tmp_path, third="base: below/second.yaml\neval: {metrics: {b: anls}}\ndata: {max_length: 99}\n")
+    config = load_config(tmp_path / "third.yaml", ["train.warmup=0.5"])
+    assert (config.train.batch_size, config.train.lr_connector, config.train.warmup) == (2, 0.5, 0.5)
+    assert config.eval.metrics == {"a": "iou", "b": "anls"} and config.data.max_length == 99
+    assert "base" not in config.to_yaml().split("\n")[0]
+
+
+def test_another_strategy_has_its_own_defaults(tmp_path):
+    """flexlora's `combine` is not the other's default."""
+    written(tmp_path, one=pilot_jax.Config(strategy={"name": "fedavg"}).to_yaml(),
+            two="base: one.yaml\nstrategy: {name: flexlora}\n")
+    assert load_config(tmp_path / "two.yaml").strategy.combine == "product"
+
+
+@pytest.mark.parametrize(("files", "message"), [
+    ({"c": "base: c.yaml\n"}, "c.yaml: base: c.yaml has this file as its base in turn"),
+    ({"c": "base: d.yaml\n", "d": "base: c.yaml\n"}, "d.yaml: base: c.yaml has this file as its base in turn"),
+    ({"c": "base: gone.yaml\n"}, "gone.yaml: cannot be read"), ({"c": "base: 3\n"}, "c.yaml: base: expected the path"),
+    ({"c": "base: d.yaml\n", "d": "[1]\n"}, "d.yaml: a config is a mapping of sections")])
+def test_a_wrong_base_is_named(tmp_path, files, message):
+    with pytest.raises(InputError, match=message):
+        load_config(written(tmp_path, **files) / "c.yaml")
+
+
+@pytest.mark.parametrize(("key", "hint"), [
+    ("train.learning_rate", "Did you mean train.lr_connector, train.lr_lora_stage1 or train.lr_lora_stage2?"),
+    ("federation.num_rounds", "Did you mean federation.rounds?"),
+    ("train.batchsize", "Did you mean 'train.batch_size'?"), ("batch_size", "Did you mean 'train.batch_size'?"),
+    ("model.lora.r", "Did you mean model.lora.rank?"),
+    ("xyz", "`pilot-jax schema` prints the known keys.")])
+def test_an_unknown_key_is_named_as_that_of_the_option(key, hint):
+    with pytest.raises(InputError) as caught:
+        apply_overrides(pilot_jax.Config(), [f"{key}=1"])
+    assert str(caught.value) == f"--set {key}=1: {key}: unknown key. {hint}"
+
+
+def test_entries_of_mappings_are_keys():
+    config = apply_overrides(pilot_jax.Config(), [
+        "eval.metrics.vqa=vqa", "train.clients.phone.lr_connector=0.5", "federation.joins.phone=2"])
+    assert config.train.clients["phone"].lr_connector == 0.5 and config.federation.joins == {"phone": 2}
+
+
+def test_names_of_other_tools_point_to_keys_that_exist():
+    known = known_keys()
+    for meant in MEANT.values():
+        assert "--out" in meant or all(key in known for key in meant.replace(" or ", ", ").split(", "))
