@@ -120,7 +120,7 @@ def command_section(name: str, command: Callable[..., None], level: str = "##") 
 
 def commands_page() -> str:
     """The page of all commands."""
-    parts = [f"{NOTE}\n# Commands\n\n{app.info.help}\n\n{COMMANDS}"]
+    parts = [f"{NOTE}\n# Commands\n\n{app.registered_callback.callback.__doc__}\n\n{COMMANDS}"]
     for registered in app.registered_commands:
         parts.append(command_section(registered.name or registered.callback.__name__, registered.callback))
     for group in app.registered_groups:
