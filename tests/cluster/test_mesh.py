@@ -39,7 +39,7 @@ def seen(adapters):
 def run(mesh, **sections):
     # Steps small enough that rounding is not amplified: at 0.02 the second step of stage 2 multiplies it by 100.
     rates = {"optimizer": "sgd", "lr_connector": 0.005, "lr_lora_stage1": 0.005, "lr_lora_stage2": 0.005}
-    setup = prepare.prepare(small_config(**sections, train=rates, system={
+    setup = prepare.prepare(small_config(**sections | {"train": rates | sections.get("train", {})}, system={
         "mesh": dict(zip(("clients", "fsdp", "tensor"), mesh)), "client_chunk": 1, "client_devices": 1}))
     fed = setup.federation
     state = prepare.initial_state(fed)
@@ -118,6 +118,15 @@ RANKS = {"lora": {"rank": {"*": 4, "ocr_0": 2}, "alpha": 8}}
 def test_ways_to_combine_on_a_mesh(name, model):
     """A change of the frozen weights and ranks that differ agree on eight devices with one."""
     sections = json.dumps({"strategy": {"name": name}, "model": model})
+    out = json.loads(on_devices(8, FEDERATION, "[[2, 2, 2]]", sections).splitlines()[-1])
+    got = out["meshes"]["2x2x2"]
+    assert out["moved"] > 1e-3 and got["difference"] <= 2e-5 and got["same_scores"] and got["bytes"]
+
+
+@pytest.mark.long
+def test_parts_of_batches_and_dropout_on_a_mesh():
+    """Parts of two samples, which the mesh divides among devices, and masks agree on eight devices with one."""
+    sections = json.dumps({"strategy": {"name": "fedavg"}, "train": {"microbatch": 2, "lora_dropout": 0.2}})
     out = json.loads(on_devices(8, FEDERATION, "[[2, 2, 2]]", sections).splitlines()[-1])
     got = out["meshes"]["2x2x2"]
     assert out["moved"] > 1e-3 and got["difference"] <= 2e-5 and got["same_scores"] and got["bytes"]
