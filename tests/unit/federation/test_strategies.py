@@ -700,8 +700,8 @@ def test_observers_are_called_in_order(on_toy, monkeypatch):
     run = simulate.simulate(config, observers=[one, two])
     phase = ["chunk_trained"] * 2 + ["client_trained"] * 3 + ["phase_ended"]
     assert [name for name, *_ in one.calls] == [
-        "run_started", *phase, *phase, "round_ended", *phase, "client_scored", "client_scored", "round_scored",
-        "round_ended", "note", "run_ended", "close"]
+        "note", "note", "run_started", *phase, *phase, "round_ended", "finish_requested", *phase, "client_scored",
+        "client_scored", "round_scored", "round_ended", "note", "run_ended", "close"]
     assert [name for name, *_ in two.calls] == [name for name, *_ in one.calls]
     given = {name: arguments for name, *arguments in one.calls}
     assert given["run_started"] == [run.federation, given["run_started"][1]]
