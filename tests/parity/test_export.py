@@ -50,8 +50,7 @@ def finished():
 @pytest.fixture(scope="module")
 def averaged():
     """A run of FedAvg, whose model is a stock LLaVA."""
-    return moved(pilot_jax.simulate(small_config(
-        strategy={"name": "fedavg"}, data={"digits": {"train": 4}}, model={"lora": {"targets": ["q", "v", "down"]}})))
+    return moved(pilot_jax.simulate(small_config(strategy={"name": "fedavg"}, data={"digits": {"train": 4}})))
 
 
 @pytest.fixture

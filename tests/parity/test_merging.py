@@ -27,6 +27,7 @@ from pilot_jax.models.checkpoints.merging import changes
 from pilot_jax.models.checkpoints.merging import write_checkpoint as write_merged
 from pilot_jax.models.checkpoints.peft import save_adapters
 from pilot_jax.models.pretrained import read_shapes
+from pilot_jax.models.spec import TARGETS
 from pilot_jax.torch import Connector
 
 RANK, FACTOR = 3, 2.0
@@ -37,7 +38,7 @@ def adapters_of(spec, scale=0.1):
     rng, text = np.random.default_rng(0), spec.text
     draw = lambda *shape: (scale * rng.normal(size=shape)).astype(np.float32)  # noqa: E731
     lora = {"layers": {name: {"a": draw(text.num_layers, RANK, d_in), "b": draw(text.num_layers, d_out, RANK)}
-                       for name, (d_in, d_out) in text.linear_shapes.items()}}
+                       for name, (d_in, d_out) in text.linear_shapes.items() if name in text.lora_targets}}
     if spec.vision is None:
         return {"text_adapter": lora}
     width, layers = text.hidden_size, {"linear_1": spec.feature_size, "linear_2": text.hidden_size}
@@ -45,9 +46,9 @@ def adapters_of(spec, scale=0.1):
                                                 for name, d_in in layers.items()}}
 
 
-def merged_and_beside(folder, model, kind="llava"):
+def merged_and_beside(folder, model, kind="llava", targets=TARGETS):
     """Writes a model with merged adapters, and the adapters for peft; returns its shapes and both folders."""
-    spec, _ = read_shapes(model)
+    spec = read_shapes(model)[0].with_lora_on(targets)
     own = adapters_of(spec)
     with new_folder(folder / "merged") as out:
         write_merged(out, model, spec, changes(own["text_adapter"], FACTOR, own.get("projector")))
@@ -80,12 +81,14 @@ def logits(model, inputs):
         return model(**inputs).logits.numpy()
 
 
-@pytest.mark.parametrize(("text", "save"), [
-    ({}, {}), ({"tie_word_embeddings": True}, {}), ({"model_type": "qwen2"}, {"max_shard_size": "20KB"})],
-    ids=["one shard", "tied head", "several shards"])
-def test_a_merged_llava_computes_what_peft_does(tmp_path, text, save):
+@pytest.mark.parametrize(("text", "save", "targets"), [
+    ({}, {}, TARGETS), ({"tie_word_embeddings": True}, {}, ("q", "v", "down")),
+    ({"model_type": "qwen2"}, {"max_shard_size": "20KB"}, TARGETS)],
+    ids=["one shard", "tied head, some targets", "several shards"])
+def test_a_merged_llava_computes_what_peft_does(tmp_path, text, save, targets):
     base = write_checkpoint(tmp_path / "base", text=text, save=save)
-    spec, merged, beside = merged_and_beside(tmp_path, ModelConfig(path=str(tmp_path / "base")))
+    spec, merged, beside = merged_and_beside(tmp_path, ModelConfig(path=str(tmp_path / "base")), targets=targets)
+    assert LoraConfig.from_pretrained(beside).target_modules == {f"{name}_proj" for name in targets}
     stock, info = LlavaForConditionalGeneration.from_pretrained(merged, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     plain = logits(base, probe(spec))

@@ -164,10 +164,10 @@ def test_run_evaluate_generate_and_check(call, tmp_path):
     code, out, _ = call("generate", tmp_path / "run", "--client", "ocr_1", "--image", image, "--prompt", "read.")
     assert code == 0 and out.strip()
     code, _, err = call("generate", tmp_path / "run", "--client", "bob", "--image", image, "--prompt", "read.")
-    assert code == 2 and "client 'bob' is not in this run" in err
+    assert code == 2 and "--client: 'bob' is not in this run" in err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pretrain_writes_a_loadable_base(call, tmp_path):
     """After a very short pretraining with the shipped config, made smaller, the written directory can be loaded, and
     no other files are left."""

@@ -194,7 +194,7 @@ def test_a_run_with_a_cache_equals_one_without(tmp_path, clock, no_jax_cache):
     assert {folder.name for folder in (tmp_path / "cache").iterdir()} == {"programs", "samples", "features"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compile_ahead_is_given_the_shapes_of_the_training(tmp_path, monkeypatch):
     ahead, trained = set(), set()
 

@@ -354,7 +354,7 @@ def test_strategies_that_need_one_rank(name, params):
 MIXED = {"model": {"lora": {"rank": {"*": 4, "ocr_1": 2, "vqa_0": 8}, "alpha": 8}}}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_together_are_each_alone_on_the_real_model(setup):
     """Clients of ranks 2, 4 and 8 that train together get what each gets with LoRA of its own rank, to rounding."""
     ranks = (2, 4, 8)
@@ -385,7 +385,7 @@ def _with_scale(model, scale):
 
 @pytest.mark.parametrize(("name", "model"), [
     pytest.param(name, model, marks=mark) for mark, name, model in [
-        (pytest.mark.slow, "flora", MIXED["model"]), (pytest.mark.long, "flexlora", MIXED["model"]),
+        (pytest.mark.long, "flora", MIXED["model"]), (pytest.mark.long, "flexlora", MIXED["model"]),
         (pytest.mark.long, "fedex_lora", {}), (pytest.mark.long, "pilot", MIXED["model"])]])
 def test_a_run_and_its_export(name, model, tmp_path):
     """A run on the real model resumes, answers, and exports to PEFT: torch's logits are those of pilot_jax."""

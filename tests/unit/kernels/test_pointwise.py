@@ -130,8 +130,8 @@ VARIANTS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long if name == "llama" else pytest.mark.slow)
+                                  for name in VARIANTS])
 def test_last_layer_on_answers_alone(tmp_path, name, monkeypatch):
     """Loss and LoRA gradient with unrolled layers, a last layer only at answer positions, with and without remat, equal
     those of a scan over whole layers with logits at every position and two thin LoRA products."""

@@ -67,7 +67,7 @@ def test_the_conversion_equals_transformers(known, call, tmp_path, monkeypatch):
     np.testing.assert_allclose(model.logits(ids, None, pixels), theirs, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_and_merge(known, call, tmp_path):
     """`pretrain` writes the base and its trained part. PEFT merges that part into the same language model."""
     code, out, err = call("pretrain", write(tmp_path, "p.yaml", CONFIG), tmp_path / "out")
