@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, small_config
+from conftest import ROOT, DiesAt, Killed, small_config
 from PIL import Image
 
 import pilot_jax
-from pilot_jax.config import apply_overrides, parse_config
+from pilot_jax.config import apply_overrides, import_own, parse_config
 from pilot_jax.data.images import FITS, check_image_fit, image_fit, pixel_values
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.metrics import METRICS, check_metrics, metric, scored
@@ -93,6 +93,18 @@ def test_a_metric_of_a_module_on_the_command_line(call, tmp_path, monkeypatch, r
     code, out, err = call("evaluate", "run", "--json", "--use", "mine_of_test")
     assert code == 0, err
     assert json.loads(out)["score_by_client"] == pytest.approx(summary["score_by_client"])
+    assert call("report", "run", "--questions", 2, "--answers", 1)[0] == 0  # as the metric is known by now
+    METRICS.pop("overlap")
+    sys.modules.pop("mine_of_test")
+    code, _, err = call("report", "run", "--questions", 2, "--answers", 1)
+    assert code == 2 and "--use MODULE" in err
+    with pytest.raises(Killed):  # a run that is killed after its first phase goes on with the metric
+        import_own("mine_of_test", "the test")
+        pilot_jax.simulate("c.yaml", out="part", observers=[DiesAt(1, "phase")])
+    code, _, err = call("run", "c.yaml", "--out", "part", "--resume", "--use", "mine_of_test")
+    assert code == 0, err
+    again = json.loads((tmp_path / "part" / "summary.json").read_text())
+    assert again["score_by_client"] == summary["score_by_client"]
 
 
 def test_modules_of_use_are_checked(call, tmp_path, monkeypatch):
