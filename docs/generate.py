@@ -212,6 +212,8 @@ def configuration_page() -> str:
     schema = json_schema()
     parts = [f"{NOTE}\n# Configuration\n\n{CONFIGURATION}"]
     for name, property_ in schema["properties"].items():
+        if name == "base":  # no section; the text above has it
+            continue
         parts.append(f"\n## {name}\n")
         if name == "strategy":
             parts.append(strategy_tables(schema))

@@ -90,7 +90,7 @@ def export(run_dir: RunPath, client: Annotated[str, typer.Option(
                                     "me/my-model; it is made, private, if there is none.")] = None,
            strategy: RunStrategy = None, use: Use = None) -> None:
     """Write a client's adapters for PEFT and torch, or its whole model for transformers, with a model card."""
-    from pilot_jax.runs.export import export_client, merge_client
+    from pilot_jax.runs.export import check_is_new, export_client, merge_client
     from pilot_jax.runs.hub import check_can_push, push
     from pilot_jax.runs.listing import check_client
     from pilot_jax.runs.restore import restore
@@ -101,9 +101,7 @@ def export(run_dir: RunPath, client: Annotated[str, typer.Option(
         raise InputError("--rank: a merged model has no LoRA. Leave the option out.")
     folder, lost = merged or out, 0.0
     assert folder is not None
-    if folder.exists():
-        raise InputError(f"{'--out' if merged is None else '--merged'}: {folder} exists already. Choose a new folder; "
-                         "nothing was written.")
+    check_is_new(folder, "--out" if merged is None else "--merged")
     check_client(run_dir, client)
     if push_to_hub is not None:
         check_can_push(push_to_hub)

@@ -71,6 +71,8 @@ def json_schema() -> dict[str, Any]:
         own["required"] = [] if name == StrategyParams.model_fields["name"].default else ["name"]
         sections.append(own | {"title": name})
     schema["properties"]["strategy"] = {"oneOf": sections}
+    schema["properties"]["base"] = {"type": "string", "description": "Path of another config, whose keys this one "
+                                    "changes and adds to; it starts from this file's folder."}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "pilot-jax config"}
 
 
@@ -167,15 +169,18 @@ def _with_base(raw: Any, path: Path, chain: tuple[Path, ...] = ()) -> Any:
     base, chain = (path.parent / name).resolve(), (*chain, path.resolve())
     if base in chain:
         raise InputError(f"{path}: base: {name} has this file as its base in turn. Remove one of the two keys.")
-    return _merged(_with_base(read_yaml(base), base, chain), own)
+    below, section = _with_base(read_yaml(base), base, chain), own.get("strategy")
+    old = below.get("strategy", {})
+    if isinstance(section, dict) and isinstance(old, dict) and section.get("name", old.get("name")) != old.get("name"):
+        strategies()  # fills STRATEGY_PARAMS
+        below = {**below, "strategy": _without_defaults(old)}  # another strategy, whose defaults are its own
+    return _merged(below, own)
 
 
 def _merged(below: Any, above: Any) -> Any:
     """Returns nested dicts with the values of `above`, and those of `below` where it has none."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
-    if "name" in above and above["name"] != below.get("name"):  # another strategy, whose defaults are its own
-        below = _without_defaults(below)
     return {**below, **{key: _merged(below[key], value) if key in below else value for key, value in above.items()}}
 
 

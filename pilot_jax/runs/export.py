@@ -19,6 +19,12 @@ from pilot_jax.runs.prompt_form import chat_template, prompt_form
 from pilot_jax.runs.restore import Run
 
 
+def check_is_new(out: Path, option: str) -> None:
+    """Raises an `InputError` if the folder of an option exists."""
+    if out.exists():
+        raise InputError(f"{option}: {out} exists already. Choose a new folder; nothing was written.")
+
+
 def _adapters(run: Run, client: str, out: Path, option: str) -> dict[str, Any]:
     """Returns the subtrees that a client's model reads, and checks that they can be written.
 
@@ -27,8 +33,7 @@ def _adapters(run: Run, client: str, out: Path, option: str) -> dict[str, Any]:
             folder exists already.
     """
     state = run.state(client)
-    if out.exists():
-        raise InputError(f"{option}: {out} exists already. Choose a new folder; nothing was written.")
+    check_is_new(out, option)
     if state.stage == "none":
         raise InputError(f"--client: {client} took part in no round, so it has no adapters of its own.")
     if (name := run.setup.model.projector) is not None:

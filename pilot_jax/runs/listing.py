@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import time
 from pathlib import Path
 
@@ -72,7 +71,7 @@ def _listed(folder: Path) -> Listed:
             return Listed(str(folder), strategy, None, "running" if _in_use(folder) else "interrupted", age)
         score = read_json(folder / "summary.json", "")["score_mean"]
         return Listed(str(folder), strategy, None if score is None else float(score), "finished", age)
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, RecursionError, InputError, json.JSONDecodeError):
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, RecursionError, InputError):
         return Listed(str(folder), "?", None, "damaged", age)
 
 

@@ -10,7 +10,7 @@ import abc
 import importlib.util
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ class Remote(Tracker):
         if not self._ended:
             self._try(lambda: self.conclude(None))
 
-    def _try(self, call: Any) -> None:
+    def _try(self, call: Callable[[], None]) -> None:
         if self._failed:
             return
         try:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 import pilot_jax
-from pilot_jax.config import apply_overrides, load_config
+from pilot_jax.config import apply_overrides, json_schema, load_config
 from pilot_jax.config.reading import MEANT, known_keys
 from pilot_jax.errors import InputError
 
@@ -32,6 +35,20 @@ def test_another_strategy_has_its_own_defaults(tmp_path):
     written(tmp_path, one=pilot_jax.Config(strategy={"name": "fedavg"}).to_yaml(),
             two="base: one.yaml\nstrategy: {name: flexlora}\n")
     assert load_config(tmp_path / "two.yaml").strategy.combine == "product"
+
+
+def test_another_strategy_has_its_own_defaults_in_a_new_process(tmp_path):
+    """Where nothing has imported the strategies yet."""
+    written(tmp_path, one="strategy: {name: fedavg, combine: factors}\n",
+            two="base: one.yaml\nstrategy: {name: flexlora}\neval: {metrics: {name: iou}}\n")
+    code = "import sys, pilot_jax.config as c; print(c.load_config(sys.argv[1]).strategy.combine)"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "two.yaml"], capture_output=True, text=True,
+                          check=False)
+    assert done.stdout.strip() == "product", done.stderr
+
+
+def test_editors_know_the_key():
+    assert json_schema()["properties"]["base"]["type"] == "string"
 
 
 @pytest.mark.parametrize(("files", "message"), [
