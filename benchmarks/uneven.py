@@ -79,7 +79,8 @@ def main() -> None:
                 train_phase(fed, everyone, 1, "stage1", "stage1", trainer)
                 seconds[name] += [time.perf_counter() - began] if repetition else []
         speed = {name: sum(steps) / statistics.median(times) for name, times in seconds.items()}
-        out.append({"chunk": chunk, "useful": useful, "refilled": refilled(steps, width), "client_steps_per_second": speed})
+        out.append({"chunk": chunk, "useful": useful, "refilled": refilled(steps, width),
+                    "client_steps_per_second": speed})
         print(f"client_chunk {chunk}: " + "; ".join(
             f"{name} {speed[name]:.1f} client steps/s ({useful[name]:.0%} useful)" for name in speed)
             + f"; ratio {speed['by steps'] / speed['as named']:.2f}; refilled {refilled(steps, width):.0%} useful")
