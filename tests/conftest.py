@@ -27,7 +27,7 @@ import jaxtyping
 # the annotations. Modules whose annotations tests deliberately violate (such as with a toy model) are left out.
 jaxtyping.install_import_hook(
     ["pilot_jax.kernels", "pilot_jax.models.connector", "pilot_jax.models.lora", "pilot_jax.models.experts",
-     *(f"pilot_jax.federation.{name}" for name in ("client", "cohort", "distances", "losses", "mixing", "privacy"))],
+     *(f"pilot_jax.federation.{name}" for name in ("client", "cohort", "distances", "losses", "mixing"))],
     "beartype.beartype")
 
 import jax

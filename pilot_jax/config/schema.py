@@ -105,6 +105,8 @@ class PrivacyConfig(Section):
                                   "cost together; z is computed from it. With `clip`, give either this or "
                                   "`noise_multiplier`.")
     delta: float = Field(1e-5, gt=0, lt=1, description="Probability δ of (ε, δ)-differential privacy.")
+    seed: int | None = Field(None, ge=0, le=2**63 - 1, description="Seed of the noise, for runs that must repeat: who "
+                             "knows it can subtract the noise. null: the operating system's random numbers.")
 
     @model_validator(mode="after")
     def _complete(self) -> PrivacyConfig:

@@ -20,7 +20,7 @@ class Cohort:
     """The uploads of one phase, with everything else that an aggregation may use."""
 
     uploads: Mapping[str, Tree]  # the shared subtrees, leaves [S, …]
-    sizes: Int[Array | np.ndarray, " S"]  # n_k, numbers of training samples
+    sizes: Int[Array | np.ndarray, " S"]  # n_k, numbers of training samples; 1 for all with privacy
     tasks: Int[Array | np.ndarray, " S"]  # index of each client's task
     ids: Int[Array | np.ndarray, " S"]  # stable number of each client
     round: int  # from 1

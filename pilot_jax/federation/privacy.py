@@ -4,16 +4,19 @@ The server mixes single uploads (ATA needs them one by one), so each is protecte
 guarantee holds against the server too: whatever a client's data are, its uploads look the same up to (ε, δ). A change
 is clipped to L2 norm C, so two data sets move it by at most 2C; the noise has standard deviation z·2C in every entry.
 Several uploads of a client compose; sampling clients gains nothing, because the server sees who takes part. Everything
-after the upload (distances, mixing, what others receive) is computed from noised values alone.
+after the upload (distances, mixing, what others receive) is computed from noised values alone: the clients' numbers of
+samples, which would weigh means and could be computed back from them, count as equal (`Federation.weight`).
 """
 
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import jax
 import numpy as np
+from scipy.special import ndtri
 
 from pilot_jax.config import PrivacyConfig
 from pilot_jax.errors import InputError
@@ -56,7 +59,21 @@ def multiplier(privacy: PrivacyConfig, uploads: int) -> float:
     return noise_multiplier(privacy.epsilon, max(uploads, 1), privacy.delta)
 
 
-def noised(upload: Any, start: Any, clip: float, deviation: float, rng: np.random.Generator) -> Any:
+class SystemNoise:
+    """Standard normal numbers, float64, from the random bits of the operating system, which no seed repeats.
+
+    The inverse of the normal distribution function is taken of the middles of 2⁵³ equal parts of [0, 1].
+    """
+
+    def standard_normal(self, size: tuple[int, ...], /) -> np.ndarray:
+        bits = np.frombuffer(os.urandom(8 * math.prod(size)), np.uint64) >> np.uint64(11)
+        return ndtri((bits + 0.5) * 2.0**-53).reshape(size)
+
+
+Noise = np.random.Generator | SystemNoise
+
+
+def noised(upload: Any, start: Any, clip: float, deviation: float, rng: Noise) -> Any:
     """Returns start + (upload − start)·min(1, clip/‖upload − start‖₂) + N(0, deviation²); computed in float64.
 
     start: the subtrees that the client began with, which the server knows. A change that is not finite counts as no

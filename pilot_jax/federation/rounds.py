@@ -200,7 +200,7 @@ def _aggregated(fed: Federation, plan: PhasePlan, trained: Trained, used: Sequen
         return spread(stack([common(roles.upload(adapters[c], plan.stage), adapters[c]) for c in used]),
                       fed.server_mesh)
 
-    cohort = Cohort(stacked(trained.adapters), np.asarray([fed.clients[c].size for c in used]),
+    cohort = Cohort(stacked(trained.adapters), np.asarray([fed.weight(c) for c in used]),
                     np.asarray([fed.task_index(c) for c in used]), np.asarray(used), plan.round,
                     stacked(plan.adapters) if fed.strategy.mixes_updates else None)
     evidence = dict[str, Any]()

@@ -162,13 +162,17 @@ class Federation:
                 return max(1, math.ceil(slow.steps * count))
         return count
 
+    def weight(self, client: int) -> int:
+        """Returns the client's weight in means: n_k, its number of samples; 1 with privacy, as n_k is not noised."""
+        return self.clients[client].size if self.settings.privacy.clip is None else 1
+
     @functools.cached_property
     def noise_multiplier(self) -> float:
         """z of `settings.privacy`; 0 without privacy, or if the strategy uploads nothing.
 
         Raises:
             InputError: the strategy measures noise on halves of the data, which noised uploads hide; or layers have
-                LoRA ranks of their own.
+                LoRA ranks of their own; or several processes have no common seed.
         """
         privacy = self.settings.privacy
         if privacy.clip is not None and self.strategy.splits_halves:
@@ -177,6 +181,9 @@ class Federation:
         if privacy.clip is not None and self.strategy.layer_ranks:
             raise InputError("model.lora.layer_ranks: the noise of federation.privacy would give every layer the "
                              "largest rank. Remove one of the two.")
+        if privacy.clip is not None and privacy.seed is None and jax.process_count() > 1:
+            raise InputError("federation.privacy.seed: the processes must draw the same noise. Set a seed, which only "
+                             "they know.")
         if privacy.clip is None or not self.strategy.ownership().names(scope="shared"):
             return 0.0
         return multiplier(privacy, self.most_uploads)

@@ -306,11 +306,11 @@ def initial_adapters(fed: Federation) -> dict[str, Tree]:
 
 def initial_state(fed: Federation) -> State:
     """Returns the state of a federation before its first round."""
-    adapters = initial_adapters(fed)
+    adapters, everyone = initial_adapters(fed), range(len(fed.clients))
     roles = fed.strategy.ownership()
     server = to_host(fed.strategy.initial_server_state(
         roles.select(adapters, "shared") | roles.select(adapters, "received"),
-        np.asarray([c.size for c in fed.clients]), np.asarray([fed.task_index(i) for i in range(len(fed.clients))])))
+        np.asarray([fed.weight(i) for i in everyone]), np.asarray([fed.task_index(i) for i in everyone])))
     return State(initial_population(fed, adapters), server)
 
 

@@ -145,7 +145,7 @@ def toy_state(fed: Federation, adapters: dict[str, Tree] | None = None) -> State
     adapters = toy_adapters(fed.strategy) if adapters is None else adapters
     roles = fed.strategy.ownership()
     roles.check(adapters)
-    sizes = np.asarray([client.size for client in fed.clients])
+    sizes = np.asarray([fed.weight(k) for k in range(len(fed.clients))])
     tasks = np.asarray([fed.task_index(k) for k in range(len(fed.clients))])
     server = fed.strategy.initial_server_state(
         roles.select(adapters, "shared") | roles.select(adapters, "received"), sizes, tasks)

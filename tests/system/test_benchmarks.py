@@ -27,6 +27,7 @@ SMALLEST = {
     "guesses.py": [*TINY, "--seeds", "1"],
     "intervals.py": ["--repetitions", "3"],
     "operands.py": ["--steps", "2", "--repetitions", "1"],
+    "privacy_audit.py": ["--trials", "40", "--epsilon", "1"],
     "peer.py": ["--repetitions", "1", "--steps", "2"],
     "scaling.py": ["--only", "chunk"],
     "startup.py": ["--repetitions", "1"],

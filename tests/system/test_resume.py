@@ -121,7 +121,8 @@ KINDS_OF_RUN = {
     "fedadam": {"strategy": {"name": "fedadam"}}, "scaffold": {"strategy": {"name": "scaffold"}},
     "similarity": {"strategy": {"name": "similarity"}}, "centralised": {"strategy": {"name": "centralised"}},
     "fedalt": {"strategy": {"name": "fedalt"}}, "fedlease": {"strategy": {"name": "fedlease"}},
-    "store": {"system": {"store": "."}}, "privacy": {"federation": {"privacy": {"clip": 0.1, "noise_multiplier": 1.0}}},
+    "store": {"system": {"store": "."}},
+    "privacy": {"federation": {"privacy": {"clip": 0.1, "noise_multiplier": 1.0, "seed": 3}}},
     "participation": {"federation": {"clients_per_round": 2, "dropout": 0.2}}}
 
 
