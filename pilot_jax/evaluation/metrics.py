@@ -128,6 +128,7 @@ _NEEDS = {"bleu": ("sacrebleu", "sacrebleu"), "rouge_l": ("rouge_score", "rouge-
           "cider": ("pycocoevalcap", "pycocoevalcap")}
 
 
+_OF_CORPORA = {"bleu", "cider"}  # defined on all answers together, so that a single one has no score of its own
 _PACKAGED, ENTRY_POINTS = frozenset(METRICS), "pilot_jax.metrics"  # the group in which installed packages name theirs
 
 
@@ -146,9 +147,15 @@ def metric(name: str, *, corpus: bool = False) -> Callable[[Callable[..., float]
 
     def register(score: Callable[..., float]) -> Callable[..., float]:
         METRICS[name] = score if corpus else _mean_best(score)
+        (_OF_CORPORA.add if corpus else _OF_CORPORA.discard)(name)
         return score
 
     return register
+
+
+def scores_single_answers(name: str) -> bool:
+    """Returns whether a metric says something about one answer alone."""
+    return name not in _OF_CORPORA
 
 
 def scored(name: str, answers: Sequence[str], references: References) -> float:
