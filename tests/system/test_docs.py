@@ -51,7 +51,7 @@ WHERE = [
     (r"pilot-jax run configs/text_only.yaml", "test_text_only.py, on a tiny language model"),
     (r"pilot-jax plan .*(--lower|fsdp)", "test_estimate.py, at 7B"),
     (r"pilot-jax run configs/quickstart.yaml", "test_resume.py, test_cli.py; and from Python, below"),
-    (r"pilot-jax (evaluate|generate|roles)", "test_cli.py"),
+    (r"pilot-jax (evaluate|generate|roles|data digits)", "test_cli.py"),
     (r"pilot-jax report", "test_report.py, and notebooks/04"),
     (r"pilot-jax compare", "test_compare.py; these would take hours"),
     (r"pilot-jax base", "test_base.py, downloads included, in make test-long"),
