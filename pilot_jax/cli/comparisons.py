@@ -138,7 +138,7 @@ def report(runs: Annotated[list[Path], typer.Argument(
     from pilot_jax.federation.strategies import use as use_strategy
     from pilot_jax.parallel.devices import split_cpu
     from pilot_jax.report.page import write_report
-    from pilot_jax.report.words import counted
+    from pilot_jax.words import counted
 
     comparisons = sum(map(is_comparison, runs))
     if comparisons and len(runs) > 1:

@@ -14,7 +14,7 @@ from pilot_jax.report.charts import Axis, Mark, Point, Row, points_chart, rows_c
 from pilot_jax.report.drawing import Key
 from pilot_jax.report.overview import MOST_ROWS, by_task
 from pilot_jax.report.rendering import Card, Heat, Table, decimal
-from pilot_jax.report.words import change, counted, listed
+from pilot_jax.words import change, counted, listed
 
 PILOT, OTHER = Key("pilot", 1, 0), Key("other variants", 0, 0)
 CLEAR, UNCLEAR = Key("significant", 1, 0), Key("not significant", 1, 0)

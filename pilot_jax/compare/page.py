@@ -29,7 +29,7 @@ from pilot_jax.errors import InputError
 from pilot_jax.files import atomic_write, read_json
 from pilot_jax.report.record import check_record
 from pilot_jax.report.rendering import Card, Page, Table, decimal, render, write_page
-from pilot_jax.report.words import counted, duration, listed
+from pilot_jax.words import counted, duration, listed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +47,8 @@ def write_results(results: Record, out: Path) -> None:
     """Writes `results.json`, `results.md` and, if matplotlib is installed, `results.png` into the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "results.json", json.dumps(results, indent=1))
-    text = [f"Scores on the {results['split']} split: mean over {results['seeds']} seeds ± standard error.", "",
+    seeds = counted(results["seeds"], "seed")
+    text = [f"Scores on the {results['split']} split: mean over {seeds} ± standard error.", "",
             *(f"- {line}" for line in explanations(results)), "", table(results), ""]
     text += [f"Warning: {warning}\n" for warning in results["warnings"]]
     if details := detail_rows(results):
@@ -55,8 +56,9 @@ def write_results(results: Record, out: Path) -> None:
     if results["rates"]:
         text += ["Mean validation score of each strategy by the factor on the config's learning rates, on data of a "
                  "separate seed. The score of the chosen factor is bold.", "", tuning_table(results), ""]
-    text.append(f"The variants took {results['seconds_of_all']:.0f} s and the tuning "
-                f"{results['seconds_of_tuning']:.0f} s, on {results['devices']} device(s) of kind {results['device']}.")
+    tuning = f" and the tuning {duration(results['seconds_of_tuning'])}" if results["seconds_of_tuning"] else ""
+    text.append(f"The variants took {duration(results['seconds_of_all'])}{tuning}, on "
+                f"{counted(results['devices'], 'device')} of kind {results['device']}.")
     atomic_write(out / "results.md", "\n".join(text) + "\n")
     if _plots_installed():
         _write_png(figures.overview(results), out / "results.png")
@@ -77,10 +79,11 @@ def write_sweep(key: str, values: Sequence[str], compared: Sequence[Record], out
     atomic_write(out / "sweep.json", json.dumps({"key": key, "values": lines}, indent=1))
     text = sweep_table(key, values, compared)
     seconds = sum(line["seconds_of_all"] + line["seconds_of_tuning"] for line in lines)
+    seeds = counted(compared[0]["seeds"], "seed")
     atomic_write(out / "sweep.md", (
-        f"Scores on the {compared[0]['split']} split: mean over {compared[0]['seeds']} seeds ± standard error. A * "
-        "marks a significant difference to Pilot, paired by seed: p < 0.05 after Holm's correction over the variants."
-        f"\n\n{text}\n\nIt took {seconds:.0f} s, tuning included.\n"))
+        f"Scores on the {compared[0]['split']} split: mean over {seeds} ± standard error. A * marks a significant "
+        "difference to Pilot, paired by seed: p < 0.05 after Holm's correction over the variants."
+        f"\n\n{text}\n\nIt took {duration(seconds)}, tuning included.\n"))
     if _plots_installed():
         _write_png(figures.sweep(key, values, compared), out / "sweep.png")
     return text

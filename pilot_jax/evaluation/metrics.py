@@ -19,6 +19,7 @@ import numpy as np
 
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.vqa import vqa_accuracy
+from pilot_jax.words import counted
 
 References = Sequence[Sequence[str]]
 Metric = Callable[[Sequence[str], References], float]
@@ -171,8 +172,8 @@ def scored(name: str, answers: Sequence[str], references: References) -> float:
         if not math.isfinite(score):
             raise ValueError
     except (TypeError, ValueError):
-        raise InputError(f"eval.metrics: {name} returned {score!r} for {len(answers)} answers. A metric returns a "
-                         "finite number.") from None
+        raise InputError(f"eval.metrics: {name} returned {score!r} for {counted(len(answers), 'answer')}. A metric "
+                         "returns a finite number.") from None
     return score
 
 

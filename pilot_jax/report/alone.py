@@ -12,9 +12,9 @@ import yaml
 from pilot_jax.config import Config, differences
 from pilot_jax.errors import InputError
 from pilot_jax.report.record import RunRecord, read_run
-from pilot_jax.report.words import change, counted, decimal, listed
 from pilot_jax.runs.folder import FREE
 from pilot_jax.runs.manifest import has_ended, run_config
+from pilot_jax.words import change, counted, decimal, listed
 
 LOCAL = "local"  # the strategy whose clients train alone
 SAME = 1e-9  # scores that differ by less are equal
@@ -138,6 +138,9 @@ def verdict(run: RunRecord, alone: Alone | None, prompts: Mapping[str, int]) -> 
     s = run.summary
     out = [f"{what}: on their own test data, their models score {decimal(s['score_mean'], 2)} on average, the base "
            f"model before training {decimal(s['score_base'], 2)}."]
+    without = [c for c in run.task_of if c not in s["score_by_client"]]
+    if without:
+        out.append(f"{listed(without)} {'has' if len(without) == 1 else 'have'} no test data, and so no score.")
     if run.strategy == LOCAL:
         out.append("Each client trained alone; a run of the same config with another strategy shows whether federating "
                    "helps.")

@@ -12,7 +12,7 @@ from PIL import Image
 from pilot_jax.report.drawing import Canvas, figure, shortened, text_width
 from pilot_jax.report.record import Mixing
 from pilot_jax.report.rendering import Card, Table
-from pilot_jax.report.words import counted
+from pilot_jax.words import counted
 
 MOST_WEIGHTS = 240_000  # most weights of all matrices on a page; each takes about three bytes
 MOST_PHASES = 60  # most matrices on a page

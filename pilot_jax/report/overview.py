@@ -12,8 +12,8 @@ from pilot_jax.report.drawing import COLOURS, Key
 from pilot_jax.report.record import RunRecord
 from pilot_jax.report.rendering import Card, Table, decimal
 from pilot_jax.report.run_cards import mean_by_round, task_keys
-from pilot_jax.report.words import change, counted, duration, size
 from pilot_jax.runs.manifest import run_config
+from pilot_jax.words import change, counted, duration, size
 
 MOST_ROWS = 40  # most clients with a row each; of more, strips of dots
 BASE, ALONE = Key("base model", COLOURS - 1, 6), Key("training alone", 1, 3)
@@ -56,9 +56,12 @@ def score_card(run: RunRecord, alone: Alone | None) -> Card:
         about = f"A dot is a client; right of the line it gained over {over}."
     columns = ["client", "task", "base model", *(["training alone"] if known else []), run.strategy,
                *(["gain over training alone"] if known else []), "gain over the base model"]
-    table = Table(columns, [[c, task, decimal(base.get(c)), *([decimal(known.get(c))] if known else []),
-                             decimal(own[c]), *([_gain(own[c], known.get(c))] if known else []),
-                             _gain(own[c], base.get(c))] for task, clients in groups.items() for c in clients])
+    rows_of = [[c, task, decimal(base.get(c)), *([decimal(known.get(c))] if known else []), decimal(own[c]),
+                *([_gain(own[c], known.get(c))] if known else []), _gain(own[c], base.get(c))]
+               for task, clients in groups.items() for c in clients]
+    rows_of += [[c, task, "no test data", *["–"] * (len(columns) - 3)]
+                for c, task in run.task_of.items() if c not in own]
+    table = Table(columns, rows_of)
     return Card("scores", "What each client gained", f"Scores of {counted(len(own), 'client')} on their own test "
                 f"data.{mean}", drawn, about=about, table=table)
 

@@ -13,7 +13,7 @@ from pilot_jax.report.probes import Example, Inside, look_inside
 from pilot_jax.report.record import RunRecord, read_run
 from pilot_jax.report.rendering import Card, Page, decimal, render, write_page
 from pilot_jax.report.run_cards import cost_cards, inside_cards, neighbour_cards, training_cards
-from pilot_jax.report.words import change, counted, duration, listed, size
+from pilot_jax.words import change, counted, duration, listed, size
 
 
 @dataclasses.dataclass(frozen=True)

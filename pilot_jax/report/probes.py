@@ -77,12 +77,12 @@ def look_inside(folder: str | Path, examples: int, prompts: int) -> Inside:
 
     Args:
         examples: number of right answers, and of others, per client.
-        prompts: number of each client's test prompts that every model answers. The scores are left out with 0, with
-            more than MOST_CLIENTS clients, or if a client has no test data.
+        prompts: number of each client's test prompts that every model answers. The scores are left out with 0, or
+            with more than MOST_CLIENTS clients.
     """
     run = restore(folder)
     clients = run.evaluation.clients
-    feasible = prompts and len(clients) <= MOST_CLIENTS and all("test" in client.evaluation for client in clients)
+    feasible = prompts and len(clients) <= MOST_CLIENTS
     counts = {client.name: len(client.evaluation["test"].references) for client in clients
               if "test" in client.evaluation}
     return Inside(tuple(_examples(run, examples)), counts, _abilities(run, prompts) if feasible else None,

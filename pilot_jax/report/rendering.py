@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from pilot_jax.files import atomic_write
 from pilot_jax.report.drawing import Figure, Key, marker_path, standalone
-from pilot_jax.report.words import decimal as decimal  # what fills the cells of most tables
+from pilot_jax.words import decimal as decimal  # what fills the cells of most tables
 
 
 @dataclasses.dataclass(frozen=True)

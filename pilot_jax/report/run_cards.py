@@ -12,7 +12,7 @@ from pilot_jax.report.mixing_card import mixing_card
 from pilot_jax.report.probes import CAPTIONS, Abilities, Inside
 from pilot_jax.report.record import Mixing, Record, RunRecord
 from pilot_jax.report.rendering import Card, Heat, Table, decimal
-from pilot_jax.report.words import counted, duration, size
+from pilot_jax.words import counted, duration, size
 
 MOST_ROWS = 400  # most rows in a table of losses; the last ones are shown
 

@@ -13,12 +13,12 @@ import pytest
 from conftest import ROOT, small_config
 from written_runs import inside_of, results_of, write_run
 
+from pilot_jax import words
 from pilot_jax.compare.cards import client_gains
 from pilot_jax.compare.page import comparison_page, write_comparison_report
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.metrics import scored
 from pilot_jax.evaluation.personalised import evaluation_matrix
-from pilot_jax.report import words
 from pilot_jax.report.alone import differing_keys, find_alone
 from pilot_jax.report.drawing import axis_labels, ticks
 from pilot_jax.report.mixing_card import MOST_WEIGHTS, shown_phases

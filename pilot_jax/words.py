@@ -12,6 +12,11 @@ def counted(count: int, noun: str, plural: str = "") -> str:
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
+def agree(count: int, noun: str, one: str, more: str) -> str:
+    """Returns a count with its noun and the verb that fits, such as "1 sample has" or "2 samples have"."""
+    return f"{counted(count, noun)} {one if count == 1 else more}"
+
+
 def decimal(value: float | None, digits: int = 3) -> str:
     """Returns a number with the given number of decimals; a dash for None."""
     return "–" if value is None else f"{value:.{digits}f}"
@@ -33,10 +38,20 @@ def listed(names: Sequence[str], most: int = 4) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns a time in the unit that suits it, such as "0.4 s", "12 s", "3.5 min" or "2.1 h"."""
+    """Returns a time in the unit that suits it, such as "40 ms", "0.4 s", "12 s", "3.5 min" or "2.1 h"."""
+    if 0 < seconds < 0.0995:
+        return f"{max(1, round(1000 * seconds))} ms"
     if seconds < 90:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def scaled(value: float) -> str:
+    """Returns a number with a decimal prefix, such as "1.5 G", to which its unit can be added."""
+    for prefix, of in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= 0.9995 * of:
+            return f"{value / of:.3g} {prefix}" if value < 999.5 * of else f"{value / of:,.0f} {prefix}"
+    return f"{value:.3g} "
 
 
 def size(count: float) -> str:
