@@ -141,6 +141,8 @@ def verdict(run: RunRecord, alone: Alone | None, prompts: Mapping[str, int]) -> 
     without = [c for c in run.task_of if c not in s["score_by_client"]]
     if without:
         out.append(f"{listed(without)} {'has' if len(without) == 1 else 'have'} no test data, and so no score.")
+    if s.get("best_round") is not None:
+        out.append(f"The models are those of round {s['best_round']}, which scored best on validation data.")
     if run.strategy == LOCAL:
         out.append("Each client trained alone; a run of the same config with another strategy shows whether federating "
                    "helps.")
