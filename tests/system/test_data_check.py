@@ -56,7 +56,7 @@ CASES = {name: (spoil, {}, message) for name, (spoil, message) in BROKEN.items()
     "no client": (change(client=None), {}, "all.json[0]: client: missing"),
     "no client, divided": (change(client=None), EQUAL, None),
     "too few to divide": (change(client=None), EQUAL | {"federation.clients": 20}, "samples for 10 clients"),
-    "not a multiple": (change(client=None), EQUAL | {"federation.clients": 3}, "must be a multiple of the 2 tasks"),
+    "not a multiple": (change(client=None), EQUAL | {"federation.clients": 3}, "multiple of the number of tasks, 2"),
     "another number of clients": (lambda folder: None, {"federation.clients": 3}, "has 4 clients"),
     "two tasks": (first({"task": "ocr"}), {}, "(ocr, vqa), first ocr at"),
     "an entry without its task": (first({"task": None}), {}, "(all, vqa), first all at"),
