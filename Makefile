@@ -59,7 +59,7 @@ test-slow: $(VENV)/.test  ## what `make test` leaves out, but for the long tests
 
 test-all: test test-slow  ## both
 
-test-long: $(VENV)/.test  ## notebooks, four processes, many kills, a soak: about an hour
+test-long: $(VENV)/.test  ## notebooks, four processes, many kills, a soak, pages in Chromium: an hour
 	$(PYTEST) -m long
 
 fuzz: $(VENV)/.test  ## everything that is read from outside; a quarter of an hour; Linux
