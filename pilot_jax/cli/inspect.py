@@ -13,6 +13,7 @@ import typer
 from pilot_jax.cli.options import AsJson, ConfigPath, Overrides, RunPath, StrategyName, Use, check_choice, read_config
 from pilot_jax.cli.tables import print_plan, printable
 from pilot_jax.errors import InputError
+from pilot_jax.words import counted
 
 
 def schema() -> None:
@@ -119,8 +120,9 @@ def verify(run_dir: RunPath, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found), indent=1))
     else:
-        typer.echo(f"{'finished' if found.ended else 'unfinished'} run, {len(found.whole)} files and snapshots as "
-                   f"written, {len(found.unknown)} of which nothing is known")
+        whole = counted(len(found.whole), "file or snapshot", "files and snapshots")
+        typer.echo(f"{'finished' if found.ended else 'unfinished'} run, {whole} as written, "
+                   f"{len(found.unknown)} of which nothing is known")
         for name in found.unknown[:20]:
             typer.echo(f"unknown: {printable(name)}")
     if found.damaged:

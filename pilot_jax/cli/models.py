@@ -43,8 +43,8 @@ def evaluate(run_dir: RunPath,
     if as_json:
         typer.echo(json.dumps({"split": split, "score_mean": mean, "score_by_client": by_client}, indent=1))
         return
-    for client, value in by_client.items():
-        typer.echo(f"{client:<24} {value:.3f}")
+    for client in (c.name for c in done.evaluation.clients):
+        typer.echo(f"{client:<24} " + (f"{by_client[client]:.3f}" if client in by_client else f"no {split} data"))
     typer.echo(f"{'mean':<24} {mean:.3f}")
 
 

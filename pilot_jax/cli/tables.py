@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pilot_jax.words import agree, counted, decimal, duration, listed, scaled, size
+
 
 def printable(text: str) -> str:
     """Returns a text with its control characters escaped, so that a file's name cannot control the terminal.
@@ -25,14 +27,15 @@ def print_scores(summary: dict) -> None:
         typer.echo("No scores: the data have no test samples. Name the split of samples, or set data.hold_out.test, "
                    "such as 0.1.")
     speed = summary["client_steps_per_second"]
-    typer.echo(f"{summary['client_steps']} client steps{'' if speed is None else f', {speed:.1f}/s'}; "
-               f"{summary['bytes_up'] / 1e6:.1f} MB up, {summary['bytes_down'] / 1e6:.1f} MB down; "
-               f"{summary['wall_seconds']:.0f} s with evaluation, of which compiling "
-               f"{summary['compile_seconds']:.0f} s")
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in summary.get("memory_bytes", {}).items())
-    typer.echo(f"peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB{f', of which {parts}' if parts else ''}")
+    typer.echo(f"{counted(summary['client_steps'], 'client step')}{'' if speed is None else f', {speed:.1f}/s'}; "
+               f"{size(summary['bytes_up'])} up, {size(summary['bytes_down'])} down; "
+               f"{duration(summary['wall_seconds'])} with evaluation, of which compiling "
+               f"{duration(summary['compile_seconds'])}")
+    parts = ", ".join(f"{name} {size(count)}" for name, count in summary.get("memory_bytes", {}).items())
+    typer.echo(f"peak memory {size(summary['peak_memory_bytes'])}{f', of which {parts}' if parts else ''}")
     if summary.get("quarantined"):
-        typer.echo(f"{summary['quarantined']} uploads were refused; metrics.jsonl says why (key `fault`)")
+        typer.echo(f"{agree(summary['quarantined'], 'upload', 'was', 'were')} refused; metrics.jsonl says why (key "
+                   "`fault`)")
     if summary.get("epsilon") is not None:
         typer.echo(f"Differential privacy of one client's uploads: ε = {summary['epsilon']:.3g}")
 
@@ -54,7 +57,11 @@ def _print_score_table(summary: dict) -> None:
 
     for task in summary["tasks"]:
         for client in summary["clients"]:
-            if summary["task_by_client"][client] == task and client in own:
+            if summary["task_by_client"][client] != task:
+                continue
+            if client not in own:
+                table.add_row(escape(task), escape(client), "–", "no test data", *("–" for _ in others))
+            else:
                 table.add_row(escape(task), escape(client), shown(summary["score_base_by_client"][client]),
                               shown(own[client]), *(shown(summary[f"{key}_by_client"][client]) for _, key in others))
         table.add_row(escape(task), "mean", shown(summary["score_base_by_task"][task]),
@@ -88,48 +95,39 @@ def print_comparison(results: dict) -> None:
         typer.echo("results.md has all columns.")
 
 
-def scaled(value: float) -> str:
-    """Returns a number with a decimal prefix, such as "1.5 G", to which its unit can be added."""
-    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {prefix}"
-    return f"{value:.3g} "
-
-
 def print_plan(plan: dict) -> None:
-    devices = f"{plan['devices']} device{'s' * (plan['devices'] > 1)}"
-    rounds = f"{plan['rounds']} round{'s' * (plan['rounds'] > 1)}"
+    devices, rounds = counted(plan["devices"], "device"), counted(plan["rounds"], "round")
     image = f", {plan['image_tokens']} of them for the image" if plan["image_tokens"] else ""
-    typer.echo(f"{plan['clients']} clients, {plan['tasks']} tasks, {rounds}, {devices}; the longest sequence has "
-               f"{plan['longest_sequence']} tokens{image}")
+    typer.echo(f"{counted(plan['clients'], 'client')}, {counted(plan['tasks'], 'task')}, {rounds}, {devices}; the "
+               f"longest sequence has {counted(plan['longest_sequence'], 'token')}{image}")
     if plan["assumed"]:
         typer.echo(f"Assumed: {plan['assumed']}")
     memory = plan["memory_per_device"]
     kinds = list(dict.fromkeys(kind for row in memory.values() for kind in row if kind != "total"))
     most = max(row["total"] for row in memory.values())
-    unit, size = ("GB", 1e9) if most >= 1e9 else ("MB", 1e6)
+    unit, divisor = ("GB", 1e9) if most >= 1e9 else ("MB", 1e6)
     table = Table(title=f"Memory per device, {unit}")
     for column in ("", *memory):
         table.add_column(column, justify="right" if column else "left")
     for kind in [*kinds, "total"]:
-        table.add_row(kind, *(f"{row[kind] / size:.2f}" if kind in row else "–" for row in memory.values()),
+        table.add_row(kind, *(f"{row[kind] / divisor:.2f}" if kind in row else "–" for row in memory.values()),
                       style="bold" if kind == "total" else None)
     columns = {"round_1": "round 1", "later_rounds": "later rounds", "finetuning": "fine-tuning"}
     columns = {key: title for key, title in columns.items() if key in plan["client_steps"]}
     by_round = Table(title="Per round, all clients together")
     for column in ("", *columns.values()):
         by_round.add_column(column, justify="right" if column else "left")
-    for key, unit, divisor in (("client_steps", "", 1), ("flops", "TFLOP", 1e12), ("bytes_up", "MB", 1e6),
-                               ("bytes_down", "MB", 1e6)):
-        label = f"{key.replace('_', ' ')}{f', {unit}' if unit else ''}"
-        by_round.add_row(label, *(f"{plan[key][r] / divisor:,.0f}" for r in columns))
+    for label, key, text in (("client steps", "client_steps", "{:,}".format),
+                             ("computation", "flops", lambda flops: f"{scaled(flops)}FLOP"),
+                             ("uploaded", "bytes_up", size), ("downloaded", "bytes_down", size)):
+        by_round.add_row(label, *(text(plan[key][r]) for r in columns))
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(table, by_round)
     server = plan["server"]
-    typer.echo(f"The server: {scaled(server['flops'])}FLOP for each aggregation, {scaled(server['bytes'])}B")
+    typer.echo(f"The server: {scaled(server['flops'])}FLOP for each aggregation, {size(server['bytes'])}")
     typer.echo("Parameters: " + ", ".join(f"{n} {v:,}" for n, v in plan["parameters"].items()))
-    for stage, size in plan.get("lowered", {}).items():
-        typer.echo(f"The program {stage} can be lowered for {devices} ({size:,} characters).")
+    for stage, length in plan.get("lowered", {}).items():
+        typer.echo(f"The program {stage} can be lowered for {devices} ({length:,} characters).")
 
 
 def print_matrix(result: dict) -> None:
@@ -139,9 +137,12 @@ def print_matrix(result: dict) -> None:
     for name in ("", *columns):
         table.add_column(escape(name), justify="right" if name else "left")
     for i, client in enumerate(result["clients"]):
-        own = [f"{v:.2f}" for v in (*result["scores"][i], *result["by_task"][client].values())]
+        own = [decimal(v, 2) for v in (*result["scores"][i], *result["by_task"][client].values())]
         own[i] = f"[bold]{own[i]}[/bold]"
         table.add_row(escape(client), *own, *([f"{base['clients'][i]:.2f}"] if base else []))
     Console(width=None if sys.stdout.isatty() else 20 + 11 * len(columns)).print(table)
     if base:
         typer.echo(f"Score of the base model on the pretraining captions: {base['base']:.2f}")
+    without = [client for client, score in zip(result["clients"], result["scores"][0], strict=True) if score is None]
+    if without:
+        typer.echo(f"{listed(without)}: no {result['split']} data, so no model has a score there.")

@@ -1,26 +1,59 @@
-"""Draws the figures of a comparison and of a sweep, for the HTML page and as PNG files."""
+"""Draws the PNG files of a comparison and of a sweep with matplotlib; the figures of the HTML page are in `cards`."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pilot_jax.compare.difference_table import difference_to, references_of, subject
 from pilot_jax.compare.tables import Record, by_score, of_variant, tasks_of
-from pilot_jax.report import charts
+from pilot_jax.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+INK, COLOURS = "#1b1f24", ("#2a78d6", "#d9622b")
+WIDTH = 4.4  # width of a figure in inches
 ROW = 0.2  # height of a variant's row in inches; a figure is 0.7 inches higher than its rows
+
+
+def pyplot() -> Any:
+    """Returns `matplotlib.pyplot` with the style of these figures; no display is needed.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("compare: figures need matplotlib, which is not installed (it is in the extra 'plots'). Run: "
+                         "pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({
+        "text.parse_math": False, "font.size": 8, "font.family": "sans-serif", "text.color": INK,
+        "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "legend.frameon": False,
+        "legend.fontsize": 7, "axes.titlesize": 8})
+    return plt
+
+
+def png(figure: Figure) -> bytes:
+    """Returns the figure as a PNG file with a white background, and closes it."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=160, facecolor="white")
+    pyplot().close(figure)
+    return out.getvalue()
 
 
 def _colour(line: Record) -> str:
     """Returns the colour of a variant: one for `pilot`, and another for all others."""
-    return charts.COLOURS[1] if line["name"] == "pilot" else charts.COLOURS[0]
+    return COLOURS[1] if line["name"] == "pilot" else COLOURS[0]
 
 
 def label(line: Record) -> str:
@@ -34,9 +67,9 @@ def _draw_scores(axes: Axes, results: Record, lines: Sequence[Record]) -> None:
     rows = np.arange(len(lines))
     axes.barh(rows, [line["score"] for line in lines], xerr=[line["standard_error"] or 0 for line in lines],
               height=0.62, color=[_colour(line) for line in lines], alpha=0.85,
-              error_kw={"ecolor": charts.INK, "lw": 0.8})
+              error_kw={"ecolor": INK, "lw": 0.8})
     if results["base"]["score"] is not None:
-        axes.axvline(results["base"]["score"], color=charts.INK, lw=0.8, ls=":", label="base model")
+        axes.axvline(results["base"]["score"], color=INK, lw=0.8, ls=":", label="base model")
         axes.legend(loc="lower right")
     axes.set_yticks(rows, [label(line) for line in lines])
     axes.set_xlim(0, 1)
@@ -47,7 +80,7 @@ def _draw_tasks(axes: Axes, results: Record, lines: Sequence[Record]) -> None:
     """Draws a mark at each variant's score on each task."""
     for task, marker in zip(tasks_of(results), "osD^v<>", strict=False):
         axes.scatter([line["by_task"].get(task, np.nan) for line in lines], range(len(lines)), marker=marker, s=12,
-                     zorder=3, facecolor="white", edgecolor=charts.INK, lw=0.7, label=task)
+                     zorder=3, facecolor="white", edgecolor=INK, lw=0.7, label=task)
     axes.legend(loc="lower right")
 
 
@@ -58,36 +91,20 @@ def _draw_differences(axes: Axes, lines: Sequence[Record], reference: str) -> No
         if d is None:
             continue
         low, high = (d["mean"], d["mean"]) if d["low"] is None else (d["low"], d["high"])
-        axes.plot([low, high], [row, row], color=charts.INK, lw=0.9)
-        axes.plot(d["mean"], row, "o", ms=4.5, color=charts.COLOURS[1], mew=1,
-                  markerfacecolor=charts.COLOURS[1] if d["significant"] else "none")
-    axes.axvline(0, color=charts.INK, lw=0.6, alpha=0.6)
+        axes.plot([low, high], [row, row], color=INK, lw=0.9)
+        axes.plot(d["mean"], row, "o", ms=4.5, color=COLOURS[1], mew=1,
+                  markerfacecolor=COLOURS[1] if d["significant"] else "none")
+    axes.axvline(0, color=INK, lw=0.6, alpha=0.6)
     axes.set_yticks(range(len(lines)), [label(line) for line in lines])
     axes.set_xlabel(f"difference of scores, {subject(reference)}")
-    axes.grid(axis="x", color=charts.INK, alpha=0.12, lw=0.5)
-
-
-def scores(results: Record) -> Figure:
-    """Draws the variants' mean scores, with the best variant on top."""
-    lines = by_score(results)
-    figure, axes = charts.new_axes(0.7 + ROW * len(lines))
-    _draw_scores(axes, results, lines)
-    return figure
-
-
-def differences(results: Record, reference: str = "pilot") -> Figure:
-    """Draws the difference of each variant's score to that of a reference."""
-    lines = [line for line in by_score(results) if difference_to(line, reference)]
-    figure, axes = charts.new_axes(0.7 + ROW * len(lines))
-    _draw_differences(axes, lines, reference)
-    return figure
+    axes.grid(axis="x", color=INK, alpha=0.12, lw=0.5)
 
 
 def overview(results: Record) -> Figure:
     """Draws the scores, with a mark for each task, and the differences to the first reference side by side."""
     lines = by_score(results)
-    figure, (left, right) = charts.pyplot().subplots(
-        1, 2, figsize=(2 * charts.WIDTH, 0.7 + ROW * len(lines)), sharey=True, layout="constrained",
+    figure, (left, right) = pyplot().subplots(
+        1, 2, figsize=(2 * WIDTH, 0.7 + ROW * len(lines)), sharey=True, layout="constrained",
         width_ratios=(3, 2))
     _draw_scores(left, results, lines)
     _draw_tasks(left, results, lines)
@@ -95,26 +112,9 @@ def overview(results: Record) -> Figure:
     return figure
 
 
-def traffic(results: Record) -> Figure:
-    """Draws each variant's score against the bytes uploaded and downloaded in the run of one seed."""
-    figure, axes = charts.new_axes(2.6)
-    for line in results["variants"]:
-        if line["bytes_up"] is None:
-            continue
-        megabytes = (line["bytes_up"] + line["bytes_down"]) / 1e6
-        axes.scatter(megabytes, line["score"], color=_colour(line), s=22, alpha=0.85)
-        if line["name"] == "pilot":
-            axes.annotate("pilot", (megabytes, line["score"]), textcoords="offset points", xytext=(5, 3), fontsize=7)
-    axes.set_ylim(0, 1)
-    axes.set_xlabel("MB uploaded and downloaded, all clients and rounds")
-    axes.set_ylabel("score: mean over clients and seeds")
-    axes.grid(color=charts.INK, alpha=0.12, lw=0.5)
-    return figure
-
-
 def sweep(key: str, values: Sequence[str], compared: Sequence[Record]) -> Figure:
     """Draws each variant's score over the values of a config key."""
-    figure, axes = charts.pyplot().subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(7, 4), layout="constrained")
     for name in (line["name"] for line in compared[0]["variants"]):
         lines = of_variant(name, compared)
         axes.errorbar(range(len(values)), [one["score"] for one in lines],

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import yaml
 from pydantic import BaseModel, Field, FiniteFloat
 
-from pilot_jax.compare import figures
-from pilot_jax.compare.difference_table import detail_rows, difference_to, references_of, subject
+from pilot_jax.compare import cards, figures
+from pilot_jax.compare.difference_table import detail_rows, references_of
 from pilot_jax.compare.tables import (
     Record,
     by_score,
@@ -28,9 +27,9 @@ from pilot_jax.compare.tables import (
 )
 from pilot_jax.errors import InputError
 from pilot_jax.files import atomic_write, read_json
-from pilot_jax.report import charts
 from pilot_jax.report.record import check_record
-from pilot_jax.report.rendering import Card, Page, Table, decimal, figure_card, render, write_page
+from pilot_jax.report.rendering import Card, Page, Table, decimal, render, write_page
+from pilot_jax.words import counted, duration, listed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,15 +40,15 @@ def _plots_installed() -> bool:
 
 
 def _write_png(figure: Figure, path: Path) -> None:
-    atomic_write(path, charts.png(figure))
-    charts.pyplot().close(figure)
+    atomic_write(path, figures.png(figure))
 
 
 def write_results(results: Record, out: Path) -> None:
     """Writes `results.json`, `results.md` and, if matplotlib is installed, `results.png` into the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "results.json", json.dumps(results, indent=1))
-    text = [f"Scores on the {results['split']} split: mean over {results['seeds']} seeds ± standard error.", "",
+    seeds = counted(results["seeds"], "seed")
+    text = [f"Scores on the {results['split']} split: mean over {seeds} ± standard error.", "",
             *(f"- {line}" for line in explanations(results)), "", table(results), ""]
     text += [f"Warning: {warning}\n" for warning in results["warnings"]]
     if details := detail_rows(results):
@@ -57,8 +56,9 @@ def write_results(results: Record, out: Path) -> None:
     if results["rates"]:
         text += ["Mean validation score of each strategy by the factor on the config's learning rates, on data of a "
                  "separate seed. The score of the chosen factor is bold.", "", tuning_table(results), ""]
-    text.append(f"The variants took {results['seconds_of_all']:.0f} s and the tuning "
-                f"{results['seconds_of_tuning']:.0f} s, on {results['devices']} device(s) of kind {results['device']}.")
+    tuning = f" and the tuning {duration(results['seconds_of_tuning'])}" if results["seconds_of_tuning"] else ""
+    text.append(f"The variants took {duration(results['seconds_of_all'])}{tuning}, on "
+                f"{counted(results['devices'], 'device')} of kind {results['device']}.")
     atomic_write(out / "results.md", "\n".join(text) + "\n")
     if _plots_installed():
         _write_png(figures.overview(results), out / "results.png")
@@ -79,10 +79,11 @@ def write_sweep(key: str, values: Sequence[str], compared: Sequence[Record], out
     atomic_write(out / "sweep.json", json.dumps({"key": key, "values": lines}, indent=1))
     text = sweep_table(key, values, compared)
     seconds = sum(line["seconds_of_all"] + line["seconds_of_tuning"] for line in lines)
+    seeds = counted(compared[0]["seeds"], "seed")
     atomic_write(out / "sweep.md", (
-        f"Scores on the {compared[0]['split']} split: mean over {compared[0]['seeds']} seeds ± standard error. A * "
-        "marks a significant difference to Pilot, paired by seed: p < 0.05 after Holm's correction over the variants."
-        f"\n\n{text}\n\nIt took {seconds:.0f} s, tuning included.\n"))
+        f"Scores on the {compared[0]['split']} split: mean over {seeds} ± standard error. A * marks a significant "
+        "difference to Pilot, paired by seed: p < 0.05 after Holm's correction over the variants."
+        f"\n\n{text}\n\nIt took {duration(seconds)}, tuning included.\n"))
     if _plots_installed():
         _write_png(figures.sweep(key, values, compared), out / "sweep.png")
     return text
@@ -202,62 +203,50 @@ def read_comparison(path: str | Path) -> Record:
 
 
 def _cards(results: Record) -> list[Card]:
-    """Returns the figures in cards; a figure without data is left out."""
-    lines, tasks = by_score(results)[::-1], tasks_of(results)
-    cards = [figure_card("scores", "Mean score of each variant, with its standard error over seeds",
-                         f"Scores of {len(lines)} variants, from {decimal(lines[-1]['score'])} to "
-                         f"{decimal(lines[0]['score'])}.", figures.scores(results))]
-    meaning = "is significant" if results.get("margin") is not None else "has an interval that excludes 0"
-    for number, reference in enumerate(references_of(results)):
-        paired = sum(1 for line in lines if difference_to(line, reference))
-        cards.append(figure_card(
-            f"differences-{number}" if number else "differences",
-            f"Difference of scores, {subject(reference)}, with its 95 % interval. A filled mark {meaning}.",
-            f"Differences of {paired} variants, {subject(reference)}.", figures.differences(results, reference)))
-    by_task = np.asarray([[line["by_task"].get(t, np.nan) for t in tasks] for line in lines], np.float64)
-    cards.append(figure_card("tasks", "Mean score of each variant on each task",
-                             f"Scores of {len(lines)} variants on {len(tasks)} tasks.",
-                             charts.cells(by_task, [figures.label(line) for line in lines], tasks, "task", "")))
-    if any(line["bytes_up"] for line in lines):
-        cards.append(figure_card("traffic", "Score against the megabytes that the run of one seed transfers",
-                                 "Score against megabytes uploaded and downloaded.", figures.traffic(results)))
-    return cards
+    """Returns the figures in cards, the most important first; a figure without data is left out."""
+    names = references_of(results)
+    found = [cards.score_card(results), cards.gain_card(results),
+             *(cards.difference_card(results, name, f"differences-{number}" if number else "differences")
+               for number, name in enumerate(names)),
+             cards.task_card(results), cards.traffic_card(results)]
+    return [card for card in found if card is not None]
 
 
 def comparison_page(results: Record) -> Page:
     """Returns the HTML page of a comparison; `results` is the result of `read_comparison`."""
-    lines, cards = by_score(results)[::-1], _cards(results)
+    lines, found = by_score(results)[::-1], _cards(results)
     best, pilot = lines[0], next((line for line in lines if line["name"] == "pilot"), None)
     tiles = {f"score of the best variant ({best['name']})": decimal(best["score"]),
              "score of the base model": decimal(results["base"]["score"])}
-    if pilot is not None:
+    if pilot is not None and pilot is not best:
         tiles["score of Pilot"] = decimal(pilot["score"])
-    tiles |= {"seconds for all variants": f"{results['seconds_of_all']:.0f}",
-              "seconds for tuning": f"{results['seconds_of_tuning']:.0f}"}
-    description = (f"{len(lines)} variants with {results['seeds']} seeds each, "
-                   f"{results['config']['federation']['rounds']} rounds, scored on the {results['split']} split of the "
-                   f"tasks {', '.join(tasks_of(results))}")
+    tiles |= {"for all variants": duration(results["seconds_of_all"])}
+    if results["seconds_of_tuning"]:
+        tiles["for tuning"] = duration(results["seconds_of_tuning"])
+    description = (f"{counted(len(lines), 'variant')} with {counted(results['seeds'], 'seed')} each, "
+                   f"{counted(results['config']['federation']['rounds'], 'round')}, scored on the {results['split']} "
+                   f"split of {counted(len(tasks_of(results)), 'task')}: {listed(tasks_of(results), 8)}")
     head, *rows = score_rows(results)
     rates = None
     if results.get("rates"):
         rates_head, *rates_rows = tuning_rows(results)
         rates = Table(rates_head, rates_rows)
     details = detail_rows(results)
-    return render("comparison.html.jinja", cards, title=results["name"], description=description, tiles=tiles,
-                  cards=cards, numbers=Table(head, rows), explanations=explanations(results), rates=rates,
-                  warnings=results.get("warnings", []), details=Table(details[0], details[1:]) if details else None,
+    return render("comparison.html.jinja", found, title=results["name"], description=description, tiles=tiles,
+                  cards=found, headline=cards.headline(results), numbers=Table(head, rows),
+                  explanations=explanations(results), rates=rates, warnings=results.get("warnings", []),
+                  details=Table(details[0], details[1:]) if details else None,
                   config_text=yaml.safe_dump(results["config"], sort_keys=False))
 
 
 def write_comparison_report(path: str | Path, out: Path) -> list[Path]:
-    """Writes a comparison's HTML page and its figures as PNG files; returns the files, the page first.
+    """Writes a comparison's HTML page and its figures as SVG files; returns the files, the page first.
 
     Args:
         path: the folder of a comparison, or its `results.json`.
         out: the HTML file; the figures are written into the folder `out` without its suffix.
 
     Raises:
-        InputError: `path` is not what `compare` writes, or matplotlib is not installed.
+        InputError: `path` is not what `compare` writes.
     """
-    charts.pyplot()
     return write_page(out, comparison_page(read_comparison(path)))

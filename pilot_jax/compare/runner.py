@@ -50,6 +50,7 @@ from pilot_jax.runs.prepare import (
     with_overrides,
     with_strategy,
 )
+from pilot_jax.words import counted
 
 Record = dict[str, Any]  # a JSON object
 TUNING_SEED = 1000  # added to the config's seeds for tuning, so that no compared seed is tuned on
@@ -250,7 +251,7 @@ class Comparison:
         """Returns the field "tune" (the tuning seed) or "compare" (all other seeds); only the last one is in memory."""
         if kind not in self._fields:
             seeds, samples = list(range(self.options.seeds)), self.options.base_samples
-            self.say(f"preparing the data of {'the tuning seed' if kind == 'tune' else f'{len(seeds)} seeds'} …")
+            self.say(f"preparing the data of {'the tuning seed' if kind == 'tune' else counted(len(seeds), 'seed')} …")
             self._fields.clear()
             self._fields[kind] = (make_field(self.config, [TUNING_SEED]) if kind == "tune"
                                   else make_field(self.config, seeds, samples))

@@ -26,7 +26,8 @@ def summarise(name: str, row: Record) -> Record:
     return {"name": name, "score": float(values.mean()), "standard_error": standard_error(values),
             "common": _other(seeds, "score_common"), "finetuned": _other(seeds, "score_finetuned"),
             "token_accuracy": _other(seeds, "token_accuracy"),
-            "by_task": {t: float(np.mean([s["score_by_task"].get(t, 0.0) for s in seeds])) for t in tasks},
+            "by_task": {t: float(np.mean([s["score_by_task"].get(t, 0.0) for s in seeds])) for t in tasks
+                        if all(s["score_by_task"].get(t, 0.0) is not None for s in seeds)},  # None without data
             "base_captions": mean_score([s["base_captions"] for s in seeds if s["base_captions"] is not None]),
             "effective_neighbors": mean_score([s["effective_neighbors"][-1] for s in seeds if not s["diverged"]]),
             "quarantined": sum(s.get("quarantined", 0) for s in seeds),

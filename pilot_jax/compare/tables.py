@@ -13,6 +13,7 @@ from pilot_jax.compare.difference_table import (
     title,
 )
 from pilot_jax.report.rendering import decimal
+from pilot_jax.words import counted
 
 Record = dict[str, Any]  # a JSON object: `results.json`, or a variant's entry in it
 
@@ -92,7 +93,7 @@ def score_rows(results: Record) -> list[list[str]]:
              "server MFLOP", "server MB", "seconds"]]
     for line in sorted(results["variants"], key=lambda one: -one["score"]):
         name = line["name"] + (f" ({line['diverged']} diverged)" if line["diverged"] else "")
-        name += f" ({line['quarantined']} uploads refused)" if line.get("quarantined") else ""
+        name += f" ({counted(line['quarantined'], 'upload')} refused)" if line.get("quarantined") else ""
         up, down = (None if line[k] is None else line[k] / 1e6 for k in ("bytes_up", "bytes_down"))
         work, held = (line["server"][k] / 1e6 if line.get("server") else None for k in ("flops", "bytes"))
         scores = [line if key == "own" else line.get(key) for key in columns]

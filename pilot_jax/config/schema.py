@@ -201,6 +201,10 @@ class EvalConfig(Section):
     every: int = Field(
         0, ge=0, le=10**6, description="Number of rounds from one scoring of the validation split to the next. 0: it "
         "is never scored. The test split is scored once, after the last round.")
+    keep: Literal["last", "best"] = Field(
+        "last", description="Round whose models the run ends with, scores on the test split and saves. last: the last "
+        "one. best: the one with the highest mean score on the validation split, the first of equal ones; it needs "
+        "`every`. `compare` does not read this key.")
     scoring: Literal["generate", "teacher_forced"] = Field(
         "generate", description="Way in which answers are scored. generate: answers are decoded, and scored as texts "
         "by `metrics`. teacher_forced: nothing is decoded. In one forward pass on the prompt and its reference answer, "
@@ -218,6 +222,12 @@ class EvalConfig(Section):
         "equal up to case and white space. iou: boxes with IoU of at least 0.5. vqa: VQA accuracy against ten "
         "annotators. anls: edit similarity, for OCR. rouge_l, bleu, cider: for captions, with the extra `scores`. Each "
         "is from 0 to 1, cider from 0 to 10. Or the name of a metric of your own, which `pilot_jax.metric` registers.")
+
+    @model_validator(mode="after")
+    def _the_best_is_known(self) -> EvalConfig:
+        if self.keep == "best" and not self.every:
+            raise ValueError("keep: best needs scores on the validation split: set every to 1, or keep to last")
+        return self
 
     @model_validator(mode="after")
     def _nothing_is_sampled(self) -> EvalConfig:

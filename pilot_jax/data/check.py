@@ -18,6 +18,7 @@ from pilot_jax.data.images import check_image_fit, check_shape, read_image
 from pilot_jax.data.llava.reading import find_image_root, read_entries
 from pilot_jax.data.llava.sample import Entry, Sample, parse_sample
 from pilot_jax.errors import InputError
+from pilot_jax.words import agree
 
 if TYPE_CHECKING:
     from pilot_jax.models.pretrained import PretrainedModel
@@ -75,8 +76,8 @@ def _duplicates(samples: list[Sample], limits: LimitsConfig) -> list[str]:
         shared = [group for group in same.values() if len({getattr(s, key) for s in group}) > 1]
         if shared:
             first = shared[0]
-            out.append(f"{len(shared)} samples occur in several {what} (first: {first[0].source} and "
-                       f"{first[1].source})")
+            out.append(f"{agree(len(shared), 'sample', 'occurs', 'occur')} in several {what} (first: "
+                       f"{first[0].source} and {first[1].source})")
     return out
 
 
@@ -86,17 +87,17 @@ def _oddities(entries: list[Entry], samples: list[Sample]) -> list[str]:
     first: dict[str, Sample] = {}
     again = [(first[s.id], s) for s in samples if first.setdefault(s.id, s) is not s]
     if again:
-        out.append(f"{len(again)} samples have the id of another one (first: {again[0][0].id!r} of "
+        out.append(f"{agree(len(again), 'sample', 'has', 'have')} the id of another one (first: {again[0][0].id!r} of "
                    f"{again[0][0].source} and {again[0][1].source})")
     empty = [s.source for s in samples if not all(text.strip() for text in (s.turns[-1][1], *s.answers))]
     if empty:
-        out.append(f"{len(empty)} samples have an empty answer, of which a model learns to say nothing (first: "
-                   f"{empty[0]})")
+        out.append(f"{agree(len(empty), 'sample', 'has', 'have')} an empty answer, of which a model learns to say "
+                   f"nothing (first: {empty[0]})")
     unnamed = [e for e in entries if isinstance(e.value, dict) and not e.value.get("task")]
     if unnamed and len(unnamed) < len(entries):  # if none does, files are meant to name tasks
         tasks = ", ".join(sorted({e.task for e in unnamed}))
-        out.append(f"{len(unnamed)} samples name no task and get that of their file's name: {tasks} (first: "
-                   f"{unnamed[0].where})")
+        out.append(f"{agree(len(unnamed), 'sample', 'names no task and gets', 'name no task and get')} that of "
+                   f"{'its' if len(unnamed) == 1 else 'their'} file's name: {tasks} (first: {unnamed[0].where})")
     return out
 
 
@@ -182,8 +183,9 @@ def check_data(path: str | Path, data: DataConfig, model: PretrainedModel | None
     unencodable = [] if model is None else _encoding_errors(samples, data, model)
     lengths = [] if unencodable else _lengths(samples, data, model)
     if model is not None and (cut := [s.source for s, n in zip(samples, lengths, strict=False) if n > data.max_length]):
-        warnings.append(f"{len(cut)} samples are longer than data.max_length ({data.max_length}) and lose the end of "
-                        f"their answers (first: {cut[0]})")
+        warnings.append(f"{agree(len(cut), 'sample', 'is', 'are')} longer than data.max_length ({data.max_length}) and "
+                        f"{'loses the end of its answer' if len(cut) == 1 else 'lose the end of their answers'} "
+                        f"(first: {cut[0]})")
     warnings += _duplicates(samples, data.limits) + missing_splits(splits_of(samples), settings.every)
     counts = Counter((s.task, s.client, s.split) for s in samples)
     return Report(dict(sorted(counts.items())), "characters" if model is None else "tokens", _histogram(lengths),

@@ -11,6 +11,7 @@ from pilot_jax.config import DataConfig
 from pilot_jax.data.hold_out import held_out
 from pilot_jax.data.llava.sample import SPLITS, Sample
 from pilot_jax.errors import InputError
+from pilot_jax.words import counted
 
 
 def divided(samples: list[Sample], data: DataConfig, clients: int | None, seed: int) -> list[Sample]:
@@ -33,8 +34,8 @@ def check_client_count(data: DataConfig, wanted: int | None, found: int) -> None
         InputError: the numbers differ.
     """
     if data.partition == "given" and wanted is not None and wanted != found:
-        raise InputError(f"federation.clients: {wanted}, but data.path {data.path} has {found} clients. "
-                         "Remove the key or set data.partition.")
+        raise InputError(f"federation.clients: {wanted}, but data.path {data.path} has "
+                         f"{counted(found, 'client')}. Remove the key or set data.partition.")
 
 
 def client_faults(samples: Sequence[Sample]) -> list[str]:
@@ -77,11 +78,12 @@ def missing_splits(splits: Mapping[str, Collection[str]], every: int) -> list[st
         without = sorted(client for client, has in splits.items() if split not in has)
         if not without or (split == "validation" and not every):
             continue
+        verb = f"has no {split} samples and gets" if len(without) == 1 else f"have no {split} samples and get"
         remedy = f"Name the split of samples, or set data.hold_out.{split}, such as 0.1"
         if len(without) == len(splits):
             out.append(f"no client has {split} samples, so {what}. {remedy}")
         else:
-            out.append(f"{len(without)} of {len(splits)} clients have no {split} samples and get no {split} score "
+            out.append(f"{len(without)} of {counted(len(splits), 'client')} {verb} no {split} score "
                        f"(first: {without[0]}). {remedy}")
     return out
 
@@ -105,8 +107,8 @@ def partition(samples: list[Sample], how: str, clients: int | None, alpha: float
         return samples
     tasks = sorted({s.task for s in samples})
     if clients is None or clients % len(tasks):
-        raise InputError(f"federation.clients: {clients} must be a multiple of the {len(tasks)} tasks "
-                         f"({', '.join(tasks)}) with data.partition: {how}.")
+        raise InputError(f"federation.clients: {clients} must be a multiple of the number of tasks, "
+                         f"{len(tasks)} ({', '.join(tasks)}), with data.partition: {how}.")
     per_task = clients // len(tasks)
     out = []
     for index, task in enumerate(tasks):
@@ -129,8 +131,8 @@ def _divided(samples: Sequence[Sample], shares: np.ndarray, rng: np.random.Gener
     """
     task, clients = samples[0].task, len(shares)
     if len(samples) < clients:
-        raise InputError(f"data.path: task {task!r} has {len(samples)} {samples[0].split} samples for {clients} "
-                         "clients. Lower federation.clients, or add samples.")
+        raise InputError(f"data.path: task {task!r} has {len(samples)} {samples[0].split} samples for "
+                         f"{counted(clients, 'client')}. Lower federation.clients, or add samples.")
     counts = 1 + np.floor(shares * (len(samples) - clients)).astype(int)
     counts[np.argmax(shares)] += len(samples) - counts.sum()
     order = rng.permutation(len(samples))

@@ -16,6 +16,7 @@ from pilot_jax.data.llava.reading import find_image_root, read_samples
 from pilot_jax.data.llava.sample import SPLITS, Entry, Sample, checked_name, parse_sample
 from pilot_jax.data.llava.tables import tables_rows
 from pilot_jax.errors import InputError
+from pilot_jax.words import counted
 
 Partition = Callable[[list[Sample]], Sequence[str]]
 PREFIX = "python:"  # in `data.path`, before the checksum of samples that were given in Python
@@ -102,8 +103,8 @@ def _partitioned(samples: list[Sample], partition: Partition) -> list[Sample]:
                          "each sample.")
     names = list(names)
     if len(names) != len(samples):
-        raise InputError(f"partition: it returned {len(names)} clients for {len(samples)} samples. Return a client's "
-                         "name for each sample.")
+        raise InputError(f"partition: it returned {counted(len(names), 'client')} for "
+                         f"{counted(len(samples), 'sample')}. Return a client's name for each sample.")
     clients = [checked_name(sample.source, "client", name) for sample, name in zip(samples, names, strict=True)]
     return [dataclasses.replace(s, client=client) for s, client in zip(samples, clients, strict=True)]
 

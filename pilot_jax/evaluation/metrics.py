@@ -19,6 +19,7 @@ import numpy as np
 
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.vqa import vqa_accuracy
+from pilot_jax.words import counted
 
 References = Sequence[Sequence[str]]
 Metric = Callable[[Sequence[str], References], float]
@@ -128,6 +129,7 @@ _NEEDS = {"bleu": ("sacrebleu", "sacrebleu"), "rouge_l": ("rouge_score", "rouge-
           "cider": ("pycocoevalcap", "pycocoevalcap")}
 
 
+_OF_CORPORA = {"bleu", "cider"}  # defined on all answers together, so that a single one has no score of its own
 _PACKAGED, ENTRY_POINTS = frozenset(METRICS), "pilot_jax.metrics"  # the group in which installed packages name theirs
 
 
@@ -146,9 +148,15 @@ def metric(name: str, *, corpus: bool = False) -> Callable[[Callable[..., float]
 
     def register(score: Callable[..., float]) -> Callable[..., float]:
         METRICS[name] = score if corpus else _mean_best(score)
+        (_OF_CORPORA.add if corpus else _OF_CORPORA.discard)(name)
         return score
 
     return register
+
+
+def scores_single_answers(name: str) -> bool:
+    """Returns whether a metric says something about one answer alone."""
+    return name not in _OF_CORPORA
 
 
 def scored(name: str, answers: Sequence[str], references: References) -> float:
@@ -164,8 +172,8 @@ def scored(name: str, answers: Sequence[str], references: References) -> float:
         if not math.isfinite(score):
             raise ValueError
     except (TypeError, ValueError):
-        raise InputError(f"eval.metrics: {name} returned {score!r} for {len(answers)} answers. A metric returns a "
-                         "finite number.") from None
+        raise InputError(f"eval.metrics: {name} returned {score!r} for {counted(len(answers), 'answer')}. A metric "
+                         "returns a finite number.") from None
     return score
 
 

@@ -112,21 +112,24 @@ def score_matrix(evaluation: Evaluation, population: Population, split: str = "t
                  count: int | None = None) -> np.ndarray:
     """Returns scores [K, K] of each client's model (row) on each client's `split` samples (column), by their metric.
 
-    Only the first `count` samples of each client are used; all with None.
+    Only the first `count` samples of each client are used; all with None. The column of a client that has none
+    is nan.
 
     Raises:
-        InputError: a client has no samples of this split.
+        InputError: no client has samples of this split.
     """
     fed, clients = evaluation.fed, evaluation.clients
-    missing = [c.name for c in clients if split not in c.evaluation]
-    if missing:
-        raise InputError(f"data.path: client {missing[0]!r} has no {split} samples. Name their split, or "
-                         f"train another run with data.hold_out.{split}.")
+    having = [i for i, c in enumerate(clients) if split in c.evaluation]
+    if not having:
+        raise InputError(f"data.path: no client has {split} samples. Name their split, or train another run with "
+                         f"data.hold_out.{split}.")
     examinees = []
     for model in evaluation.model_of_client:
-        examinees += [examinee(fed, model, population[model], first_prompts(c.evaluation[split], count), c.task)
-                      for c in clients]
-    return np.asarray(_scores(evaluation, examinees)).reshape(len(clients), -1)
+        examinees += [examinee(fed, model, population[model], first_prompts(clients[i].evaluation[split], count),
+                               clients[i].task) for i in having]
+    out = np.full((len(clients), len(clients)), np.nan)
+    out[:, having] = np.asarray(_scores(evaluation, examinees)).reshape(len(clients), -1)
+    return out
 
 
 def base_prompts(evaluation: Evaluation, count: int) -> Prompts:
@@ -156,14 +159,18 @@ def forgetting(evaluations: Sequence[Evaluation], populations: Sequence[Populati
 
 def evaluation_matrix(evaluation: Evaluation, population: Population, split: str = "test",
                       count: int | None = None) -> dict[str, Any]:
-    """Returns `score_matrix`, its means by task and, with the embedded base, the scores on `base_prompts`."""
+    """Returns `score_matrix`, its means by task and, with the embedded base, the scores on `base_prompts`.
+
+    A score is None where a client, or all clients of a task, have no samples of the split."""
     matrix, clients = score_matrix(evaluation, population, split, count), evaluation.clients
-    columns = {t: [i for i, c in enumerate(clients) if c.task == t] for t in evaluation.fed.tasks}
+    columns = {t: [i for i, c in enumerate(clients) if c.task == t and split in c.evaluation]
+               for t in evaluation.fed.tasks}
     names, captions = [c.name for c in clients], None
     if evaluation.embedded_base:
         prompts = base_prompts(evaluation, count or 48)
         own, base = forgetting([evaluation, evaluation], [population, None], [prompts, prompts])
         captions = {"base": base[0], "clients": [own[model] for model in evaluation.model_of_client]}
-    return {"split": split, "clients": names, "tasks": list(evaluation.fed.tasks), "scores": matrix.tolist(),
-            "by_task": {name: {t: float(row[of].mean()) for t, of in columns.items()}
+    return {"split": split, "clients": names, "tasks": list(evaluation.fed.tasks),
+            "scores": [[None if np.isnan(value) else value for value in row] for row in matrix.tolist()],
+            "by_task": {name: {t: mean_score(row[of].tolist()) for t, of in columns.items()}
                         for name, row in zip(names, matrix, strict=True)}, "base_captions": captions}

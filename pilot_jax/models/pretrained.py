@@ -41,7 +41,12 @@ def read_shapes(config: ModelConfig) -> tuple[VlmSpec, Path]:
     if not config.takes_images:
         directory = shapes_directory(parts.language)
         return read_language_config(directory), directory
-    paths = _part_paths(parts.vision, parts.language, parts.projector)
+    tower, language, projector = _part_paths(parts.vision, parts.language, parts.projector)
+    assert tower is not None and projector is not None
+    if not (tower.exists() or language.exists() or projector.exists()):  # planned with the shapes of well-known parts
+        vision, text = shapes_directory(tower), shapes_directory(language)
+        return read_parts_config(vision, text, None, parts.feature_layer, parts.feature_select, -1), text
+    paths = tower, language, projector
     return _parts_spec(*paths, parts.feature_layer, parts.feature_select), paths[1]
 
 

@@ -33,6 +33,7 @@ from pilot_jax.planning.server import server_costs
 from pilot_jax.runs.generated import GENERATED
 from pilot_jax.runs.outline import Outline
 from pilot_jax.runs.prepare import load_samples, outline
+from pilot_jax.words import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ def read_workload(config: Config, run: Outline, *, samples: int = 1000, tasks: i
         assumed = f"no tokenizer: {text_tokens} text tokens"
     else:
         counts, num_tasks, ranks, names = (samples,) * (run.settings.clients or 3 * tasks), tasks, None, []
-        assumed = (f"no data at {data.path}: {num_tasks} tasks, {samples} samples per client, "
+        assumed = (f"no data at {data.path}: {counted(num_tasks, 'task')}, {counted(samples, 'sample')} per client, "
                    f"{text_tokens} text tokens")
     length = min(image_tokens + text_tokens, data.max_length)
     return Workload(counts, num_tasks, round_up(length, 8), round_up(text_tokens, 4), ranks, tuple(names), assumed)

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from pilot_jax.federation.state import Federation, all_steps
 from pilot_jax.planning.estimate import Shapes, Workload, memory, phase_shapes, step_flops
 from pilot_jax.runs.outline import Outline
+from pilot_jax.words import duration, scaled, size
 
 
 def product_speed(devices: Sequence[jax.Device], dtype: DTypeLike) -> float:
@@ -45,8 +46,8 @@ def forecast(fed: Federation, run: Outline) -> dict[str, float]:
     flops, steps_of = 0, dict[tuple[str, tuple[int, int]], int]()
     for (stage, client), steps in all_steps(fed).items():
         steps_of[stage, sizes[client]] = steps_of.get((stage, sizes[client]), 0) + steps
-    for (stage, size), steps in steps_of.items():
-        flops += steps * step_flops(shapes_of(size), stage)
+    for (stage, lengths), steps in steps_of.items():
+        flops += steps * step_flops(shapes_of(lengths), stage)
     shapes = shapes_of(longest)
     devices = list(fed.mesh.devices.ravel()) if fed.mesh is not None else jax.devices()[:1]
     return {"flops": float(flops), "seconds": flops / product_speed(devices, shapes.module.dtype),
@@ -55,8 +56,5 @@ def forecast(fed: Federation, run: Outline) -> dict[str, float]:
 
 def forecast_line(expected: Mapping[str, float]) -> str:
     """Returns a forecast as one line of text."""
-    seconds = expected["seconds"]
-    least = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else \
-        f"{seconds / 3600:.1f} h"
-    return (f"training needs {expected['flops'] / 1e12:,.1f} TFLOP, which take at least {least} on this machine "
-            f"(compilation not included), and {expected['bytes'] / 1e9:.2f} GB on each device")
+    return (f"training needs {scaled(expected['flops'])}FLOP, which take at least {duration(expected['seconds'])} on "
+            f"this machine (compilation not included), and {size(expected['bytes'])} on each device")

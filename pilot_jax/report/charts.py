@@ -1,264 +1,275 @@
-"""Draws the figures of the reports.
+"""Charts of the reports as figures of `drawing`: rows of marks, strips of dots, lines, and points on a plane.
 
-All lines and texts have the colour `INK`, which the HTML page replaces by its text colour, and fills are translucent,
-so that a figure is legible on a light and on a dark page.
+A mark has a text that the page shows when it is pointed at, and the name of a series that the legend can hide.
 """
 
 from __future__ import annotations
 
-import html
-import io
-import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 
-import numpy as np
+from pilot_jax.report.drawing import (
+    Canvas,
+    Figure,
+    Key,
+    Scale,
+    axis_labels,
+    figure,
+    shortened,
+    span,
+    text_width,
+    ticks,
+)
 
-from pilot_jax.errors import InputError
-from pilot_jax.report.record import Mixing, Record, RunRecord
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-INK = "#1b1f24"
-COLOURS = ("#2a78d6", "#d9622b", "#159a6c", "#a45bd0", "#b8860b", "#d6457f", "#4c8a8f", "#7d7d7d")
-WIDTH = 4.4  # width of a figure in inches; at 72 points per inch it fits on a phone
-MOST_NAMES = 24  # most clients whose names and numbers fit into a figure
-MOST_ROWS = 60  # most rows of a figure of cells that has names and numbers
+ROW = 24  # height of a row in px
 
 
-def pyplot() -> Any:
-    """Returns `matplotlib.pyplot` with the style of the report's figures; no display is needed.
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """A value of a series in a row; `low` and `high` are its interval, and a bar begins at 0."""
 
-    Raises:
-        InputError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("report: figures need matplotlib, which is not installed (it is in the extra 'plots'). Run: "
-                         "pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({
-        "svg.fonttype": "none", "text.parse_math": False,
-        "font.size": 8, "font.family": "sans-serif", "text.color": INK, "axes.edgecolor": INK,
-        "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 7,
-        "axes.titlesize": 8})
-    return plt
+    key: Key
+    value: float
+    tip: str
+    low: float | None = None
+    high: float | None = None
+    hollow: bool = False
+    bar: bool = False
 
 
-def new_axes(height: float) -> tuple[Figure, Axes]:
-    """Returns a new figure of the given height in inches, and its axes."""
-    return pyplot().subplots(figsize=(WIDTH, height), layout="constrained")
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row with its name, its marks, and a short text at its end; a row without marks is a heading."""
+
+    name: str
+    marks: Sequence[Mark] = ()
+    note: str = ""
+    gain_from: int | None = None  # number of the mark from which a line leads to the last one
 
 
-def svg(figure: Figure, name: str, text: str) -> str:
-    """Returns the figure as an `<svg>` element for an HTML page.
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """The axis of values: its title, numbers that must be on it, and perhaps a line with a name at one of them."""
 
-    Args:
-        name: prefix of the element ids in this figure, different for each figure of a page.
-        text: description of the figure for screen readers.
-    """
-    import matplotlib
-
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):  # makes the ids the same each time a report is written
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    body = out.getvalue()
-    body = body[body.index("<svg"):].replace(INK, "currentColor")
-    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", body)  # makes the ids unique on the page
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", body, count=1)
-    body = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", body, count=1)
-    return body.replace("<svg", f'<svg role="img" aria-label="{html.escape(text)}"', 1)
+    title: str
+    around: Sequence[float] = ()
+    line: float | None = None
+    line_name: str = ""
 
 
-def png(figure: Figure) -> bytes:
-    """Returns the figure as a PNG file with a white background."""
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=160, facecolor="white")
-    return out.getvalue()
+def _values(rows: Sequence[Row]) -> list[float]:
+    marks = [mark for row in rows for mark in row.marks]
+    return [v for m in marks for v in (m.value, m.low, m.high) if v is not None]
 
 
-def scores(runs: Sequence[RunRecord]) -> Figure:
-    """Draws every client's score in each run, and the base model's score on the client's data."""
-    task_of = {c: t for r in runs for c, t in r.task_of.items()}
-    clients = sorted({c for r in runs for c in r.summary["score_by_client"]}, key=lambda c: (task_of[c], c))
-    figure, axes = new_axes(min(0.9 + 0.2 * len(clients), 9))
-    base: dict[str, float] = next((r.summary["score_base_by_client"] for r in runs), {})
-    height = {c: len(clients) - 1 - i for i, c in enumerate(clients)}
-    axes.scatter([base.get(c, np.nan) for c in clients], list(height.values()), marker="|", s=60, color=INK,
-                 label="base model", linewidths=1.2)
-    for number, run in enumerate(runs):
-        values = run.summary["score_by_client"]
-        axes.scatter(list(values.values()), [height[c] for c in values], s=26, color=COLOURS[number % len(COLOURS)],
-                     label=run.name if len(runs) > 1 else run.summary["strategy"], alpha=0.9, zorder=3)
-    axes.set_yticks(list(height.values()) if len(clients) <= MOST_NAMES else [],
-                    clients if len(clients) <= MOST_NAMES else [])
-    axes.set_xlim(-0.03, 1.03)
-    axes.set_xlabel("score on test data")
-    axes.grid(axis="both", color=INK, alpha=0.12, lw=0.5)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
-    return figure
+def _draw_axis(canvas: Canvas, scale: Scale, axis: Axis, top: float, bottom: float) -> None:
+    """Draws grid, numbers, title and line of a horizontal axis at the bottom."""
+    most = max(2, int((scale.last - scale.first) / 56))
+    values = ticks(scale.low, scale.high, most)
+    for value, label in zip(values, axis_labels(values), strict=True):
+        canvas.line(scale(value), top, scale(value), bottom, "grid")
+        canvas.text(scale(value), bottom + 10, label, "middle", class_="soft")
+    canvas.text((scale.first + scale.last) / 2, bottom + 27, axis.title, "middle", class_="soft")
+    if axis.line is not None:
+        x = scale(axis.line)
+        canvas.line(x, top, x, bottom, "axis", stroke_dasharray="4 3" if axis.line_name else None,
+                    data_tip=axis.line_name or None)
 
 
-def _phase_name(line: Record) -> str:
-    return f"{line['round']}·{line['phase'].removeprefix('stage')}"
+def _draw_mark(canvas: Canvas, scale: Scale, mark: Mark, y: float) -> None:
+    colour, x = f"c{mark.key.colour}", scale(mark.value)
+    if mark.bar:
+        left, right = sorted((scale(max(0.0, scale.low)), x))
+        canvas.add("rect", x=left, y=y - 7, width=max(right - left, 1.0), height=14, rx=2, class_=f"bar {colour}",
+                   data_series=mark.key.name, data_tip=mark.tip)
+    if mark.low is not None and mark.high is not None:
+        canvas.line(scale(mark.low), y, scale(mark.high), y, "axis" if mark.bar else f"range {colour}",
+                    data_series=mark.key.name)
+    if not mark.bar:
+        canvas.marker(mark.key.marker, x, y, class_=f"{'hollow' if mark.hollow else 'mark'} {colour}",
+                      data_series=mark.key.name, data_tip=mark.tip)
 
 
-def losses(run: RunRecord) -> Figure:
-    """Draws each client's mean training loss in each phase, as one line per client in its task's colour."""
-    figure, axes = new_axes(2.6)
-    names, tasks = list(dict.fromkeys(map(_phase_name, run.updates))), run.tasks
-    for client, task in sorted(run.task_of.items(), key=lambda pair: (pair[1], pair[0])):
-        own = [u for u in run.updates if u["client"] == client]
-        if own:
-            axes.plot([names.index(_phase_name(u)) for u in own],
-                      [u["loss"] for u in own], marker="o", ms=2.5, lw=0.9, alpha=0.8,
-                      color=COLOURS[tasks.index(task) % len(COLOURS)] if task in tasks else INK)
-    for number, task in enumerate(tasks):
-        axes.plot([], [], color=COLOURS[number % len(COLOURS)], label=task)
-    step = max(1, len(names) // 12)
-    axes.set_xticks(range(0, len(names), step), names[::step])
-    axes.set_xlabel("phase: round·stage")
-    axes.set_ylabel("training loss")
-    axes.set_ylim(bottom=0)
-    axes.legend(loc="upper right", ncols=2)
-    return figure
+def rows_chart(rows: Sequence[Row], axis: Axis, legend: Sequence[Key] = ()) -> Figure:
+    """Returns rows of marks over one axis, each with its name at the left, or above it where names are long."""
+    low, high = span(_values(rows), axis.around)
+    longest = max((text_width(row.name) for row in rows if row.marks), default=0)
+    noted = max((text_width(row.note) for row in rows), default=0)
+
+    def draw(width: int) -> Canvas:
+        beside = longest + 12 <= 0.42 * width
+        height = ROW if beside else 2 * ROW - 6
+        first, last = (longest + 16 if beside else 12), width - max(noted + 10, 20)
+        total = sum(height if row.marks else ROW for row in rows)
+        canvas, scale, y = Canvas(width, total + 44), Scale(low, high, first, last), 4.0
+        _draw_axis(canvas, scale, axis, 2, total + 4)
+        for row in rows:
+            if not row.marks:
+                canvas.text(0, y + ROW / 2, shortened(row.name, width), class_="strong")
+                y += ROW
+                continue
+            middle = y + height - ROW / 2
+            canvas.text(longest if beside else 0, middle if beside else middle - 18, shortened(row.name, width - 8),
+                        "end" if beside else "start")
+            if row.gain_from is not None:
+                before, after = row.marks[row.gain_from].value, row.marks[-1].value
+                canvas.line(scale(before), middle, scale(after), middle, "join up" if after >= before else "join down")
+            for mark in row.marks:
+                _draw_mark(canvas, scale, mark, middle)
+            if row.note:
+                sign = {"+": " up", "−": " down"}.get(row.note[0], "") if row.gain_from is not None else ""
+                canvas.text(width, middle, row.note, "end", class_=f"strong{sign}")
+            y += height
+        return canvas
+
+    return figure(draw, legend)
 
 
-def over_rounds(runs: Sequence[RunRecord]) -> Figure:
-    """Draws the mean validation score of each scored round; for a single run, also the mean of each task."""
-    figure, axes = new_axes(2.4)
+def strips(groups: Mapping[str, Sequence[Mark]], axis: Axis, legend: Sequence[Key] = ()) -> Figure:
+    """Returns one strip of dots per group, for more values than rows have room; dots in one place are stacked."""
+    low, high = span([m.value for marks in groups.values() for m in marks], axis.around)
 
-    def line(values: Sequence[Record], **style: Any) -> None:
-        rounds = sorted({v["round"] for v in values})
-        axes.plot(rounds, [np.mean([v["score"] for v in values if v["round"] == r]) for r in rounds], marker="o", ms=3,
-                  **style)
+    def draw(width: int) -> Canvas:
+        scale, placed, y = Scale(low, high, 10, width - 12), [], 4.0
+        for name, marks in groups.items():
+            stacks: dict[int, int] = {}
+            y += ROW
+            spots = []
+            for mark in sorted(marks, key=lambda m: m.value):
+                column = round(scale(mark.value) / 10)
+                spots.append((mark, scale(mark.value), stacks.get(column, 0)))
+                stacks[column] = stacks.get(column, 0) + 1
+            deepest = max(stacks.values(), default=1)
+            gap = min(10.0, 120 / deepest)
+            height = gap * (deepest - 1) + 16
+            placed.append((name, y - ROW / 2, [(m, x, y + height - 8 - n * gap) for m, x, n in spots]))
+            y += height + 4
+        canvas = Canvas(width, y + 40)
+        _draw_axis(canvas, scale, axis, 2, y)
+        for name, top, dots in placed:
+            canvas.text(0, top, shortened(name, width), class_="strong")
+            for mark, x, height in dots:
+                canvas.marker(mark.key.marker, x, height, class_=f"mark c{mark.key.colour}",
+                              data_series=mark.key.name, data_tip=mark.tip)
+        return canvas
 
-    for number, run in enumerate(runs):
-        line(run.validation, label=run.name if len(runs) > 1 else "mean",
-             color=COLOURS[number % len(COLOURS)] if len(runs) > 1 else INK)
-    for number, task in enumerate(runs[0].tasks if len(runs) == 1 else ()):
-        line([v for v in runs[0].validation if runs[0].task_of.get(v["client"]) == task], label=task, lw=0.9,
-             color=COLOURS[number % len(COLOURS)])
-    axes.set_ylim(0, 1)
-    axes.set_xlabel("round")
-    axes.set_ylabel("validation score")
-    axes.legend()
-    return figure
-
-
-def _show_cells(axes: Axes, opacity: np.ndarray) -> None:
-    """Draws an array [rows, columns] of opacities in [0, 1] as cells of one colour."""
-    from matplotlib.colors import to_rgba
-
-    ground = np.tile(np.asarray(to_rgba(COLOURS[0])), (*opacity.shape, 1))
-    ground[..., 3] = opacity
-    axes.imshow(ground, aspect="auto", interpolation="nearest")
-    axes.spines[["top", "right"]].set_visible(True)
-
-
-def heat_map(mixing: Mixing) -> Figure:
-    """Draws the mixing matrix. A cell's opacity is the square root of its weight, since most weights are small."""
-    count = len(mixing.clients)
-    figure, axes = new_axes(WIDTH * 0.86)
-    _show_cells(axes, np.sqrt(np.clip(mixing.weights, 0, 1)))
-    if count <= MOST_NAMES:
-        axes.set_xticks(range(count), mixing.clients, rotation=90)
-        axes.set_yticks(range(count), mixing.clients)
-    if count <= 12:
-        for i, j in zip(*np.nonzero(mixing.weights >= 0.005), strict=True):
-            axes.text(j, i, f"{mixing.weights[i, j]:.2f}".lstrip("0"), ha="center", va="center", fontsize=6)
-    axes.set_xlabel("client whose upload is mixed in")
-    axes.set_ylabel("client that receives the mixture")
-    return figure
+    return figure(draw, legend)
 
 
-def cells(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], across: str, down: str) -> Figure:
-    """Draws numbers in [0, 1] as a table of more or less opaque cells.
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line over the places 0, 1, … of an axis: (place, value, text) of each point."""
 
-    Args:
-        values: float [rows, columns]; nan makes an empty cell.
-        rows, columns: the names of rows and columns. With more than MOST_ROWS rows no names or numbers are drawn.
-        across, down: axis titles, of the columns and of the rows.
-    """
-    named = len(rows) <= MOST_ROWS
-    figure, axes = new_axes(0.9 + 0.22 * len(rows) if named else 9)
-    _show_cells(axes, np.nan_to_num(np.clip(values, 0, 1)) * 0.8)
-    axes.set_xticks(range(len(columns)), columns, rotation=0 if len(columns) <= 5 else 90)
-    axes.set_yticks(range(len(rows)) if named else [], rows if named else [])
-    if named:
-        for i, j in zip(*np.nonzero(np.isfinite(values)), strict=True):
-            axes.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=7)
-    axes.set_xlabel(across)
-    axes.set_ylabel(down)
-    return figure
+    key: Key
+    points: Sequence[tuple[int, float, str]]
+    thin: bool = False
 
 
-def positions(distances: np.ndarray) -> np.ndarray:
-    """Returns points [S, 2] whose distances approximate `distances` [S, S], by classical multidimensional scaling."""
-    squared = np.where(np.isfinite(distances), distances, 0.0) ** 2
-    centre = np.eye(len(squared)) - 1 / len(squared)
-    values, vectors = np.linalg.eigh(-0.5 * centre @ squared @ centre)
-    best = np.argsort(values)[::-1][:2]
-    return vectors[:, best] * np.sqrt(np.maximum(values[best], 0))
+def lines_chart(lines: Sequence[Line], places: Sequence[str], across: str, up: str, around: Sequence[float] = (),
+                legend: Sequence[Key] = ()) -> Figure:
+    """Returns lines over named places, such as rounds; a point that is not a finite number is left out."""
+    kept = [dataclasses.replace(line, points=[p for p in line.points if math.isfinite(p[1])]) for line in lines]
+    low, high = span([p[1] for line in kept for p in line.points], around)
+    low = max(low, 0.0) if around and min(around) >= 0 else low
+
+    def draw(width: int) -> Canvas:
+        canvas, values = Canvas(width, 248), ticks(low, high, 6)
+        labels = axis_labels(values)
+        left = max(text_width(label) for label in labels) + 10
+        x, y = Scale(0, max(1, len(places) - 1), left + 8, width - 14), Scale(low, high, 202, 26)
+        canvas.text(0, 8, up, class_="soft")
+        for value, label in zip(values, labels, strict=True):
+            canvas.line(left, y(value), width - 6, y(value), "grid")
+            canvas.text(left - 6, y(value), label, "end", class_="soft")
+        room = max((text_width(name) for name in places), default=0) + 10
+        every = max(1, math.ceil(room * len(places) / (width - left)))
+        for number in range(0, len(places), every):
+            at = x(number) if len(places) > 1 else (x.first + x.last) / 2
+            canvas.text(min(at, width - room / 2 + 5), 218, places[number], "middle", class_="soft")
+        canvas.text((left + width) / 2, 238, across, "middle", class_="soft")
+        for line in kept:
+            _draw_line(canvas, line, x, y, len(places))
+        return canvas
+
+    return figure(draw, legend)
 
 
-def client_map(run: RunRecord, mixing: Mixing) -> Figure:
-    """Draws the clients as points, in their tasks' colours, at distances that approximate those of their uploads."""
-    figure, axes = new_axes(WIDTH * 0.8)
-    assert mixing.distances is not None
-    points = positions(mixing.distances)
-    for number, task in enumerate(run.tasks):
-        of = [i for i, c in enumerate(mixing.clients) if run.task_of.get(c) == task]
-        axes.scatter(points[of, 0], points[of, 1], color=COLOURS[number % len(COLOURS)], s=30, label=task, alpha=0.9)
-    if len(mixing.clients) <= MOST_NAMES:
-        for name, (x, y) in zip(mixing.clients, points, strict=True):
-            axes.annotate(name, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=6)
-    axes.set_aspect("equal", adjustable="datalim")
-    axes.margins(0.18)
-    axes.grid(color=INK, alpha=0.12, lw=0.5)
-    axes.legend(loc="best")
-    return figure
+def _draw_line(canvas: Canvas, line: Line, x: Scale, y: Scale, places: int) -> None:
+    spots = [(x(p) if places > 1 else (x.first + x.last) / 2, y(v), tip) for p, v, tip in line.points]
+    if not spots:
+        return
+    colour = f"c{line.key.colour}"
+    path = "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py, _ in spots)
+    canvas.add("path", d=path, class_=f"line {colour}{' thin' * line.thin}", data_series=line.key.name)
+    for px, py, tip in spots:
+        if line.thin:
+            canvas.add("circle", cx=px, cy=py, r=2, class_=f"bar {colour}", data_series=line.key.name, data_tip=tip)
+        else:
+            canvas.marker(line.key.marker, px, py, class_=f"mark {colour}", data_series=line.key.name, data_tip=tip)
 
 
-def traffic(run: RunRecord) -> Figure:
-    """Draws the megabytes uploaded and downloaded in the whole run, by subtree of the adapters."""
-    totals: dict[str, dict[str, int]] = {}
-    for way in ("up", "down"):
-        for phase in run.phases:
-            for name, size in phase.get(f"bytes_{way}_by_subtree", {}).items():
-                totals.setdefault(name, {}).setdefault(way, 0)
-                totals[name][way] += size
-    figure, axes = new_axes(0.8 + 0.45 * len(totals))
-    for number, (way, label) in enumerate((("up", "uploaded"), ("down", "downloaded"))):
-        axes.barh(np.arange(len(totals)) + (0.2 - 0.4 * number),
-                  [t.get(way, 0) / 1e6 for t in totals.values()], 0.36, color=COLOURS[number], label=label)
-    axes.set_yticks(range(len(totals)), list(totals))
-    axes.set_xlabel("MB, all clients and rounds")
-    axes.legend()
-    return figure
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A point on a plane, with its name beside it where there is room."""
+
+    key: Key
+    x: float
+    y: float
+    name: str
+    tip: str
 
 
-def times(run: RunRecord) -> Figure:
-    """Draws the seconds of each phase, divided into local training and image features."""
-    figure, axes = new_axes(2.2)
-    names = [_phase_name(p) for p in run.phases]
-    bottom = np.zeros(len(names))
-    for number, (key, label) in enumerate((("seconds", "local training, compilation included"),
-                                           ("feature_seconds", "image features"))):
-        values = np.asarray([p.get(key, 0.0) for p in run.phases])
-        if values.max(initial=0) > 0.05:
-            axes.bar(range(len(names)), values, 0.7, bottom=bottom, color=COLOURS[number], label=label)
-            bottom += values
-    step = max(1, len(names) // 12)
-    axes.set_xticks(range(0, len(names), step), names[::step])
-    axes.set_xlabel("phase: round·stage")
-    axes.set_ylabel("seconds")
-    axes.legend()
-    return figure
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _place_names(canvas: Canvas, spots: Sequence[tuple[Point, float, float]], box: tuple[float, ...]) -> None:
+    """Writes each point's name at a side where it hides nothing; names without room are left to pointing."""
+    taken = [(x - 6, y - 6, x + 6, y + 6) for _, x, y in spots]
+    for number, (point, x, y) in enumerate(spots):
+        width = text_width(point.name)
+        for left, middle in ((x + 9, y), (x - 9 - width, y), (x - width / 2, y - 14), (x - width / 2, y + 14)):
+            place = (left, middle - 8, left + width, middle + 8)
+            free = not any(_overlap(place, other) for i, other in enumerate(taken) if i != number)
+            if free and place[0] >= box[0] and place[2] <= box[2] and place[1] >= box[1] and place[3] <= box[3]:
+                taken.append(place)
+                canvas.text(left, middle, point.name, data_series=point.key.name)
+                break
+
+
+def points_chart(points: Sequence[Point], across: str, up: str, equal: bool = False,
+                 around: tuple[Sequence[float], Sequence[float]] = ((), ()), legend: Sequence[Key] = ()) -> Figure:
+    """Returns points on a plane; with `equal`, both axes have one scale and no numbers, as on a map."""
+    low_x, high_x = span([p.x for p in points], around[0])
+    low_y, high_y = span([p.y for p in points], around[1])
+
+    def draw(width: int) -> Canvas:
+        height = 270.0
+        canvas = Canvas(width, height)
+        if equal:
+            room = max((high_x - low_x) / (width - 80), (high_y - low_y) / (height - 50))
+            cx, cy = (low_x + high_x) / 2, (low_y + high_y) / 2
+            x = Scale(cx - room * width / 2, cx + room * width / 2, 0, width)
+            y = Scale(cy - room * height / 2, cy + room * height / 2, height, 0)
+            canvas.add("rect", x=0.5, y=0.5, width=width - 1.0, height=height - 1, fill="none", class_="grid")
+            box: tuple[float, ...] = (2, 2, width - 2, height - 2)
+        else:
+            values = ticks(low_y, high_y, 6)
+            labels = axis_labels(values)
+            left = max(text_width(label) for label in labels) + 10
+            x, y = Scale(low_x, high_x, left + 8, width - 16), Scale(low_y, high_y, height - 44, 26)
+            canvas.text(0, 8, up, class_="soft")
+            for value, label in zip(values, labels, strict=True):
+                canvas.line(left, y(value), width - 6, y(value), "grid")
+                canvas.text(left - 6, y(value), label, "end", class_="soft")
+            _draw_axis(canvas, x, Axis(across), 22, height - 42)
+            box = (left, 20, width, height - 44)
+        spots = [(p, x(p.x), y(p.y)) for p in points]
+        for point, px, py in spots:
+            canvas.marker(point.key.marker, px, py, class_=f"mark c{point.key.colour}", data_series=point.key.name,
+                          data_tip=point.tip)
+        _place_names(canvas, spots, box)
+        return canvas
+
+    return figure(draw, legend)

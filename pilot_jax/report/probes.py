@@ -1,10 +1,11 @@
-"""Lets a run's personalised models answer prompts: examples, scores on every task's data, and router weights."""
+"""Lets a run's personalised models answer prompts: right and wrong answers, scores on every task, router weights."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
 import io
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,14 +15,18 @@ from PIL import Image
 
 from pilot_jax.data.images import read_image
 from pilot_jax.data.llava.sample import Sample
-from pilot_jax.evaluation.answers import answers
+from pilot_jax.evaluation.answers import answers, base_examinee
+from pilot_jax.evaluation.metrics import scored, scores_single_answers
 from pilot_jax.evaluation.personalised import evaluation_matrix, examinee, first_prompts
 from pilot_jax.federation.state import Federation, Population
-from pilot_jax.report.charts import MOST_NAMES
 from pilot_jax.runs.prepare import load_samples
 from pilot_jax.runs.restore import Run, restore
 
-THUMBNAIL = 192  # largest width and height of an image on the page, in pixels
+THUMBNAIL = 160  # largest width and height of an image on the page, in pixels
+IMAGE_BYTES = 1_400_000  # most bytes of all images on the page
+MOST_EXAMPLES = 600  # most answers on the page
+MARKED = 8  # number of each client's first test prompts among which right and wrong answers are looked for
+MOST_CLIENTS = 24  # most clients whose models are scored on every task
 ROUTER_IMAGES = 8  # number of each client's test images over which router weights are averaged
 CAPTIONS = "pretraining captions"  # column of the scores on captions that the embedded base was pretrained on
 
@@ -31,10 +36,20 @@ class Example:
     """A test prompt and the answer of the client's personalised model."""
 
     client: str
+    task: str
     question: str
     answer: str
+    before: str  # the base model's answer
     references: tuple[str, ...]
-    image: str  # as a data URI; "" without an image
+    score: float | None  # of this answer alone; None if the task's metric has no score of a single answer
+    image: str = ""  # as a data URI; "" without an image
+
+    @property
+    def outcome(self) -> str:
+        """Returns right, partly, wrong or unmarked."""
+        if self.score is None:
+            return "unmarked"
+        return "right" if self.score >= 1 - 1e-9 else "partly" if self.score > 0 else "wrong"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +67,7 @@ class Inside:
     """All that a report shows of a run's models; everything is empty if no model was loaded."""
 
     examples: tuple[Example, ...] = ()
+    prompts: Mapping[str, int] = dataclasses.field(default_factory=dict)  # number of test prompts by client
     abilities: Abilities | None = None
     routing: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # router weights [T] by client
 
@@ -60,14 +76,16 @@ def look_inside(folder: str | Path, examples: int, prompts: int) -> Inside:
     """Loads a finished run with its data, and returns examples, scores and router weights of its models.
 
     Args:
-        examples: number of example answers per task.
-        prompts: number of each client's test prompts that every model answers. The scores are left out with 0, with
-            more than MOST_NAMES clients, or if a client has no test data.
+        examples: number of right answers, and of others, per client.
+        prompts: number of each client's test prompts that every model answers. The scores are left out with 0, or
+            with more than MOST_CLIENTS clients.
     """
     run = restore(folder)
     clients = run.evaluation.clients
-    feasible = prompts and len(clients) <= MOST_NAMES and all("test" in client.evaluation for client in clients)
-    return Inside(tuple(_examples(run, examples)), _abilities(run, prompts) if feasible else None,
+    feasible = prompts and len(clients) <= MOST_CLIENTS
+    counts = {client.name: len(client.evaluation["test"].references) for client in clients
+              if "test" in client.evaluation}
+    return Inside(tuple(_examples(run, examples)), counts, _abilities(run, prompts) if feasible else None,
                   router_weights(run.federation, run.population))
 
 
@@ -102,32 +120,66 @@ def router_weights(fed: Federation, population: Population) -> dict[str, np.ndar
 
 
 def _examples(run: Run, count: int) -> list[Example]:
-    """Returns the answers of the model of each task's first client to that client's first `count` test prompts."""
-    fed, clients = run.federation, run.evaluation.clients
-    first = {client.task: i for i, client in reversed(list(enumerate(clients))) if "test" in client.evaluation}
-    chosen = sorted(first.values())
-    models = [run.evaluation.model_of_client[i] for i in chosen]
-    examinees = [examinee(fed, model, run.population[model], first_prompts(clients[i].evaluation["test"], count),
-                          clients[i].task) for i, model in zip(chosen, models, strict=True)]
-    width = 1 if fed.mesh is None else fed.mesh.shape["clients"]
+    """Returns `count` right answers and `count` others of each client's model, as far as its first prompts have them.
+
+    The clients take turns until MOST_EXAMPLES answers or IMAGE_BYTES of images are reached.
+    """
     samples: dict[str, list[Sample]] = {}
     for sample in load_samples(run.config):
         if sample.split == "test":
             samples.setdefault(sample.client, []).append(sample)
-    out = []
-    for i, texts in zip(chosen, answers(fed.model, run.evaluation.decoder, examinees, width), strict=True):
-        name = clients[i].name
-        for sample, text in zip(samples[name], texts, strict=False):
-            image = "" if sample.image is None else _thumbnail(read_image(sample, run.evaluation.data.limits))
-            question = "\n".join(value for who, value in sample.turns[:-1] if who == "human").replace("<image>", "")
-            out.append(Example(name, question.strip(), text, sample.references, image))
+    chosen = [_chosen(found, count) for found in _answered(run, samples, max(MARKED, count))]
+    out, images = list[Example](), 0
+    for turn in range(max(map(len, chosen), default=0)):
+        for sample, example in (own[turn] for own in chosen if turn < len(own)):
+            picture = "" if sample.image is None else _thumbnail(read_image(sample, run.evaluation.data.limits))
+            if images + len(picture) > IMAGE_BYTES or len(out) == MOST_EXAMPLES:
+                return out
+            images += len(picture)
+            out.append(dataclasses.replace(example, image=picture))
     return out
 
 
+def _answered(run: Run, samples: Mapping[str, list[Sample]], count: int) -> list[list[tuple[Sample, Example]]]:
+    """Returns each client's first `count` test samples with the answers of its model and of the base model."""
+    fed, evaluation = run.federation, run.evaluation
+    chosen = [i for i, client in enumerate(evaluation.clients) if "test" in client.evaluation]
+    clients = [evaluation.clients[i] for i in chosen]
+    prompts = [first_prompts(client.evaluation["test"], count) for client in clients]
+    models = [evaluation.model_of_client[i] for i in chosen]
+    examinees = [examinee(fed, model, run.population[model], own, client.task)
+                 for model, own, client in zip(models, prompts, clients, strict=True)]
+    examinees += [base_examinee(fed.model, client.task, own) for own, client in zip(prompts, clients, strict=True)]
+    width = 1 if fed.mesh is None else fed.mesh.shape["clients"]
+    texts = answers(fed.model, evaluation.decoder, examinees, width)
+    out = []
+    for client, own, before in zip(clients, texts, texts[len(clients):], strict=False):
+        metric = evaluation.metrics.get(client.task, "exact")
+        out.append([(sample, Example(
+            client.name, client.task, _question(sample), text, base, sample.references,
+            scored(metric, [text], [sample.references]) if scores_single_answers(metric) else None))
+            for sample, text, base in zip(samples[client.name], own, before, strict=False)])
+    return out
+
+
+def _chosen(found: list[tuple[Sample, Example]], count: int) -> list[tuple[Sample, Example]]:
+    """Returns the first `count` right answers and the first `count` others, by turns."""
+    right = [pair for pair in found if pair[1].outcome == "right"][:count]
+    other = [pair for pair in found if pair[1].outcome != "right"][:count]
+    return [pair for two in itertools.zip_longest(right, other) for pair in two if pair is not None]
+
+
+def _question(sample: Sample) -> str:
+    return "\n".join(text for who, text in sample.turns[:-1] if who == "human").replace("<image>", "").strip()
+
+
 def _thumbnail(image: Image.Image) -> str:
-    """Returns the image, scaled down, as a data URI."""
-    image = image.copy()
+    """Returns the image, scaled down, as a data URI: PNG, or JPEG where that takes less than half as much."""
+    image = image.convert("RGB")
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    files = {}
+    for kind in ("png", "jpeg"):
+        image.save(file := io.BytesIO(), format=kind, **({"quality": 80} if kind == "jpeg" else {"optimize": True}))
+        files[kind] = file.getvalue()
+    kind = "jpeg" if 2 * len(files["jpeg"]) < len(files["png"]) else "png"
+    return f"data:image/{kind};base64," + base64.b64encode(files[kind]).decode()

@@ -108,6 +108,7 @@ class _Summary(BaseModel, extra="allow"):
     peak_memory_bytes: int
     quarantined: int = 0
     epsilon: float | None = None
+    best_round: int | None = None
 
     @model_validator(mode="after")
     def _every_client_has_a_task(self) -> _Summary:

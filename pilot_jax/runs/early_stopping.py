@@ -12,8 +12,8 @@ from pilot_jax.federation.observer import Record, RunObserver
 class EarlyStopping(RunObserver):
     """Ends training after `patience` scorings of the validation split without a new best mean over the clients.
 
-    The run needs `eval.every`. Its final models are those of its last round, not those of the best one. A run that goes
-    on with `--resume` takes up its count where the last saved state was.
+    The run needs `eval.every`. Its final models are those of its last round; with `eval.keep: best`, of the best. A
+    run that goes on with `--resume` takes up its count where the last saved state was.
 
     Args:
         gain: by how much a score must exceed the best one before it.

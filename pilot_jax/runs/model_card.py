@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pilot_jax import __version__
 from pilot_jax.models.connector import connector_stage
 from pilot_jax.runs.restore import Run
+from pilot_jax.words import counted
 
 
 def base_name(run: Run, given: str | None = None) -> str:
@@ -38,7 +39,7 @@ def facts(run: Run, client: str) -> list[tuple[str, object]]:
     return [
         ("method", summary.get("strategy", run.federation.strategy.name)),
         ("client", client), ("task", own.task), ("training samples", own.size),
-        ("training samples of all clients", f"{sum(sizes)} of {len(sizes)} clients"),
+        ("training samples of all clients", f"{sum(sizes)} of {counted(len(sizes), 'client')}"),
         ("rounds taken part in", state.rounds), ("rounds of the run", run.federation.settings.rounds),
         *([("stage of the connector", connector_stage(state.stage))] if staged else []),
         ("LoRA rank, alpha in training", f"{trained}, {setup.model.lora.alpha:g}"),

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from pilot_jax.federation.observer import Record, RunObserver
 from pilot_jax.federation.state import Federation, State, all_steps
+from pilot_jax.words import counted, duration
 
 
 class ProgressDisplay(RunObserver):
@@ -28,20 +29,25 @@ class ProgressDisplay(RunObserver):
 
     def __init__(self, folder: Path | None = None, console: Console | None = None, mode: str = "auto") -> None:
         self.console, self._mode, self._folder = console or Console(), mode, folder
-        self._total = self._rounds = self._before = 0
+        self._total = self._rounds = self._before = self._earlier = 0
         self._score, self._started = "", time.perf_counter()
         self._bar: Progress | None = None
 
     def run_started(self, fed: Federation, state: State) -> None:
-        self.begin(sum(all_steps(fed).values()), fed.settings.rounds)
-        rounds = f"{self._rounds} round{'s' * (self._rounds > 1)}"
-        self.note(f"{fed.strategy.name}: {len(fed.clients)} clients, {len(fed.tasks)} tasks ({', '.join(fed.tasks)}), "
-                  f"{rounds}, {self._total} client steps on {jax.devices()[0].device_kind}"
+        self.begin(sum(all_steps(fed).values()), fed.settings.rounds, state.client_steps)
+        self.note(f"{fed.strategy.name}: {counted(len(fed.clients), 'client')}, {counted(len(fed.tasks), 'task')} "
+                  f"({', '.join(fed.tasks)}), {counted(self._rounds, 'round')}, "
+                  f"{counted(self._total, 'client step')} on {jax.devices()[0].device_kind}"
                   + (f" → {self._folder}" if self._folder else ""))
 
-    def begin(self, total_steps: int, rounds: int) -> None:
-        """Starts the clock of a run of `total_steps` client steps and, on a terminal, shows its bars."""
+    def begin(self, total_steps: int, rounds: int, done: int = 0) -> None:
+        """Starts the clock of a run of `total_steps` client steps and, on a terminal, shows its bars.
+
+        Args:
+            done: the steps that a run has taken before it goes on.
+        """
         self._total, self._rounds, self._started = total_steps, rounds, time.perf_counter()
+        self._before = self._earlier = done
         if self.console.is_terminal and self._mode == "auto":
             self._bar = Progress(TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(),
                                  TextColumn("{task.fields[note]}"), console=self.console, transient=True)
@@ -70,8 +76,9 @@ class ProgressDisplay(RunObserver):
 
     def chunk_trained(self, progress: Record) -> None:
         done = self._before + progress["steps"]
-        speed = done / (time.perf_counter() - self._started)
-        pace = f"{speed:.1f} client-steps/s, {(self._total - done) / speed:.0f} s left"
+        seconds = time.perf_counter() - self._started
+        speed = (done - self._earlier) / seconds if seconds > 0 else 0.0
+        pace = f"{speed:.1f} client-steps/s, {duration(max(self._total - done, 0) / speed)} left" if speed > 0 else ""
         text, phase = None, f"round {progress['round']}"
         if self._bar is not None:
             self._bar.update(self._run, completed=done, note=pace + self._score)

@@ -23,6 +23,7 @@ from pilot_jax.federation.strategies import Strategy
 from pilot_jax.parallel import processes
 from pilot_jax.parallel.host_memory import give_back
 from pilot_jax.parallel.processes import is_writer, wait_for_all
+from pilot_jax.runs.best import BestState
 from pilot_jax.runs.checkpoint import save_population
 from pilot_jax.runs.events import CompileClock, MetricsFile, MixingFiles
 from pilot_jax.runs.folder import RunFolder
@@ -112,6 +113,8 @@ class RunLoop(RunObserver):
         self.snapshots = None if folder is None else Snapshots(
             folder.path / "checkpoints" / "resume", self.fed.names, self.fed.strategy.ownership(),
             setup.system.keep_saved, self.fed.mesh)
+        self.best = BestState(setup.eval.keep == "best",
+                              None if folder is None else folder.path / "checkpoints" / "resume" / "best", self.fed)
         self.outside = Observers(*observers)
         self.signals = StopSignals(self.outside.note)
         self.metrics, self.mixing = MetricsFile(None), MixingFiles(Path())
@@ -140,7 +143,7 @@ class RunLoop(RunObserver):
 
     def resume(self) -> None:
         """Loads the last snapshot, if the folder has one, and opens the run's files."""
-        before, services = dict[str, Written](), list[RunObserver]()
+        before, services, initial = dict[str, Written](), list[RunObserver](), self.state
         if self.folder is not None and self.folder.resumes:
             assert self.snapshots is not None
             found = self.snapshots.load(self.state, self.fed.store, self.outside.note, self.writes)
@@ -168,6 +171,7 @@ class RunLoop(RunObserver):
             services += open_services(system, path, records, self.outside)
         self.observer = Observers(*self.files, self.metrics, *services, self.outside, self, self.signals)
         if self.metrics.records:
+            self.best.resume(self.metrics.records, initial, self.outside.note, self.writes)
             self.observer.run_resumed(self.metrics.records)
 
     def _files_before(self, extra: Mapping[str, Any]) -> dict[str, Written]:
@@ -214,7 +218,7 @@ class RunLoop(RunObserver):
         after, = run_round([self.fed], [self.state], self.setup.executor, [self.observer])
         assert after is not None
         if self.fed.store is not None:
-            prune(self.fed.store, after.population)
+            prune(self.fed.store, (*after.population, *self.best.population()))
         # `state` stays that of the last phase until the scores are known, so that a resumed run computes them again.
         if self.setup.eval.every and round_ % self.setup.eval.every == 0:
             self.signals.waits = False
@@ -233,12 +237,14 @@ class RunLoop(RunObserver):
                                          "score": value})
         mean = mean_score(list(by_client.values()))
         if mean is not None:
+            self.best.scored(state, round_, mean)
             self.observer.round_scored(round_, mean)
 
     def phase_ended(self, state: State, record: Record, mixing: Mapping[str, np.ndarray] | None,
                     trained: Sequence[int]) -> None:
         self.state = state
         self.train_compile, self.compiled = self.train_compile + self.clock.seconds - self.compiled, self.clock.seconds
+        self.best.note(trained)
         if self.snapshots is not None:
             self.snapshots.note(trained)
         if self.setup.system.save_every == "phase":
@@ -258,25 +264,26 @@ class RunLoop(RunObserver):
                 "clocks": dataclasses.asdict(self.clocks()), "versions": versions()})
         self.saved = self.state
 
-    def finetune(self) -> Finetuned | None:
-        """Fine-tunes the clients if the config or the strategy asks for it; `state` stays that after the last round."""
+    def finetune(self, state: State) -> Finetuned | None:
+        """Fine-tunes the clients of a state if the config or the strategy asks for it; `self.state` stays the last."""
         if self.fed.finetuning() is None:
             return None
         self.lines = self.metrics.synced()
         self.observer.note("fine-tuning every client on its own data …")
         compiled = self.clock.seconds
-        tuned, = finetune([self.fed], [self.state], self.setup.executor, [self.observer])
+        tuned, = finetune([self.fed], [state], self.setup.executor, [self.observer])
         self.train_compile += self.clock.seconds - compiled
         give_back()
         return tuned
 
     def finish(self) -> tuple[Population, dict[str, Any]]:
         """Fine-tunes, scores the test split, and writes the results. Returns (final population, summary)."""
-        tuned = self.finetune()
-        final = after_finetuning(self.fed, self.state, tuned)
+        state = self.best.chosen(self.state, self.observer.note)
+        tuned = self.finetune(state)
+        final = after_finetuning(self.fed, state, tuned)
         self.observer.note("evaluating on the test split …")
         self.signals.waits = False
-        summary = summarise(self.setup.evaluation, self.state, tuned)
+        summary = summarise(self.setup.evaluation, state, tuned) | {"best_round": self.best.round or None}
         self.signals.waits = True
         if self.fed.store is not None:
             self.fed.store.flush()  # raises if something could not be written

@@ -72,13 +72,20 @@ def summarise(evaluation: Evaluation, state: State, tuned: Finetuned | None) -> 
     }
 
 
+def speed(steps: int, training: float, total: float) -> float | None:
+    """Returns steps per second of training; None if waits for compilation leave less than a fiftieth of the total.
+
+    The clocks of both are not exact enough to divide by so small a difference.
+    """
+    return steps / training if training > 0.02 * total and training > 0 else None
+
+
 def costs(evaluation: Evaluation, state: State, clocks: Clocks) -> dict[str, Any]:
     """Returns what a run has cost: seconds and memory."""
     training = state.train_seconds - clocks.train_compile
     return {
-        # Without compilation, which has a key of its own and would hide the speed of a long run. None if the clocks
-        # cannot tell them apart.
-        "client_steps_per_second": state.client_steps / training if training > 0 else None,
+        # Without compilation, which has a key of its own and would hide the speed of a long run.
+        "client_steps_per_second": speed(state.client_steps, training, state.train_seconds),
         "wall_seconds": clocks.wall, "compile_seconds": clocks.compile, **_memory(evaluation, state)}
 
 

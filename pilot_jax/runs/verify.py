@@ -52,9 +52,10 @@ def verify_run(folder: Path) -> Verification:
         out.add("config.yaml", _message(lambda: run_config(folder)))
     for name, expected in files.items():
         out.add(name, fault(folder / name, expected, name in growing))
-    snapshots = SnapshotFolder(folder / "checkpoints" / "resume")
-    for number in snapshots.numbers():
-        out.add(f"checkpoints/resume/{number:06d}", _message(partial(snapshots.verify, number)))
+    for place in ("checkpoints/resume", "checkpoints/resume/best"):
+        snapshots = SnapshotFolder(folder / place)
+        for number in snapshots.numbers():
+            out.add(f"{place}/{number:06d}", _message(partial(snapshots.verify, number)))
     if NAME not in out.damaged:
         what = _message(lambda: has_ended(folder))
         out.ended = not what and has_ended(folder)

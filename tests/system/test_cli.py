@@ -287,7 +287,7 @@ def test_bars_on_a_terminal():
     display.close()
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
     assert "3 clients [red]" in text and "round 1 stage1: loss 0.500, effective neighbours 1.50, 2.0 s" in text
-    assert re.search(r"run, client steps.*20/40.* s left, round 1: validation score 0.250", text)
+    assert re.search(r"run, client steps.*20/40.* m?s left, round 1: validation score 0.250", text)
     assert re.search(r"round 2/2 stage2, clients.*1/3.*loss 0.400", text)
 
 

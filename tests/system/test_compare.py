@@ -176,6 +176,16 @@ def test_evaluation_matrix(field):
     assert np.shape(whole["scores"]) == (9, 9) and set(whole["by_task"]["vqa_0"]) == {"vqa", "ocr", "caption"}
     assert whole["by_task"]["vqa_0"]["ocr"] == pytest.approx(np.mean(whole["scores"][6][3:6]))
     assert len(whole["base_captions"]["clients"]) == 9
+    first, *others = setup.evaluation.clients  # without test data, a client's column is empty, and nothing else
+    bare = dataclasses.replace(setup.evaluation, clients=(dataclasses.replace(first, evaluation={}), *others))
+    part = personalised.evaluation_matrix(bare, state.population)
+    assert [row[0] for row in part["scores"]] == [None] * 9
+    assert [row[1:] for row in part["scores"]] == [row[1:] for row in whole["scores"]]
+    captions = [i for i, c in enumerate(others, 1) if c.task == first.task]
+    assert part["by_task"]["vqa_0"][first.task] == pytest.approx(np.mean([whole["scores"][6][i] for i in captions]))
+    with pytest.raises(InputError, match="no client has test samples"):
+        personalised.evaluation_matrix(dataclasses.replace(bare, clients=tuple(
+            dataclasses.replace(c, evaluation={}) for c in (*others, first))), state.population)
 
 
 @pytest.mark.parametrize("name", slow_except((), ["fedavg", "fedavg_ft", "pilot"], {"fedavg", "fedavg_ft"}))

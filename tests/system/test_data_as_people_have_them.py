@@ -88,10 +88,10 @@ def test_from_check_to_report(call, tmp_path):
     assert code == 2 and "no client has test samples" in err and "data.hold_out.test" in err
 
     code, out, err = call(*check, *held)
-    assert code == 0 and "1 of 30 clients have no test samples" in out and "no client has" not in out, err
+    assert code == 0 and "1 of 30 clients has no test samples" in out and "no client has" not in out, err
     code, out, err = call("run", tmp_path / "c.yaml", *held, "--out", tmp_path / "run")
     out = " ".join(out.split())  # lines are broken at 80 characters
-    assert code == 0 and "1 of 30 clients have no test samples and get no test score (first: клиника-0)" in out, err
+    assert code == 0 and "1 of 30 clients has no test samples and gets no test score (first: клиника-0)" in out, err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["task_by_client"].keys() - summary["score_by_client"].keys() == {"клиника-0"}
     assert len(summary["task_by_client"]) == 30 and summary["tasks"] == sorted(TASKS)

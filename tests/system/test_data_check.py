@@ -56,7 +56,7 @@ CASES = {name: (spoil, {}, message) for name, (spoil, message) in BROKEN.items()
     "no client": (change(client=None), {}, "all.json[0]: client: missing"),
     "no client, divided": (change(client=None), EQUAL, None),
     "too few to divide": (change(client=None), EQUAL | {"federation.clients": 20}, "samples for 10 clients"),
-    "not a multiple": (change(client=None), EQUAL | {"federation.clients": 3}, "must be a multiple of the 2 tasks"),
+    "not a multiple": (change(client=None), EQUAL | {"federation.clients": 3}, "multiple of the number of tasks, 2"),
     "another number of clients": (lambda folder: None, {"federation.clients": 3}, "has 4 clients"),
     "two tasks": (first({"task": "ocr"}), {}, "(ocr, vqa), first ocr at"),
     "an entry without its task": (first({"task": None}), {}, "(all, vqa), first all at"),
@@ -128,7 +128,7 @@ def test_what_a_run_takes_as_it_is_is_said(call, photos):  # noqa: F811
     code, out, err = call("data", "check", photos, "--set", "eval.every=1")
     assert code == 0, err
     assert "2 samples have the id of another one (first: 'north-0' of" in out and "all.json[20])" in out
-    assert "1 samples have an empty answer" in out and "first: " in out
+    assert "1 sample has an empty answer" in out and "first: " in out
     assert "no client has test samples, so the run ends without scores" in out and "data.hold_out.test" in out
     assert "no client has validation samples, so eval.every: 1 scores nothing" in out
     code, out, _ = call("data", "check", photos, "--set", "data.hold_out={test: 0.2}")

@@ -47,11 +47,12 @@ COMMANDS = sorted({(page.name, line) for page in PAGES for line in in_code(page.
                   | {(page.name, line) for page in CONFIGS for line in in_comments(page.read_text(encoding="utf-8"))})
 # By pattern of a command: the test that runs it at a small size, or the reason why no test does.
 WHERE = [
+    (r"(python configs/papers/convert.py|pilot-jax \w+ .*configs/papers)", "test_papers.py, on stand-ins of the data"),
     (r"pilot-jax (data check|plan|run configs/llava15_7b.yaml|export)", "test_own_data.py: the README's section"),
     (r"pilot-jax run configs/text_only.yaml", "test_text_only.py, on a tiny language model"),
     (r"pilot-jax plan .*(--lower|fsdp)", "test_estimate.py, at 7B"),
     (r"pilot-jax run configs/quickstart.yaml", "test_resume.py, test_cli.py; and from Python, below"),
-    (r"pilot-jax (evaluate|generate|roles)", "test_cli.py"),
+    (r"pilot-jax (evaluate|generate|roles|data digits)", "test_cli.py"),
     (r"pilot-jax report", "test_report.py, and notebooks/04"),
     (r"pilot-jax compare", "test_compare.py; these would take hours"),
     (r"pilot-jax base", "test_base.py, downloads included, in make test-long"),

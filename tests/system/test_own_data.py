@@ -241,7 +241,7 @@ def test_check_finds_samples_shared_between_clients_and_cut_answers(photos, chec
     data = parse_config({"data": {"template": "vicuna_short", "max_length": 24}}).data
     report = check_data(photos, data, model)
     assert not report.errors
-    assert any("1 samples occur in several clients" in w and "[1]" in w for w in report.warnings)
+    assert any("1 sample occurs in several clients" in w and "[1]" in w for w in report.warnings)
     assert any("lose the end of their answers" in w for w in report.warnings)
 
 

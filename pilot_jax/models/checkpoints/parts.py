@@ -75,9 +75,9 @@ def read_language_config(language: Path) -> VlmSpec:
     return VlmSpec(None, text, image_token_id=-1, drop_first=False, projector_bias=False)
 
 
-def read_parts_config(vision: Path, language: Path, projector: Path, feature_layer: int | list[int],
+def read_parts_config(vision: Path, language: Path, projector: Path | None, feature_layer: int | list[int],
                       feature_select: str, image_token_id: int) -> VlmSpec:
-    """Returns the shapes of the VLM that these parts make.
+    """Returns the shapes of the VLM that these parts make; without a projector, as if it had LLaVA's two layers.
 
     Raises:
         InputError: a directory has no config.json, or its model is one that this package does not implement.
@@ -88,15 +88,25 @@ def read_parts_config(vision: Path, language: Path, projector: Path, feature_lay
                          "Correct model.parts.vision.")
     tower = vision_config(transformers().AutoConfig.for_model(**raw), feature_layer, file)
     text = read_language_config(language).text
+    has_bias = projector is None or _has_bias(projector)
+    if feature_select == "auto":
+        feature_select = "default" if tower.has_cls else "full"
+    return join(tower, text, image_token_id, feature_select, has_bias, file)
+
+
+def _has_bias(projector: Path) -> bool:
+    """Returns whether a projector has biases.
+
+    Raises:
+        InputError: there is no such file, or it holds no projector of two layers.
+    """
     if not projector.is_file():
         raise InputError(f"model.parts.projector: {projector} does not exist. Give mm_projector.safetensors or .bin.")
     names = {_projector_name(key) for key in open_tensors(projector).shapes()}
     if "multi_modal_projector.linear_2.weight" not in names:
         raise InputError(f"{projector}: holds no two-layer mm_projector (…mm_projector.0.weight, …2.weight). Correct "
                          "model.parts.projector.")
-    if feature_select == "auto":
-        feature_select = "default" if tower.has_cls else "full"
-    return join(tower, text, image_token_id, feature_select, "multi_modal_projector.linear_1.bias" in names, file)
+    return "multi_modal_projector.linear_1.bias" in names
 
 
 def part_sources(vision: Path | None, language: Path, projector: Path | None) -> list[Source]:

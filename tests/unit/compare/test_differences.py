@@ -230,7 +230,7 @@ def test_the_page_and_the_files_have_all_of_it(tmp_path):
     read = read_comparison(tmp_path)
     assert read["variants"] == json.loads(json.dumps(results["variants"]))
     page = comparison_page(read)
-    assert {"scores", "differences", "differences-1", "differences-2", "tasks", "traffic"} == set(page.pngs)
+    assert {"scores", "differences", "differences-1", "differences-2", "traffic"} == set(page.svgs)
     assert "rates × 0.6 &lt;is&gt; the largest." in page.html and "minus FedAvg + FT [95 %]" in page.html
     head, *rows = detail_rows(results)
     assert len(rows) == 2 + 2 + 3 and all(len(one) == len(head) for one in rows)
@@ -242,7 +242,7 @@ def test_the_page_and_the_files_have_all_of_it(tmp_path):
 
 
 def test_long_names_leave_room_for_the_figures():
-    """matplotlib warns, and the test fails, if the axes have no room."""
+    """They are whole on the page, and shortened in the PNG file."""
     name = "fedavg+train.lr_connector=0.0001+train.lr_lora_stage1=0.0005+train.lr_lora_stage2=0.0003"
     results = results_of({"pilot": ROWS["pilot"], name: row(name, LOCAL)}) | {"name": "long"}
     assert name in comparison_page(results).html

@@ -112,7 +112,7 @@ def test_what_is_wrong_is_named(source, message):
 
 
 @pytest.mark.parametrize(("names", "message"), [
-    (["a"], "it returned 1 clients for 6 samples"), (None, "it returned a NoneType"), ("abcdef", "it returned a str"),
+    (["a"], "it returned 1 client for 6 samples"), (None, "it returned a NoneType"), ("abcdef", "it returned a str"),
     ([1.5] * 6, r"data\[0\]: client: 1\.5 must be a text")])
 def test_a_function_that_names_no_client_for_each_is_refused(names, message):
     with pytest.raises(InputError, match=message):

@@ -144,7 +144,7 @@ def test_partition_deals_every_sample_once(how):
     assert len(sizes) == 6 and min(sizes.values()) >= 1
     if how == "equal":
         assert max(sizes.values()) - min(sizes.values()) <= 2
-    with pytest.raises(InputError, match="multiple of the 2 tasks"):
+    with pytest.raises(InputError, match="multiple of the number of tasks, 2"):
         partition(plain_samples(40), how, 5, 0.5, 0)
 
 
