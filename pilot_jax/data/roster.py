@@ -44,12 +44,10 @@ class Roster:
         """Returns the samples of the own client; none without one.
 
         Raises:
-            InputError: the client is not in the roster, or its training samples are not those that it has there.
+            InputError: the client's training samples are not those that it has in the roster.
         """
         if self.own is None:
             return []
-        if self.own not in self.members:
-            raise InputError(f"client: {self.own!r} is not in clients.yaml. Known: {', '.join(self.names)}.")
         member, found = self.members[self.own], [s for s in samples if s.client == self.own]
         train = [s for s in found if s.split == "train"]
         if {s.task for s in train} - {member.task} or len(train) != member.samples:
@@ -83,7 +81,7 @@ def read_roster(path: Path, own: str | None = None) -> Roster:
     """Returns the roster in a file; `own`: the client whose data are here.
 
     Raises:
-        InputError: the file does not exist, or is not a roster.
+        InputError: the file does not exist, is not a roster, or does not have the own client.
     """
     remedy = "Write for each client `NAME: {task: TASK, samples: N}`, and its node's public key as `key`."
     try:
@@ -97,4 +95,6 @@ def read_roster(path: Path, own: str | None = None) -> Roster:
         raise InputError(f"{path}: not a list of clients ({' '.join(str(error).split())}). {remedy}") from None
     if not members:
         raise InputError(f"{path}: no clients. {remedy}")
+    if own is not None and own not in members:
+        raise InputError(f"client: {own!r} is not in {path.name}. Known: {', '.join(sorted(members))}.")
     return Roster(members, own)
