@@ -1,9 +1,10 @@
-"""Flower's server app of a federation: it sends each client's node its own message, and the rest is `glue.serve`."""
+"""Flower's server app of a federation: it sends each client's node its own message, and the rest is `runs.served`."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,20 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from pilot_jax.config import load_config
 from pilot_jax.data.roster import Roster, read_roster
 from pilot_jax.deploy.client import from_records, to_records
-from pilot_jax.federation.observer import Observers, RunObserver
 from pilot_jax.federation.parcels import Parcel
-from pilot_jax.federation.remote import serve
-from pilot_jax.runs.events import MetricsFile, MixingFiles
-from pilot_jax.runs.folder import RunFolder
-from pilot_jax.runs.prepare import configure, initial_state, prepare
-from pilot_jax.runs.resume import Snapshots
+from pilot_jax.runs.served import serve_run
 
 
 def server_app(folder: Path) -> ServerApp:
     """Returns the server app of an app folder, which `glue.write_app` has written."""
     app = ServerApp()
-    app.main()(lambda grid, context: run(grid, context, folder))
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        settings, roster = context.run_config, read_roster(folder / "clients.yaml")
+        serve_run(load_config(folder / "config.yaml"), roster, str(settings["out"]), Post(
+            grid, roster, settings).exchange, str(settings["wire"]), partial(print, flush=True))
+
     return app
 
 
@@ -79,48 +81,3 @@ class Post:
                     replies[name] = from_records(reply.content)
             time.sleep(float(self.settings["poll"]))
         return {n: replies.get(n, f"did not arrive within {self.settings['timeout']} seconds") for n in names}
-
-
-class Saver(RunObserver):
-    """Saves the state after every phase, with what the run's files had then."""
-
-    def __init__(self, snapshots: Snapshots, metrics: MetricsFile, mixing: MixingFiles) -> None:
-        self.snapshots, self.metrics, self.mixing = snapshots, metrics, mixing
-
-    def note(self, text: str) -> None:
-        print(text, flush=True)
-
-    def phase_ended(self, state: Any, record: Any, mixing: Any, trained: Sequence[int]) -> None:
-        print(f"round {record['round']} {record['phase']}: {record['clients']} clients", flush=True)
-        self.snapshots.note(trained)
-        self.snapshots.save(state, {"metrics": self.metrics.synced(), "mixing": self.mixing.written})
-
-
-def run(grid: Grid, context: Context, folder: Path) -> None:
-    """Runs the federation of an app folder, or goes on with the run in the folder `out`, and sends the final models."""
-    settings, config = context.run_config, load_config(folder / "config.yaml")
-    roster, dtype = read_roster(folder / "clients.yaml"), str(settings["wire"])
-    out = RunFolder(str(settings["out"]), config, resume=True)
-    try:
-        configure(config)
-        setup = prepare(config, roster=roster)
-        fed, names = setup.federation, setup.federation.names
-        first, post = initial_state(fed), Post(grid, roster, settings)
-        snapshots = Snapshots(out.path / "checkpoints" / "resume", names, fed.strategy.ownership(),
-                              setup.system.keep_saved)
-        state, extra = (snapshots.load(first, fed.store, print) if out.resumes else None) or (first, {})
-        out.begin()
-        metrics = MetricsFile(out.path / "metrics.jsonl", extra.get("metrics", {"bytes": 0})["bytes"])
-        mixing = MixingFiles(out.path / "mixing", extra.get("mixing"))
-
-        def exchange(kind: str, clients: Sequence[int], make: Callable[[int], Parcel]) -> dict[int, Parcel | str]:
-            replies = post.exchange(kind, [names[c] for c in clients], lambda name: make(names.index(name)))
-            return {names.index(name): reply for name, reply in replies.items()}
-
-        state = serve(fed, state, exchange, Observers(metrics, mixing, Saver(snapshots, metrics, mixing)), dtype,
-                      first.population)
-        metrics.close()
-        out.end({"strategy": fed.strategy.name, "rounds": state.round - 1, "client_steps": state.client_steps,
-                 "bytes_up": state.bytes_up, "bytes_down": state.bytes_down, "quarantined": state.quarantined})
-    finally:
-        out.close()
