@@ -44,7 +44,10 @@ class Node:
 
     def start(self, order: Parcel) -> dict[str, Tree]:
         """Returns the adapters with which a phase begins: those of the version that the server names, and its news."""
-        kept = self.read(order.about["version"])[0] if order.about["version"] else self.initial
+        version = int(order.about["version"])
+        kept = self.read(version)[0] if version else self.initial
+        if strange := set(order.names) - set(self.fed.strategy.traffic(kept)[1]):
+            raise InputError(f"the server sent {sorted(strange)[0]}, which is not for it to set.")
         kept = {**kept, **unpacked(order, {name: kept[name] for name in order.names}, self.dtype)}
         return {**kept, **self.fed.strategy.parts_of(kept, self.fed.task_index(self.client))}
 

@@ -228,3 +228,14 @@ def test_parcels_keep_numbers_and_refuse_others():
         unpacked(half, tree, "float32")
     with pytest.raises(ValueError, match="other subtrees"):
         unpacked(parcel, {"b": tree["b"]}, "float32")
+
+
+def test_a_server_can_neither_set_nor_ask_for_what_is_local(fed, tmp_path):
+    node = Network(fed, tmp_path).node(0)
+    about = {"version": 0, "number": 1, "round": 1, "stage": "plain", "label": "plain1"}
+    with pytest.raises(errors.InputError, match="the server sent control, which is not for it to set"):
+        node.train(packed(node.initial, ("control",), "float32", about))
+    for version in ("../c1/000001", "final"):
+        with pytest.raises(ValueError, match="invalid literal"):
+            node.train(Parcel({**about, "version": version}))
+    assert set(node.train(Parcel(about)).names) == {"text_adapter", "projector", "control_change"}
