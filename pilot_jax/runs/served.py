@@ -48,7 +48,7 @@ def serve_run(config: Config, roster: Roster, out: str | Path, exchange: ByName,
     Raises:
         InputError: the config or the roster are wrong, or `out` is another run's.
     """
-    folder = RunFolder(out, config, resume=True)
+    folder, metrics = RunFolder(out, config, resume=True), MetricsFile(None)
     try:
         configure(config)
         setup = prepare(config, roster=roster)
@@ -67,9 +67,9 @@ def serve_run(config: Config, roster: Roster, out: str | Path, exchange: ByName,
 
         state = serve(fed, state, by_index, Observers(metrics, mixing, Saver(snapshots, metrics, mixing, say)), dtype,
                       first.population)
-        metrics.close()
         folder.end({"strategy": fed.strategy.name, "rounds": state.round - 1, "client_steps": state.client_steps,
                     "bytes_up": state.bytes_up, "bytes_down": state.bytes_down, "quarantined": state.quarantined})
         return state
     finally:
+        metrics.close()
         folder.close()
