@@ -9,11 +9,13 @@ It needs an environment with pilot-jax[deploy] (`make deploy-demo` makes one). E
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -211,20 +213,60 @@ def killed_and_strangers(folder: Path) -> None:
         check(b"POST /" not in stream, f"TLS: {len(stream):,} bytes on the wire, no HTTP in plain text")
 
 
+def peaks(folder: Path, into: dict[str, float]) -> None:
+    """Keeps the peak memory, in GB, of each kind of Flower's processes whose home is in `folder`, for ever."""
+    while True:
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError, StopIteration):
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                kind = next(Path(w.decode()).name for w in words[:2] if b"flwr-" in w or b"flower-" in w)
+                status = (process / "status").read_text()
+                if str(folder).encode() in (process / "environ").read_bytes():
+                    into[kind] = max(into.get(kind, 0.0), int(status.partition("VmHWM:")[2].split()[0]) / 1e6)
+        time.sleep(1)
+
+
+def large(folder: Path, base: Path, wire: str) -> None:
+    """One client's LoRA of rank 4,096 on a checkpoint there and back, and the peak memory of each process."""
+    config = load_config(make_config(
+        folder, "fedavg", 1, model={"path": str(base.absolute()), "lora": {"rank": 4096, "alpha": 4096}},
+        train={"batch_size": 1, "optimizer": "sgd"},
+        federation={"rounds": 1, "local_steps": 1, "schedule": "single"}))
+    everyone, memory = roster_of(load_samples(config)), dict[str, float]()
+    net = Network(folder / "net-large", folder / "app-large")
+    write_app(net.app, config, Roster({"anna": everyone.members["anna"]}))
+    threading.Thread(target=peaks, args=(net.folder, memory), daemon=True).start()
+    began = time.monotonic()
+    with net:
+        net.start_server()
+        net.start_node("anna", folder / "data" / "anna" / "data.json")
+        status = net.wait(net.run(timeout=WAIT, wire=wire), WAIT)
+        count = sum(leaf.size for leaf in jax.tree.leaves(final_adapters(net, "anna")))
+        check(status == "finished:completed" and count > 150e6,
+              f"{count:,} numbers as {wire} there and back in {time.monotonic() - began:.0f} s: {status}")
+        print(f"      peak memory: {', '.join(f'{kind} {gb:.1f} GB' for kind, gb in sorted(memory.items()))}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="Pilot alone, one round, nobody is killed")
     parser.add_argument("--strategies", nargs="*", default=["pilot", "fedavg", "scaffold"])
     parser.add_argument("--only-killed", action="store_true", help="no comparison with the simulator")
     parser.add_argument("--only-simulated", action="store_true", help="the comparison alone; nobody is killed")
+    parser.add_argument("--large", type=Path, metavar="BASE", help="instead, large adapters of a checkpoint, which "
+                        "has 39,000 numbers or more in LoRA of rank 1; see docs/deployment.md")
+    parser.add_argument("--wire", default="float32", help="with --large: float32 or bfloat16")
     parser.add_argument("--folder", type=Path, help="new folder for all files (default: a temporary one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="deploy-demo-") as temporary:
         folder, began = (options.folder or Path(temporary)).absolute(), time.monotonic()
         make_data(folder / "data")
-        for strategy in [] if options.only_killed else ["pilot"] if options.short else options.strategies:
+        if options.large is not None:
+            large(folder, options.large, options.wire)
+        compared = ["pilot"] if options.short else options.strategies
+        for strategy in [] if options.only_killed or options.large else compared:
             as_in_the_simulator(folder, strategy, 1 if options.short else 2)
-        if not (options.short or options.only_simulated):
+        if not (options.short or options.only_simulated or options.large):
             killed_and_strangers(folder)
         print(f"{time.monotonic() - began:.0f} s; {'all is well' if not wrong else f'{wrong} checks are WRONG'}")
     sys.exit(bool(wrong))
