@@ -189,6 +189,7 @@ def killed_and_strangers(folder: Path) -> None:
             net.start_node("stranger", key=key)
             check(net.processes["stranger"].wait(120) != 0, f"TLS: a node with {why} is refused: " + next(
                 line for line in (net.folder / "stranger.log").read_text().splitlines()[::-1] if "[code" in line))
+        del net.processes["stranger"]
         net.run(timeout=WAIT / 4)
         log = net.folder / "bert.log"
         wait_until("bert is in round 2", lambda: seen_in(log, "Receiving: train.stage2", 2))

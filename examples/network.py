@@ -102,6 +102,7 @@ class Network:
         self.port = free_port()
         self.wire = Wire(self.port) if wire else None
         self.processes: dict[str, subprocess.Popen] = {}
+        self.commands: dict[str, list[str]] = {}
         (folder / "flwr").mkdir(parents=True, exist_ok=True)
         tls = f'root-certificates = "{folder / "ca.crt"}"' if secure else "insecure = true"
         (folder / "flwr" / "config.toml").write_text(
@@ -118,6 +119,7 @@ class Network:
 
     def start(self, name: str, command: list[str]) -> subprocess.Popen:
         log = (self.folder / f"{name}.log").open("ab")
+        self.commands[name] = command
         self.processes[name] = subprocess.Popen(
             [str(BIN / command[0]), *command[1:]], stdout=log, stderr=log, cwd=self.folder,
             env=self.environment("flwr" if name == "server" else f"flwr-{name}"))
@@ -170,6 +172,7 @@ class Network:
         """Waits for the end of a run and returns its status; raises a `TimeoutError` after a while."""
         end, ask = time.monotonic() + seconds, time.monotonic() + 60  # asking takes seconds
         while time.monotonic() < end:
+            self.revive()
             if (self.folder / "run" / "summary.json").exists() or time.monotonic() > ask:
                 if (status := self.status(run)).startswith("finished"):
                     return status
@@ -186,6 +189,16 @@ class Network:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+    def revive(self) -> list[str]:
+        """Starts processes again that have ended by themselves, as a supervisor does, and returns their names.
+
+        A SuperNode ends at some errors of its connection; with TLS, also when SuperLink is killed.
+        """
+        ended = [name for name, process in self.processes.items() if process.poll() is not None]
+        for name in ended:
+            self.start(name, self.commands[name])
+        return ended
 
     def close(self) -> None:
         for name in list(self.processes)[::-1]:
