@@ -68,6 +68,7 @@ WHERE = [
     (r"(flower-super\w+|flwr|ssh-keygen|export FLWR|python -m venv)", "test_deployment.py, on 127.0.0.1"),
     (r"make \w+|source |pip install|pip wheel|python -m pip", "no test: CI's own set-up does, or would take it hours"),
     (r"python benchmarks/", "no test: minutes to hours; below, whether they take these options"),
+    (r"python -c .from pilot_jax.testing|python examples/deploy_demo.py --large", "no test: gigabytes, minutes"),
     (r"python -c .import jax; print", "no test: shows the reader's devices"),
     (r"pilot-jax --install-completion", "no test: changes the shell of who runs it"),
     (r"[A-Z]+=", "no test: a shell variable for the next line"),
