@@ -38,8 +38,9 @@ from pilot_jax.evaluation.answers import make_decoder
 from pilot_jax.evaluation.metrics import check_metrics
 from pilot_jax.evaluation.personalised import Evaluation
 from pilot_jax.evaluation.teacher_forced import check_scoring
+from pilot_jax.federation.chunks import chunk_width
 from pilot_jax.federation.cohort import participants
-from pilot_jax.federation.executor import Executor, chunk_width
+from pilot_jax.federation.executor import Executor
 from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.state import Federation, State, initial_population, most_uploads
 from pilot_jax.federation.strategies import Strategy, make_strategy, use
