@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 16
 
-.PHONY: help quickstart real report test test-slow test-all test-long fuzz bench bench-peers lint notebooks docs clean
+.PHONY: deploy-demo help quickstart real report test test-slow test-all test-long fuzz bench bench-peers lint notebooks docs clean
 
 # Without bytecode every process compiles its imports again, about five seconds; some containers turn it off.
 unexport PYTHONDONTWRITEBYTECODE
@@ -59,7 +59,7 @@ test-slow: $(VENV)/.test  ## what `make test` leaves out, but for the long tests
 
 test-all: test test-slow  ## both
 
-test-long: $(VENV)/.test  ## notebooks, four processes, many kills, a soak, pages in Chromium: an hour
+test-long: $(VENV)/.test build/deploy/.made  ## notebooks, four processes, kills, a soak, Chromium, Flower: an hour
 	$(PYTEST) -m long
 
 fuzz: $(VENV)/.test  ## everything that is read from outside; a quarter of an hour; Linux
@@ -81,6 +81,15 @@ build/peers/%/.made: | $(VENV)/.run
 
 bench-peers: $(VENV)/.run $(patsubst %,build/peers/%/.made,torch flower pfl)  ## whole jobs of Flower, pfl-research, torch
 	$(PY) benchmarks/peers/run.py
+
+# Flower bounds typer, rich and protobuf: an environment of its own.
+build/deploy/.made: pyproject.toml | $(VENV)/.run
+	$(VENV)/bin/uv venv --quiet --clear --python $(PY) $(@D)
+	$(VENV)/bin/uv pip install --quiet --python $(@D)/bin/python -e ".[deploy]"
+	touch $@
+
+deploy-demo: build/deploy/.made  ## three clients on a network of this machine, beside the simulator
+	build/deploy/bin/python examples/deploy_demo.py
 
 lint: $(VENV)/.test  ## style, types, layers
 	$(PY) -m ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 import time
 import weakref
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from pilot_jax.errors import InputError
@@ -101,6 +103,31 @@ def append_rows(path: Path, array: np.ndarray) -> Rows:
         start = file.tell() // max(array[:1].nbytes, 1)
         file.write(np.ascontiguousarray(array).tobytes())
     return Rows(path, array.shape, array.dtype, start)
+
+
+def write_tree(path: Path, tree: Any, note: Any) -> None:
+    """Writes nested dicts of arrays as one safetensors file, with a note that JSON can represent, atomically.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    flat = {name: np.ascontiguousarray(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}
+    atomic_write(path, lambda partial: write_safetensors(partial, flat, {"note": json.dumps(note)}))
+
+
+def read_tree(path: Path) -> tuple[dict[str, Any], Any]:
+    """Returns the nested dicts of arrays and the note that `write_tree` wrote.
+
+    Raises:
+        InputError: the file is damaged, or not one of `write_tree`.
+        OSError: the file cannot be read.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            return unflatten_dict(flat, sep="/"), json.loads(file.metadata()["note"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: damaged ({' '.join(str(error).split())}). Put back a copy.") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from pilot_jax import __version__
-from pilot_jax.cli import comparisons, data, inspect, models, supervise
+from pilot_jax.cli import comparisons, data, deploy, inspect, models, supervise
 from pilot_jax.cli.run import run
 from pilot_jax.cli.tables import printable
 from pilot_jax.errors import InputError, is_wrong_path
@@ -22,7 +22,7 @@ from pilot_jax.models.checkpoints import library
 app = typer.Typer(name="pilot-jax", pretty_exceptions_enable=False)
 COMMANDS: tuple[Callable[..., None], ...] = (
     run, inspect.runs, comparisons.report, inspect.schema, inspect.roles, inspect.plan, models.evaluate,
-    comparisons.compare, models.generate, models.export, inspect.verify, models.base, models.pretrain)
+    comparisons.compare, models.generate, models.export, deploy.deploy, inspect.verify, models.base, models.pretrain)
 DATA_COMMANDS: tuple[Callable[..., None], ...] = (data.digits, data.emoji, data.stamps, data.check)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pilot_jax.models.lora import LORA_SUBTREES
@@ -89,6 +90,11 @@ def optimizer_labels(trained: Mapping[str, Tree]) -> dict[str, Tree]:
 
 BASE_ROWS = tuple(Role(name, {"plain": "frozen", "stage1": "frozen", "stage2": "frozen"}, "base", "never")
                   for name in ("vision_tower", "language_model"))
+
+
+def float32(tree: Tree) -> Tree:
+    """Returns the tree with float32 leaves."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
 
 
 def num_parameters(tree: Tree) -> int:

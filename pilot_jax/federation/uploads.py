@@ -32,15 +32,25 @@ def after_upload(fed: Federation, client: int, round_: int, stage: str, label: s
     fault, privacy = not_finite(roles.select(after, "local")), fed.settings.privacy
     name = fed.clients[client].name
     if privacy.clip is not None and upload:
-        rng = SystemNoise() if privacy.seed is None else client_generator(privacy.seed, name, round_, f"{label} noise")
+        # The server of a real network knows the config, and could subtract noise that is drawn from its seed.
+        secret = fed.secret_noise or privacy.seed is None
+        rng = SystemNoise() if secret else client_generator(privacy.seed or 0, name, round_, f"{label} noise")
         upload = noised(upload, start, privacy.clip, 2 * fed.noise_multiplier * privacy.clip, rng)
     if fed.tamper is not None:
         upload = fed.tamper(name, round_, upload, start)
-    fault, norm = misfit(upload, start) or fault, 0.0
+    return {**after, **upload}, {"fault": fault} if fault and not misfit(upload, start) else judged(upload, start)
+
+
+def judged(upload: Mapping[str, Tree], start: Mapping[str, Tree]) -> dict[str, Any]:
+    """Returns {"update_norm": L2 norm of an upload's change} or {"fault": why the server cannot use it}.
+
+    start: the same subtrees before the phase.
+    """
+    fault, norm = misfit(upload, start), 0.0
     if not fault:
         norm = change(upload, start)
         fault = None if np.isfinite(norm) else not_finite(upload) or "has a norm beyond float32"
-    return {**after, **upload}, {"fault": fault} if fault else {"update_norm": norm}
+    return {"fault": fault} if fault else {"update_norm": norm}
 
 
 def misfit(upload: Any, expected: Any) -> str | None:

@@ -29,10 +29,10 @@ from pilot_jax.data.build import build_clients, clients_with_answers, refuse_ima
 from pilot_jax.data.check import Report, Settings, check_data
 from pilot_jax.data.conversations import stop_tokens
 from pilot_jax.data.division import check_client_count, divided
-from pilot_jax.data.features import compute_features
 from pilot_jax.data.given import PREFIX, Data, samples_sha256
 from pilot_jax.data.images import check_image_fit
 from pilot_jax.data.llava.sample import Sample
+from pilot_jax.data.roster import Roster
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.answers import make_decoder
 from pilot_jax.evaluation.metrics import check_metrics
@@ -192,12 +192,14 @@ def load_model(config: Config) -> PretrainedModel:
     return dataclasses.replace(model, config=spec, module=module, base=on_training_devices(base, system))
 
 
-def prepare(config: Config, strategy: Strategy | None = None, samples: list[Sample] | None = None) -> Setup:
+def prepare(config: Config, strategy: Strategy | None = None, samples: list[Sample] | None = None,
+            roster: Roster | None = None) -> Setup:
     """Loads model and data, and checks them against the config. Nothing is written.
 
     Args:
         strategy: a strategy object, used instead of the config's strategy.
         samples: the samples that `given_data` has returned, if they were given in Python.
+        roster: all clients, if at most one of them has its data here; that of the others is not looked for.
 
     Raises:
         InputError: config, data or checkpoint are wrong; the message says what.
@@ -207,8 +209,10 @@ def prepare(config: Config, strategy: Strategy | None = None, samples: list[Samp
     else:
         config, strategy = with_own_strategy(config, strategy)
     strategy = _fitting(config.model, strategy, read_shapes(config.model)[0].text.num_layers)
-    samples = load_samples(config) if samples is None else load_samples(config, samples)
-    names, tasks = sorted({s.client for s in samples}), sorted({s.task for s in samples})
+    samples = [] if roster is not None and roster.own is None else load_samples(config, samples)
+    samples = samples if roster is None else roster.mine(samples)
+    names, tasks = (sorted({s.client for s in samples}), sorted({s.task for s in samples})) if roster is None else (
+        roster.names, roster.tasks)
     _check_names(config, names, tasks)
     ranks = client_ranks(config.model.lora.rank, names)
     model, system = load_model(config), config.system
@@ -217,7 +221,8 @@ def prepare(config: Config, strategy: Strategy | None = None, samples: list[Samp
     store = None if system.store is None else Store(system.store)
     kept = open_cache(system.cache, "features", FEATURES_KEPT) if store is None else None
     clients = build_clients(model, tokenizer, samples, config.data, system.length_spread,
-                            None if store is None else store.folder, kept)
+                            None if store is None else store.folder, kept) if samples else []
+    clients = clients if roster is None else roster.completed(clients)
     if config.eval.scoring == "teacher_forced":
         clients = clients_with_answers(model, tokenizer, samples, config.data, clients)
     fed = Federation(strategy, model, tuple(clients), tuple(tasks), config.federation, config.train, system.seed,
@@ -266,22 +271,6 @@ def _pooled_settings(settings: FederationConfig, clients: int) -> FederationConf
                                        "dropout": 0.0, "local_steps": steps})
 
 
-def compute_all_features(setup: Setup) -> None:
-    """Computes the features of all images before the run begins, so that an unreadable image is found at once.
-
-    With client states on disk (`system.store`) or several processes, features are computed when a client trains."""
-    if setup.federation.store is None and jax.process_count() == 1:
-        compute_features([f for c in setup.evaluation.clients
-                          for f in (*(p.features for p in c.evaluation.values()), c.features)], 1)
-
-
-def compile_first_round(setup: Setup, state: State) -> None:
-    """Starts to compile the programs of the first round in a thread, while the features are computed."""
-    fed, people = setup.federation, state.population
-    if fed.store is None:
-        setup.executor.compile_ahead(fed, state.round, {c: people[c].adapters for c in fed.members(state.round)})
-
-
 def _fitting(model: ModelConfig, strategy: Strategy, layers: int) -> Strategy:
     """Returns the strategy as it runs on the base and with the LoRA ranks of `model`, which has `layers` of them."""
     differ = isinstance(model.lora.rank, dict) and not strategy.pools_data
@@ -312,6 +301,15 @@ def initial_state(fed: Federation) -> State:
         roles.select(adapters, "shared") | roles.select(adapters, "received"),
         np.asarray([fed.weight(i) for i in everyone]), np.asarray([fed.task_index(i) for i in everyone])))
     return State(initial_population(fed, adapters), server)
+
+
+def deployed_stages(config: Config) -> tuple[str, ...]:
+    """Returns the stages of a config's strategy; an `InputError` if it cannot run on a real network."""
+    strategy = make_strategy(config.strategy, schedule=config.federation.schedule)
+    if strategy.pools_data or strategy.finetunes or config.federation.finetune_steps is not None:
+        raise InputError(f"strategy.name: {strategy.name} cannot be deployed with pooled data or fine-tuning after the "
+                         "last round. Set federation.finetune_steps to null, or choose another strategy.")
+    return tuple(dict.fromkeys((*strategy.first_stages, *strategy.later_stages)))
 
 
 def outline(config: Config) -> Outline:

@@ -23,6 +23,7 @@ from pilot_jax.federation.strategies import Strategy
 from pilot_jax.parallel import processes
 from pilot_jax.parallel.host_memory import give_back
 from pilot_jax.parallel.processes import is_writer, wait_for_all
+from pilot_jax.runs.ahead import compile_first_round, compute_all_features
 from pilot_jax.runs.best import BestState
 from pilot_jax.runs.checkpoint import save_population
 from pilot_jax.runs.events import CompileClock, MetricsFile, MixingFiles
@@ -30,8 +31,6 @@ from pilot_jax.runs.folder import RunFolder
 from pilot_jax.runs.manifest import Written, fault, written_before
 from pilot_jax.runs.prepare import (
     Setup,
-    compile_first_round,
-    compute_all_features,
     configure,
     given_data,
     initial_state,

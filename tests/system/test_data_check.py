@@ -11,7 +11,8 @@ from test_own_data import BROKEN, checkpoint, photos, without  # noqa: F401  # t
 import pilot_jax
 from pilot_jax.config import parse_config
 from pilot_jax.errors import InputError
-from pilot_jax.runs.prepare import checked_data, compute_all_features, prepare
+from pilot_jax.runs.ahead import compute_all_features
+from pilot_jax.runs.prepare import checked_data, prepare
 
 
 def entries_of(folder):

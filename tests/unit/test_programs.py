@@ -22,6 +22,7 @@ from pilot_jax.federation.rounds import run_round
 from pilot_jax.models import generate, pretrained
 from pilot_jax.programs import KeptJit, _described, _NotKeepable, keep_in
 from pilot_jax.runs import prepare, simulate
+from pilot_jax.runs.ahead import compile_first_round
 from pilot_jax.runs.events import CompileClock
 
 
@@ -207,7 +208,7 @@ def test_compile_ahead_is_given_the_shapes_of_the_training(tmp_path, monkeypatch
     monkeypatch.setattr(KeptJit, "_program", training)
     setup = prepare.prepare(small_config(system={"length_spread": 1.0}))
     state = prepare.initial_state(setup.federation)
-    prepare.compile_first_round(setup, state)
+    compile_first_round(setup, state)
     keep_in(Cache(tmp_path, 2**30))
     try:
         run_round([setup.federation], [state], setup.executor)

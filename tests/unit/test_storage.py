@@ -20,7 +20,7 @@ from pilot_jax.federation import mixing
 from pilot_jax.federation.state import StoredState
 from pilot_jax.files import atomic_write, new_folder
 from pilot_jax.runs import restore, simulate
-from pilot_jax.storage import RowsWriter, Store, append_rows, map_on_disk
+from pilot_jax.storage import RowsWriter, Store, append_rows, map_on_disk, read_tree, write_tree
 
 
 @pytest.mark.slow
@@ -183,3 +183,14 @@ def test_a_store_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="folder that can be written"):
         Store(tmp_path / "file" / "below")
+
+
+def test_a_tree_is_written_whole_and_a_damaged_one_is_refused(tmp_path):
+    tree = {"a": {"x": np.arange(4, dtype=np.float32)}, "b": {"y": np.float32(3)}}
+    write_tree(tmp_path / "tree", tree, {"n": 1})
+    found, note = read_tree(tmp_path / "tree")
+    assert note == {"n": 1} and found["b"]["y"] == 3
+    np.testing.assert_array_equal(found["a"]["x"], tree["a"]["x"])
+    (tmp_path / "tree").write_bytes((tmp_path / "tree").read_bytes()[:20])
+    with pytest.raises(InputError, match=r"tree: damaged .* Put back a copy"):
+        read_tree(tmp_path / "tree")

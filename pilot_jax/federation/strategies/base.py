@@ -20,7 +20,7 @@ from pilot_jax.federation import combining, lora_options, mixing
 from pilot_jax.federation.cohort import Aggregated, Cohort
 from pilot_jax.federation.halves import SKETCH, SplitHalves, empty_sketch, sketch_role
 from pilot_jax.federation.phases import PLAIN_RULE, LocalRule
-from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, Scope, Tree, num_bytes
+from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, Scope, Tree, float32, num_bytes
 from pilot_jax.models.lora import LORA_SUBTREES, RESIDUAL, init_lora
 from pilot_jax.models.spec import VlmSpec
 from pilot_jax.parallel.processes import to_host
@@ -211,6 +211,10 @@ class Strategy:
         residual = {RESIDUAL: server["residual"]} if "residual" in server else {}
         return {**adapters, **server["model"], **residual} if self.one_model else adapters
 
+    def parts_of(self, downloads: Mapping[str, Tree], task: int) -> dict[str, Tree]:
+        """Returns subtrees that are parts of others which a client has downloaded, and so are not sent themselves."""
+        return {}
+
     def mix(self, cohort: Cohort) -> jax.Array:
         """Returns the mixing matrix [S, S] of all shared subtrees; by default FedAvg's, with n_j/Σn in every row."""
         return mixing.mean(cohort.sizes)
@@ -315,11 +319,6 @@ class Strategy:
         sketch = {SKETCH: num_bytes(adapters[SKETCH])} if SKETCH in adapters else {}
         share = lora_options.rank_share(rank, largest, self.layer_ranks)
         return lora_options.traffic({**up, **sketch}, share), lora_options.traffic({**down, **extra}, share)
-
-
-def float32(tree: Tree) -> Tree:
-    """Returns the tree with float32 leaves."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
 
 
 def _text_strategies() -> list[str]:

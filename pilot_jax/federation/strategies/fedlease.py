@@ -157,6 +157,11 @@ class FedLease(Strategy):
         return now | {"text_adapter": jax.tree.map(lambda leaf: leaf[:, cluster], server["bank"]),
                       "expert_router": jax.tree.map(lambda leaf: leaf[cluster], server["routers"])}
 
+    def parts_of(self, downloads, task):
+        cluster = cluster_of(downloads["expert_slots"]["table"])
+        return {} if cluster is None else {
+            "text_adapter": jax.tree.map(lambda leaf: leaf[:, cluster], downloads["expert_bank"])}
+
     def aggregate(self, cohort, server):
         uploads = dict(cohort.uploads)
         lora = {n: uploads.pop(n) for n in ("text_adapter", "expert_router")}

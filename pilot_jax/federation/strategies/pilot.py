@@ -16,8 +16,8 @@ from pilot_jax.federation import mixing
 from pilot_jax.federation.cohort import Aggregated, Cohort
 from pilot_jax.federation.distances import distances
 from pilot_jax.federation.halves import shares
-from pilot_jax.federation.roles import BASE_ROWS, Mode, Role, Roles, Tree, num_bytes
-from pilot_jax.federation.strategies.base import Strategy, float32, register
+from pilot_jax.federation.roles import BASE_ROWS, Mode, Role, Roles, Tree, float32, num_bytes
+from pilot_jax.federation.strategies.base import Strategy, register
 from pilot_jax.models.lora import init_lora
 from pilot_jax.parallel.processes import to_host
 
@@ -181,6 +181,9 @@ class Pilot(Strategy):
         """Returns the adapters with the server's bank and ψ_t from its slot of the task. LoRA is the client's own."""
         bank = {"task_bank": server["bank"]} if self.params.cross_task else {}
         return {**adapters, "task": jax.tree.map(lambda leaf: leaf[task], server["bank"]), **bank}
+
+    def parts_of(self, downloads, task):
+        return {"task": jax.tree.map(lambda leaf: leaf[task], downloads["task_bank"])} if self.params.cross_task else {}
 
     def aggregate(self, cohort, server):
         bank, members = self._aggregate_tasks(cohort, server)

@@ -24,7 +24,7 @@ from pilot_jax.data.images import image_identity, pixel_values
 from pilot_jax.data.llava.image_field import DrawnImage
 from pilot_jax.errors import InputError
 from pilot_jax.federation import rounds
-from pilot_jax.runs import prepare
+from pilot_jax.runs import ahead, prepare
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_a_population_on_disk_is_seen_when_drawn(tmp_path, seen):
     config = small_config(federation={"rounds": 1, "clients_per_round": 2}, system={"store": str(tmp_path)})
     setup = prepare.prepare(config)
     fed = setup.federation
-    prepare.compute_all_features(setup)
+    ahead.compute_all_features(setup)
     assert not seen
     state, = rounds.run_round([fed], [prepare.initial_state(fed)], setup.executor)
     trained = [c for c, s in zip(fed.clients, state.population, strict=True) if not s.is_new]
@@ -111,7 +111,7 @@ def test_a_population_on_disk_is_seen_when_drawn(tmp_path, seen):
     assert sorted(seen) == sorted(s.id for s in prepare.load_samples(config)
                                   if s.split == "train" and s.client in [c.name for c in trained])
     seen.clear()
-    prepare.compute_all_features(prepare.prepare(small_config()))
+    ahead.compute_all_features(prepare.prepare(small_config()))
     assert sorted(seen) == sorted(s.id for s in prepare.load_samples(config))
 
 

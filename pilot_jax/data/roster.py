@@ -1,0 +1,100 @@
+"""The clients of a federation whose data are not in one place: who takes part, with which task and how many samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from pilot_jax.data.arrays import ClientData
+from pilot_jax.data.llava.sample import Sample
+from pilot_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One client, as all others know it."""
+
+    task: str
+    samples: int  # n_k, number of training samples
+    key: str = ""  # public key of its node, as in a file `*.pub` of OpenSSH
+
+
+@dataclasses.dataclass(frozen=True)
+class Roster:
+    """All clients by name, of which the one called `own`, or none of them, has its data here."""
+
+    members: Mapping[str, Member]
+    own: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self.members)
+
+    @property
+    def tasks(self) -> list[str]:
+        return sorted({member.task for member in self.members.values()})
+
+    def mine(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Returns the samples of the own client; none without one.
+
+        Raises:
+            InputError: the client's training samples are not those that it has in the roster.
+        """
+        if self.own is None:
+            return []
+        member, found = self.members[self.own], [s for s in samples if s.client == self.own]
+        train = [s for s in found if s.split == "train"]
+        if {s.task for s in train} - {member.task} or len(train) != member.samples:
+            raise InputError(f"clients.yaml: {self.own} has {member.samples} training samples of {member.task}, but "
+                             f"data.path has {len(train)} of {', '.join(sorted({s.task for s in train})) or 'none'}. "
+                             "Correct one of the two.")
+        return found
+
+    def completed(self, clients: Sequence[ClientData]) -> list[ClientData]:
+        """Returns all clients in the order of their names. Those whose data are elsewhere have n_k empty samples; on a
+        node at most as many as the own client, because arrays have room for the largest of all."""
+        here = {client.name: client for client in clients}
+        most = max((client.size for client in clients), default=None)
+        return [here.get(name) or ClientData(name, member.task, {"input_ids": np.zeros(
+                    (member.samples if most is None else min(member.samples, most), 0), np.int32)}, {})
+                for name, member in sorted(self.members.items())]
+
+    def text(self) -> str:
+        """Returns the roster as YAML."""
+        rows = {name: {k: v for k, v in dataclasses.asdict(m).items() if v != ""} for name, m in self.members.items()}
+        return yaml.safe_dump(rows, sort_keys=True, allow_unicode=True)
+
+
+def roster_of(samples: Sequence[Sample]) -> Roster:
+    """Returns the roster of the clients that have samples; each has one task."""
+    counts = Counter(s.client for s in samples if s.split == "train")
+    return Roster({s.client: Member(s.task, counts[s.client]) for s in samples})
+
+
+def read_roster(path: Path, own: str | None = None) -> Roster:
+    """Returns the roster in a file; `own`: the client whose data are here.
+
+    Raises:
+        InputError: the file does not exist, is not a roster, or does not have the own client.
+    """
+    remedy = "Write for each client `NAME: {task: TASK, samples: N}`, and its node's public key as `key`."
+    try:
+        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        members = {name: Member(**entry) for name, entry in raw.items()}
+        for name, m in members.items():
+            if not (isinstance(name, str) and isinstance(m.task, str) and isinstance(m.key, str)
+                    and isinstance(m.samples, int) and m.samples > 0):
+                raise ValueError(f"{name}: a task, a number of samples above 0 and a key are expected")
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not a list of clients ({' '.join(str(error).split())}). {remedy}") from None
+    if not members:
+        raise InputError(f"{path}: no clients. {remedy}")
+    if own is not None and own not in members:
+        raise InputError(f"client: {own!r} is not in {path.name}. Known: {', '.join(sorted(members))}.")
+    return Roster(members, own)

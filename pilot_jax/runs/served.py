@@ -1,0 +1,75 @@
+"""The server's side of a run whose clients are elsewhere: the run directory without what only clients have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pilot_jax.config import Config
+from pilot_jax.data.roster import Roster
+from pilot_jax.federation.observer import Observers, Record, RunObserver
+from pilot_jax.federation.parcels import Parcel
+from pilot_jax.federation.remote import serve
+from pilot_jax.federation.state import State
+from pilot_jax.runs.events import MetricsFile, MixingFiles
+from pilot_jax.runs.folder import RunFolder
+from pilot_jax.runs.prepare import configure, initial_state, prepare
+from pilot_jax.runs.resume import Snapshots
+
+ByName = Callable[[str, Sequence[str], Callable[[str], Parcel]], Mapping[str, Parcel | str]]
+
+
+class Saver(RunObserver):
+    """Saves the state after every phase, with what the run's files had then."""
+
+    def __init__(self, snapshots: Snapshots, metrics: MetricsFile, mixing: MixingFiles,
+                 say: Callable[[str], None]) -> None:
+        self.snapshots, self.metrics, self.mixing, self.say = snapshots, metrics, mixing, say
+
+    def note(self, text: str) -> None:
+        self.say(text)
+
+    def phase_ended(self, state: State, record: Record, mixing: Mapping[str, np.ndarray] | None,
+                    trained: Sequence[int]) -> None:
+        self.say(f"round {record['round']} {record['phase']}: {record['clients']} clients")
+        self.snapshots.note(trained)
+        self.snapshots.save(state, {"metrics": self.metrics.synced(), "mixing": self.mixing.written})
+
+
+def serve_run(config: Config, roster: Roster, out: str | Path, exchange: ByName, dtype: str,
+              say: Callable[[str], None]) -> State:
+    """Runs a federation in a run directory, or goes on with the run in it, and returns the last state.
+
+    Args:
+        exchange: see `federation.remote.serve`, with names in place of indices. say: is called with lines for people.
+
+    Raises:
+        InputError: the config or the roster are wrong, or `out` is another run's.
+    """
+    folder, metrics = RunFolder(out, config, resume=True), MetricsFile(None)
+    try:
+        configure(config)
+        setup = prepare(config, roster=roster)
+        fed, names = setup.federation, setup.federation.names
+        first = initial_state(fed)
+        snapshots = Snapshots(folder.path / "checkpoints" / "resume", names, fed.strategy.ownership(),
+                              setup.system.keep_saved)
+        state, extra = (snapshots.load(first, fed.store, say) if folder.resumes else None) or (first, {})
+        folder.begin()
+        metrics = MetricsFile(folder.path / "metrics.jsonl", extra.get("metrics", {"bytes": 0})["bytes"])
+        mixing = MixingFiles(folder.path / "mixing", extra.get("mixing"))
+
+        def by_index(kind: str, clients: Sequence[int], make: Callable[[int], Parcel]) -> dict[int, Parcel | str]:
+            replies = exchange(kind, [names[c] for c in clients], lambda name: make(names.index(name)))
+            return {names.index(name): reply for name, reply in replies.items()}
+
+        state = serve(fed, state, by_index, Observers(metrics, mixing, Saver(snapshots, metrics, mixing, say)), dtype,
+                      first.population)
+        folder.end({"strategy": fed.strategy.name, "rounds": state.round - 1, "client_steps": state.client_steps,
+                    "bytes_up": state.bytes_up, "bytes_down": state.bytes_down, "quarantined": state.quarantined})
+        return state
+    finally:
+        metrics.close()
+        folder.close()

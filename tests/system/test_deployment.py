@@ -1,0 +1,73 @@
+"""Deployed federations as processes on 127.0.0.1, in the environment that `make build/deploy/.made` makes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# Flower's API moves between minor versions. What examples/deploy_demo.py and pilot_jax/deploy/ use of it:
+USED = """
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+import flwr, inspect
+NodeInfo(node_id=1, public_key=b"", last_activated_at="")
+assert {"get_nodes", "push_messages", "pull_messages", "send_and_receive"} <= set(dir(Grid))
+assert list(inspect.signature(Message.__init__).parameters)[:4] and hasattr(Message, "has_content")
+assert Array("uint8", (3,), "bytes", b"abc").data == b"abc"
+message = Message(RecordDict({"a": ConfigRecord({"names": ["x"]})}), 7, "train.stage1", ttl=5.0)
+assert message.metadata.dst_node_id == 7 and message.metadata.message_type == "train.stage1"
+print(".".join(flwr.__version__.split(".")[:2]))
+"""
+
+
+def python() -> Path:
+    """Returns the interpreter with pilot-jax[deploy]; PILOT_JAX_DEPLOY names another than that of the Makefile."""
+    found = Path(os.environ.get("PILOT_JAX_DEPLOY", ROOT / "build" / "deploy" / "bin" / "python"))
+    assert found.exists(), f"{found} does not exist. Run: make build/deploy/.made"
+    return found
+
+
+def demo(*options: str, minutes: int) -> str:
+    done = subprocess.run([python(), ROOT / "examples" / "deploy_demo.py", *options], capture_output=True, text=True,
+                          timeout=60 * minutes)
+    assert done.returncode == 0 and "WRONG" not in done.stdout, done.stdout + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.long
+def test_flower_is_the_version_that_is_used():
+    """If this fails after an update of flwr: read its changelog for the names in USED, adapt pilot_jax/deploy/ and
+    examples/network.py (commands and their options), then raise `deploy` in pyproject.toml, FLOWER in deploy/glue.py
+    and the version in docs/deployment.md together."""
+    done = subprocess.run([python(), "-c", USED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "1.42"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["pilot", "fedavg", "scaffold"])
+def test_a_network_ends_as_the_simulator(strategy):
+    """Adapters, mixing matrices, bytes, and nothing private on the wire; the demo checks and prints them."""
+    said = demo("--strategies", strategy, "--only-simulated", minutes=60)
+    assert said.count("ok ") == 9, said
+
+
+@pytest.mark.long
+def test_nodes_and_servers_may_die_and_strangers_are_refused():
+    said = demo("--only-killed", minutes=60)
+    assert said.count("ok ") == 6 and "[code" in said, said
+
+
+@pytest.mark.long
+def test_the_command_line_works_beside_flower():
+    """Flower brings older versions of typer and rich."""
+    for arguments in (["--help"], ["deploy", "--help"], ["roles", str(ROOT / "configs" / "quickstart.yaml")]):
+        done = subprocess.run([python(), "-m", "pilot_jax", *arguments], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout, done.stderr

@@ -1,0 +1,89 @@
+"""The app folder that `pilot-jax deploy` writes, the roster of clients, and a node's settings. Needs no Flower."""
+
+import ast
+import tomllib
+
+import pytest
+import yaml
+
+from pilot_jax import errors
+from pilot_jax.config import load_config
+from pilot_jax.data.arrays import ClientData
+from pilot_jax.data.roster import Member, Roster, read_roster
+from pilot_jax.deploy import glue
+from tests.conftest import ROOT, small_config
+
+ROSTER = Roster({"b": Member("t1", 3), "a": Member("t0", 2, "ecdsa-sha2-nistp384 AAAA")})
+
+
+def test_the_folder_is_an_app_of_flower(tmp_path):
+    glue.write_app(tmp_path / "My app", small_config(), ROSTER)
+    folder = tmp_path / "My app"
+    assert {p.name for p in folder.iterdir()} == {"README.md", "app.py", "clients.yaml", "config.yaml",
+                                                  "pyproject.toml"}
+    project = tomllib.loads((folder / "pyproject.toml").read_text())
+    assert project["project"]["name"] == "my-app" and project["project"]["dependencies"] == [glue.FLOWER]
+    names = {t.id for node in ast.parse((folder / "app.py").read_text()).body if isinstance(node, ast.Assign)
+             for t in node.targets}
+    parts = project["tool"]["flwr"]["app"]["components"]
+    assert {part.partition(":")[2] for part in parts.values()} == names == {"server", "client"}
+    assert '"stage1,stage2"' in (folder / "app.py").read_text()
+    assert load_config(folder / "config.yaml") == small_config()
+    assert read_roster(folder / "clients.yaml") == ROSTER
+    assert "$" not in (folder / "README.md").read_text().replace("$ ", "")
+    with pytest.raises(FileExistsError):
+        glue.write_app(folder, small_config(), ROSTER)
+
+
+def test_the_extra_and_the_app_ask_for_the_same_flower():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["deploy"] == [glue.FLOWER]
+
+
+@pytest.mark.parametrize(("strategy", "federation"), [("centralised", {}), ("pilot", {"finetune_steps": 2})])
+def test_what_cannot_be_deployed_is_refused(tmp_path, strategy, federation):
+    with pytest.raises(errors.InputError, match=r"cannot be deployed .* Set federation.finetune_steps to null"):
+        glue.write_app(tmp_path / "app", small_config(strategy={"name": strategy}, federation=federation), ROSTER)
+    assert not (tmp_path / "app").exists()
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", "a: 3", "a: {task: t}", "a: {task: t, samples: 0}", "a: {task: 1, samples: 2}",
+    "a: {task: t, samples: 1, extra: 2}", "a: [", "3: {task: t, samples: 1}"])
+def test_a_wrong_roster_is_refused(tmp_path, text):
+    file = tmp_path / "clients.yaml"
+    file.write_text(text)
+    with pytest.raises(errors.InputError, match=r"clients.yaml: no.* Write for each client"):
+        read_roster(file)
+
+
+def test_others_have_room_but_no_data():
+    """On the server all sizes are known; on a node nobody is larger than the node itself, as arrays have that room."""
+    own = ClientData("a", "t0", {"input_ids": [[1], [2]]}, {})
+    assert [(c.name, c.size) for c in ROSTER.completed([])] == [("a", 2), ("b", 3)]
+    here = ROSTER.completed([own])
+    assert here[0] is own and here[1].size == 2 and here[1].train["input_ids"].size == 0
+
+
+@pytest.mark.parametrize(("node", "why"), [
+    ({"state": "s"}, "no client"), ({"client": "a"}, "no state"),
+    ({"client": "a", "state": "s", "train.lr_connector": 1}, "train.lr_connector is not for a node to set"),
+    ({"client": "z", "state": "s"}, "'z' is not in clients.yaml")])
+def test_wrong_settings_of_a_node_are_refused(tmp_path, monkeypatch, node, why):
+    monkeypatch.chdir(tmp_path)
+    glue.write_app(tmp_path / "app", small_config(), ROSTER)
+    with pytest.raises(errors.InputError, match=why), glue.node_of(tmp_path / "app", node, {"wire": "float32"}):
+        pass
+
+
+def test_a_node_with_other_data_than_agreed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = small_config()
+    names = yaml.safe_load(ROSTER.text())
+    assert list(names) == ["a", "b"]
+    first = Roster({"caption_0": Member("caption", 99)})
+    glue.write_app(tmp_path / "app", config, first)
+    node = {"client": "caption_0", "state": "s"}
+    with pytest.raises(errors.InputError, match=r"has 99 training samples of caption, but data.path has \d+ of"), \
+            glue.node_of(tmp_path / "app", node, {"wire": "float32"}):
+        pass
