@@ -54,10 +54,15 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Data type of the frozen weights and of the computation; adapters are always stored in "
         "float32. auto: float32 on CPU, bfloat16 on GPU and TPU.")
+    base: Literal["bf16", "int8", "nf4"] | None = Field(
+        None, description="Storage of the weights of the language model's linear layers; products with them are "
+        "computed in `dtype`. int8: 8 bits and a scale per output. nf4: 4-bit NormalFloat and a scale per 64 inputs, "
+        "as in QLoRA. They are quantised tensor by tensor while the checkpoint is loaded, and LoRA beside them stays "
+        "in full precision; both need the extra `quant`. bf16: bfloat16. null: `dtype`.")
     operands: Literal["float32", "bfloat16"] = Field(
         "float32", description="Data type to which factors are rounded in products with the language model's weights, "
         "on CPU with dtype float32. bfloat16 is faster on CPUs that multiply it (avx512_bf16), and changes losses in "
-        "the third digit: not for results that are compared with others.")
+        "the third digit: not for results that are compared with others. No effect with `base` int8 and nf4.")
     remat: bool = Field(False, description="Whether the backward pass computes the decoder layers' activations again "
                         "instead of storing them, which takes less memory and more time.")
     projector: str | None = Field(None, description="Name of a projector of your own, which `pilot_jax.projector` "

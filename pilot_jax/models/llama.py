@@ -21,6 +21,7 @@ from jaxtyping import PyTree
 
 from pilot_jax.kernels.attention import MASKED, attention, causal_attention
 from pilot_jax.kernels.pointwise import rms_norm, swiglu
+from pilot_jax.kernels.quantised import Weight, is_quantised, product
 from pilot_jax.models.lora import lora_linears
 from pilot_jax.models.spec import RopeSpec, TextSpec
 
@@ -110,15 +111,20 @@ class DecoderBlock(nn.Module):
     def _linears(self, x: jax.Array, names: tuple[str, ...], lora: Mapping[str, Mapping[str, jax.Array]]
                  ) -> list[jax.Array]:
         """Returns x·W (+ bias) (+ scale·x·Aᵀ·Bᵀ) of every linear in `names`; x [B·L, d_in]."""
-        shapes = self.config.linear_shapes
-        kernels = {n: self.param(n, nn.initializers.normal(0.02), shapes[n]).astype(x.dtype) for n in names}
+        kernels = {n: self._kernel(n, x.dtype) for n in names}
         adapted = tuple(n for n in names if n in lora)
-        outs = {n: x @ kernels[n] for n in names if n not in lora}
+        outs = {n: product(x, kernels[n]) for n in names if n not in lora}
         if adapted:
             outs |= zip(adapted, lora_linears(x, tuple(kernels[n] for n in adapted), lora, adapted, self.lora_scale,
                                               self.operands), strict=True)
         return [outs[n] + self.param(f"{n}_bias", nn.initializers.zeros, outs[n].shape[-1:]).astype(x.dtype)
                 if n in self.config.biases else outs[n] for n in names]
+
+    def _kernel(self, name: str, dtype: jnp.dtype) -> Weight:
+        """Returns a linear layer's weight: an array [d_in, d_out] in `dtype`, or a quantised weight."""
+        if self.has_variable("params", name) and is_quantised(self.get_variable("params", name)):
+            return dict(self.get_variable("params", name))
+        return self.param(name, nn.initializers.normal(0.02), self.config.linear_shapes[name]).astype(dtype)
 
     @nn.compact
     def __call__(self, x: jax.Array, cache: Cache | None, windowed: jax.Array, shared: LayerInputs,

@@ -26,8 +26,9 @@ AXES = ("clients", "fsdp", "tensor")
 BASE_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"decoder/embedding", ("tensor", "fsdp")),
     (r"decoder/head", ("fsdp", "tensor")),
-    (r"decoder/layers/(q|k|v|gate|up)", (None, "fsdp", "tensor")),  # over heads, over inner width
-    (r"decoder/layers/(o|down)", (None, "tensor", "fsdp")),
+    # Over heads, over inner width; a weight, or the two arrays of a quantised one.
+    (r"decoder/layers/(q|k|v|gate|up)(/qvalue|/packed|/scale)?", (None, "fsdp", "tensor")),
+    (r"decoder/layers/(o|down)(/qvalue|/packed|/scale)?", (None, "tensor", "fsdp")),
     (r"vision_tower/layers/(qkv|fc1)/kernel", (None, "fsdp", "tensor")),
     (r"vision_tower/layers/(out|fc2)/kernel", (None, "tensor", "fsdp")),
 )

@@ -21,7 +21,7 @@ from pilot_jax.federation.phases import phase_spec
 from pilot_jax.federation.roles import Tree, num_bytes
 from pilot_jax.kernels.backend import default_dtype
 from pilot_jax.models.checkpoints.processors import has_tokenizer, load_tokenizer
-from pilot_jax.models.checkpoints.tensor_names import base_shapes
+from pilot_jax.models.checkpoints.tensor_names import base_shapes, stored_shapes
 from pilot_jax.models.llama import empty_cache
 from pilot_jax.models.pretrained import plain_connector
 from pilot_jax.models.projectors import initial_projector
@@ -97,8 +97,7 @@ def phase_shapes(run: Outline, work: Workload) -> Shapes:
     dtype = jnp.dtype(default_dtype() if run.model.dtype == "auto" else run.model.dtype)
     lora = run.model.lora
     module = Vlm(run.spec, lora.alpha / lora.largest, dtype, run.model.remat, run.system.unroll)
-    base = {name: jax.tree.map(lambda leaf, n=name: jax.ShapeDtypeStruct(
-        leaf.shape, jnp.float32 if n == "projector" else dtype), tree) for name, tree in base_shapes(run.spec).items()}
+    base = stored_shapes(run.spec, dtype, run.model.base)
     if run.spec.projector is not None:
         base["projector"] = jax.eval_shape(lambda key: initial_projector(run.spec, key), jax.random.key(0))
     adapters = adapter_shapes(run, plain_connector(base), work.num_tasks)
@@ -151,7 +150,8 @@ def step_flops(shapes: Shapes, stage: str) -> int:
 def _activations(shapes: Shapes, stage: str) -> int:
     """Returns the bytes that one client's forward pass, of a microbatch if there is one, stores for the backward pass.
 
-    With rematerialisation, one layer's activations are added, since the backward pass recomputes them."""
+    Half a layer's activations are added for the gradients with respect to them, which the backward pass holds beside
+    them (as XLA allocates on CPU); with rematerialisation, another layer's, which the backward pass recomputes."""
     train = shapes.run.train
     batch = data_shapes(shapes.run.spec, shapes.module.dtype, shapes.work, train.microbatch or train.batch_size)
 
@@ -159,10 +159,8 @@ def _activations(shapes: Shapes, stage: str) -> int:
         loss, trained, frozen = stage_loss_of(dataclasses.replace(shapes, module=module), stage)
         return saved_bytes(loss, trained, frozen, shapes.base, batch)
 
-    if not shapes.run.model.remat:
-        return stored(shapes.module)
-    whole = stored(shapes.module.clone(remat=False))
-    return stored(shapes.module) + whole // shapes.run.spec.text.num_layers
+    layer = (whole := stored(shapes.module.clone(remat=False))) // shapes.run.spec.text.num_layers
+    return stored(shapes.module) + 3 * layer // 2 if shapes.run.model.remat else whole + layer // 2
 
 
 def _width(shapes: Shapes) -> int:
@@ -232,6 +230,12 @@ def _bytes_a_phase(run: Outline, work: Workload, shapes: Shapes, stage: str, dir
                           for rank in work.ranks or (largest,)]))
 
 
+def _base_parameters(shapes: Shapes) -> int:
+    """Returns the number of the base's parameters, however they are stored."""
+    counted = base_shapes(shapes.run.spec) | {n: t for n, t in shapes.base.items() if n == "projector"}
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(counted))
+
+
 def make_plan(config: Config, **assumptions: int) -> dict[str, Any]:
     """Returns the plan that `pilot-jax plan --json` prints; `assumptions` are arguments of `read_workload`.
 
@@ -256,7 +260,7 @@ def make_plan(config: Config, **assumptions: int) -> dict[str, Any]:
     return {
         "clients": len(steps), "tasks": work.num_tasks, "rounds": settings.rounds, "assumed": work.assumed,
         "image_tokens": run.spec.num_image_tokens, "longest_sequence": work.length,
-        "parameters": {"base": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes.base)),
+        "parameters": {"base": _base_parameters(shapes),
                        **{n: num_bytes(t) // 4 for n, t in shapes.adapters.items()}},
         "devices": run.system.mesh.devices, "memory_per_device": memory(shapes),
         "flops_per_client_step": flops, "flops_features": _feature_flops(shapes) * sum(work.sizes),
