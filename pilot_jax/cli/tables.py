@@ -97,6 +97,8 @@ def scaled(value: float) -> str:
 
 
 def print_plan(plan: dict) -> None:
+    if "choices" in plan:
+        typer.echo(plan["choices"])
     devices = f"{plan['devices']} device{'s' * (plan['devices'] > 1)}"
     rounds = f"{plan['rounds']} round{'s' * (plan['rounds'] > 1)}"
     image = f", {plan['image_tokens']} of them for the image" if plan["image_tokens"] else ""
@@ -125,6 +127,9 @@ def print_plan(plan: dict) -> None:
         by_round.add_row(label, *(f"{plan[key][r] / divisor:,.0f}" for r in columns))
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(table, by_round)
+    moved = max(sum(kinds.values()) for kinds in plan["bytes_between_devices_per_step"].values())
+    if moved:
+        typer.echo(f"Between devices: each receives {scaled(moved)}B in a step, for weights and gradients")
     server = plan["server"]
     typer.echo(f"The server: {scaled(server['flops'])}FLOP for each aggregation, {scaled(server['bytes'])}B")
     typer.echo("Parameters: " + ", ".join(f"{n} {v:,}" for n, v in plan["parameters"].items()))

@@ -1,4 +1,4 @@
-"""Products with weights that are stored in 8 or 4 bits, by qwix (the extra `quant`).
+"""Products with weights that are stored in 8 or 4 bits, by qwix (the extra `quant`), or divided among devices.
 
 A quantised weight W [d_in, d_out] is {"scale": float32 [blocks, d_out], and "qvalue": int8 [d_in, d_out], or "packed":
 uint8 [d_in/2, d_out], in whose row i the lower four bits are row 2i and the upper four row 2i + 1}. `BLOCK` rows of a
@@ -15,13 +15,17 @@ of the block. They are packed here, because XLA widens JAX's uint4 to a byte whe
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from types import ModuleType
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from pilot_jax.errors import InputError
@@ -29,9 +33,21 @@ from pilot_jax.errors import InputError
 Scheme = Literal["int8", "nf4"]
 SCHEMES: tuple[Scheme, ...] = ("int8", "nf4")
 BLOCK = 64  # rows that share a scale in nf4, as in the paper; the largest common divisor with d_in
-# One layer's weight, or those of all layers [layers, …]: an array, or a quantised weight's two arrays.
-Weight = Array | Mapping[str, Array]
-Kernel = Float[Array, "d_in _d_out"] | Mapping[str, Array]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["whole"])
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A weight [d_in, d_out] that is formed when a product needs it, and again in the backward pass.
+
+    It is neither differentiated nor stored for the backward pass, which would hold the formed weights of all layers."""
+
+    arrays: dict[str, Any]  # of a quantised weight; or {"array": the weight}
+    whole: tuple[tuple[str, NamedSharding], ...] = ()  # where a product needs each array: gathered over `fsdp`
+
+
+# One layer's weight: an array, or what it is formed from.
+Kernel = Float[Array, "d_in _d_out"] | Stored
 
 
 def qwix() -> ModuleType:
@@ -93,22 +109,30 @@ def dequantised(weight: Mapping[str, Array]) -> Float32[Array, "d_in d_out"]:
     return jax.vmap(jax.vmap(of_row, in_axes=(0, None)))(rows, scale).reshape(d_in, d_out)
 
 
+def formed(weight: Stored, dtype: DTypeLike) -> Float[Array, "d_in d_out"]:
+    """Returns the weight in `dtype`, gathered and dequantised."""
+    whole = dict(weight.whole)
+    arrays = {name: jax.lax.with_sharding_constraint(array, whole[name]) if name in whole else array
+              for name, array in weight.arrays.items()}
+    return (arrays["array"] if "array" in arrays else dequantised(arrays)).astype(dtype)
+
+
 def product(x: Float[Array, "tokens d_in"], weight: Kernel) -> Float[Array, "tokens _d_out"]:
-    """Returns x·W in x's dtype, for a weight of either kind. A quantised weight has no gradient."""
-    return _product(x, dict(weight)) if isinstance(weight, Mapping) else x @ weight
+    """Returns x·W in x's dtype, for a weight of either kind."""
+    return _product(x, weight) if isinstance(weight, Stored) else x @ weight
 
 
 @jax.custom_vjp
-def _product(x: jax.Array, weight: dict[str, jax.Array]) -> jax.Array:
-    return x @ dequantised(weight).astype(x.dtype)
+def _product(x: jax.Array, weight: Stored) -> jax.Array:
+    return x @ formed(weight, x.dtype)
 
 
-def _forward(x: jax.Array, weight: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-    return _product(x, weight), weight  # autodiff would store the dequantised weights of all layers
+def _forward(x: jax.Array, weight: Stored) -> tuple[jax.Array, Stored]:
+    return _product(x, weight), weight
 
 
-def _backward(weight: dict[str, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
-    return g @ dequantised(weight).astype(g.dtype).T, None
+def _backward(weight: Stored, g: jax.Array) -> tuple[jax.Array, None]:
+    return g @ formed(weight, g.dtype).T, None
 
 
 _product.defvjp(_forward, _backward)

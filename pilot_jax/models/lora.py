@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree, UInt32
 
 from pilot_jax.kernels.low_rank import linears_with_low_rank
-from pilot_jax.kernels.quantised import Kernel, is_quantised, product
+from pilot_jax.kernels.quantised import Kernel, Stored, product
 from pilot_jax.models.experts import is_mixture, mixed, with_experts
 from pilot_jax.models.spec import TARGETS, TextSpec
 from pilot_jax.programs import KeptJit
@@ -138,7 +138,7 @@ def lora_linears(x: Float[Array, "tokens d_in"], kernels: tuple[Kernel, ...],
     """Returns x·W + scale·x·Aᵀ·Bᵀ of every target in `names`; all of them read the same x.
 
     Args:
-        kernels: W of each target, in the order of `names`; arrays, or quantised weights.
+        kernels: W of each target, in the order of `names`.
         adapters: one layer of a LoRA, {target: {"a": [R, d_in], "b": [d_out, R]}}. With "residual_a" [C, d_in] and
             "residual_b" [d_out, C] beside them, W is W + scale·(residual_b·residual_a)ᵀ. With the leaves of
             `with_dropout`, LoRA reads x after dropout. Or one layer of several LoRA that a router mixes, with the
@@ -150,7 +150,7 @@ def lora_linears(x: Float[Array, "tokens d_in"], kernels: tuple[Kernel, ...],
     if is_mixture({n: adapters[n] for n in names}):
         return tuple(product(x, w) + mixed(x, adapters[n], scale) for n, w in zip(names, kernels, strict=True))
     if "residual_a" in adapters[names[0]]:
-        if any(map(is_quantised, kernels)):
+        if any(isinstance(w, Stored) for w in kernels):
             return _with_residual(x, kernels, adapters, names, scale, operands)
         kernels = tuple(w + (scale * adapters[n]["residual_a"].T @ adapters[n]["residual_b"].T).astype(w.dtype)
                         for n, w in zip(names, cast(tuple[Array, ...], kernels), strict=True))
@@ -164,7 +164,7 @@ def lora_linears(x: Float[Array, "tokens d_in"], kernels: tuple[Kernel, ...],
 
 def _with_residual(x: Array, kernels: tuple[Kernel, ...], adapters: Mapping[str, Mapping[str, Array]],
                    names: tuple[str, ...], scale: float, operands: str) -> tuple[Array, ...]:
-    """Returns `lora_linears` with a change of quantised weights, which is a product of its own: it forms no sum."""
+    """Returns `lora_linears` with a change of `Stored` weights, which is a product of its own: it forms no sum."""
     kept = {n: {k: leaf for k, leaf in adapters[n].items() if not k.startswith("residual_")} for n in names}
     changes = [x @ adapters[n]["residual_a"].T.astype(x.dtype) @ (scale * adapters[n]["residual_b"].T).astype(x.dtype)
                for n in names]

@@ -44,6 +44,12 @@ def base_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: MeshConfig) -
     return PartitionSpec()
 
 
+def gathered(linear: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Returns the sharding in which a product needs an array of one decoder layer's `linear`: whole over `fsdp`."""
+    spec = base_spec(("decoder", "layers", linear), (1, *shape), MeshConfig(**dict(mesh.shape)))
+    return NamedSharding(mesh, PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec[1:])))
+
+
 def shard_elements(shape: tuple[int, ...], spec: PartitionSpec, mesh: MeshConfig) -> int:
     """Returns how many elements of an array one device holds; of unequal parts, the largest."""
     sizes, total = mesh.model_dump(), 1

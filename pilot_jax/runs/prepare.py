@@ -212,9 +212,9 @@ def prepare(config: Config, strategy: Strategy | None = None, samples: list[Samp
     evaluation = Evaluation(
         fed, fed.clients, tuple(range(len(clients))),
         make_decoder(tokenizer, config.data.template, config.eval, system.seed), config.eval.metrics,
-        chunk_width(system.client_chunk, len(clients), mesh_of(model.base)), config.data,
+        chunk_width(system.chunk, len(clients), mesh_of(model.base)), config.data,
         config.model.path in PACKAGED and config.model.parts is None, config.eval.scoring)
-    executor = Executor(system.client_chunk, system.steps_at_once)
+    executor = Executor(system.chunk, system.steps_at_once)
     return with_strategy(Setup(config, fed, evaluation, executor, config.model, config.eval, system), strategy)
 
 
@@ -314,6 +314,11 @@ def outline(config: Config) -> Outline:
     spec = with_projector(spec.with_lora_on(config.model.lora.targets), config.model.projector)
     return Outline(spec, text_directory, strategy, config.model, config.data,
                    config.federation, config.train, config.eval, config.system)
+
+
+def leaves_choices(config: Config) -> bool:
+    """Whether a key of the config is auto that `planning.choices.chosen` sets."""
+    return "auto" in (config.model.remat, config.system.client_chunk, config.system.attention)
 
 
 def count_tasks(config: Config) -> int:

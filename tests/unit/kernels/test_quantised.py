@@ -62,7 +62,7 @@ def test_products_and_gradients(scheme):
     """x·W and its gradient agree with float64, for one client and for two that share the weight."""
     stored = kernels.quantised(jnp.asarray(numbers(128, 24), jnp.float32), scheme)
     exact, x, g = numpy_dequantised(stored), numbers(2, 5, 128, seed=1), numbers(2, 5, 24, seed=2)
-    f = jax.jit(lambda x: jax.vjp(jax.vmap(lambda one: kernels.product(one, stored)), x))
+    f = jax.jit(lambda x: jax.vjp(jax.vmap(lambda one: kernels.product(one, kernels.Stored(stored))), x))
     out, back = f(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(out, x @ exact, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(back(jnp.asarray(g, jnp.float32))[0], g @ exact.T, rtol=1e-5, atol=2e-5)
@@ -74,7 +74,7 @@ def test_the_backward_pass_stores_no_dequantised_weight():
     stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), layer)
 
     def through(x, stack):
-        return jax.lax.scan(lambda x, w: (jnp.tanh(kernels.product(x, w)), None), x, stack)[0].sum()
+        return jax.lax.scan(lambda x, w: (jnp.tanh(kernels.product(x, kernels.Stored(w))), None), x, stack)[0].sum()
 
     x = jnp.ones((2, 64))
     saved = jax.make_jaxpr(lambda x, stack: jax.vjp(lambda x: through(x, stack), x)[1])(x, stack).jaxpr.outvars
@@ -85,9 +85,10 @@ def test_the_backward_pass_stores_no_dequantised_weight():
 def test_lora_beside_a_quantised_weight(scheme):
     """x·W + x·AᵀB and a change of W agree with float64, and so do the gradients of A and B."""
     stored = tuple(kernels.quantised(jnp.asarray(numbers(64, 16, seed=s), jnp.float32), scheme) for s in (1, 2))
+    held = tuple(map(kernels.Stored, stored))
     x, a, g = numbers(7, 64), numbers(6, 64, seed=3), numbers(7, 16, seed=4)
     bs = [numbers(3, 16, seed=s) for s in (5, 6)]
-    out, back = jax.vjp(lambda a, bs: linears_with_low_rank(jnp.asarray(x, jnp.float32), stored, a, bs),
+    out, back = jax.vjp(lambda a, bs: linears_with_low_rank(jnp.asarray(x, jnp.float32), held, a, bs),
                         jnp.asarray(a, jnp.float32), tuple(jnp.asarray(b, jnp.float32) for b in bs))
     da, dbs = back((jnp.asarray(g, jnp.float32), jnp.zeros((7, 16))))
     for i in (0, 1):
@@ -98,7 +99,7 @@ def test_lora_beside_a_quantised_weight(scheme):
     assert not np.any(da[3:]) and not np.any(dbs[1])
     change = numbers(2, 64, seed=7), numbers(16, 2, seed=8)
     pair = {"a": a[:3], "b": bs[0].T, "residual_a": change[0], "residual_b": change[1]}
-    single, = lora_linears(jnp.asarray(x, jnp.float32), stored[:1],
+    single, = lora_linears(jnp.asarray(x, jnp.float32), held[:1],
                            {"q": {n: jnp.asarray(v, jnp.float32) for n, v in pair.items()}}, ("q",), 0.5)
     whole = numpy_dequantised(stored[0]) + 0.5 * (a[:3].T @ bs[0] + (change[1] @ change[0]).T)
     np.testing.assert_allclose(single, x @ whole, rtol=1e-4, atol=1e-4)
