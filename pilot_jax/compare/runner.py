@@ -22,10 +22,17 @@ from pilot_jax.compare.statistics import edge_warnings, summarise
 from pilot_jax.compare.variants import Variant
 from pilot_jax.config import Config, apply_overrides
 from pilot_jax.data.arrays import ClientData, Prompts, aligned
+from pilot_jax.data.guesses import GUESSES
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.finetune import Finetuned, after_finetuning, finetune
-from pilot_jax.evaluation.personalised import base_prompts, evaluate_together, forgetting, mean_score
-from pilot_jax.evaluation.scores import Scores, final_scores, score_record
+from pilot_jax.evaluation.personalised import (
+    base_prompts,
+    evaluate_together,
+    forgetting,
+    mean_score,
+    score_by_task,
+)
+from pilot_jax.evaluation.scores import Scores, final_scores, guessed_scores, score_record
 from pilot_jax.federation.observer import RunObserver
 from pilot_jax.federation.rounds import run_round
 from pilot_jax.federation.state import State
@@ -33,7 +40,16 @@ from pilot_jax.files import atomic_write, path_part
 from pilot_jax.models.pretrained import PretrainedModel
 from pilot_jax.planning.server import server_costs
 from pilot_jax.runs.events import CompileClock, MetricsFile
-from pilot_jax.runs.prepare import Setup, initial_state, prepare, rate_changes, seeded, with_overrides, with_strategy
+from pilot_jax.runs.prepare import (
+    Setup,
+    initial_state,
+    load_samples,
+    prepare,
+    rate_changes,
+    seeded,
+    with_overrides,
+    with_strategy,
+)
 
 Record = dict[str, Any]  # a JSON object
 TUNING_SEED = 1000  # added to the config's seeds for tuning, so that no compared seed is tuned on
@@ -186,6 +202,18 @@ def _score_base(field: Field, split: str) -> Record:
             "base_captions": mean_score([x for v in captions for x in v])}
 
 
+def _score_guesses(field: Field, split: str) -> Record:
+    """Returns the mean scores over seeds of each kind of guess in `data.guesses.guesses`."""
+    scores = [(s.evaluation, guessed_scores(load_samples(s.config), s.eval.metrics, split)) for s in field.setups]
+
+    def means(way: str) -> Record:
+        by_task = [score_by_task(evaluation, found[way]) for evaluation, found in scores]
+        return {"score": mean_score([x for _, found in scores for x in found[way].values()]),
+                "by_task": {t: mean_score([x for one in by_task if (x := one[t]) is not None]) for t in by_task[0]}}
+
+    return {way: means(way) for way in GUESSES}
+
+
 def _finished(path: Path, fingerprint: str) -> Record | None:
     """Returns the result that an earlier call with the same inputs wrote, or None."""
     if not path.is_file():
@@ -277,6 +305,11 @@ class Comparison:
         given = ["base", self.options.split, self.options.seeds, self.options.base_samples]
         return self._once("base", given, lambda: _score_base(self._field("compare"), self.options.split))[0]
 
+    def guesses(self) -> Record:
+        """Returns the scores of answers that look at no picture and ask no model."""
+        given = ["guesses", self.options.split, self.options.seeds]
+        return self._once("guesses", given, lambda: _score_guesses(self._field("compare"), self.options.split))[0]
+
     def rows(self, variants: Sequence[Variant], rates: dict[str, Record]) -> dict[str, Record]:
         """Returns the results of every variant, by name, and reports each score as soon as it is known."""
         rows: dict[str, Record] = {}
@@ -302,7 +335,7 @@ def compare(config: Config, variants: Sequence[Variant], options: Options, out: 
     apart = differences(rows, options.against, options.margin)
     results = {
         "config": config.model_dump(mode="json"), "split": options.split, "seeds": options.seeds,
-        "factors": list(options.factors), "base": comparison.base(),
+        "factors": list(options.factors), "base": comparison.base(), "guesses": comparison.guesses(),
         "device": jax.devices()[0].device_kind, "devices": jax.device_count(), "rates": rates,
         "margin": options.margin, "warnings": edge_warnings(rates, options.factors),
         "variants": [summarise(name, row) | {"rate_factor": row["rate_factor"], "differences": apart[name]}

@@ -16,6 +16,9 @@ from pilot_jax.report.rendering import decimal
 
 Record = dict[str, Any]  # a JSON object: `results.json`, or a variant's entry in it
 
+# Names of the answers that look at no picture, by their key in `results["guesses"]`.
+GUESSES = {"majority": "most common answer", "question": "answer by question"}
+
 
 def by_score(results: Record) -> list[Record]:
     """Returns the variants from worst to best."""
@@ -67,8 +70,10 @@ def explanations(results: Record) -> list[str]:
         "finetuned": "fine-tuned: score of each client's model after further steps on the client's own data.",
         "token_accuracy": "token accuracy: mean share of the tokens of a reference answer that are the most probable "
                           "ones (`eval.scoring: teacher_forced`)."}
+    guesses = ["most common answer: the score of each client's most common training answer. Answer by question: of the "
+               "most common one to the same question in the training data of the task. No picture is looked at."]
     return [
-        *(about[key] for key in _columns(results)),
+        *(about[key] for key in _columns(results)), *(guesses if results.get("guesses") else []),
         *difference_explanations(results),
         "effective neighbours: mean over clients in the last phase; the client itself counts as one.",
         "pretraining captions: score on captions like those that the embedded base model was pretrained on.",
@@ -80,7 +85,7 @@ def explanations(results: Record) -> list[str]:
 
 
 def score_rows(results: Record) -> list[list[str]]:
-    """Returns the header row, the variants from best to worst, and the base model."""
+    """Returns the header row, the variants from best to worst, answers without a picture, and the base model."""
     tasks, columns, against, local = tasks_of(results), _columns(results), references_of(results), _local(results)
     rows = [["", *columns.values(), *tasks, *(f"{title(name)} [95 %]" for name in against), "effective neighbours",
              "pretraining captions", "rates ×", "MB up", "MB down", f"{'gain' if local else 'score'} per MB",
@@ -97,6 +102,10 @@ def score_rows(results: Record) -> list[list[str]]:
                      decimal(line["effective_neighbors"], 1), decimal(line["base_captions"], 2),
                      f"{line['rate_factor']:g}", decimal(up, 1), decimal(down, 1), _per_megabyte(line, local),
                      decimal(work, 1), decimal(held, 1), f"{line['wall_seconds']:.0f}"])
+    for way, name in GUESSES.items() if results.get("guesses") else ():
+        found = results["guesses"][way]
+        rows.append([name, *(decimal(found["score"]) if key == "own" else "" for key in columns),
+                     *(decimal(found["by_task"].get(t)) for t in tasks), *[""] * (len(against) + 9)])
     rows.append(["base model", *(decimal(results["base"]["score"]) if key == "own" else "" for key in columns),
                  *[""] * (len(tasks) + len(against) + 1), decimal(results["base"]["base_captions"], 2), *[""] * 7])
     return rows

@@ -28,7 +28,7 @@ from pilot_jax.config.schema import (
     SystemConfig,
 )
 from pilot_jax.config.sections import DataConfig, DigitsConfig, EmojiConfig, HoldOutConfig, LimitsConfig, Section
-from pilot_jax.config.training import ClientTrainConfig, TrainConfig, scaled_rates
+from pilot_jax.config.training import ClientTrainConfig, TrainConfig, scaled_rates, with_scaled_rates
 
 __all__ = [
     "BOTH_OR_NEITHER",
@@ -68,4 +68,5 @@ __all__ = [
     "read_yaml",
     "scaled_rates",
     "use_modules",
+    "with_scaled_rates",
 ]

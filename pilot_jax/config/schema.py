@@ -89,6 +89,9 @@ class FederationConfig(Section):
         None, ge=1, le=10**7, description="Number of further steps that every client takes on its own data after the "
         "last round, from the adapters that it has then. The fine-tuned models are scored beside the others and then "
         "dropped, except under the strategy fedavg_ft. null: no fine-tuning; under fedavg_ft, the steps of a phase.")
+    finetune_rate: float = Field(
+        1.0, gt=0, le=1_000, description="Factor on all learning rates in fine-tuning. An average of many clients may "
+        "want higher rates in its rounds than a single client does afterwards.")
     schedule: Literal["first_time", "every_round", "single"] = Field(
         "first_time", description="Rounds in which a client trains stage 1 before stage 2. first_time: its first "
         "round. every_round: all. Strategies without stages train a second phase in round 1, or in every round. "

@@ -85,12 +85,22 @@ class TrainConfig(Section):
         return self
 
 
+RATES = ("lr_connector", "lr_lora_stage1", "lr_lora_stage2")
+
+
+def _scaled(section: TrainConfig | ClientTrainConfig, factor: float) -> dict[str, float]:
+    return {name: value * factor for name in RATES if (value := getattr(section, name)) is not None}
+
+
+def with_scaled_rates(train: TrainConfig, factor: float) -> TrainConfig:
+    """Returns the section with all learning rates, those of single clients too, multiplied by `factor`."""
+    clients = {name: own.model_copy(update=_scaled(own, factor)) for name, own in train.clients.items()}
+    return train.model_copy(update=_scaled(train, factor) | {"clients": clients})
+
+
 def scaled_rates(train: TrainConfig, factor: float) -> list[str]:
     """Returns overrides "train.key=value" that multiply all learning rates of the section by `factor`."""
-    def scaled(section: TrainConfig | ClientTrainConfig) -> dict[str, float]:
-        return {name: value * factor for name in ("lr_connector", "lr_lora_stage1", "lr_lora_stage2")
-                if (value := getattr(section, name)) is not None}
-
-    own = {name: section.model_dump(exclude_none=True) | scaled(section) for name, section in train.clients.items()}
-    return [*(f"train.{name}={value!r}" for name, value in scaled(train).items()),
+    own = {name: section.model_dump(exclude_none=True) | _scaled(section, factor)
+           for name, section in train.clients.items()}
+    return [*(f"train.{name}={value!r}" for name, value in _scaled(train, factor).items()),
             *([f"train.clients={json.dumps(own)}"] if own else [])]

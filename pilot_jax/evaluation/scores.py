@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from pilot_jax.data.guesses import GUESSES, guesses
+from pilot_jax.data.llava.sample import Sample
 from pilot_jax.evaluation.finetune import Finetuned, common_models
+from pilot_jax.evaluation.metrics import scored
 from pilot_jax.evaluation.personalised import Evaluation, mean_score, results_together, score_by_task
 from pilot_jax.evaluation.results import Result
 from pilot_jax.federation.state import Population, State
@@ -105,3 +108,15 @@ def score_by_kind(evaluation: Evaluation, by_client: Mapping[str, Mapping[str, f
         if kinds := sorted({kind for scores in own for kind in scores}):
             out[task] = {kind: float(np.mean([scores[kind] for scores in own if kind in scores])) for kind in kinds}
     return out or None
+
+
+def guessed_scores(samples: Sequence[Sample], metrics: Mapping[str, str], split: str) -> dict[str, dict[str, float]]:
+    """Returns the scores of each kind of guess in `data.guesses.guesses`, by client.
+
+    Args:
+        metrics: the metric of a task; exact match for a task without one.
+    """
+    found = guesses(samples, split)
+    return {way: {client: scored(metrics.get(own[0][0].task, "exact"), [guess[way] for _, guess in own],
+                                 [sample.references for sample, _ in own]) for client, own in sorted(found.items())}
+            for way in GUESSES}

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from pilot_jax.data.arrays import ClientData, halved_order, visiting_order
+from pilot_jax.data.arrays import halved_order, visiting_order
 from pilot_jax.data.features import compute_features
 from pilot_jax.errors import Interrupted
+from pilot_jax.federation.chunks import Job, Piece, chunk_width, chunks
 from pilot_jax.federation.client import Adapters, Carry, ClientBatch, advance, finish, local_update, start
 from pilot_jax.federation.observer import RunObserver
 from pilot_jax.federation.phases import peak_rates
@@ -42,37 +43,6 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job:
-    """One client to train."""
-
-    work: int  # index of the `Work` that it belongs to
-    fed: Federation
-    client: int
-    steps: int
-
-    @property
-    def data(self) -> ClientData:
-        return self.fed.clients[self.client]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Piece:
-    """Steps `start` to `stop` of a chunk's clients: all their steps, or as many as go to the devices at once."""
-
-    members: list[_Job]
-    start: int
-    stop: int
-
-    @property
-    def is_first(self) -> bool:
-        return self.start == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.stop >= max(job.steps for job in self.members)
-
-
-@dataclasses.dataclass(frozen=True)
 class _Loaded:
     """A piece's inputs. `before`, `adapters`: the clients' adapters one by one and stacked, in a first piece."""
 
@@ -80,33 +50,6 @@ class _Loaded:
     adapters: Adapters | None
     batch: ClientBatch
     seconds: float
-
-
-def chunk_width(client_chunk: int, clients: int, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None) -> int:
-    """Returns how many clients train side by side: `client_chunk` on each row of the mesh, but not more than exist."""
-    rows = 1 if mesh is None else mesh.shape["clients"]
-    return rows * min(client_chunk, -(-clients // rows))
-
-
-def _shape(job: _Job) -> tuple[int, int]:
-    """Returns (L, A) of the client's arrays."""
-    return job.data.train["input_ids"].shape[1], job.data.train["target_ids"].shape[1]
-
-
-def chunks(jobs: Sequence[_Job], width: int) -> list[list[_Job]]:
-    """Returns `jobs` in groups of at most `width` clients with arrays of one shape: one program trains a group.
-
-    A group takes as many steps as its longest client, so clients of a shape are taken in the order of their steps, and
-    the longest groups come first, which leaves the shortest ones for the end.
-    """
-    by_shape: dict[tuple[int, int], list[_Job]] = {}
-    for job in jobs:
-        by_shape.setdefault(_shape(job), []).append(job)
-    out = []
-    for _, group in sorted(by_shape.items()):
-        group.sort(key=lambda job: -job.steps)
-        out += [group[i:i + width] for i in range(0, len(group), width)]
-    return out
 
 
 class _Phase:
@@ -131,19 +74,19 @@ class _Phase:
         self.seconds = [done.timings.seconds for done in partial]
 
     @property
-    def jobs(self) -> list[_Job]:
+    def jobs(self) -> list[Job]:
         """The clients that are not trained yet."""
-        return [_Job(number, work.fed, client, work.fed.steps(client, work.round))
+        return [Job(number, work.fed, client, work.fed.steps(client, work.round))
                 for number, work in enumerate(self.works) for client in sorted(work.adapters)
                 if client not in self.adapters[number]]
 
-    def pieces(self) -> list[_Piece]:
+    def pieces(self) -> list[Piece]:
         """Returns the pieces in the order of their training."""
         size = self.steps_at_once
-        return [_Piece(members, first, first + size) for members in chunks(self.jobs, self.width)
+        return [Piece(members, first, first + size) for members in chunks(self.jobs, self.width)
                 for first in range(0, max(job.steps for job in members), size)]
 
-    def load(self, piece: _Piece) -> _Loaded:
+    def load(self, piece: Piece) -> _Loaded:
         """Returns the inputs of a piece; may read files."""
         began, before, adapters = time.perf_counter(), list[dict[str, Tree]](), None
         if piece.is_first:
@@ -155,12 +98,12 @@ class _Phase:
         """Starts to compile the programs of this phase in a thread, from shapes alone."""
         if self.steps_at_once < self.steps:
             return
-        for piece in {_shape(piece.members[0]): piece for piece in self.pieces()}.values():
+        for piece in {piece.largest.shape: piece for piece in self.pieces()}.values():
             before = [self.works[job.work].adapters[job.client] for job in piece.members]
             shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._stacked(before))
             local_update.compile_ahead(self.spec, self.base, shape, self._batch_shapes(piece), mesh=self.mesh)
 
-    def _batch_shapes(self, piece: _Piece) -> ClientBatch:
+    def _batch_shapes(self, piece: Piece) -> ClientBatch:
         """Returns the shapes of what `_batch` returns for a whole phase; no features are read."""
         train, width = piece.members[0].fed.train, self.width
 
@@ -168,7 +111,7 @@ class _Phase:
             return jax.ShapeDtypeStruct((width, *sizes), dtype)
 
         data = {name: shape(self.samples, *v.shape[1:], dtype=v.dtype)
-                for name, v in piece.members[0].data.train.items()}
+                for name, v in piece.largest.data.train.items()}
         if self.spec.lora_dropout:
             data[DROPOUT] = shape(self.samples, 2, dtype=np.uint32)
         order = self.steps, train.batch_size
@@ -183,23 +126,25 @@ class _Phase:
         return Adapters(stack([{n: t for n, t in one.items() if n not in common} for one in padded]),
                         {n: padded[0][n] for n in common})
 
-    def _batch(self, piece: _Piece) -> ClientBatch:
+    def _batch(self, piece: Piece) -> ClientBatch:
         """Returns the arrays of one piece, padded to the width with clients that take no step. Only the data of clients
         on this process's devices are read; the data of the others are zeros."""
         whole = piece.is_first and piece.stop >= self.steps
         jobs, padding = piece.members, self.width - len(piece.members)
         train = jobs[0].fed.train
         rows = self.samples if whole else (piece.stop - piece.start) * train.batch_size
-        data = {k: np.zeros((self.width, rows, *v.shape[1:]), v.dtype) for k, v in self._arrays(jobs[0]).items()}
+        data = {k: np.zeros((self.width, rows, *v.shape[1:]), v.dtype)
+                for k, v in self._arrays(piece.largest).items()}
         data["attention_mask"][len(jobs):, :, 0] = 1  # so that padding clients give finite numbers
         orders, reals = [], []
         for number, job in enumerate(jobs):
             order, real = self._visits(job, piece)
             for name, array in self._arrays(job).items() if self.on_this_process[number] else ():
+                columns: tuple[Any, ...] = tuple(map(slice, array.shape[1:]))  # of a shorter shape: the rest are zeros
                 if whole:
-                    data[name][number, :job.data.size] = array
+                    data[name][number, :job.data.size, *columns] = array
                 else:  # the samples of these steps, one after another
-                    data[name][number] = array[order.ravel()]
+                    data[name][number, :, *columns] = array[order.ravel()]
             orders.append(order if whole else np.arange(order.size).reshape(order.shape))
             reals.append(real)
         rates = [peak_rates(job.fed.train_of(job.client), self.spec.stage) for job in jobs]
@@ -209,7 +154,7 @@ class _Phase:
             np.asarray([job.fed.task_index(job.client) for job in jobs + jobs[:1] * padding], np.int32),
             jax.tree.map(np.float32, stack(rates + rates[:1] * padding)))
 
-    def _arrays(self, job: _Job) -> dict[str, Any]:
+    def _arrays(self, job: Job) -> dict[str, Any]:
         """Returns a client's training arrays, leaves [n, …], with the keys of dropout if there is any."""
         if not self.spec.lora_dropout:
             return dict(job.data.train)
@@ -217,7 +162,7 @@ class _Phase:
         rng = client_generator(job.fed.seed, job.data.name, work.round, f"{work.label} dropout")
         return {**job.data.train, DROPOUT: rng.integers(2**32, size=(job.data.size, 2), dtype=np.uint32)}
 
-    def _visits(self, job: _Job, piece: _Piece) -> tuple[np.ndarray, np.ndarray]:
+    def _visits(self, job: Job, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
         """Returns the samples that a client visits in a piece: rows and whether they are real, [steps, B]."""
         work = self.works[job.work]
         rng = client_generator(job.fed.seed, job.data.name, work.round, work.label)
@@ -230,7 +175,7 @@ class _Phase:
             -1, job.fed.train.batch_size) for x in visits)
         return order, real
 
-    def run(self, piece: _Piece, loaded: _Loaded, carry: Carry | None) -> tuple[Carry | None, tuple[Any, Any] | None]:
+    def run(self, piece: Piece, loaded: _Loaded, carry: Carry | None) -> tuple[Carry | None, tuple[Any, Any] | None]:
         """Trains a piece. Returns (None, (adapters, metrics)) for a chunk's last piece, else (carry, None)."""
         if piece.is_first and piece.is_last:
             assert loaded.adapters is not None
@@ -242,7 +187,7 @@ class _Phase:
         carry = advance(self.spec, self.base, carry, loaded.batch, np.int32(piece.start), mesh=self.mesh)
         return (None, to_host(finish(self.spec, carry, mesh=self.mesh))) if piece.is_last else (carry, None)
 
-    def collect(self, members: list[_Job], before: list[dict[str, Tree]], after: Tree, metrics: Mapping[str, Any],
+    def collect(self, members: list[Job], before: list[dict[str, Tree]], after: Tree, metrics: Mapping[str, Any],
                 seconds: float) -> None:
         """Splits the results of a chunk, leaves [k, …], by client, and records them."""
         for k, job in enumerate(members):
@@ -255,7 +200,7 @@ class _Phase:
                 "step": job.steps} | {name: float(value[k]) for name, value in metrics.items()} | upload
             self.seconds[job.work] += seconds / len(members)
 
-    def progress(self, members: list[_Job], steps: int) -> dict[str, Any]:
+    def progress(self, members: list[Job], steps: int) -> dict[str, Any]:
         """Returns the record for observers after a chunk; `steps`: client steps of the phase so far."""
         losses = [self.records[job.work][job.client]["last_loss"] for job in members]
         return {"round": self.works[0].round, "phase": self.works[0].label, "steps": steps,
@@ -322,7 +267,7 @@ class _Clock:
         self.prepared = self.waited = self.features = 0.0
         self._began = time.perf_counter()
 
-    def submit(self, reader: ThreadPoolExecutor, phase: _Phase, piece: _Piece) -> Future[_Loaded]:
+    def submit(self, reader: ThreadPoolExecutor, phase: _Phase, piece: Piece) -> Future[_Loaded]:
         """Computes the image features of a piece on the devices, then starts `phase.load(piece)` in a thread."""
         start = time.perf_counter()
         if piece.is_first:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pilot_jax.config import FederationConfig, PrivacyConfig, StragglersConfig, TrainConfig
+from pilot_jax.config import FederationConfig, PrivacyConfig, StragglersConfig, TrainConfig, with_scaled_rates
 from pilot_jax.data.arrays import ClientData, num_steps
 from pilot_jax.errors import InputError
 from pilot_jax.federation.cohort import participants
@@ -204,6 +204,7 @@ class Federation:
         if steps is not None:
             update["local_steps"] = steps
         return dataclasses.replace(self, settings=settings.model_copy(update=update), plain_steps=True, tamper=None,
+                                   train=with_scaled_rates(self.train, settings.finetune_rate),
                                    clients=self.unpooled or self.clients, unpooled=())
 
 

@@ -15,8 +15,8 @@ from jax.typing import DTypeLike
 from pilot_jax.config import Config, client_ranks
 from pilot_jax.data.arrays import num_steps, round_up, training_length
 from pilot_jax.data.conversations import encode
+from pilot_jax.federation.chunks import chunk_width
 from pilot_jax.federation.client import client_loss
-from pilot_jax.federation.executor import chunk_width
 from pilot_jax.federation.phases import phase_spec
 from pilot_jax.federation.roles import Tree, num_bytes
 from pilot_jax.kernels.backend import default_dtype

@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 
 from pilot_jax.config import Config
 from pilot_jax.federation import combining, mixing
+from pilot_jax.federation.chunks import chunk_width
 from pilot_jax.federation.client import Adapters, ClientBatch, local_update
-from pilot_jax.federation.executor import chunk_width
 from pilot_jax.federation.phases import PLAIN_RULE, peak_rates, phase_spec
 from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.strategies import Strategy

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from pilot_jax.config import EmojiConfig, parse_config
+from pilot_jax.data.guesses import GUESSES, guesses
 from pilot_jax.data.llava.sample import SPLITS, Sample
 from pilot_jax.real.emoji import POOLS, STYLES, Concept, Picture, concepts, picture, pool
 from pilot_jax.real.emoji_colours import COLOURS
@@ -144,27 +145,14 @@ def emoji_samples(settings: EmojiConfig) -> Iterator[Sample]:
 # -- what chance scores ------------------------------------------------------------------------------------------------
 
 
-def _most_common(answers: Iterable[str]) -> str:
-    return Counter(answers).most_common(1)[0][0]
-
-
 def chance_scores(samples: Sequence[Sample]) -> dict[str, tuple[float, float]]:
-    """Returns by task the scores on the test split of two ways to answer that ignore the picture.
-
-    The first gives each client's most common training answer; the second gives the most common training answer to the
-    same question, of all clients of the task, and the client's where the question is new.
-    """
-    train, scores = [s for s in samples if s.split == "train"], dict[str, tuple[float, float]]()
+    """Returns by task the scores on the test split of `data.guesses.guesses`: "majority" and "question"."""
+    found, out = guesses(samples), dict[str, tuple[float, float]]()
     for task in dict.fromkeys(s.task for s in samples):
-        own = [s for s in train if s.task == task]
-        by_client = {c: _most_common(s.turns[1][1] for s in own if s.client == c) for c in {s.client for s in own}}
-        by_question = {q: _most_common(s.turns[1][1] for s in own if s.turns[0][1] == q)
-                       for q in {s.turns[0][1] for s in own}}
-        tests = [s for s in samples if s.split == "test" and s.task == task]
-        scores[task] = (
-            float(np.mean([by_client[s.client] in s.references for s in tests])),
-            float(np.mean([by_question.get(s.turns[0][1], by_client[s.client]) in s.references for s in tests])))
-    return scores
+        tests = [one for own in found.values() for one in own if one[0].task == task]
+        majority, question = (float(np.mean([guess[way] in s.references for s, guess in tests])) for way in GUESSES)
+        out[task] = majority, question
+    return out
 
 
 def summary(seeds: int = 5) -> str:

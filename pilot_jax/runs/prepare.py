@@ -38,8 +38,9 @@ from pilot_jax.evaluation.answers import make_decoder
 from pilot_jax.evaluation.metrics import check_metrics
 from pilot_jax.evaluation.personalised import Evaluation
 from pilot_jax.evaluation.teacher_forced import check_scoring
+from pilot_jax.federation.chunks import chunk_width
 from pilot_jax.federation.cohort import participants
-from pilot_jax.federation.executor import Executor, chunk_width
+from pilot_jax.federation.executor import Executor
 from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.state import Federation, State, initial_population, most_uploads
 from pilot_jax.federation.strategies import Strategy, make_strategy, use
@@ -264,10 +265,9 @@ def compute_all_features(setup: Setup) -> None:
 
 def compile_first_round(setup: Setup, state: State) -> None:
     """Starts to compile the programs of the first round in a thread, while the features are computed."""
-    fed = setup.federation
+    fed, people = setup.federation, state.population
     if fed.store is None:
-        members = fed.members(state.round)
-        setup.executor.compile_ahead(fed, state.round, {c: state.population[c].adapters for c in members})
+        setup.executor.compile_ahead(fed, state.round, {c: people[c].adapters for c in fed.members(state.round)})
 
 
 def _fitting(model: ModelConfig, strategy: Strategy, layers: int) -> Strategy:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, small_config, write_checkpoint
+from jinja2 import TemplateError
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoProcessor
@@ -164,17 +165,28 @@ TURNS = (("human", "<image>\n how many? "), ("gpt", "two "), ("human", "what col
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_chat_template_writes_what_was_trained(name, tmp_path):
-    """Of a conversation with an image: the same token ids, also through transformers' LlavaProcessor."""
+    """Of a conversation with an image, with and without a system message: the ids of transformers' LlavaProcessor."""
     write_checkpoint(tmp_path / "base")
     tokenizer = load_tokenizer(tmp_path / "base")
     stock.add_chat(tmp_path / "base", chat_template(name, tokenizer), (2,))
     stock.add_processor(tmp_path / "base", read_vlm_config(tmp_path / "base"))
     processor = AutoProcessor.from_pretrained(tmp_path / "base")
-    expected = encode(tokenizer, TURNS, name, 4).input_ids
-    text = processor.apply_chat_template(CHAT, add_generation_prompt=True)
-    picture = Image.new("RGB", (20, 30))
-    ids = processor(text=text, images=[picture], add_special_tokens=False, return_tensors="np")["input_ids"][0]
-    np.testing.assert_array_equal(ids, expected)
+
+    def ids_of(chat):
+        text = processor.apply_chat_template(chat, add_generation_prompt=True)
+        out = processor(text=text, images=[Image.new("RGB", (20, 30))], add_special_tokens=False, return_tensors="np")
+        return text, out["input_ids"][0]
+
+    text, ids = ids_of(CHAT)
+    np.testing.assert_array_equal(ids, encode(tokenizer, TURNS, name, 4).input_ids)
+    for content in (" Be brief. ", [{"type": "text", "text": " Be brief. "}]):
+        chat = [{"role": "system", "content": content}, *CHAT]
+        if TEMPLATES[name].system_turn:
+            expected = encode(tokenizer, (("system", " Be brief. "), *TURNS), name, 4).input_ids
+            np.testing.assert_array_equal(ids_of(chat)[1], expected)
+        else:
+            with pytest.raises(TemplateError, match="a message of the role system has no place here"):
+                ids_of(chat)
     if name == "llama2":
         assert text == "<s>[INST] <image>\nhow many? [/INST] two </s><s>[INST] what colour? [/INST]"
     if name == "chatml_short":

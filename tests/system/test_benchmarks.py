@@ -24,6 +24,7 @@ SMALLEST = {
     "cells.py": [f"all={ROOT / 'docs' / 'results' / 'all_strategies.json'}", "--of", "pilot"],
     "experts.py": TINY,
     "gate.py": TINY,
+    "guesses.py": [*TINY, "--seeds", "1"],
     "intervals.py": ["--repetitions", "3"],
     "operands.py": ["--steps", "2", "--repetitions", "1"],
     "peer.py": ["--repetitions", "1", "--steps", "2"],

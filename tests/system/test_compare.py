@@ -112,6 +112,7 @@ def test_compare_writes_its_table_and_goes_on_where_it_stopped(tmp_path, call, m
     assert results["rows"]["local"]["seeds"][0]["bytes_up"] == 0 < results["rows"]["fedavg"]["seeds"][1]["bytes_up"]
     table = (out / "results.md").read_text()
     assert "| local |" in table and "*base model*" in table and "| fedavg |" in text
+    assert "| most common answer | " in table and results["guesses"]["question"]["score"] <= 1
     assert results["margin"] == 0.02 and [list(v["differences"]) for v in results["variants"]] == [["local"], []]
     assert len(results["warnings"]) == len({v["factor"] for v in results["rates"].values()})  # both factors are edges
     assert all(f"Warning: {warning}" in text and warning in table for warning in results["warnings"])

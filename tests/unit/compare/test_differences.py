@@ -190,6 +190,12 @@ def test_the_table_has_a_column_for_each_reference_and_explains_its_marks():
     gain = means("pilot").mean() - means("local").mean()
     assert float(cells["pilot"]["gain per MB"]) == pytest.approx(gain / 4, rel=0.05)
     assert all(part in " ".join(tables.explanations(results)) for part in ("above −0.02", "Holm", "gain per MB"))
+    assert "most common answer" not in cells
+    guessed = {way: {"score": score, "by_task": {"t": score}} for way, score in (("majority", 0.25), ("question", 0.3))}
+    head, *rows = tables.score_rows(results | {"guesses": guessed})
+    assert [one[0] for one in rows[-3:]] == ["most common answer", "answer by question", "base model"]
+    assert all(len(one) == len(head) for one in rows) and {"0.300"} == {rows[-2][head.index(k)] for k in ("own", "t")}
+    assert any("No picture" in line for line in tables.explanations(results | {"guesses": guessed}))
     without = results_of({"pilot": ROWS["pilot"], "fedavg": row("fedavg", LOCAL)})
     head, first, *_ = tables.score_rows(without)
     assert references_of(without) == ["pilot"] and "gain per MB" not in head

@@ -14,7 +14,7 @@ from conftest import DiesAt, Events, Killed, same_run, slow_except, tree_max_dif
 from pilot_jax.cli.tables import print_scores
 from pilot_jax.compare import statistics, tables
 from pilot_jax.compare.page import _Results
-from pilot_jax.config import FederationConfig, apply_overrides
+from pilot_jax.config import FederationConfig, apply_overrides, parse_config
 from pilot_jax.errors import InputError, Interrupted
 from pilot_jax.evaluation import finetune, scores
 from pilot_jax.evaluation.results import Result
@@ -54,14 +54,14 @@ def parameters(adapters):
                   for suffix, pair in pairs.items() if pair is not None for name in "ab"}
 
 
-def descended(p, client, steps=STEPS):
-    """Returns the parameters after `steps` full-batch SGD steps at the rates RATE·½(1 + cos(πi/steps))."""
+def descended(p, client, steps=STEPS, factor=1.0):
+    """Returns the parameters after `steps` full-batch SGD steps at the rates factor·RATE·½(1 + cos(πi/steps))."""
     x, y = np.float64(client.features), client.train["target_ids"][:, 0]
     for i in range(steps):
         ba = sum(p["b" + s] @ p["a" + s] for s in ("", "2") if "b" + s in p)
         z = np.exp(x @ (p["w"] + ba).T)
         g = (z / z.sum(1, keepdims=True) - np.eye(CLASSES)[y]).T @ x / len(x)
-        rate = RATE * (1 + np.cos(np.pi * i / steps)) / 2
+        rate = factor * RATE * (1 + np.cos(np.pi * i / steps)) / 2
         new = {"w": p["w"] - rate * g}
         for s in ("", "2"):
             if "b" + s in p:
@@ -70,10 +70,10 @@ def descended(p, client, steps=STEPS):
     return p
 
 
-def check(done, starts):
+def check(done, starts, factor=1.0):
     """Asserts that fine-tuned clients have the adapters of SGD from `starts`, and differ from these."""
     for state, client, start in zip(done.population, toy_clients(), starts, strict=True):
-        want, got = descended(parameters(start), client), parameters(state.adapters)
+        want, got = descended(parameters(start), client, factor=factor), parameters(state.adapters)
         for key in want:
             np.testing.assert_allclose(got[key], want[key], atol=2e-6, err_msg=key)
         assert np.abs(got["w"] - parameters(start)["w"]).max() > 1e-2
@@ -116,6 +116,19 @@ def test_clients_that_were_absent_start_from_the_servers_model_or_their_own(name
     assert [one.rounds for one in done.population] == [1, 2, 0]
     if name == "local":
         np.testing.assert_allclose(parameters(state.population[2].adapters)["w"], toy_numbers()["w"], atol=1e-7)
+
+
+def test_fine_tuning_has_a_learning_rate_of_its_own():
+    """Half the rounds' rates, which stay as they are; a client's own rates are halved too."""
+    fed = toy_federation(make_strategy("fedavg"), settings=settings(finetune_rate=0.5))
+    state, same = run_toy(fed), run_toy(toy_federation(make_strategy("fedavg"), settings=settings()))
+    assert tree_max_difference([c.adapters for c in state.population], [c.adapters for c in same.population]) == 0
+    done, = finetune.finetune([fed], [state], Executor())
+    check(done, starting(fed, state), factor=0.5)
+    train = parse_config({"train": {"lr_connector": 0.4, "clients": {"c1": {"lr_connector": 0.1}}}}, "c.yaml").train
+    halved = dataclasses.replace(fed, train=train).finetuning().train
+    assert (halved.lr_connector, halved.clients["c1"].lr_connector, halved.clients["c1"].lr_lora_stage1) == (
+        0.2, 0.05, None)
 
 
 def test_privacy_stragglers_and_attackers_are_those_of_rounds_alone():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 
 import jax
@@ -11,16 +10,14 @@ import numpy as np
 import pytest
 from conftest import Records, slow_except, small_config, tree_max_difference
 
-from pilot_jax.config import TrainConfig
 from pilot_jax.evaluation import personalised
-from pilot_jax.federation import executor, rounds
+from pilot_jax.federation import rounds
 from pilot_jax.federation.client import local_update
 from pilot_jax.federation.cohort import Cohort, participants
 from pilot_jax.federation.randomness import client_generator
 from pilot_jax.federation.strategies import make_strategy
 from pilot_jax.runs import prepare, restore, simulate
 from pilot_jax.runs.events import CompileClock
-from pilot_jax.testing import toy
 
 
 def fake_uploads(cohort_size, seed=0):
@@ -287,26 +284,3 @@ def test_steps_in_portions_are_the_same_steps(tmp_path, name):
             assert {k: v for k, v in one.items() if isinstance(v, str | int)} == {
                 k: v for k, v in two.items() if isinstance(v, str | int)}
             assert abs(one["loss"] - two["loss"]) < 1e-5
-
-
-SIZES = (30, 2, 9, 30, 1, 17, 3)  # of unequal clients, in training samples
-
-
-def test_clients_of_a_chunk_have_similar_numbers_of_steps():
-    """Every client is trained once; in each shape, no other division into chunks takes fewer steps in all."""
-    counts = 4, 1, 2, 5, 1, 3, 1
-    fed = toy.toy_federation(make_strategy("fedavg"), toy.toy_clients(SIZES, ("t0",) * 7))
-    chunks = executor.chunks([executor._Job(0, fed, c, steps) for c, steps in enumerate(counts)], 2)
-    assert [[job.steps for job in chunk] for chunk in chunks] == [[5, 4], [3, 2], [1, 1], [1]]
-    assert sorted(job.client for chunk in chunks for job in chunk) == list(range(7))
-    best = min(sum(max(order[i:i + 2]) for i in range(0, 7, 2)) for order in itertools.permutations(counts))
-    assert sum(chunk[0].steps for chunk in chunks) == best
-
-
-def test_the_order_of_training_does_not_change_what_is_trained(monkeypatch):
-    fed = toy.toy_federation(make_strategy("fedavg"), toy.toy_clients(SIZES, ("t0",) * 7), train=TrainConfig(
-        batch_size=2, lr_connector=0.1, lr_lora_stage1=0.1))
-    by_steps = toy.run_toy(fed)
-    monkeypatch.setattr(executor, "chunks", lambda jobs, width: [jobs[i:i + width] for i in range(0, len(jobs), width)])
-    as_named = toy.run_toy(fed)
-    assert tree_max_difference(*([c.adapters for c in state.population] for state in (by_steps, as_named))) <= 1e-6
