@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +33,7 @@ from pilot_jax.parallel.host_memory import give_back
 
 THREADS = "compile-ahead"
 WAITED = "/pilot_jax/waited_for_program_duration"  # event: seconds in which a call has waited for `compile_ahead`
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "qwix")
 _store: Cache | None = None
 
 
@@ -86,6 +86,12 @@ def _described(value: Hashable) -> str:
     raise _NotKeepable(name)
 
 
+def _version(name: str) -> str | None:
+    with contextlib.suppress(PackageNotFoundError):
+        return version(name)
+    return None
+
+
 @functools.cache
 def surroundings() -> str:
     """Returns a text of everything that all programs depend on: source, libraries, machine and flags."""
@@ -96,7 +102,7 @@ def surroundings() -> str:
     features = {line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features", "model name"))
              } if cpu.is_file() else set()
     devices = [(d.platform, d.device_kind, d.id) for d in jax.devices()]
-    return repr((digest.hexdigest(), [version(name) for name in LIBRARIES], platform.machine(), platform.node(),
+    return repr((digest.hexdigest(), [_version(name) for name in LIBRARIES], platform.machine(), platform.node(),
                  platform.python_version(), sorted(features), devices, jax.devices()[0].client.platform_version,
                  flags_of_xla()))
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from pilot_jax.cli.options import AsJson, ConfigPath, Overrides, RunPath, Strate
 from pilot_jax.cli.tables import print_plan, printable
 from pilot_jax.errors import InputError
 from pilot_jax.words import counted
+
+if TYPE_CHECKING:
+    from pilot_jax.config import Config
 
 
 def schema() -> None:
@@ -56,6 +59,10 @@ def plan(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName
          platform: Annotated[str, typer.Option(
              help="With --lower: cpu, cuda or tpu, which this machine need not have. Default: this machine's platform."
          )] = "",
+         device: Annotated[str, typer.Option(
+             help="Device for which remat, client_chunk and attention are chosen where they are auto, and whose memory "
+             "must be enough: 16gb, 24gb, 80gb or 141gb (GPUs), v5e or v6e (TPU cores). Default: this machine's, if "
+             "something is auto.")] = "",
          as_json: AsJson = False) -> None:
     """Print memory per device, FLOPs and bytes per round that a run will need. No weights are loaded."""
     from pilot_jax.planning.estimate import make_plan
@@ -67,7 +74,8 @@ def plan(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName
     if lower:
         split_cpu_for(settings)  # JAX then has as many CPU devices as the mesh, of any size, needs
     assumed = {"samples": samples, "tasks": tasks, "text_tokens": text_tokens}
-    result = make_plan(settings, **assumed)
+    settings, line = _chosen(settings, device, assumed)
+    result = make_plan(settings, **assumed) | ({"choices": line} if line else {})
     if lower:
         from pilot_jax.planning.lowering import programs
 
@@ -78,6 +86,18 @@ def plan(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName
         typer.echo(json.dumps(result, indent=1))
         return
     print_plan(result)
+
+
+def _chosen(config: Config, device: str, assumed: dict[str, int]) -> tuple[Config, str]:
+    """Returns the config with its choices for a device made, and the line about them; "" if there is no choice."""
+    from pilot_jax.planning.choices import DEVICES, chosen, this_device
+    from pilot_jax.runs.prepare import leaves_choices
+
+    if device:
+        check_choice("--device", device, *DEVICES)
+    elif not leaves_choices(config):
+        return config, ""
+    return chosen(config, DEVICES[device] if device else this_device(), **assumed)
 
 
 def runs(folder: Annotated[Path, typer.Argument(help="Folder with run directories.")] = Path("runs"),

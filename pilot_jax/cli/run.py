@@ -54,12 +54,31 @@ def run(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName 
     split_cpu_for(settings, num_processes or 1)
     if several:
         processes.connect(coordinator, num_processes, process_id)
+    settings = _with_choices(settings, show=processes.is_writer() and progress == "auto")
     summary = _simulate(settings, folder, resume, progress, use).summary
     if processes.is_writer() and progress == "json":
         typer.echo(json.dumps({"kind": "summary", "folder": str(folder)} | summary))
     elif processes.is_writer() and progress == "auto":
         print_scores(summary)
         typer.echo(f"Run directory: {folder}")
+
+
+def _with_choices(config: Config, show: bool) -> Config:
+    """Returns the config with the choices that it leaves to the device, which are the first line printed.
+
+    Raises:
+        InputError: by `plan`, the run does not fit an accelerator. Nothing is loaded before.
+    """
+    from pilot_jax.planning.choices import chosen, this_device
+    from pilot_jax.runs.prepare import leaves_choices
+
+    device = this_device()
+    if device.platform == "cpu" and not leaves_choices(config):
+        return config
+    config, line = chosen(config, device)
+    if show:
+        typer.echo(line)
+    return config
 
 
 def _simulate(config: Config, folder: Path, resume: bool, progress: str, use: list[str] | None) -> Run:

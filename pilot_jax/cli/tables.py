@@ -96,6 +96,8 @@ def print_comparison(results: dict) -> None:
 
 
 def print_plan(plan: dict) -> None:
+    if "choices" in plan:
+        typer.echo(plan["choices"])
     devices, rounds = counted(plan["devices"], "device"), counted(plan["rounds"], "round")
     image = f", {plan['image_tokens']} of them for the image" if plan["image_tokens"] else ""
     typer.echo(f"{counted(plan['clients'], 'client')}, {counted(plan['tasks'], 'task')}, {rounds}, {devices}; the "
@@ -123,6 +125,9 @@ def print_plan(plan: dict) -> None:
         by_round.add_row(label, *(text(plan[key][r]) for r in columns))
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(table, by_round)
+    moved = max(sum(kinds.values()) for kinds in plan["bytes_between_devices_per_step"].values())
+    if moved:
+        typer.echo(f"Between devices: each receives {size(moved)} in a step, for weights and gradients")
     server = plan["server"]
     typer.echo(f"The server: {scaled(server['flops'])}FLOP for each aggregation, {size(server['bytes'])}")
     typer.echo("Parameters: " + ", ".join(f"{n} {v:,}" for n, v in plan["parameters"].items()))

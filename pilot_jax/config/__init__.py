@@ -1,6 +1,7 @@
 """The configuration: its schema, and the functions that read and check config files. Imports only `errors`."""
 
 from pilot_jax.config.lora import LoraConfig, client_ranks, combine_field
+from pilot_jax.config.model import BOTH_OR_NEITHER, ModelConfig, PartsConfig
 from pilot_jax.config.own_code import import_own, use_modules
 from pilot_jax.config.reading import (
     apply_overrides,
@@ -15,15 +16,12 @@ from pilot_jax.config.reading import (
     read_yaml,
 )
 from pilot_jax.config.schema import (
-    BOTH_OR_NEITHER,
     STRATEGY_PARAMS,
     Config,
     EvalConfig,
     FederationConfig,
     MeshConfig,
-    ModelConfig,
     ParticipationEntry,
-    PartsConfig,
     PrivacyConfig,
     StragglersConfig,
     StrategyParams,

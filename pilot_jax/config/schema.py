@@ -1,80 +1,20 @@
 """The schema of a config: every key with its type, default, bounds and description.
 
-The section `data` is in sections.py, `train` in training.py."""
+The section `data` is in sections.py, `model` in model.py, `train` in training.py."""
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from pilot_jax.config.lora import Combine, LoraConfig, combine_field
-from pilot_jax.config.sections import DataConfig, Section
+from pilot_jax.config.lora import Combine, combine_field
+from pilot_jax.config.model import ModelConfig
+from pilot_jax.config.sections import DataConfig, Section, made
 from pilot_jax.config.training import TrainConfig
-
-BOTH_OR_NEITHER = "Give vision and projector both, or neither of them for a language model alone."
-
-
-class PartsConfig(Section):
-    """Vision tower, language model and projector as separate checkpoints, as those that the paper starts from.
-
-    Without tower and projector, the base is a language model alone, which takes no images.
-    """
-
-    vision: str | None = Field(None, description="Folder of a CLIP, SigLIP or DINOv2 model in Hugging Face's format. "
-                               "null, and `projector` null: a language model alone.")
-    language: str = Field(description="Folder of a Llama, Vicuna, Mistral or Qwen2 model in Hugging Face's format, "
-                          "with its tokenizer; or a .gguf file of a Llama or Qwen2 model, if gguf is installed.")
-    projector: str | None = Field(None, description="File of LLaVA's mm_projector weights: .safetensors, or .bin if "
-                                  "torch is installed. null, and `vision` null: a language model alone.")
-    feature_layer: int | list[int] = Field(
-        -2, description="Layer of the vision tower whose output is H_v, or list of layers whose outputs are "
-        "concatenated. Negative numbers count from the last layer, -1. LLaVA uses -2.")
-    feature_select: Literal["auto", "default", "full"] = Field(
-        "auto", description="Choice of the tokens of H_v. default: all but the first, which is the CLS token of CLIP "
-        "and DINOv2. full: all. auto: default for these two, and full for SigLIP, which has no CLS token.")
-
-    @model_validator(mode="after")
-    def _tower_with_projector(self) -> PartsConfig:
-        if (self.vision is None) != (self.projector is None):
-            raise ValueError(f"{'projector' if self.vision is None else 'vision'} is given alone. {BOTH_OR_NEITHER}")
-        return self
-
-
-class ModelConfig(Section):
-    """The frozen base model, and the LoRA that clients train on it."""
-
-    path: str = Field("embedded", description="Folder of a Hugging Face LLaVA checkpoint, or a small base that is part "
-                      "of the package: `embedded`, which can caption digit scenes, or `instructed`, which also follows "
-                      "instructions about them.")
-    parts: PartsConfig | None = Field(None, description="Base made of separate checkpoints, instead of `model.path`.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Data type of the frozen weights and of the computation; adapters are always stored in "
-        "float32. auto: float32 on CPU, bfloat16 on GPU and TPU.")
-    operands: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Data type to which factors are rounded in products with the language model's weights, "
-        "on CPU with dtype float32. bfloat16 is faster on CPUs that multiply it (avx512_bf16), and changes losses in "
-        "the third digit: not for results that are compared with others.")
-    remat: bool = Field(False, description="Whether the backward pass computes the decoder layers' activations again "
-                        "instead of storing them, which takes less memory and more time.")
-    projector: str | None = Field(None, description="Name of a projector of your own, which `pilot_jax.projector` "
-                                  "registers, instead of the checkpoint's. It starts untrained. null: the "
-                                  "checkpoint's.")
-    lora: LoraConfig = LoraConfig()
-
-    @model_validator(mode="after")
-    def _one_source(self) -> ModelConfig:
-        if self.parts is not None and self.path != "embedded":
-            raise ValueError("give either path or parts, not both")
-        return self
-
-    @property
-    def takes_images(self) -> bool:
-        """Whether the base has a vision tower; without one, it is a language model alone."""
-        return self.parts is None or self.parts.vision is not None
 
 
 class ParticipationEntry(Section):
@@ -262,9 +202,9 @@ class SystemConfig(Section):
         0, ge=0, le=2**31 - 1, description="Seed of everything random in a run: initial adapters, partition, sampling "
         "of clients, batches, noise and sampled answers. The digit scenes have `data.digits.seed`, the "
         "emoji `data.emoji.seed`.")
-    client_chunk: int = Field(
-        3, ge=1, le=65_536, description="Number of clients trained at once on each device, or on each row of a mesh "
-        "along its axis `clients`.")
+    client_chunk: Annotated[int, Field(ge=1, le=65_536)] | Literal["auto"] = Field(
+        3, description="Number of clients trained at once on each device, or on each row of a mesh along its axis "
+        "`clients`. auto: as many as fit the device, by `plan`, and at most 16.")
     deterministic: bool = Field(False, description="Whether NVIDIA GPUs compute with the same algorithms in every run, "
                                 "which is slower. CPU and TPU repeat a run bit for bit without it.")
     steps_at_once: int | None = Field(
@@ -285,9 +225,10 @@ class SystemConfig(Section):
         4, ge=1, le=1_024, description="Number of decoder layers in one step of the loop over layers. More is faster "
         "on CPU and takes longer to compile. If it is at least the number of layers, training computes the last layer "
         "at the answers' positions alone.")
-    attention: Literal["own", "cudnn"] = Field(
+    attention: Literal["own", "cudnn", "auto"] = Field(
         "own", description="Implementation of the decoder's attention in training. own: this package's. cudnn: "
-        "cuDNN's, which stores no attention scores, on NVIDIA GPUs and in bfloat16 only. Its speed is not measured.")
+        "cuDNN's, which stores no attention scores, on NVIDIA GPUs and in bfloat16 only. Its speed is not measured. "
+        "auto: cudnn where it can train the model, else own.")
     save_every: Literal["phase", "round", "never"] = Field(
         "phase", description="Occasion on which a run saves a snapshot, from which `--resume` continues it: after "
         "every phase, after every round, or never.")
@@ -308,6 +249,16 @@ class SystemConfig(Section):
     compilation_cache: str | None = Field(
         None, description="Folder of JAX's own cache of compiled programs, which several processes or machines can "
         "share. null: none; one process needs none beside `cache`.")
+
+    @property
+    def chunk(self) -> int:
+        """The number of clients trained at once."""
+        return int(made("system.client_chunk", self.client_chunk))
+
+    @property
+    def kernel(self) -> Literal["own", "cudnn"]:
+        """The implementation of attention."""
+        return made("system.attention", self.attention)
 
     @model_validator(mode="after")
     def _whole_on_a_device(self) -> SystemConfig:

@@ -6,6 +6,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from pilot_jax.errors import InputError
+
 
 class Section(BaseModel):
     """A section of the config: unknown keys, infinite numbers and NaN are refused, and values cannot be changed."""
@@ -20,6 +22,18 @@ class Section(BaseModel):
         if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
             raise ValueError("true and false are not among its values")
         return value
+
+
+def made(key: str, value: Any) -> Any:
+    """Returns the value of a key whose choice is made.
+
+    Raises:
+        InputError: it is still auto.
+    """
+    if value == "auto":
+        raise InputError(f"{key}: auto is for the commands run and plan, which know the device. Give a value; in "
+                         "Python, pilot_jax.planning.choices.chosen(config, this_device()) returns a config with one.")
+    return value
 
 
 class DigitsConfig(Section):

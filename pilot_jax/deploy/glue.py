@@ -86,7 +86,7 @@ class Node:
             file = self.folder / "uploads"
             count = int(file.read_text()) + 1 if file.exists() else 1
             if count > self.fed.most_uploads:
-                raise InputError(f"federation.privacy: {count} uploads are more than the {self.fed.most_uploads} that "
+                raise InputError(f"federation.privacy: upload {count} is one more than the {self.fed.most_uploads} that "
                                  f"its ε is for. {file} counts them; agree on another ε to go on.")
             atomic_write(file, str(count))
 

@@ -80,4 +80,4 @@ class Post:
                 if name and reply.has_content():
                     replies[name] = from_records(reply.content)
             time.sleep(float(self.settings["poll"]))
-        return {n: replies.get(n, f"did not arrive within {self.settings['timeout']} seconds") for n in names}
+        return {n: replies.get(n, f"did not arrive within {self.settings['timeout']} s") for n in names}

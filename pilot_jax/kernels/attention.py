@@ -100,14 +100,22 @@ def check_cudnn(head_dim: int, layers_see_alike: bool, dtype: str) -> None:
     Raises:
         InputError: it cannot, on this machine or for this model.
     """
+    reason = cudnn_obstacle("gpu" if has_cudnn() else platform(), head_dim, layers_see_alike, dtype)
+    if reason is not None:
+        raise InputError(f"system.attention: cudnn {reason}. Or set system.attention=own.")
+
+
+def cudnn_obstacle(device: str, head_dim: int, layers_see_alike: bool, dtype: str) -> str | None:
+    """Returns why cuDNN's attention cannot train a model on a kind of device (cpu, gpu or tpu); None: it can.
+
+    The other arguments are those of `check_cudnn`."""
     reason = None
-    if not has_cudnn():
-        reason = f"needs an NVIDIA GPU, but JAX sees a {platform()}"
+    if device != "gpu":
+        reason = f"needs an NVIDIA GPU, but JAX sees a {device}"
     elif dtype == "float32":
         reason = "computes in bfloat16 alone. Set model.dtype=bfloat16"
     elif head_dim % 8:
         reason = f"needs heads whose width is a multiple of 8, and the model's have {head_dim}"
     elif not layers_see_alike:
         reason = "cannot have a sliding window in some layers and none in others, as this model does"
-    if reason is not None:
-        raise InputError(f"system.attention: cudnn {reason}. Or set system.attention=own.")
+    return reason

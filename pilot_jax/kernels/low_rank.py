@@ -12,7 +12,7 @@ The A of all targets are passed as one array [ΣR, d_in], so that x is read once
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +20,23 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pilot_jax.kernels.backend import merges_low_rank
+from pilot_jax.kernels.quantised import Kernel, Stored, product
 
 Arrays = tuple[jax.Array, ...]
 
 
-def linears_with_low_rank(x: Float[Array, "tokens d_in"], kernels: tuple[Float[Array, "d_in _d_out"], ...],
+def linears_with_low_rank(x: Float[Array, "tokens d_in"], kernels: tuple[Kernel, ...],
                           a: Float[Array, "_sum_of_R d_in"], bs: tuple[Float[Array, "_R _d_out"], ...],
                           operands: str = "float32") -> tuple[Float[Array, "tokens _d_out"], ...]:
     """Returns x·W_i + x·A_iᵀ·B_i of every target, computed as `backend.merges_low_rank` chooses.
 
     Args:
+        kernels: W of each target; of those that are `Stored`, no sum with A_iᵀ·B_i is formed.
         operands: the dtype to which `merged` rounds the factors of its products with W_i + A_iᵀ·B_i.
     """
-    if merges_low_rank(x.dtype):
-        return merged(x, kernels, a, bs, operands)
-    return tuple(x @ w + delta for w, delta in zip(kernels, low_rank(x, a, bs), strict=True))
+    if merges_low_rank(x.dtype) and not any(isinstance(w, Stored) for w in kernels):
+        return merged(x, cast(Arrays, kernels), a, bs, operands)
+    return tuple(product(x, w) + delta for w, delta in zip(kernels, low_rank(x, a, bs), strict=True))
 
 
 @jax.custom_vjp

@@ -21,8 +21,10 @@ from jaxtyping import PyTree
 
 from pilot_jax.kernels.attention import MASKED, attention, causal_attention
 from pilot_jax.kernels.pointwise import rms_norm, swiglu
+from pilot_jax.kernels.quantised import Kernel, Stored, is_quantised, product
 from pilot_jax.models.lora import lora_linears
 from pilot_jax.models.spec import RopeSpec, TextSpec
+from pilot_jax.parallel.mesh import gathered
 
 Attention = Literal["own", "cudnn", "xla"]  # `attention` of this package, or an implementation of `causal_attention`
 Cache = dict[str, jax.Array]  # {"k", "v"}, each [layers, B, KV, M, head_dim], or [B, KV, M, head_dim] inside one layer
@@ -99,26 +101,39 @@ class DecoderBlock(nn.Module):
 
     If `shared.biases` has two entries, the bool `windowed` chooses the one with the sliding window. If it has none,
     attention is causal and computed by `kernel`. With `rows` [B, A], only the outputs at these positions are computed,
-    [B, A, C], from the keys and values of all L positions.
+    [B, A, C], from the keys and values of all L positions. With a `mesh`, each weight is gathered over its axis
+    `fsdp` for its products.
     """
 
     config: TextSpec
     lora_scale: float
     kernel: Attention = "own"
     operands: str = "float32"
+    mesh: jax.sharding.Mesh | None = None
 
     def _linears(self, x: jax.Array, names: tuple[str, ...], lora: Mapping[str, Mapping[str, jax.Array]]
                  ) -> list[jax.Array]:
         """Returns x·W (+ bias) (+ scale·x·Aᵀ·Bᵀ) of every linear in `names`; x [B·L, d_in]."""
-        shapes = self.config.linear_shapes
-        kernels = {n: self.param(n, nn.initializers.normal(0.02), shapes[n]).astype(x.dtype) for n in names}
+        kernels = {n: self._kernel(n, x.dtype) for n in names}
         adapted = tuple(n for n in names if n in lora)
-        outs = {n: x @ kernels[n] for n in names if n not in lora}
+        outs = {n: product(x, kernels[n]) for n in names if n not in lora}
         if adapted:
             outs |= zip(adapted, lora_linears(x, tuple(kernels[n] for n in adapted), lora, adapted, self.lora_scale,
                                               self.operands), strict=True)
         return [outs[n] + self.param(f"{n}_bias", nn.initializers.zeros, outs[n].shape[-1:]).astype(x.dtype)
                 if n in self.config.biases else outs[n] for n in names]
+
+    def _kernel(self, name: str, dtype: jnp.dtype) -> Kernel:
+        """Returns the weight [d_in, d_out] of a linear layer; an array is in `dtype`."""
+        if self.has_variable("params", name) and is_quantised(self.get_variable("params", name)):
+            arrays = dict(self.get_variable("params", name))
+        else:
+            weight = self.param(name, nn.initializers.normal(0.02), self.config.linear_shapes[name]).astype(dtype)
+            if self.mesh is None:
+                return weight
+            arrays = {"array": weight}
+        return Stored(arrays, () if self.mesh is None else tuple(
+            (key, gathered(name, array.shape, self.mesh)) for key, array in arrays.items()))
 
     @nn.compact
     def __call__(self, x: jax.Array, cache: Cache | None, windowed: jax.Array, shared: LayerInputs,
@@ -178,6 +193,7 @@ class Decoder(nn.Module):
     unroll: int = 1
     kernel: Attention = "own"
     operands: str = "float32"
+    mesh: jax.sharding.Mesh | None = None
 
     def setup(self) -> None:
         c = self.config
@@ -187,7 +203,7 @@ class Decoder(nn.Module):
         scanned = nn.scan(
             block, variable_axes={"params": 0, "lora": 0}, split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast), length=c.num_layers, unroll=self.unroll)
-        self.layers = scanned(c, self.lora_scale, self.kernel, self.operands)
+        self.layers = scanned(c, self.lora_scale, self.kernel, self.operands, self.mesh)
         self.norm = self.param("norm", nn.initializers.ones, (c.hidden_size,))
         if not c.tie_word_embeddings:
             self.head = self.param("head", nn.initializers.normal(0.02), (c.hidden_size, c.vocab_size))
@@ -234,7 +250,7 @@ class Decoder(nn.Module):
 
         The layers are written out one after another, because a scan over all but the last would copy their weights.
         """
-        block = DecoderBlock(self.config, self.lora_scale, operands=self.operands, parent=None)
+        block = DecoderBlock(self.config, self.lora_scale, operands=self.operands, mesh=self.mesh, parent=None)
         stacked = {name: self.variables[name]["layers"] for name in ("params", "lora") if name in self.variables}
         last = self.config.num_layers - 1
         for i in range(last + 1):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree, UInt32
 
 from pilot_jax.kernels.low_rank import linears_with_low_rank
+from pilot_jax.kernels.quantised import Kernel, Stored, product
 from pilot_jax.models.experts import is_mixture, mixed, with_experts
 from pilot_jax.models.spec import TARGETS, TextSpec
 from pilot_jax.programs import KeptJit
@@ -131,7 +132,7 @@ def _dropped(x: Float[Array, "tokens d_in"], pair: Mapping[str, Array]) -> Float
     return jnp.where(kept, x / pair["keep"].astype(x.dtype), 0)
 
 
-def lora_linears(x: Float[Array, "tokens d_in"], kernels: tuple[Float[Array, "d_in _d_out"], ...],
+def lora_linears(x: Float[Array, "tokens d_in"], kernels: tuple[Kernel, ...],
                  adapters: Mapping[str, Mapping[str, Float[Array, ...]]], names: tuple[str, ...], scale: float,
                  operands: str = "float32") -> tuple[Float[Array, "tokens _d_out"], ...]:
     """Returns x·W + scale·x·Aᵀ·Bᵀ of every target in `names`; all of them read the same x.
@@ -147,13 +148,25 @@ def lora_linears(x: Float[Array, "tokens d_in"], kernels: tuple[Float[Array, "d_
             experts form no such sum.
     """
     if is_mixture({n: adapters[n] for n in names}):
-        return tuple(x @ w + mixed(x, adapters[n], scale) for n, w in zip(names, kernels, strict=True))
+        return tuple(product(x, w) + mixed(x, adapters[n], scale) for n, w in zip(names, kernels, strict=True))
     if "residual_a" in adapters[names[0]]:
+        if any(isinstance(w, Stored) for w in kernels):
+            return _with_residual(x, kernels, adapters, names, scale, operands)
         kernels = tuple(w + (scale * adapters[n]["residual_a"].T @ adapters[n]["residual_b"].T).astype(w.dtype)
-                        for n, w in zip(names, kernels, strict=True))
+                        for n, w in zip(names, cast(tuple[Array, ...], kernels), strict=True))
     if "dropout_keys" in adapters[names[0]]:
-        return tuple(x @ w + (_dropped(x, adapters[n]) @ adapters[n]["a"].T.astype(x.dtype))
+        return tuple(product(x, w) + (_dropped(x, adapters[n]) @ adapters[n]["a"].T.astype(x.dtype))
                      @ (adapters[n]["b"].T * scale).astype(x.dtype) for n, w in zip(names, kernels, strict=True))
     a = jnp.concatenate([adapters[n]["a"] for n in names]).astype(x.dtype)  # [len(names)·R, d_in]: reads x once
     bs = tuple((adapters[n]["b"].T * scale).astype(x.dtype) for n in names)
     return linears_with_low_rank(x, kernels, a, bs, operands)
+
+
+def _with_residual(x: Array, kernels: tuple[Kernel, ...], adapters: Mapping[str, Mapping[str, Array]],
+                   names: tuple[str, ...], scale: float, operands: str) -> tuple[Array, ...]:
+    """Returns `lora_linears` with a change of `Stored` weights, which is a product of its own: it forms no sum."""
+    kept = {n: {k: leaf for k, leaf in adapters[n].items() if not k.startswith("residual_")} for n in names}
+    changes = [x @ adapters[n]["residual_a"].T.astype(x.dtype) @ (scale * adapters[n]["residual_b"].T).astype(x.dtype)
+               for n in names]
+    return tuple(y + change for y, change in zip(
+        lora_linears(x, kernels, kept, names, scale, operands), changes, strict=True))

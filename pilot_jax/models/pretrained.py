@@ -21,6 +21,7 @@ from pilot_jax.models.checkpoints.hf_config import read_vlm_config
 from pilot_jax.models.checkpoints.parts import load_parts, read_language_config, read_parts_config
 from pilot_jax.models.checkpoints.processors import IMAGE_TOKEN, load_tokenizer
 from pilot_jax.models.checkpoints.reading import Place, load_base
+from pilot_jax.models.checkpoints.tensor_names import Storage
 from pilot_jax.models.generate import Decoding, generate
 from pilot_jax.models.packaged import EMBEDDED, model_directory, shapes_directory
 from pilot_jax.models.spec import VlmSpec
@@ -189,6 +190,7 @@ class LoadOptions(TypedDict, total=False):
     remat: bool
     unroll: int
     place: Place | None
+    base: Storage | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,10 +202,13 @@ class _Settings:
     remat: bool = False
     unroll: int = 1
     place: Place | None = None
+    base: Storage | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, "float32", "bfloat16"):
             raise InputError(f"model.dtype: {self.dtype!r} is not known. Use float32 or bfloat16.")
+        if self.base not in (None, "bf16", "int8", "nf4"):
+            raise InputError(f"model.base: {self.base!r} is not known. Use bf16, int8 or nf4.")
 
     @property
     def actual_dtype(self) -> str:
@@ -224,12 +229,14 @@ def load(path: str | Path = EMBEDDED, **options: Unpack[LoadOptions]) -> Pretrai
         unroll: the number of layers in one step of the scan over layers; default 1.
         place: a function from a leaf's path and shape to its sharding (`parallel.mesh.base_placement` makes one);
             default: all leaves on one device.
+        base: "bf16", "int8" or "nf4", the storage of the weights of the language model's linear layers, as
+            `model.base` in a config; default: `dtype`.
 
     Raises:
         InputError: the directory is not a LLaVA checkpoint that this package can run.
     """
     settings, directory = _Settings(**options), model_directory(path)
-    config, base = load_base(directory, settings.actual_dtype, settings.place)
+    config, base = load_base(directory, settings.actual_dtype, settings.place, settings.base)
     return PretrainedModel(directory, directory, config, base, settings.module(config))
 
 
@@ -251,5 +258,5 @@ def load_from_parts(vision: str | Path | None, language: str | Path, projector: 
     settings = _Settings(**options)
     tower, decoder, between = _part_paths(vision, language, projector)
     config = _parts_spec(tower, decoder, between, feature_layer, feature_select)
-    base = load_parts(config, tower, decoder, between, settings.actual_dtype, settings.place)
+    base = load_parts(config, tower, decoder, between, settings.actual_dtype, settings.place, settings.base)
     return PretrainedModel(decoder, tower, config, base, settings.module(config))

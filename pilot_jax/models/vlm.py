@@ -60,13 +60,15 @@ class Vlm(nn.Module):
     unroll: int = 1
     kernel: Attention = "own"  # the implementation of attention in training, see `Decoder`
     operands: str = "float32"  # the dtype of the factors of products with W + B·A, see `kernels.low_rank.merged`
+    mesh: jax.sharding.Mesh | None = None  # over whose axis `fsdp` the decoder's weights are gathered layer by layer
 
     def setup(self) -> None:
         c = self.config
         if c.vision is not None:
             self.vision_tower = VisionTower(c.vision, c.drop_first, self.dtype)
             self.connector = Connector(c.projector)
-        self.decoder = Decoder(c.text, self.lora_scale, self.dtype, self.remat, self.unroll, self.kernel, self.operands)
+        self.decoder = Decoder(c.text, self.lora_scale, self.dtype, self.remat, self.unroll, self.kernel, self.operands,
+                               self.mesh)
 
     def features(self, pixels: jax.Array) -> jax.Array:
         """Returns H_v [B, N, D] of pixels [B, height, width, 3]."""

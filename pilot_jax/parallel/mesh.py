@@ -26,8 +26,9 @@ AXES = ("clients", "fsdp", "tensor")
 BASE_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"decoder/embedding", ("tensor", "fsdp")),
     (r"decoder/head", ("fsdp", "tensor")),
-    (r"decoder/layers/(q|k|v|gate|up)", (None, "fsdp", "tensor")),  # over heads, over inner width
-    (r"decoder/layers/(o|down)", (None, "tensor", "fsdp")),
+    # Over heads, over inner width; a weight, or the two arrays of a quantised one.
+    (r"decoder/layers/(q|k|v|gate|up)(/qvalue|/packed|/scale)?", (None, "fsdp", "tensor")),
+    (r"decoder/layers/(o|down)(/qvalue|/packed|/scale)?", (None, "tensor", "fsdp")),
     (r"vision_tower/layers/(qkv|fc1)/kernel", (None, "fsdp", "tensor")),
     (r"vision_tower/layers/(out|fc2)/kernel", (None, "tensor", "fsdp")),
 )
@@ -41,6 +42,12 @@ def base_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: MeshConfig) -
             return PartitionSpec(*(axis if axis and length % sizes[axis] == 0 else None
                                    for axis, length in zip(axes, shape, strict=True)))
     return PartitionSpec()
+
+
+def gathered(linear: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Returns the sharding in which a product needs an array of one decoder layer's `linear`: whole over `fsdp`."""
+    spec = base_spec(("decoder", "layers", linear), (1, *shape), MeshConfig(**dict(mesh.shape)))
+    return NamedSharding(mesh, PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec[1:])))
 
 
 def shard_elements(shape: tuple[int, ...], spec: PartitionSpec, mesh: MeshConfig) -> int:

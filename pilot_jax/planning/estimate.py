@@ -21,7 +21,7 @@ from pilot_jax.federation.phases import phase_spec
 from pilot_jax.federation.roles import Tree, num_bytes
 from pilot_jax.kernels.backend import default_dtype
 from pilot_jax.models.checkpoints.processors import has_tokenizer, load_tokenizer
-from pilot_jax.models.checkpoints.tensor_names import base_shapes
+from pilot_jax.models.checkpoints.tensor_names import base_shapes, stored_shapes
 from pilot_jax.models.llama import empty_cache
 from pilot_jax.models.pretrained import plain_connector
 from pilot_jax.models.projectors import initial_projector
@@ -30,6 +30,7 @@ from pilot_jax.models.vlm import Vlm
 from pilot_jax.parallel.mesh import AXES, base_spec, shard_elements
 from pilot_jax.planning.flops import matmul_flops, saved_bytes
 from pilot_jax.planning.server import server_costs
+from pilot_jax.planning.traffic import step_traffic
 from pilot_jax.runs.generated import GENERATED
 from pilot_jax.runs.outline import Outline
 from pilot_jax.runs.prepare import load_samples, outline
@@ -97,9 +98,8 @@ def phase_shapes(run: Outline, work: Workload) -> Shapes:
     """Returns the shapes of a phase of a run whose data have the sizes `work`."""
     dtype = jnp.dtype(default_dtype() if run.model.dtype == "auto" else run.model.dtype)
     lora = run.model.lora
-    module = Vlm(run.spec, lora.alpha / lora.largest, dtype, run.model.remat, run.system.unroll)
-    base = {name: jax.tree.map(lambda leaf, n=name: jax.ShapeDtypeStruct(
-        leaf.shape, jnp.float32 if n == "projector" else dtype), tree) for name, tree in base_shapes(run.spec).items()}
+    module = Vlm(run.spec, lora.alpha / lora.largest, dtype, run.model.recomputes, run.system.unroll)
+    base = stored_shapes(run.spec, dtype, run.model.base)
     if run.spec.projector is not None:
         base["projector"] = jax.eval_shape(lambda key: initial_projector(run.spec, key), jax.random.key(0))
     adapters = adapter_shapes(run, plain_connector(base), work.num_tasks)
@@ -152,7 +152,8 @@ def step_flops(shapes: Shapes, stage: str) -> int:
 def _activations(shapes: Shapes, stage: str) -> int:
     """Returns the bytes that one client's forward pass, of a microbatch if there is one, stores for the backward pass.
 
-    With rematerialisation, one layer's activations are added, since the backward pass recomputes them."""
+    Half a layer's activations are added for the gradients with respect to them, which the backward pass holds beside
+    them (as XLA allocates on CPU); with rematerialisation, another layer's, which the backward pass recomputes."""
     train = shapes.run.train
     batch = data_shapes(shapes.run.spec, shapes.module.dtype, shapes.work, train.microbatch or train.batch_size)
 
@@ -160,10 +161,8 @@ def _activations(shapes: Shapes, stage: str) -> int:
         loss, trained, frozen = stage_loss_of(dataclasses.replace(shapes, module=module), stage)
         return saved_bytes(loss, trained, frozen, shapes.base, batch)
 
-    if not shapes.run.model.remat:
-        return stored(shapes.module)
-    whole = stored(shapes.module.clone(remat=False))
-    return stored(shapes.module) + whole // shapes.run.spec.text.num_layers
+    layer = (whole := stored(shapes.module.clone(remat=False))) // shapes.run.spec.text.num_layers
+    return stored(shapes.module) + 3 * layer // 2 if shapes.run.model.recomputes else whole + layer // 2
 
 
 def _width(shapes: Shapes) -> int:
@@ -171,11 +170,18 @@ def _width(shapes: Shapes) -> int:
     mesh = shapes.run.system.mesh
     sizes = mesh.model_dump()
     abstract = jax.sharding.AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
-    return chunk_width(shapes.run.system.client_chunk, len(shapes.work.sizes), abstract) // mesh.clients
+    return chunk_width(shapes.run.system.chunk, len(shapes.work.sizes), abstract) // mesh.clients
 
 
-def memory(shapes: Shapes) -> dict[str, dict[str, int]]:
+def activations(shapes: Shapes) -> dict[str, int]:
+    """Returns `_activations` of each stage."""
+    return {stage: _activations(shapes, stage) for stage in dict.fromkeys(shapes.run.strategy.first_stages)}
+
+
+def memory(shapes: Shapes, stored: dict[str, int] | None = None) -> dict[str, dict[str, int]]:
     """Returns the bytes per device by kind of array, for each stage and for generation.
+
+    stored: the `activations`, if they are known; they take longest to count.
 
     Activations are not divided among fsdp and tensor devices, so that they are an upper bound on such a mesh.
     """
@@ -188,13 +194,13 @@ def memory(shapes: Shapes) -> dict[str, dict[str, int]]:
     adapters = width * (num_bytes(shapes.adapters) - received) + received
     # All of a client's samples, or those of `system.steps_at_once` steps.
     rows = max(work.sizes) if at_once is None else at_once * run.train.batch_size
-    out = {}
+    out, stored = {}, activations(shapes) if stored is None else stored
     for stage in dict.fromkeys(run.strategy.first_stages):
         trained = num_bytes([shapes.adapters[n] for n in roles.names(stage=stage, mode="trained")])
         out[stage] = {
             "base": base, "adapters": adapters, "optimizer": 2 * width * trained, "gradients": width * trained,
             "data": width * _bytes(data_shapes(run.spec, dtype, work, rows)),
-            "activations": width * _activations(shapes, stage)}
+            "activations": width * stored[stage]}
     slots = work.length + run.eval.max_new_tokens
     cache = jax.eval_shape(lambda: empty_cache(run.spec.text, run.eval.batch_size, slots, dtype))
     out["generation"] = {"base": base, "adapters": adapters, "cache": width * _bytes(cache)}
@@ -233,6 +239,19 @@ def _bytes_a_phase(run: Outline, work: Workload, shapes: Shapes, stage: str, dir
                           for rank in work.ranks or (largest,)]))
 
 
+def _traffic(shapes: Shapes, stage: str) -> dict[str, int]:
+    """Returns `step_traffic` of a stage."""
+    trained = shapes.run.strategy.ownership().names(stage=stage, mode="trained")
+    return step_traffic(shapes.base, num_bytes([shapes.adapters[n] for n in trained]), _width(shapes),
+                        shapes.run.system.mesh)
+
+
+def _base_parameters(shapes: Shapes) -> int:
+    """Returns the number of the base's parameters, however they are stored."""
+    counted = base_shapes(shapes.run.spec) | {n: t for n, t in shapes.base.items() if n == "projector"}
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(counted))
+
+
 def make_plan(config: Config, **assumptions: int) -> dict[str, Any]:
     """Returns the plan that `pilot-jax plan --json` prints; `assumptions` are arguments of `read_workload`.
 
@@ -257,9 +276,10 @@ def make_plan(config: Config, **assumptions: int) -> dict[str, Any]:
     return {
         "clients": len(steps), "tasks": work.num_tasks, "rounds": settings.rounds, "assumed": work.assumed,
         "image_tokens": run.spec.num_image_tokens, "longest_sequence": work.length,
-        "parameters": {"base": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes.base)),
+        "parameters": {"base": _base_parameters(shapes),
                        **{n: num_bytes(t) // 4 for n, t in shapes.adapters.items()}},
         "devices": run.system.mesh.devices, "memory_per_device": memory(shapes),
+        "bytes_between_devices_per_step": {stage: _traffic(shapes, stage) for stage in flops},
         "flops_per_client_step": flops, "flops_features": _feature_flops(shapes) * sum(work.sizes),
         "client_steps": by_round(lambda stages: round(per_round * len(stages)), tuning),
         "flops": by_round(lambda stages: int(per_round * sum(flops[s] for s in stages)),

@@ -158,8 +158,8 @@ def programs(config: Config, **assumptions: int) -> dict[str, Program]:
         check_cudnn(text.head_dim, text.layers_see_alike, run.model.dtype)
     shapes = phase_shapes(run, work)
     shapes = dataclasses.replace(shapes, module=shapes.module.clone(
-        kernel=system.attention, operands=run.model.operands))
-    width = chunk_width(system.client_chunk, len(work.sizes), mesh)
+        kernel=system.kernel, operands=run.model.operands, mesh=mesh if system.mesh.fsdp > 1 else None))
+    width = chunk_width(system.chunk, len(work.sizes), mesh)
     cohort = min(run.settings.clients_per_round or len(work.sizes), len(work.sizes))
     out = {stage: _local(shapes, mesh, width, stage) for stage in dict.fromkeys(run.strategy.first_stages)}
     if finetuning_steps(run, work):

@@ -53,6 +53,12 @@ def _about(run: Run, client: str, base: str | None) -> dict[str, Any]:
             **prompt_form(data.template, run.tokenizer)}
 
 
+def _storage(run: Run) -> list[tuple[str, str]]:
+    """Returns the model card's row about a base that was quantised in training; the checkpoint's weights are not."""
+    storage = run.setup.model.base
+    return [("storage of the base in training", storage)] if storage in ("int8", "nf4") else []
+
+
 def export_client(run: Run, client: str, out: str | Path, rank: int | None = None, licence: str | None = None,
                   base: str | None = None) -> float:
     """Writes a client's adapters into the new folder `out`.
@@ -78,7 +84,7 @@ def export_client(run: Run, client: str, out: str | Path, rank: int | None = Non
     text = ("The personalised adapters of one client of a federated run.\n\n`adapter_model.safetensors` is a PEFT LoRA "
             f"of the language model{connector}. `pilot_jax.torch.load` loads them in torch "
             "(`docs/exported-adapters.md` of pilot_jax).")
-    more = [("LoRA rank here", lora_rank(lora)),
+    more = [("LoRA rank here", lora_rank(lora)), *_storage(run),
             *([("part of the change of the weights that this rank loses", f"{lost:.2g}")] if lost > 1e-6 else [])]
     # Towers of the families of CLIP have modules named as the language model's are.
     alike = model.parts is None and fed.model.config.tower.family != "dinov2"
@@ -125,5 +131,6 @@ def merge_client(run: Run, client: str, out: str | Path, licence: str | None = N
         stock.add_chat(folder, chat_template(template, run.tokenizer), stop_tokens(run.tokenizer, template))
         if spec.vision is not None:
             stock.add_processor(folder, spec)
-        about = card(run, client, text, library="transformers", licence=licence, base=base)
+        about = card(run, client, text, library="transformers", more=_storage(run), licence=licence,
+                     base=base)
         (folder / "README.md").write_text(about, encoding="utf-8")

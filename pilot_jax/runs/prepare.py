@@ -44,14 +44,14 @@ from pilot_jax.federation.executor import Executor
 from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.state import Federation, State, initial_population, most_uploads
 from pilot_jax.federation.strategies import Strategy, make_strategy, use
-from pilot_jax.kernels.attention import check_cudnn
 from pilot_jax.models.packaged import PACKAGED
-from pilot_jax.models.pretrained import PretrainedModel, load, load_from_parts, read_shapes
-from pilot_jax.models.projectors import check_projector, with_initial_projector, with_projector
+from pilot_jax.models.pretrained import PretrainedModel, read_shapes
+from pilot_jax.models.projectors import check_projector, with_projector
 from pilot_jax.parallel.devices import ask_for_determinism, split_cpu, use_compilation_cache
-from pilot_jax.parallel.mesh import AXES, base_placement, mesh_of, on_training_devices
+from pilot_jax.parallel.mesh import AXES, mesh_of
 from pilot_jax.parallel.processes import to_host
 from pilot_jax.programs import keep_in
+from pilot_jax.runs.base_model import base_model
 from pilot_jax.runs.outline import Outline
 from pilot_jax.runs.sources import num_tasks, source_samples
 from pilot_jax.runs.trackers import check_installed
@@ -177,19 +177,7 @@ def _check_names(config: Config, names: list[str], tasks: list[str]) -> None:
 
 def load_model(config: Config) -> PretrainedModel:
     """Returns the base model, on the devices that train."""
-    system, lora = config.system, config.model.lora
-    if system.attention == "cudnn":  # checked before gigabytes of weights are loaded
-        text = read_shapes(config.model)[0].text
-        check_cudnn(text.head_dim, text.layers_see_alike, config.model.dtype)
-    options: dict[str, Any] = {
-        "dtype": None if config.model.dtype == "auto" else config.model.dtype, "lora_scale": lora.alpha / lora.largest,
-        "remat": config.model.remat, "unroll": system.unroll, "place": base_placement(system.mesh)}
-    parts = config.model.parts
-    model = load(config.model.path, **options) if parts is None else load_from_parts(**parts.model_dump(), **options)
-    spec = with_projector(model.config.with_lora_on(lora.targets), config.model.projector)
-    base = with_initial_projector(model.base, spec, system.seed)
-    module = model.module.clone(config=spec, kernel=system.attention, operands=config.model.operands)
-    return dataclasses.replace(model, config=spec, module=module, base=on_training_devices(base, system))
+    return base_model(config.model, config.system)
 
 
 def prepare(config: Config, strategy: Strategy | None = None, samples: list[Sample] | None = None,
@@ -230,9 +218,9 @@ def prepare(config: Config, strategy: Strategy | None = None, samples: list[Samp
     evaluation = Evaluation(
         fed, fed.clients, tuple(range(len(clients))),
         make_decoder(tokenizer, config.data.template, config.eval, system.seed), config.eval.metrics,
-        chunk_width(system.client_chunk, len(clients), mesh_of(model.base)), config.data,
+        chunk_width(system.chunk, len(clients), mesh_of(model.base)), config.data,
         config.model.path in PACKAGED and config.model.parts is None, config.eval.scoring)
-    executor = Executor(system.client_chunk, system.steps_at_once)
+    executor = Executor(system.chunk, system.steps_at_once)
     return with_strategy(Setup(config, fed, evaluation, executor, config.model, config.eval, system), strategy)
 
 
@@ -324,6 +312,11 @@ def outline(config: Config) -> Outline:
     spec = with_projector(spec.with_lora_on(config.model.lora.targets), config.model.projector)
     return Outline(spec, text_directory, strategy, config.model, config.data,
                    config.federation, config.train, config.eval, config.system)
+
+
+def leaves_choices(config: Config) -> bool:
+    """Whether a key of the config is auto that `planning.choices.chosen` sets."""
+    return "auto" in (config.model.remat, config.system.client_chunk, config.system.attention)
 
 
 def count_tasks(config: Config) -> int:

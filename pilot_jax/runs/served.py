@@ -17,6 +17,7 @@ from pilot_jax.runs.events import MetricsFile, MixingFiles
 from pilot_jax.runs.folder import RunFolder
 from pilot_jax.runs.prepare import configure, initial_state, prepare
 from pilot_jax.runs.resume import Snapshots
+from pilot_jax.words import counted
 
 ByName = Callable[[str, Sequence[str], Callable[[str], Parcel]], Mapping[str, Parcel | str]]
 
@@ -33,7 +34,7 @@ class Saver(RunObserver):
 
     def phase_ended(self, state: State, record: Record, mixing: Mapping[str, np.ndarray] | None,
                     trained: Sequence[int]) -> None:
-        self.say(f"round {record['round']} {record['phase']}: {record['clients']} clients")
+        self.say(f"round {record['round']} {record['phase']}: {counted(record['clients'], 'client')}")
         self.snapshots.note(trained)
         self.snapshots.save(state, {"metrics": self.metrics.synced(), "mixing": self.mixing.written})
 

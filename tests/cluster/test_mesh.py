@@ -140,6 +140,16 @@ def test_meshes_give_what_one_device_gives(parts):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_a_quantised_base_on_a_mesh(base):
+    """A device has its part of the quantised weights; scales that cannot be divided stay whole."""
+    sections = json.dumps({"strategy": {"name": "fedavg"}, "model": {"base": base}})
+    out = json.loads(on_devices(8, FEDERATION, "[[2, 2, 2]]", sections).splitlines()[-1])
+    got = out["meshes"]["2x2x2"]
+    assert out["moved"] > 1e-3 and got["difference"] <= 1e-5 and got["same_scores"] and got["held"] <= 1 / 2
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["fedlease", "fedalt", "ditto", "fedamp", "rolora", "fedmosaic", "split_half",
                                       "pilot_split_half"])
 def test_other_strategies_on_a_mesh(strategy):

@@ -29,6 +29,7 @@ SMALLEST = {
     "operands.py": ["--steps", "2", "--repetitions", "1"],
     "privacy_audit.py": ["--trials", "40", "--epsilon", "1"],
     "peer.py": ["--repetitions", "1", "--steps", "2"],
+    "quantised.py": [*TINY[:1], "--base", "nf4", "--set", *(word for word in TINY[1:] if word != "--set")],
     "scaling.py": ["--only", "chunk"],
     "startup.py": ["--repetitions", "1"],
     "step.py": ["--top", "3"],

@@ -17,6 +17,7 @@ from pilot_jax.models.checkpoints.gguf import is_gguf, open_gguf
 from pilot_jax.models.checkpoints.hf_config import join, text_config, vision_config
 from pilot_jax.models.checkpoints.library import transformers
 from pilot_jax.models.checkpoints.reading import Place, Source, load_tensors, open_tensors, safetensors_files
+from pilot_jax.models.checkpoints.tensor_names import Storage
 from pilot_jax.models.spec import VlmSpec
 
 # Tensors of a contrastive model that a VLM does not use.
@@ -117,6 +118,6 @@ def part_sources(vision: Path | None, language: Path, projector: Path | None) ->
 
 
 def load_parts(config: VlmSpec, vision: Path | None, language: Path, projector: Path | None, dtype: str,
-               place: Place | None = None) -> dict[str, PyTree]:
+               place: Place | None = None, storage: Storage | None = None) -> dict[str, PyTree]:
     """Returns the frozen base that these parts make; see `reading.load_tensors`."""
-    return load_tensors(part_sources(vision, language, projector), config, dtype, place)
+    return load_tensors(part_sources(vision, language, projector), config, dtype, place, storage)

@@ -12,17 +12,28 @@ import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jaxtyping import PyTree
 
 from pilot_jax.errors import InputError
 from pilot_jax.files import SAFETENSORS, without_duplicates
+from pilot_jax.kernels.quantised import Scheme, is_quantised, quantised, qwix
 from pilot_jax.models.checkpoints.gguf import GgufFile, is_gguf, open_gguf
 from pilot_jax.models.checkpoints.hf_config import read_vlm_config
-from pilot_jax.models.checkpoints.tensor_names import Piece, base_shapes, canonical_name, leaf_at, never_run, pieces
+from pilot_jax.models.checkpoints.tensor_names import (
+    Piece,
+    Storage,
+    canonical_name,
+    leaf_at,
+    never_run,
+    pieces,
+    stored_shapes,
+)
 from pilot_jax.models.spec import VlmSpec
 from pilot_jax.programs import KeptJit
 
@@ -159,6 +170,14 @@ def _insert(leaf: jax.Array, tensor: jax.Array, start: tuple[jax.Array, ...], *,
     return jax.lax.dynamic_update_slice(leaf, tensor, start)
 
 
+@partial(KeptJit, donate=("leaf",), static=("permutation", "scheme"))
+def _insert_quantised(leaf: dict[str, jax.Array], tensor: jax.Array, layer: jax.Array, *,
+                      permutation: tuple[int, ...], scheme: Scheme) -> dict[str, jax.Array]:
+    """Writes a tensor, transposed and quantised, into one layer of a quantised weight."""
+    one = quantised(tensor.transpose(permutation), scheme)
+    return {name: jax.lax.dynamic_update_slice(array, one[name][None], (layer, 0, 0)) for name, array in leaf.items()}
+
+
 def _check_values(source: Source, key: str, tensor: np.ndarray, kind: jnp.dtype) -> None:
     """Checks that a tensor holds numbers that the dtype `kind` can hold.
 
@@ -176,8 +195,8 @@ def _check_values(source: Source, key: str, tensor: np.ndarray, kind: jnp.dtype)
                          "or model.dtype is too narrow for it.")
 
 
-def _tensors(sources: list[Source], config: VlmSpec, dtype: str) -> Iterator[tuple[Piece, np.ndarray, jnp.dtype]]:
-    """Yields each tensor with its piece and the dtype of its leaf, file by file: one is closed before the next.
+def _tensors(sources: list[Source], config: VlmSpec, dtype: str) -> Iterator[tuple[Piece, np.ndarray]]:
+    """Yields each tensor with its piece, file by file: one is closed before the next.
 
     Raises:
         InputError: a tensor holds values that the leaf cannot hold.
@@ -192,39 +211,52 @@ def _tensors(sources: list[Source], config: VlmSpec, dtype: str) -> Iterator[tup
             piece, tensor = table[name], tensors.read(key)
             kind = jnp.dtype("float32" if piece.leaf[0] == "projector" else dtype)
             _check_values(source, key, tensor, kind)
-            yield piece, tensor, kind
+            yield piece, tensor
 
 
-def load_tensors(sources: list[Source], config: VlmSpec, dtype: str = "float32", place: Place | None = None
-                 ) -> dict[str, PyTree]:
+def load_tensors(sources: list[Source], config: VlmSpec, dtype: str = "float32", place: Place | None = None,
+                 storage: Storage | None = None) -> dict[str, PyTree]:
     """Returns {"vision_tower", "projector", "decoder"}, trees of JAX arrays in `dtype`; the projector is in float32.
 
     Of a language model alone, it returns {"decoder"}.
 
     Args:
         place: a function from a leaf's path and shape to its sharding; None: all leaves on the default device.
+        storage: that of the decoder's linear layers, as `model.base`; None: `dtype`. Of what is quantised, one tensor
+            at a time is held in floating point.
 
     Raises:
-        InputError: a file cannot be read, or a tensor is missing, unknown, of another shape or type, or not finite.
+        InputError: a file cannot be read, or a tensor is missing, unknown, of another shape or type, or not finite; or
+            `storage` needs a library that is not installed.
     """
+    if storage in ("int8", "nf4"):
+        qwix()
     _check_names(sources, config)
-    shapes = base_shapes(config)
-    leaves: dict[tuple[str, ...], jax.Array] = {}
-    for piece, tensor, kind in _tensors(sources, config, dtype):
+    shapes = stored_shapes(config, dtype, storage)
+    leaves: dict[tuple[str, ...], PyTree] = {}
+    for piece, tensor in _tensors(sources, config, dtype):
         if piece.leaf not in leaves:
-            shape = leaf_at(shapes, piece.leaf).shape
-            sharding = None if place is None else place(piece.leaf, shape)
-            leaves[piece.leaf] = jnp.zeros(shape, kind, device=sharding)
-        leaves[piece.leaf] = _insert(leaves[piece.leaf], tensor, piece.start, permutation=piece.permutation,
-                                     block=piece.block)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: leaves[tuple(key.key for key in path)], shapes)
+            leaves[piece.leaf] = _zeros(leaf_at(shapes, piece.leaf), piece.leaf, place)
+        leaf = leaves[piece.leaf]
+        if is_quantised(leaf):
+            leaves[piece.leaf] = _insert_quantised(leaf, tensor, piece.start[0], permutation=piece.permutation,
+                                                   scheme=cast(Scheme, storage))
+        else:
+            leaves[piece.leaf] = _insert(leaf, tensor, piece.start, permutation=piece.permutation, block=piece.block)
+    return traverse_util.unflatten_dict(leaves)
 
 
-def load_base(directory: str | Path, dtype: str = "float32", place: Place | None = None
-              ) -> tuple[VlmSpec, dict[str, PyTree]]:
+def _zeros(shapes: PyTree, path: tuple[str, ...], place: Place | None) -> PyTree:
+    """Returns zeros of a leaf's shape and dtype, or of both arrays of a quantised weight, where `place` puts them."""
+    if is_quantised(shapes):
+        return {name: _zeros(shape, (*path, name), place) for name, shape in shapes.items()}
+    return jnp.zeros(shapes.shape, shapes.dtype, device=None if place is None else place(path, shapes.shape))
+
+
+def load_base(directory: str | Path, dtype: str = "float32", place: Place | None = None,
+              storage: Storage | None = None) -> tuple[VlmSpec, dict[str, PyTree]]:
     """Returns the shapes and the frozen weights of a Hugging Face LLaVA directory; see `load_tensors`."""
     directory = Path(directory)
     config = read_vlm_config(directory)
     sources = [Source(file, canonical_name) for file in safetensors_files(directory)]
-    return config, load_tensors(sources, config, dtype, place)
+    return config, load_tensors(sources, config, dtype, place, storage)

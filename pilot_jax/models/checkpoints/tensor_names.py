@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from pilot_jax.kernels.quantised import Scheme, quantised_shapes
 from pilot_jax.models.spec import VisionSpec, VlmSpec
 from pilot_jax.models.vlm import Vlm
+
+Storage = Literal["bf16"] | Scheme  # of the decoder's linear layers, as in `model.base`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +183,28 @@ def base_shapes(config: VlmSpec) -> dict[str, PyTree]:
 
     return {"vision_tower": tower["params"]["vision_tower"], "decoder": text["params"]["decoder"],
             "projector": {"linear_1": layer(v.feature_size), "linear_2": layer(config.text.hidden_size)}}
+
+
+def stored_shapes(config: VlmSpec, dtype: DTypeLike, storage: Storage | None = None) -> dict[str, PyTree]:
+    """Returns the shapes and dtypes in which the frozen base is held: `dtype`, and float32 for the projector.
+
+    Args:
+        storage: that of the decoder's linear layers, as `model.base`; None: `dtype`. A quantised weight is a dict.
+    """
+    def stored(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> PyTree:
+        names = tuple(key.key for key in path)
+        if is_linear(names, config) and storage is not None:
+            if storage != "bf16":
+                return quantised_shapes(leaf.shape[0], config.text.linear_shapes[names[-1]], storage)
+            return jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if names[0] == "projector" else dtype)
+
+    return jax.tree_util.tree_map_with_path(stored, base_shapes(config))
+
+
+def is_linear(leaf: tuple[str, ...], config: VlmSpec) -> bool:
+    """Returns whether a leaf of the base holds the weights of a linear layer that `model.base` is about."""
+    return leaf[:2] == ("decoder", "layers") and leaf[-1] in config.text.linear_shapes
 
 
 def leaf_at(tree: PyTree, path: tuple[str, ...]) -> PyTree:
