@@ -86,8 +86,8 @@ class Node:
             file = self.folder / "uploads"
             count = int(file.read_text()) + 1 if file.exists() else 1
             if count > self.fed.most_uploads:
-                raise InputError(f"federation.privacy: upload {count} is one more than the {self.fed.most_uploads} that "
-                                 f"its ε is for. {file} counts them; agree on another ε to go on.")
+                raise InputError(f"federation.privacy: upload {count} is one more than the {self.fed.most_uploads} "
+                                 f"that its ε is for. {file} counts them; agree on another ε to go on.")
             atomic_write(file, str(count))
 
     def _path(self, name: int | str) -> Path:

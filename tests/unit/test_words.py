@@ -74,7 +74,8 @@ def test_a_tiny_run_is_printed_as_it_is(capsys):
     print_plan({"clients": 1, "tasks": 1, "rounds": 1, "devices": 1, "longest_sequence": 1, "image_tokens": 0,
                 "assumed": "", "memory_per_device": {"plain": {"total": 3e6}}, "client_steps": rates,
                 "flops": {"round_1": 2.5e6, "later_rounds": 0}, "bytes_up": {"round_1": 800, "later_rounds": 800},
-                "bytes_down": rates, "bytes_between_devices_per_step": {"plain": {"weights": 0}}, "server": {"flops": 10, "bytes": 10}, "parameters": {"base": 1}})
+                "bytes_down": rates, "bytes_between_devices_per_step": {"plain": {"weights": 0}},
+                "server": {"flops": 10, "bytes": 10}, "parameters": {"base": 1}})
     out = capsys.readouterr().out
     assert "1 client, 1 task, 1 round, 1 device" in out and "2.5 MFLOP" in out and "800 B" in out
     assert not re.search(r"\b1 (clients|tasks|rounds|devices|tokens)", out) and "0 TFLOP" not in out

@@ -212,7 +212,7 @@ def test_noise_is_the_nodes_own_and_is_drawn_once(tmp_path):
     assert first.names and first.data != second.data and not first.about
     node = one.node(0)
     again = Parcel({"version": 0, "number": 9, "round": 1, "stage": "plain", "label": "plain1"})
-    with pytest.raises(errors.InputError, match=r"3 uploads are more than the 2"):
+    with pytest.raises(errors.InputError, match=r"upload 3 is one more than the 2"):
         node.train(again)
 
 
