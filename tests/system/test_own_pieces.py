@@ -124,7 +124,7 @@ def test_metrics_of_ones_own(registered):
     metric("same")(lambda answer, reference: answer == reference)
     assert scored("same", ["a", "b", "c"], [["a", "z"], ["z", "b"], ["z"]]) == pytest.approx(2 / 3)
     metric("broken")(lambda answer, reference: float("nan"))
-    with pytest.raises(InputError, match=r"eval\.metrics: broken returned nan for 1 answers"):
+    with pytest.raises(InputError, match=r"eval\.metrics: broken returned nan for 1 answer\."):
         scored("broken", ["a"], [["a"]])
     with pytest.raises(ValueError, match="the package has a metric 'exact'"):
         metric("exact")
