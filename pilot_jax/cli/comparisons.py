@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pilot_jax.cli.options import AsJson, ConfigPath, Overrides, RunStrategy, Use, check_choice, read_config
+from pilot_jax.cli.options import (
+    AsJson,
+    ConfigPath,
+    Overrides,
+    RunStrategy,
+    Use,
+    check_choice,
+    read_config,
+    with_choices,
+)
 from pilot_jax.errors import InputError
 from pilot_jax.files import path_part
 
@@ -88,7 +97,7 @@ def _compare_each(comparisons: Sequence[tuple[str, Config, Path]], variants: Seq
         if title:
             say(title)
         try:
-            done.append(run_comparison(config, variants, options, folder, say))
+            done.append(run_comparison(with_choices(config, say), variants, options, folder, say))
         except KeyboardInterrupt:
             typer.echo(f"\nInterrupted. Finished variants are in {folder}; give the same command again to go on.",
                        err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,6 +72,24 @@ def read_config(path: Path, overrides: list[str] | None, strategy: str | None = 
     from pilot_jax.config import load_config
 
     return load_config(path, [*(overrides or []), *([] if strategy is None else [f"strategy.name={strategy}"])])
+
+
+def with_choices(config: Config, say: Callable[[str], None] | None) -> Config:
+    """Returns the config with the choices that it leaves to the device; `say` is given the line that says which.
+
+    Raises:
+        InputError: by `plan`, the run does not fit an accelerator. Nothing is loaded before.
+    """
+    from pilot_jax.planning.choices import chosen, this_device
+    from pilot_jax.runs.prepare import leaves_choices
+
+    device = this_device()
+    if device.platform == "cpu" and not leaves_choices(config):
+        return config
+    config, line = chosen(config, device)
+    if say is not None:
+        say(line)
+    return config
 
 
 def check_choice(option: str, value: str, *choices: str) -> None:

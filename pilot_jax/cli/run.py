@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pilot_jax.cli.options import ConfigPath, Overrides, StrategyName, Use, check_choice, read_config
+from pilot_jax.cli.options import ConfigPath, Overrides, StrategyName, Use, check_choice, read_config, with_choices
 from pilot_jax.cli.supervise import in_child
 from pilot_jax.cli.tables import print_scores, printable
 from pilot_jax.errors import InputError, Interrupted, is_wrong_path
@@ -54,31 +54,13 @@ def run(config: ConfigPath, overrides: Overrides = None, strategy: StrategyName 
     split_cpu_for(settings, num_processes or 1)
     if several:
         processes.connect(coordinator, num_processes, process_id)
-    settings = _with_choices(settings, show=processes.is_writer() and progress == "auto")
+    settings = with_choices(settings, typer.echo if processes.is_writer() and progress == "auto" else None)
     summary = _simulate(settings, folder, resume, progress, use).summary
     if processes.is_writer() and progress == "json":
         typer.echo(json.dumps({"kind": "summary", "folder": str(folder)} | summary))
     elif processes.is_writer() and progress == "auto":
         print_scores(summary)
         typer.echo(f"Run directory: {folder}")
-
-
-def _with_choices(config: Config, show: bool) -> Config:
-    """Returns the config with the choices that it leaves to the device, which are the first line printed.
-
-    Raises:
-        InputError: by `plan`, the run does not fit an accelerator. Nothing is loaded before.
-    """
-    from pilot_jax.planning.choices import chosen, this_device
-    from pilot_jax.runs.prepare import leaves_choices
-
-    device = this_device()
-    if device.platform == "cpu" and not leaves_choices(config):
-        return config
-    config, line = chosen(config, device)
-    if show:
-        typer.echo(line)
-    return config
 
 
 def _simulate(config: Config, folder: Path, resume: bool, progress: str, use: list[str] | None) -> Run:

@@ -98,14 +98,14 @@ COMMAND = ["--strategies", "fedavg,local", "--seeds", 2, "--rates", "0.5,1"]
 @pytest.mark.slow
 def test_compare_writes_its_table_and_goes_on_where_it_stopped(tmp_path, call, monkeypatch):
     config = tmp_path / "c.yaml"
-    config.write_text(small_config(data={"digits": {"train": 4}}).to_yaml())
+    config.write_text(small_config(data={"digits": {"train": 4}}, system={"client_chunk": "auto"}).to_yaml())
     calls = []
     real = runner.run_variant
     monkeypatch.setattr(runner, "run_variant", lambda field, variant, *rest: calls.append(variant.name)
                         or real(field, variant, *rest))
     out = tmp_path / "out"
     code, text, _ = call("compare", config, *COMMAND, "--out", out)
-    assert code == 0 and calls == ["fedavg", "local"]
+    assert code == 0 and calls == ["fedavg", "local"] and "9 clients at once, attention own" in text
     results = json.loads((out / "results.json").read_text())
     assert [v["name"] for v in results["variants"]] == ["fedavg", "local"]
     assert set(results["rates"]["fedavg"]["validation"]) == {"0.5", "1"}
