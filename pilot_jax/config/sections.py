@@ -32,7 +32,8 @@ def made(key: str, value: Any) -> Any:
     """
     if value == "auto":
         raise InputError(f"{key}: auto is for the commands run, plan and compare, which know the device. Give a "
-                         "value; in Python, pilot_jax.planning.choices.chosen(config, this_device()) returns a config with one.")
+                         "value; in Python, pilot_jax.planning.choices.chosen(config, this_device()) returns a config "
+                         "with one.")
     return value
 
 
