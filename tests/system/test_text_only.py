@@ -181,7 +181,7 @@ def test_the_shipped_config_from_plan_to_export(call, fedit, tmp_path):
                 "model.remat=false"]
     config = [ROOT / "configs" / "text_only.yaml", *(part for s in settings for part in ("--set", s))]
     code, out, err = call("plan", *config)
-    assert code == 0 and "2 clients, 1 tasks" in out and "for the image" not in out, err
+    assert code == 0 and "2 clients, 1 task, " in out and "for the image" not in out, err
     code, out, err = call("run", *config, "--out", tmp_path / "run")
     assert code == 0, err
     code, out, err = call("evaluate", tmp_path / "run")

@@ -187,7 +187,7 @@ def test_kinds_of_questions_have_scores_of_their_own(setup, examinees, forced):
 @pytest.mark.slow
 def test_runs_and_comparisons_write_token_accuracy_and_kinds(tmp_path, monkeypatch):
     real = prepare.load_samples
-    monkeypatch.setattr(prepare, "load_samples", lambda config: [
+    monkeypatch.setattr(prepare, "load_samples", lambda config, given=None: [
         dataclasses.replace(s, kind="even" if i % 2 else "odd") if s.task == "vqa" else s
         for i, s in enumerate(real(config))])
     config = small_config(strategy={"name": "fedavg"}, eval=FORCED | {"every": 1}, data={"digits": {"train": 4}})
