@@ -103,7 +103,7 @@ print(json.dumps({"right": float(alone[:, 0].mean()), "differences": [
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_teacher_forcing_on_a_mesh():
     """Three models, which neither 8 nor 2 divides, have on each mesh the results that they have on one device."""
     out = json.loads(on_devices(8, FORCING, "[[8, 1, 1], [2, 2, 2]]").splitlines()[-1])

@@ -109,7 +109,7 @@ def test_four_processes_give_what_one_gives(one, tmp_path):
     assert {i for process in told for i in process["seen"]} == {s.id for s in samples if s.split != "validation"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_are_interrupted_and_one_goes_on(one, tmp_path):
     """After SIGTERM following their first phase, both processes stop at the same chunk and save. One process on one
     device then continues to the results of an uninterrupted run."""

@@ -357,8 +357,8 @@ def test_clients_on_disk_end_with_the_same_bits(tmp_path, name):
         assert stored.summary[key] == whole.summary[key], key
 
 
-@pytest.mark.parametrize("name", [pytest.param("fedlease", marks=pytest.mark.slow),
-                                  pytest.param("fedalt", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["fedlease", "fedalt"])
 def test_on_the_real_model(tmp_path, name):
     """Trains, goes on with the same bits after a kill, is restored and evaluated, and refuses to be one LoRA."""
     config = small_config(strategy={"name": name}, federation={"rounds": 2, "local_steps": 2},

@@ -8,7 +8,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import Records, slow_except, small_config, tree_max_difference
+from conftest import Records, small_config, tree_max_difference
 
 from pilot_jax.evaluation import personalised
 from pilot_jax.federation import rounds
@@ -269,7 +269,8 @@ def test_evaluation_of_a_client_that_never_took_part_is_the_base():
         "text_adapter", "task", "client", "task_bank", "cross_task", "router"}
 
 
-@pytest.mark.parametrize("name", slow_except((), ["pilot", "scaffold"], {"pilot"}))
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["pilot", "scaffold"])
 def test_steps_in_portions_are_the_same_steps(tmp_path, name):
     """With `system.steps_at_once`, 5 steps as 2 + 2 + 1 give the same adapters and records, with clients in memory and
     on disk."""

@@ -130,7 +130,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long if name == "llama" else pytest.mark.slow)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if "mistral" in name else pytest.mark.long)
                                   for name in VARIANTS])
 def test_last_layer_on_answers_alone(tmp_path, name, monkeypatch):
     """Loss and LoRA gradient with unrolled layers, a last layer only at answer positions, with and without remat, equal

@@ -56,7 +56,7 @@ def test_cudnn_is_chosen_where_it_can_train():
         assert chosen(small_config(**sections), Device("gpu", 1e12))[0].system.attention == "own"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_commands_say_what_they_chose(call, monkeypatch, tmp_path):
     """`plan` prints the choices first. A run that does not fit ends with exit code 2 and writes nothing."""
     keys = ("model.remat", "system.client_chunk", "system.attention")
