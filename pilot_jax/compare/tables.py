@@ -18,7 +18,7 @@ from pilot_jax.words import counted
 Record = dict[str, Any]  # a JSON object: `results.json`, or a variant's entry in it
 
 # Names of the answers that look at no picture, by their key in `results["guesses"]`.
-GUESSES = {"majority": "most common answer", "question": "answer by question"}
+GUESS_TITLES = {"majority": "most common answer", "question": "answer by question"}
 
 
 def by_score(results: Record) -> list[Record]:
@@ -103,7 +103,7 @@ def score_rows(results: Record) -> list[list[str]]:
                      decimal(line["effective_neighbors"], 1), decimal(line["base_captions"], 2),
                      f"{line['rate_factor']:g}", decimal(up, 1), decimal(down, 1), _per_megabyte(line, local),
                      decimal(work, 1), decimal(held, 1), f"{line['wall_seconds']:.0f}"])
-    for way, name in GUESSES.items() if results.get("guesses") else ():
+    for way, name in GUESS_TITLES.items() if results.get("guesses") else ():
         found = results["guesses"][way]
         rows.append([name, *(decimal(found["score"]) if key == "own" else "" for key in columns),
                      *(decimal(found["by_task"].get(t)) for t in tasks), *[""] * (len(against) + 9)])

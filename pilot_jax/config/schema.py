@@ -200,8 +200,8 @@ class SystemConfig(Section):
 
     seed: int = Field(
         0, ge=0, le=2**31 - 1, description="Seed of everything random in a run: initial adapters, partition, sampling "
-        "of clients, batches, noise and sampled answers. The digit scenes have `data.digits.seed`, the "
-        "emoji `data.emoji.seed`.")
+        "of clients, batches and sampled answers. The noise of `federation.privacy`, the digit scenes and the "
+        "emoji have seeds of their own.")
     client_chunk: Annotated[int, Field(ge=1, le=65_536)] | Literal["auto"] = Field(
         3, description="Number of clients trained at once on each device, or on each row of a mesh along its axis "
         "`clients`. auto: as many as fit the device, by `plan`, and at most 16.")

@@ -25,7 +25,7 @@ from pilot_jax.files import atomic_write, new_folder, path_part
 from pilot_jax.runs.prepare import configure, deployed_stages, initial_state, prepare
 from pilot_jax.storage import read_tree, write_tree
 
-FLOWER = "flwr>=1.42,<1.43"  # its API moves between minor versions; tests/system/test_deploy.py says where to look
+FLOWER = "flwr>=1.42,<1.43"  # its API moves between minor versions; tests/system/test_deployment.py says where to look
 OVERRIDES = ("data.", "model.path", "model.parts.", "system.")  # config keys that a node may set for itself
 
 

@@ -103,7 +103,7 @@ class Federation:
     most_uploads: int = 0  # of any client in the run, if none is refused; for `settings.privacy`
     tamper: Tamper | None = None  # changes the uploads of simulated attackers
     unpooled: tuple[ClientData, ...] = ()  # the clients whose data the strategy pools; empty if it pools none
-    secret_noise: bool = False  # whether the noise of `settings.privacy` comes from the system, whatever its seed
+    secret_noise: bool = False  # whether the seed of `settings.privacy` is ignored, as a server elsewhere knows it
     plain_steps: bool = False  # whether clients follow their loss alone, without the strategy's local rule
 
     @property

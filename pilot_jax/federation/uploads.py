@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from pilot_jax.config import FederationConfig
-from pilot_jax.federation.privacy import SystemNoise, noised
+from pilot_jax.federation.privacy import Noise, SystemNoise, noised
 from pilot_jax.federation.randomness import client_generator
 from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.state import Federation
@@ -32,9 +32,9 @@ def after_upload(fed: Federation, client: int, round_: int, stage: str, label: s
     fault, privacy = not_finite(roles.select(after, "local")), fed.settings.privacy
     name = fed.clients[client].name
     if privacy.clip is not None and upload:
-        # The server of a real network knows the config, and could subtract noise that is drawn from its seed.
-        secret = fed.secret_noise or privacy.seed is None
-        rng = SystemNoise() if secret else client_generator(privacy.seed or 0, name, round_, f"{label} noise")
+        rng: Noise = SystemNoise()
+        if privacy.seed is not None and not fed.secret_noise:
+            rng = client_generator(privacy.seed, name, round_, f"{label} noise")
         upload = noised(upload, start, privacy.clip, 2 * fed.noise_multiplier * privacy.clip, rng)
     if fed.tamper is not None:
         upload = fed.tamper(name, round_, upload, start)
