@@ -177,14 +177,13 @@ class KeptJit:
 
     def _dynamic(self, bound: inspect.BoundArguments) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns the positional and the keyword arguments that a compiled program takes."""
-        kinds = self._signature.parameters
-        args = {n: v for n, v in bound.arguments.items() if n not in self._static}
-        by_name = {n: v for n, v in args.items() if kinds[n].kind is inspect.Parameter.KEYWORD_ONLY}
-        return tuple(v for n, v in args.items() if n not in by_name), by_name
+        args = tuple(v for n, v in zip(self._signature.parameters, bound.args, strict=False) if n not in self._static)
+        return args, {n: v for n, v in bound.kwargs.items() if n not in self._static}
 
     def _call(self, bound: inspect.BoundArguments) -> _Call:
         leaves, structure = jax.tree.flatten(self._dynamic(bound))
-        return _Call(tuple(bound.arguments[name] for name in self._static), structure, tuple(map(_leaf, leaves)),
+        given = bound.arguments | bound.kwargs  # the latter has what `**options` collects one by one
+        return _Call(tuple(given.get(name) for name in self._static), structure, tuple(map(_leaf, leaves)),
                      options_of_programs())
 
     def _program(self, bound: inspect.BoundArguments) -> Callable[..., Any]:

@@ -27,6 +27,7 @@ from pilot_jax.models.vlm import variables
 from pilot_jax.programs import KeptJit
 
 AnyArray = Array | np.ndarray
+SMALL = 2**22  # trained numbers of a client that the optimizer treats as one vector
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["own", "common"], meta_fields=[])
@@ -151,8 +152,8 @@ def _gradients(spec: PhaseSpec, mesh: jax.sharding.Mesh | None, base: Mapping[st
 def _start(spec: PhaseSpec, adapters: Adapters, batch: ClientBatch) -> Carry:
     trained = spec.read(adapters.own, spec.trained)
     labels = optimizer_labels(trained)
-    state = jax.vmap(lambda tree, total, rate: make_optimizer(spec.optimizer, labels, total, rate).init(tree))(
-        trained, batch.steps, batch.rates)
+    state = jax.vmap(lambda tree, total, rate: make_optimizer(
+        spec.optimizer, labels, total, rate, _is_small(tree)).init(tree))(trained, batch.steps, batch.rates)
     sums = {name: jnp.zeros(len(batch.steps)) for name in (*spec.terms, "last_loss")}
     gradients = {}
     if spec.rule.averages_gradients:
@@ -171,8 +172,8 @@ def _advance(spec: PhaseSpec, mesh: jax.sharding.Mesh | None, base: Mapping[str,
     carried = {n: own[n] if n in own else common[n] for n in spec.carried}
     axes = {n: 0 if n in own else None for n in carried}
     labels = optimizer_labels(start)
-    update = jax.vmap(lambda grads, state, tree, total, rate:
-                      make_optimizer(spec.optimizer, labels, total, rate).update(grads, state, tree))
+    update = jax.vmap(lambda grads, state, tree, total, rate: make_optimizer(
+        spec.optimizer, labels, total, rate, _is_small(tree)).update(grads, state, tree))
 
     def step(index: jax.Array, state: tuple) -> tuple:
         trained, optimizer, sums, gradients = state
@@ -200,6 +201,11 @@ def _advance(spec: PhaseSpec, mesh: jax.sharding.Mesh | None, base: Mapping[str,
     trained, optimizer, sums, gradients = jax.lax.fori_loop(
         0, count, step, (carry.trained, carry.optimizer, carry.sums, carry.gradients))
     return Carry(carry.adapters, trained, optimizer, sums, gradients, carry.steps)
+
+
+def _is_small(tree: Tree) -> bool:
+    """Whether one client's trained subtrees are so small that a copy of them costs next to nothing."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree)) <= SMALL
 
 
 def _where(active: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:

@@ -27,12 +27,14 @@ def identity(cohort: int) -> Float[Array, "S S"]:
     return jnp.eye(cohort)
 
 
+@KeptJit
 def mean(sizes: Real[AnyArray, " S"]) -> Float[Array, "S S"]:
     """Returns the matrix of FedAvg (McMahan et al., 2017): every row is n/Σn."""
     weights = jnp.asarray(sizes, jnp.float32)
     return jnp.broadcast_to(weights / jnp.sum(weights), (len(weights), len(weights)))
 
 
+@partial(KeptJit, static=("num_tasks",))
 def per_task_mean(sizes: Real[AnyArray, " S"], tasks: Int[AnyArray, " S"], num_tasks: int) -> Float[Array, "T S"]:
     """Returns, for each task, the mean over its clients weighted by n_k; zeros for a task without a client."""
     members = jax.nn.one_hot(tasks, num_tasks).T * jnp.asarray(sizes, jnp.float32)
@@ -40,18 +42,21 @@ def per_task_mean(sizes: Real[AnyArray, " S"], tasks: Int[AnyArray, " S"], num_t
     return members / jnp.where(total > 0, total, 1.0)
 
 
+@KeptJit
 def apply(matrix: Float[AnyArray, "M S"], uploads: PyTree[Float[AnyArray, "S ..."]]) -> PyTree[Float[Array, "M ..."]]:
     """Returns matrix [M, S] times leaves [S, …], which gives leaves [M, …]; computed in float32."""
     return jax.tree.map(
         lambda leaf: exact_einsum("ms,s...->m...", matrix, leaf.astype(jnp.float32)).astype(leaf.dtype), uploads)
 
 
+@KeptJit
 def apply_to_updates(matrix: Float[AnyArray, "S S"], uploads: PyTree[Float[AnyArray, "S ..."]],
                      starts: PyTree[Float[AnyArray, "S ..."]]) -> PyTree[Float[Array, "S ..."]]:
     """Returns starts + matrix·(uploads − starts): what a client has changed is mixed, and not where it began."""
     return jax.tree.map(jnp.add, starts, apply(matrix, jax.tree.map(jnp.subtract, uploads, starts)))
 
 
+@KeptJit
 def effective_neighbors(matrix: Float[AnyArray, "M S"]) -> Float[Array, " M"]:
     """Returns exp(entropy) of each row: the effective number of clients in a mixture, the client itself included."""
     safe = jnp.where(matrix > 0, matrix, 1.0)
@@ -69,7 +74,7 @@ class AtaOptions(TypedDict, total=False):
     size_weighted: bool
 
 
-@partial(jax.jit, static_argnames=tuple(AtaOptions.__annotations__))
+@partial(KeptJit, static=tuple(AtaOptions.__annotations__))
 def ata_weights(distances: Float[AnyArray, "S S"], sizes: Real[AnyArray, " S"],
                 client_ids: Int[AnyArray, " S"] | None = None, **options: Unpack[AtaOptions]) -> Float[Array, "S S"]:
     """Returns the weights w_kj of Adaptive Text-adapter Aggregation, over the M nearest others and k; rows sum to 1.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import threading
+
 import jax
 
 from pilot_jax.data.features import compute_features
@@ -24,3 +27,8 @@ def compile_first_round(setup: Setup, state: State) -> None:
     if fed.store is None:
         members = fed.members(state.round)
         setup.executor.compile_ahead(fed, state.round, {c: state.population[c].adapters for c in members})
+
+
+def import_orbax() -> None:
+    """Starts to import the library that writes snapshots, in a thread, while the first chunk of clients is trained."""
+    threading.Thread(target=importlib.import_module, args=("orbax.checkpoint",), daemon=True).start()

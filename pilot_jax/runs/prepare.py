@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pilot_jax.cache import open_cache
@@ -41,6 +42,7 @@ from pilot_jax.evaluation.teacher_forced import check_scoring
 from pilot_jax.federation.chunks import chunk_width
 from pilot_jax.federation.cohort import participants
 from pilot_jax.federation.executor import Executor
+from pilot_jax.federation.randomness import key_data
 from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.state import Federation, State, initial_population, most_uploads
 from pilot_jax.federation.strategies import Strategy, make_strategy, use
@@ -273,7 +275,7 @@ def initial_adapters(fed: Federation) -> dict[str, Tree]:
 
     Their LoRA has the largest rank. `state.initial_population` has those of clients whose ranks differ.
     """
-    key = jax.random.fold_in(jax.random.key(fed.seed), 0x696E6974)  # "init"
+    key = jax.random.wrap_key_data(jnp.asarray(key_data(fed.seed, 0x696E6974)))  # "init"
     projector = to_host(fed.model.base.get("projector", {}))
     adapters = fed.strategy.initial_adapters(key, projector, fed.model.config, fed.rank, len(fed.tasks))
     adapters = fed.strategy.with_options(adapters, fed.rank)

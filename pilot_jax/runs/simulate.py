@@ -23,7 +23,7 @@ from pilot_jax.federation.strategies import Strategy
 from pilot_jax.parallel import processes
 from pilot_jax.parallel.host_memory import give_back
 from pilot_jax.parallel.processes import is_writer, wait_for_all
-from pilot_jax.runs.ahead import compile_first_round, compute_all_features
+from pilot_jax.runs.ahead import compile_first_round, compute_all_features, import_orbax
 from pilot_jax.runs.best import BestState
 from pilot_jax.runs.checkpoint import save_population
 from pilot_jax.runs.events import CompileClock, MetricsFile, MixingFiles
@@ -84,6 +84,7 @@ def simulate(config: Config | str | Path, *, out: str | Path | None = None, resu
         compute_all_features(setup)
         if folder is not None:
             folder.begin()
+            import_orbax()
         return RunLoop(setup, state, folder, clock, began, observers).run()
     finally:
         clock.stop()

@@ -31,8 +31,6 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 from pydantic import Field
-from scipy.cluster.hierarchy import cut_tree, linkage
-from scipy.spatial.distance import squareform
 
 from pilot_jax.config import StrategyParams
 from pilot_jax.federation import mixing
@@ -82,6 +80,9 @@ def allocated(between: np.ndarray, most: int) -> np.ndarray:
 
     Clusters are numbered in the order of their first clients. Of equally good numbers of clusters, the smallest wins.
     """
+    from scipy.cluster.hierarchy import cut_tree, linkage  # takes a third of a second
+    from scipy.spatial.distance import squareform
+
     if len(between) <= 2:
         return np.arange(len(between))
     tree = linkage(squareform(between, checks=False), "average")

@@ -4,11 +4,13 @@ arXiv 2501.13985): task and client visual adapters, a cross-task mixture of adap
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Key
 from pydantic import Field, model_validator
 
 from pilot_jax.config import Section, StrategyParams
@@ -20,6 +22,7 @@ from pilot_jax.federation.roles import BASE_ROWS, Mode, Role, Roles, Tree, float
 from pilot_jax.federation.strategies.base import Strategy, register
 from pilot_jax.models.lora import init_lora
 from pilot_jax.parallel.processes import to_host
+from pilot_jax.programs import KeptJit
 
 
 def _zero_last(adapter):
@@ -29,6 +32,12 @@ def _zero_last(adapter):
 
 def _repeat(tree, times: int):
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (times, *leaf.shape)), tree)
+
+
+@partial(KeptJit, static=("features", "tasks"))
+def init_router(key: Key[Array, ""], features: int, tasks: int) -> Float[Array, "features tasks"]:
+    """Returns the weights of a new router, float32, normal with standard deviation 0.02."""
+    return 0.02 * jax.random.normal(jax.random.fold_in(key, 1000), (features, tasks))
 
 
 def _with_last_uploads(members: Mapping[int, dict[str, Any]], cohort: Cohort) -> dict[int, dict[str, Any]]:
@@ -150,14 +159,13 @@ class Pilot(Strategy):
         base model. copy: as in the authors' code, every MLP is a copy of the projector."""
         projector = float32(projector)
         extra = projector if self.params.init == "copy" else _zero_last(projector)
-        router = 0.02 * jax.random.normal(jax.random.fold_in(key, 1000), (model.vision.feature_size, num_tasks))
         every = {
             "text_adapter": init_lora(key, model.text, rank),
             "task": projector,
             "client": extra,
             "task_bank": _repeat(projector, num_tasks),
             "cross_task": _repeat(extra, num_tasks),
-            "router": {"kernel": router},
+            "router": {"kernel": init_router(key, model.vision.feature_size, num_tasks)},
         }
         return {row.subtree: every[row.subtree] for row in self.roles().adapter_rows}
 
@@ -253,10 +261,10 @@ class Pilot(Strategy):
         present = np.isin(np.arange(num_tasks), cohort.tasks)
 
         def keep_absent(new, old):
-            return jnp.where(present.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+            return np.where(present.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
-        bank = jax.tree.map(keep_absent, mixing.apply(matrix, stacked), old)
-        return to_host(bank), _with_last_uploads(server["members"], cohort)
+        bank = jax.tree.map(keep_absent, to_host(mixing.apply(matrix, stacked)), to_host(old))
+        return bank, _with_last_uploads(server["members"], cohort)
 
     def sent_bytes(self, adapters):
         up = {name: num_bytes(adapters[name]) for name in ("text_adapter", "task")}

@@ -1,14 +1,16 @@
 """Reads checkpoints into arrays on their devices, one tensor at a time.
 
 The names and shapes in all files are checked before the first tensor is read: every tensor of the model is there, and
-every other one is known to be unused in LLaVA. Then each tensor is written into its block of its leaf, on the leaf's
-device and in the leaf's dtype, so that host memory holds no more than the file that is being read.
+every other one is known to be unused in LLaVA. Then each tensor is written into its block of its leaf, in the leaf's
+dtype. A large leaf is on its devices from the start, so that host memory holds little more than the file that is being
+read. A small one is put there when it is complete, which needs no compiled program.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -35,8 +37,10 @@ from pilot_jax.models.checkpoints.tensor_names import (
     stored_shapes,
 )
 from pilot_jax.models.spec import VlmSpec
+from pilot_jax.parallel.processes import from_host
 from pilot_jax.programs import KeptJit
 
+SMALL = 16 * 2**20  # bytes of a leaf that is assembled in the host's memory
 FLOATS = ("float16", "bfloat16", "float32", "float64")  # dtypes of tensors that are read
 # A function from a leaf's path and shape to its sharding, or to None for the default device.
 Place = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding | None]
@@ -241,16 +245,32 @@ def load_tensors(sources: list[Source], config: VlmSpec, dtype: str = "float32",
         if is_quantised(leaf):
             leaves[piece.leaf] = _insert_quantised(leaf, tensor, piece.start[0], permutation=piece.permutation,
                                                    scheme=cast(Scheme, storage))
+        elif isinstance(leaf, np.ndarray):
+            piece.of_leaf(leaf)[:] = tensor.transpose(piece.permutation).reshape(piece.block)
         else:
             leaves[piece.leaf] = _insert(leaf, tensor, piece.start, permutation=piece.permutation, block=piece.block)
-    return traverse_util.unflatten_dict(leaves)
+    return traverse_util.unflatten_dict({path: _on_devices(leaf, path, place) for path, leaf in leaves.items()})
 
 
 def _zeros(shapes: PyTree, path: tuple[str, ...], place: Place | None) -> PyTree:
-    """Returns zeros of a leaf's shape and dtype, or of both arrays of a quantised weight, where `place` puts them."""
+    """Returns zeros of a leaf's shape and dtype, or of both arrays of a quantised weight, where `place` puts them.
+
+    A small leaf is a NumPy array.
+    """
     if is_quantised(shapes):
-        return {name: _zeros(shape, (*path, name), place) for name, shape in shapes.items()}
+        return {name: _on_devices(_zeros(shape, (*path, name), place), (*path, name), place)
+                for name, shape in shapes.items()}
+    if math.prod(shapes.shape) * jnp.dtype(shapes.dtype).itemsize <= SMALL:
+        return np.zeros(shapes.shape, shapes.dtype)
     return jnp.zeros(shapes.shape, shapes.dtype, device=None if place is None else place(path, shapes.shape))
+
+
+def _on_devices(leaf: PyTree, path: tuple[str, ...], place: Place | None) -> PyTree:
+    """Returns a NumPy array where `place` puts it; anything else is there already."""
+    if not isinstance(leaf, np.ndarray):
+        return leaf
+    sharding = None if place is None else place(path, leaf.shape)
+    return jax.device_put(leaf) if sharding is None else from_host(leaf, sharding)
 
 
 def load_base(directory: str | Path, dtype: str = "float32", place: Place | None = None,

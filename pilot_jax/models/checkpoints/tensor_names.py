@@ -33,10 +33,13 @@ class Piece:
     block: tuple[int, ...]
     start: tuple[int, ...]
 
+    def of_leaf(self, leaf: np.ndarray) -> np.ndarray:
+        """Returns the view of the whole leaf's block [*block] into which the tensor is written."""
+        return leaf[tuple(slice(a, a + n) for a, n in zip(self.start, self.block, strict=True))]
+
     def from_leaf(self, leaf: np.ndarray) -> np.ndarray:
         """Returns the checkpoint's tensor, cut out of the whole leaf."""
-        cut = leaf[tuple(slice(a, a + n) for a, n in zip(self.start, self.block, strict=True))]
-        permuted = cut.reshape([self.shape[i] for i in self.permutation])
+        permuted = self.of_leaf(leaf).reshape([self.shape[i] for i in self.permutation])
         return permuted.transpose(np.argsort(self.permutation))
 
 
