@@ -175,5 +175,6 @@ def make_optimizer(spec: OptimizerSpec, labels: Mapping[str, Tree], total_steps:
         adamw = optax.adamw(schedule, eps=spec.epsilon, weight_decay=spec.weight_decay)
         return optax.flatten(adamw) if flat else adamw
 
-    optimizer = optax.partition({name: one(peak) for name, peak in rates.items()}, labels)
+    used = set(jax.tree.leaves(labels))
+    optimizer = optax.partition({name: one(peak) for name, peak in rates.items() if name in used}, labels)
     return optimizer if spec.clip_norm is None else optax.chain(optax.clip_by_global_norm(spec.clip_norm), optimizer)

@@ -34,9 +34,10 @@ def adamw(tree, gradients):
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_steps_are_those_of_adamw(flat):
+@pytest.mark.parametrize("trained", [["lora", "connector"], ["lora"]])
+def test_steps_are_those_of_adamw(trained, flat):
     rng = np.random.default_rng(0)
-    tree, gradients = trees(rng), [trees(rng) for _ in range(STEPS)]
+    tree, *gradients = ({label: trees(rng)[label] for label in trained} for _ in range(STEPS + 1))
     labels = {label: jax.tree.map(lambda _, label=label: label, leaves) for label, leaves in tree.items()}
     optimizer = make_optimizer(OptimizerSpec("adamw", DECAY, EPSILON, 0.0, "constant", None), labels,
                                jnp.int32(STEPS), {k: jnp.float32(v) for k, v in RATES.items()}, flat)
