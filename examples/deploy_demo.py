@@ -237,14 +237,14 @@ def peaks(net: Network, into: dict[str, float]) -> None:
         time.sleep(1)
 
 
-def large(folder: Path, base: Path, wire: str) -> None:
+def large(folder: Path, base: Path, wire: str, database: str | None) -> None:
     """One client's LoRA of rank 4,096 on a checkpoint there and back, and the peak memory of each process."""
     config = load_config(make_config(
         folder, "fedavg", 1, model={"path": str(base.absolute()), "lora": {"rank": 4096, "alpha": 4096}},
         train={"batch_size": 1, "optimizer": "sgd"},
         federation={"rounds": 1, "local_steps": 1, "schedule": "single"}))
     everyone, memory = roster_here(config), dict[str, float]()
-    net = Network(folder / "net-large", folder / "app-large")
+    net = Network(folder / "net-large", folder / "app-large", database=database)
     write_app(net.app, config, Roster({"anna": everyone.members["anna"]}))
     threading.Thread(target=peaks, args=(net, memory), daemon=True).start()
     began = time.monotonic()
@@ -255,7 +255,8 @@ def large(folder: Path, base: Path, wire: str) -> None:
         count = sum(leaf.size for leaf in jax.tree.leaves(final_adapters(net, "anna")))
         check(status == "finished:completed" and count > 150e6,
               f"{count:,} numbers as {wire} there and back in {time.monotonic() - began:.0f} s: {status}")
-        print(f"      peak memory: {', '.join(f'{kind} {gb:.1f} GB' for kind, gb in sorted(memory.items()))}")
+        print(f"      SuperLink's database: {database or 'in memory'}; peak memory: " + ", ".join(
+            f"{kind} {gb:.1f} GB" for kind, gb in sorted(memory.items())))
 
 
 def main() -> None:
@@ -267,13 +268,14 @@ def main() -> None:
     parser.add_argument("--large", type=Path, metavar="BASE", help="instead, large adapters of a checkpoint, which "
                         "has 39,000 numbers or more in LoRA of rank 1; see docs/deployment.md")
     parser.add_argument("--wire", default="float32", help="with --large: float32 or bfloat16")
+    parser.add_argument("--database", default="superlink.db", help="with --large: SuperLink's; memory: none on disk")
     parser.add_argument("--folder", type=Path, help="new folder for all files (default: a temporary one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="deploy-demo-") as temporary:
         folder, began = (options.folder or Path(temporary)).absolute(), time.monotonic()
         make_data(folder / "data")
         if options.large is not None:
-            large(folder, options.large, options.wire)
+            large(folder, options.large, options.wire, None if options.database == "memory" else options.database)
         compared = ["pilot"] if options.short else options.strategies
         with ThreadPoolExecutor(2) as pool:
             running = [] if options.short or options.only_simulated or options.large else [

@@ -95,10 +95,12 @@ class Network:
     Args:
         secure: whether connections use TLS and nodes are authenticated, with certificates and keys that are made here.
         wire: whether SuperNodes connect through a `Wire`.
+        database: the option of SuperLink; None: it keeps everything in memory, and forgets it when it ends.
     """
 
-    def __init__(self, folder: Path, app: Path, *, secure: bool = False, wire: bool = False) -> None:
-        self.folder, self.app, self.secure = folder, app, secure
+    def __init__(self, folder: Path, app: Path, *, secure: bool = False, wire: bool = False,
+                 database: str | None = "superlink.db") -> None:
+        self.folder, self.app, self.secure, self.database = folder, app, secure, database
         self.port = free_port()
         self.wire = Wire(self.port) if wire else None
         self.processes: dict[str, subprocess.Popen] = {}
@@ -129,8 +131,9 @@ class Network:
     def start_server(self) -> None:
         options = (["--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.crt", "--ssl-keyfile", "server.key",
                     "--enable-supernode-auth"] if self.secure else ["--insecure"])
-        self.start("server", ["flower-superlink", "--host", "127.0.0.1", "--port", str(self.port), "--database",
-                              "superlink.db", "--disable-runtime-dependency-installation", *options])
+        self.start("server", ["flower-superlink", "--host", "127.0.0.1", "--port", str(self.port),
+                              *(() if self.database is None else ("--database", self.database)),
+                              "--disable-runtime-dependency-installation", *options])
         for _ in range(600):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
                 return

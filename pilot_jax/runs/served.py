@@ -47,11 +47,11 @@ def summary(fed: Federation, state: State, seconds: float) -> dict[str, Any]:
     tasks = {client.name: client.task for client in fed.clients}
     return {
         "deployed": True, "strategy": fed.strategy.name, "seed": fed.seed, "rounds": state.round - 1,
-        "clients": list(tasks), "tasks": list(fed.tasks), "task_by_client": tasks, "score_by_client": {}, "score_by_task": {},
-        "score_base_by_client": {}, "score_base_by_task": {}, "score_mean": None, "score_base": None,
-        "bytes_up": state.bytes_up, "bytes_down": state.bytes_down, "client_steps": state.client_steps,
-        "quarantined": state.quarantined, "client_steps_per_second": None, "wall_seconds": seconds,
-        "compile_seconds": 0.0, "peak_memory_bytes": peak_memory()}
+        "clients": list(tasks), "tasks": list(fed.tasks), "task_by_client": tasks,
+        "score_by_client": {}, "score_by_task": {}, "score_base_by_client": {}, "score_base_by_task": {},
+        "score_mean": None, "score_base": None, "bytes_up": state.bytes_up, "bytes_down": state.bytes_down,
+        "client_steps": state.client_steps, "quarantined": state.quarantined, "client_steps_per_second": None,
+        "wall_seconds": seconds, "compile_seconds": 0.0, "peak_memory_bytes": peak_memory()}
 
 
 def serve_run(config: Config, roster: Roster, out: str | Path, exchange: ByName, dtype: str,

@@ -75,7 +75,7 @@ def test_large_adapters_go_there_and_back(wire, tmp_path):
         hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8,
         head_dim=64))
     said = demo("--large", str(tmp_path / "base"), "--wire", wire, minutes=30)
-    assert said.count("ok  ") == 1 and "peak memory: flower-superlink" in said, said
+    assert said.count("ok  ") == 1 and "peak memory: flower-super" in said, said
 
 
 @pytest.mark.slow
