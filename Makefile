@@ -54,7 +54,7 @@ PYTEST := $(PY) -m pytest -n 2 --dist worksteal --durations=20
 test: lint  ## style, types, layers, then the core of the tests: three minutes
 	$(PYTEST) -m "not slow and not long"
 
-test-slow: $(VENV)/.test  ## what `make test` leaves out, but for the long tests: twenty minutes
+test-slow: $(VENV)/.test build/deploy/.made  ## what `make test` leaves out, but for the long tests: twenty minutes
 	$(PYTEST) -m "slow and not long"
 
 test-all: test test-slow  ## both

@@ -3,7 +3,8 @@
     python examples/deploy_demo.py [--short] [--strategies pilot fedavg scaffold] [--folder DIR]
 
 It needs an environment with pilot-jax[deploy] (`make deploy-demo` makes one). Each check is a line that begins with
-"ok" or "WRONG"; the exit code is 1 if one is wrong. With --short, Pilot alone is run for one round; nobody is killed.
+"ok" or "WRONG"; the exit code is 1 if one is wrong. Two networks run at a time, because each mostly waits. With
+--short, Pilot alone is run for one round; nobody is killed.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import signal
+import re
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,35 +33,36 @@ from network import Network, make_key
 
 import pilot_jax
 from pilot_jax.config import load_config
-from pilot_jax.data.roster import Roster, roster_of
+from pilot_jax.data.roster import Roster
 from pilot_jax.deploy.glue import write_app
-from pilot_jax.runs.prepare import load_samples, prepare
+from pilot_jax.federation.state import Federation
+from pilot_jax.runs.prepare import prepare
+from pilot_jax.runs.roster import roster_here
 from pilot_jax.storage import read_tree
 
-CLIENTS = {"anna": "count", "bert": "count", "cleo": "colour"}
+CLIENTS = {"anna": ("count", 5), "bert": ("count", 7), "cleo": ("colour", 4)}  # task, number of samples
 CANARY = "zebra quartz"  # a word of every question, which no message may have
 WAIT = 900.0  # seconds; a phase takes a quarter of a minute on an idle machine
-wrong = 0
+wrong: list[str] = []
 
 
 def check(fine: bool, text: str) -> None:
-    global wrong
-    wrong += not fine
+    wrong.extend([] if fine else [text])
     print(f"{'ok   ' if fine else 'WRONG'} {text}", flush=True)
 
 
 def make_data(folder: Path) -> None:
-    """Writes each client's data into a folder of its own, and those of all for the simulator."""
+    """Writes each client's data into a folder of its own, and those of all for the simulator; lengths differ too."""
     rng, every = np.random.default_rng(5), []
-    for name, task in CLIENTS.items():
+    for name, (task, size) in CLIENTS.items():
         (folder / name).mkdir(parents=True)
-        own = []
-        for k in range(5):
+        question, own = "How many " + "quite " * 9 * (name == "cleo") + CANARY, []
+        for k in range(size):
             file = f"{name}{k}.png"
             Image.fromarray(rng.integers(0, 255, (56, 56, 3), dtype=np.uint8)).save(folder / name / file)
             own.append({"id": f"{name}-{k}", "image": file, "client": name, "task": task, "split": "train",
-                        "conversations": [{"from": "human", "value": f"<image>\nHow many {CANARY}?"},
-                                          {"from": "gpt", "value": ["one", "two", "six", "ten", "red"][k]}]})
+                        "conversations": [{"from": "human", "value": f"<image>\n{question}?"},
+                                          {"from": "gpt", "value": ["one", "two", "six", "ten", "red"][k % 5]}]})
         (folder / name / "data.json").write_text(json.dumps(own))
         every += [{**sample, "image": f"{name}/{sample['image']}"} for sample in own]
     (folder / "data.json").write_text(json.dumps(every))
@@ -84,11 +88,16 @@ def largest(one: Any, other: Any) -> float:
     return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.max(np.abs(np.asarray(a) - b))), one, other)))
 
 
-def as_in_the_simulator(folder: Path, strategy: str, rounds: int) -> None:
+def in_the_simulator(folder: Path, strategy: str, rounds: int) -> tuple[Any, Federation]:
+    """Writes the app of a strategy, and returns what the simulator makes of the same config, with its federation."""
+    file = make_config(folder, strategy, rounds)
+    config = load_config(file)
+    write_app(folder / f"app-{strategy}", config, roster_here(config))
+    return pilot_jax.simulate(file, out=folder / f"simulated-{strategy}"), prepare(config).federation
+
+
+def as_in_the_simulator(folder: Path, strategy: str, simulated: Any, fed: Federation) -> None:
     """Checks a run on a network against the simulator's, and what was on the wire, which has no TLS here."""
-    config = make_config(folder, strategy, rounds)
-    simulated = pilot_jax.simulate(config, out=folder / f"simulated-{strategy}")
-    write_app(folder / f"app-{strategy}", load_config(config), roster_of(load_samples(load_config(config))))
     began = time.monotonic()
     with Network(folder / f"net-{strategy}", folder / f"app-{strategy}", wire=True) as net:
         net.start_server()
@@ -101,7 +110,7 @@ def as_in_the_simulator(folder: Path, strategy: str, rounds: int) -> None:
         sent = b"".join(bytes(sent) for sent, _ in net.wire.connections)
         own = {client: final_adapters(net, client) for client in CLIENTS}
         kept = [read_tree(file) for file in sorted((net.folder / "nodes").glob("*/*/0*.safetensors"))]
-    check(status == "finished:completed", f"{strategy}: {rounds} rounds on the network in "
+    check(status == "finished:completed", f"{strategy}: {simulated.summary['rounds']} rounds on the network in "
                                           f"{time.monotonic() - began:.0f} s: {status}")
     apart = max(largest(own[name], client.adapters)
                 for name, client in zip(sorted(CLIENTS), simulated.population, strict=True))
@@ -115,8 +124,7 @@ def as_in_the_simulator(folder: Path, strategy: str, rounds: int) -> None:
         size, told = sum(map(len, bodies)), summary[key]
         check(abs(size / told - 1) < 0.03, f"{strategy}: {size:,} bytes {name} on the wire, {told:,} in the simulator "
                                            f"({size / told - 1:+.1%}); {len(everything):,} in all, polling included")
-    nothing_private(strategy, everything, sent, own, kept, prepare(load_config(config)).federation,
-                    list((folder / "data").glob("*/*.png")))
+    nothing_private(strategy, everything, sent, own, kept, fed, list((folder / "data").glob("*/*.png")))
 
 
 def pieces(tree: Any, rng: np.random.Generator) -> list[bytes]:
@@ -129,7 +137,7 @@ def pieces(tree: Any, rng: np.random.Generator) -> list[bytes]:
     return out
 
 
-def nothing_private(strategy: str, everything: bytes, sent: bytes, own: dict, kept: list, fed: Any,
+def nothing_private(strategy: str, everything: bytes, sent: bytes, own: dict, kept: list, fed: Federation,
                     pictures: list[Path]) -> None:
     """Checks that nothing that belongs to a client alone was on the wire, and that the same search finds uploads."""
     rng, roles = np.random.default_rng(0), fed.strategy.ownership()
@@ -141,7 +149,10 @@ def nothing_private(strategy: str, everything: bytes, sent: bytes, own: dict, ke
     found = sum(piece in everything for piece in local)
     check(found == 0, f"{strategy}: {found} of {len(local)} pieces of local subtrees")
     names = [name for name in roles.names(scope="local") if name != "client"]
-    check(not any(name.encode() in sent for name in names), f"{strategy}: no name of {', '.join(names) or 'any'}")
+    told = {name for name in roles.names() if name != "client"
+            and re.search(rb"(?<!\w)%s(?!\w)" % name.encode(), sent)}
+    check(told >= set(roles.names(scope="shared")) and not told & set(names),
+          f"{strategy}: names of {', '.join(sorted(told))}, none of {', '.join(names) or 'a local subtree'}")
     data = [CANARY.encode()]
     for client in fed.clients:
         ids = np.asarray(client.train["input_ids"])
@@ -154,13 +165,10 @@ def nothing_private(strategy: str, everything: bytes, sent: bytes, own: dict, ke
     check(found == 0, f"{strategy}: {found} of {len(data)} pieces of texts, tokens, pictures and their features")
 
 
-def seen_in(log: Path, text: str, count: int = 1) -> bool:
-    return log.exists() and log.read_text(errors="replace").count(text) >= count
-
-
-def wait_until(what: str, true: Any, seconds: float = WAIT) -> None:
+def wait_until(net: Network, what: str, true: Callable[[], bool], seconds: float = WAIT) -> None:
     end = time.monotonic() + seconds
     while not true():
+        net.revive()
         if time.monotonic() > end:
             raise TimeoutError(f"not within {seconds:.0f} s: {what}")
         time.sleep(0.3)
@@ -174,9 +182,9 @@ def phases(net: Network) -> list[dict[str, Any]]:
 
 
 def killed_and_strangers(folder: Path) -> None:
-    """TLS and authenticated nodes; a node and then the server are killed, and the run goes on without and with them."""
+    """TLS and authenticated nodes; the server and then a node are killed, and the run goes on without and with them."""
     config = load_config(make_config(folder, "pilot", 3))
-    roster = roster_of(load_samples(config))
+    roster = roster_here(config)
     net = Network(folder / "net-secure", folder / "app-secure", secure=True, wire=True)
     keys = {name: make_key(net.folder, name) for name in (*CLIENTS, "stranger")}
     write_app(net.app, config, Roster({n: dataclasses.replace(m, key=keys[n]) for n, m in roster.members.items()}))
@@ -190,23 +198,26 @@ def killed_and_strangers(folder: Path) -> None:
             check(net.processes["stranger"].wait(120) != 0, f"TLS: a node with {why} is refused: " + next(
                 line for line in (net.folder / "stranger.log").read_text().splitlines()[::-1] if "[code" in line))
         del net.processes["stranger"]
-        net.run(timeout=WAIT / 4)
-        log = net.folder / "bert.log"
-        wait_until("bert is in round 2", lambda: seen_in(log, "Receiving: train.stage2", 2))
+        net.run(timeout=WAIT)
+        wait_until(net, "round 1 ends", lambda: len(phases(net)) == 2)
+        net.kill("server")
+        net.start_server()
+        timeout = max(60.0, 4 * max(phase["seconds"] for phase in phases(net)))
+        run = net.run(timeout=timeout)
+        wait_until(net, "bert is in round 2", lambda: f"[RUN {run}]" in (net.folder / "bert.log").read_text())
         bert, = (net.folder / "nodes" / "bert").glob("*")
         before = read_tree(bert / "000002.safetensors")[0]
-        net.stop("bert", signal.SIGKILL)
+        net.kill("bert")
         began = time.monotonic()
-        wait_until("round 2 ends", lambda: len(phases(net)) == 3)
-        check(phases(net)[2]["quarantined"] == ["bert"], f"SIGKILL: round 2 ended without bert "
-                                                         f"{time.monotonic() - began:.0f} s after it was killed")
-        net.stop("server", signal.SIGKILL)
-        net.start_server()
+        wait_until(net, "round 2 ends", lambda: len(phases(net)) == 3)
+        check(phases(net)[2]["quarantined"] == ["bert"],
+              f"SIGKILL of bert in round 2, which ended without it {time.monotonic() - began:.0f} s later; "
+              f"timeout = {timeout:.0f}")
         net.start_node("bert", folder / "data" / "bert" / "data.json")
-        status = net.wait(net.run(timeout=WAIT), WAIT * 2)
-        done = phases(net)
+        status, done = net.wait(run, WAIT * 2), phases(net)
         check(status == "finished:completed" and [p["clients"] for p in done] == [3, 3, 2, 3],
-              f"SIGKILL of the server: the next run went on with round 3: clients {[p['clients'] for p in done]}")
+              f"SIGKILL of the server after round 1: the next run went on with round 2; clients in each phase: "
+              f"{[p['clients'] for p in done]}")
         apart = largest(final_adapters(net, "bert")["client"], before["client"])
         check(apart == 0, f"bert came back with its own \u03c8_s (difference {apart:g})")
         assert net.wire is not None
@@ -214,29 +225,28 @@ def killed_and_strangers(folder: Path) -> None:
         check(b"POST /" not in stream, f"TLS: {len(stream):,} bytes on the wire, no HTTP in plain text")
 
 
-def peaks(folder: Path, into: dict[str, float]) -> None:
-    """Keeps the peak memory, in GB, of each kind of Flower's processes whose home is in `folder`, for ever."""
+def peaks(net: Network, into: dict[str, float]) -> None:
+    """Keeps the peak memory, in GB, of each kind of the network's processes, for ever."""
     while True:
-        for process in Path("/proc").glob("[0-9]*"):
+        for process in net.tree():
             with contextlib.suppress(OSError, StopIteration):
                 words = (process / "cmdline").read_bytes().split(b"\0")
                 kind = next(Path(w.decode()).name for w in words[:2] if b"flwr-" in w or b"flower-" in w)
-                status = (process / "status").read_text()
-                if str(folder).encode() in (process / "environ").read_bytes():
-                    into[kind] = max(into.get(kind, 0.0), int(status.partition("VmHWM:")[2].split()[0]) / 1e6)
+                peak = int((process / "status").read_text().partition("VmHWM:")[2].split()[0]) / 1e6
+                into[kind] = max(into.get(kind, 0.0), peak)
         time.sleep(1)
 
 
-def large(folder: Path, base: Path, wire: str) -> None:
+def large(folder: Path, base: Path, wire: str, database: str | None) -> None:
     """One client's LoRA of rank 4,096 on a checkpoint there and back, and the peak memory of each process."""
     config = load_config(make_config(
         folder, "fedavg", 1, model={"path": str(base.absolute()), "lora": {"rank": 4096, "alpha": 4096}},
         train={"batch_size": 1, "optimizer": "sgd"},
         federation={"rounds": 1, "local_steps": 1, "schedule": "single"}))
-    everyone, memory = roster_of(load_samples(config)), dict[str, float]()
-    net = Network(folder / "net-large", folder / "app-large")
+    everyone, memory = roster_here(config), dict[str, float]()
+    net = Network(folder / "net-large", folder / "app-large", database=database)
     write_app(net.app, config, Roster({"anna": everyone.members["anna"]}))
-    threading.Thread(target=peaks, args=(net.folder, memory), daemon=True).start()
+    threading.Thread(target=peaks, args=(net, memory), daemon=True).start()
     began = time.monotonic()
     with net:
         net.start_server()
@@ -245,7 +255,8 @@ def large(folder: Path, base: Path, wire: str) -> None:
         count = sum(leaf.size for leaf in jax.tree.leaves(final_adapters(net, "anna")))
         check(status == "finished:completed" and count > 150e6,
               f"{count:,} numbers as {wire} there and back in {time.monotonic() - began:.0f} s: {status}")
-        print(f"      peak memory: {', '.join(f'{kind} {gb:.1f} GB' for kind, gb in sorted(memory.items()))}")
+        print(f"      SuperLink's database: {database or 'in memory'}; peak memory: " + ", ".join(
+            f"{kind} {gb:.1f} GB" for kind, gb in sorted(memory.items())))
 
 
 def main() -> None:
@@ -257,19 +268,24 @@ def main() -> None:
     parser.add_argument("--large", type=Path, metavar="BASE", help="instead, large adapters of a checkpoint, which "
                         "has 39,000 numbers or more in LoRA of rank 1; see docs/deployment.md")
     parser.add_argument("--wire", default="float32", help="with --large: float32 or bfloat16")
+    parser.add_argument("--database", default="superlink.db", help="with --large: SuperLink's; memory: none on disk")
     parser.add_argument("--folder", type=Path, help="new folder for all files (default: a temporary one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="deploy-demo-") as temporary:
         folder, began = (options.folder or Path(temporary)).absolute(), time.monotonic()
         make_data(folder / "data")
         if options.large is not None:
-            large(folder, options.large, options.wire)
+            large(folder, options.large, options.wire, None if options.database == "memory" else options.database)
         compared = ["pilot"] if options.short else options.strategies
-        for strategy in [] if options.only_killed or options.large else compared:
-            as_in_the_simulator(folder, strategy, 1 if options.short else 2)
-        if not (options.short or options.only_simulated or options.large):
-            killed_and_strangers(folder)
-        print(f"{time.monotonic() - began:.0f} s; {'all is well' if not wrong else f'{wrong} checks are WRONG'}")
+        with ThreadPoolExecutor(2) as pool:
+            running = [] if options.short or options.only_simulated or options.large else [
+                pool.submit(killed_and_strangers, folder)]
+            for strategy in [] if options.only_killed or options.large else compared:
+                running.append(pool.submit(as_in_the_simulator, folder, strategy, *in_the_simulator(
+                    folder, strategy, 1 if options.short else 2)))
+            for future in running:
+                future.result()
+        print(f"{time.monotonic() - began:.0f} s; {f'{len(wrong)} checks are WRONG' if wrong else 'all is well'}")
     sys.exit(bool(wrong))
 
 

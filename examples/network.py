@@ -95,10 +95,12 @@ class Network:
     Args:
         secure: whether connections use TLS and nodes are authenticated, with certificates and keys that are made here.
         wire: whether SuperNodes connect through a `Wire`.
+        database: the option of SuperLink; None: it keeps everything in memory, and forgets it when it ends.
     """
 
-    def __init__(self, folder: Path, app: Path, *, secure: bool = False, wire: bool = False) -> None:
-        self.folder, self.app, self.secure = folder, app, secure
+    def __init__(self, folder: Path, app: Path, *, secure: bool = False, wire: bool = False,
+                 database: str | None = "superlink.db") -> None:
+        self.folder, self.app, self.secure, self.database = folder, app, secure, database
         self.port = free_port()
         self.wire = Wire(self.port) if wire else None
         self.processes: dict[str, subprocess.Popen] = {}
@@ -115,7 +117,7 @@ class Network:
         mine.mkdir(exist_ok=True)
         return os.environ | {
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "FLWR_HOME": str(mine), "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1", "JAX_PLATFORMS": "cpu"}
+            "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2", "JAX_PLATFORMS": "cpu"}
 
     def start(self, name: str, command: list[str]) -> subprocess.Popen:
         log = (self.folder / f"{name}.log").open("ab")
@@ -129,8 +131,9 @@ class Network:
     def start_server(self) -> None:
         options = (["--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.crt", "--ssl-keyfile", "server.key",
                     "--enable-supernode-auth"] if self.secure else ["--insecure"])
-        self.start("server", ["flower-superlink", "--host", "127.0.0.1", "--port", str(self.port), "--database",
-                              "superlink.db", "--disable-runtime-dependency-installation", *options])
+        self.start("server", ["flower-superlink", "--host", "127.0.0.1", "--port", str(self.port),
+                              *(() if self.database is None else ("--database", self.database)),
+                              "--disable-runtime-dependency-installation", *options])
         for _ in range(600):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
                 return
@@ -158,7 +161,7 @@ class Network:
 
     def run(self, **settings: float | str) -> str:
         """Starts a run of the app and returns its id."""
-        values = {"out": str(self.folder / "run"), "poll": 1.0, **settings}
+        values = {"out": str(self.folder / "run"), "poll": 0.3, **settings}
         text = " ".join(f"{k.replace('_', '-')}={json.dumps(v)}" for k, v in values.items())
         return re.search(r"Successfully started run (\d+)", self.flwr(
             "run", str(self.app), "--run-config", text))[1]  # type: ignore[index]
@@ -180,10 +183,19 @@ class Network:
             time.sleep(0.5)
         raise TimeoutError(f"the run has not ended after {seconds} seconds; see the logs in {self.folder}")
 
-    def stop(self, name: str, kind: signal.Signals = signal.SIGTERM) -> None:
+    def kill(self, name: str) -> None:
+        """Ends a process and all that it has started with SIGKILL, as when its machine stops."""
+        below = [int(folder.name) for folder in self.tree(name)]
+        process = self.processes.pop(name)
+        for pid in below:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+    def stop(self, name: str) -> None:
         """Ends one process by its id, and waits until it has ended."""
         process = self.processes.pop(name)
-        process.send_signal(kind)
+        process.terminate()
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
@@ -199,6 +211,15 @@ class Network:
         for name in ended:
             self.start(name, self.commands[name])
         return ended
+
+    def tree(self, *names: str) -> Iterator[Path]:
+        """Yields the folders in /proc of these processes, or of all, and of what they have started; Linux only."""
+        left = [self.processes[name].pid for name in names or list(self.processes)]
+        while left:
+            folder = Path("/proc") / str(left.pop())
+            with contextlib.suppress(OSError):
+                left += [int(pid) for file in folder.glob("task/*/children") for pid in file.read_text().split()]
+                yield folder
 
     def close(self) -> None:
         for name in list(self.processes)[::-1]:

@@ -24,7 +24,7 @@ from pilot_jax.data.arrays import (
 )
 from pilot_jax.data.conversations import IMAGE, Encoded, encode
 from pilot_jax.data.division import client_faults
-from pilot_jax.data.features import FeatureRows, Features
+from pilot_jax.data.features import LEAST_ON_DEVICE, FeatureRows, Features
 from pilot_jax.data.llava.sample import Sample
 from pilot_jax.data.llava.turns import Turns
 from pilot_jax.errors import InputError
@@ -186,8 +186,8 @@ def encode_samples(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, s
 
 
 def build_clients(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample],
-                  data: DataConfig, length_spread: float, folder: Path | None = None,
-                  kept: Cache | None = None) -> list[ClientData]:
+                  data: DataConfig, length_spread: float, folder: Path | None = None, kept: Cache | None = None,
+                  elsewhere: Mapping[str, tuple[int, int]] | None = None) -> list[ClientData]:
     """Returns every client's data, ordered by the clients' names. No image is read yet.
 
     Clients with samples of similar lengths share L and A, so that few programs train all of them, with little padding.
@@ -196,6 +196,8 @@ def build_clients(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, sa
         length_spread: see `bucket_shapes`.
         folder: the folder in which the training arrays and the features are stored; None: in memory.
         kept: a cache in which features are looked up before they are computed, and kept.
+        elsewhere: (L, A) of clients whose data are on other machines, so that arrays have the shapes that they would
+            have with all data in one place.
 
     Raises:
         InputError: a client has no training sample or several tasks, or a sample is too long or has no answer token.
@@ -209,10 +211,12 @@ def build_clients(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, sa
                        strict=True))
     prompts = dict(zip(prompt_rows, encode_prompts(model, tokenizer, [samples[i] for i in prompt_rows], data),
                        strict=True))
-    features = Features(model, samples, data, None if folder is None else folder / "features", kept)
+    features = Features(model, samples, data, None if folder is None else folder / "features", kept,
+                        LEAST_ON_DEVICE)
     prompt_length = round_up(max((len(ids) for ids in prompts.values()), default=8), 8)
-    shapes = bucket_shapes({name: training_length([encoded[i] for i in rows if is_train[i]])
-                            for name, rows in rows_by_client.items()}, length_spread)
+    longest = {name: training_length([encoded[i] for i in rows if is_train[i]])
+               for name, rows in rows_by_client.items()}
+    shapes = bucket_shapes({**(elsewhere or {}), **longest}, length_spread)
     clients = []
     for name, rows in rows_by_client.items():
         own = [i for i in rows if is_train[i]]

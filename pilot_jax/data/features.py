@@ -39,14 +39,16 @@ class Features:
     """
 
     def __init__(self, model: PretrainedModel, samples: Sequence[Sample], data: DataConfig | None = None,
-                 file: Path | None = None, kept: Cache | None = None) -> None:
+                 file: Path | None = None, kept: Cache | None = None, least: int = 1) -> None:
         """Prepares the storage of the features, which are computed later.
 
         Args:
             file: the file in which the features are stored; None: in memory.
             kept: a cache that may have the features of the same images, and keeps them, if they are in memory.
+            least: images that are computed at once on each device, at least; batches of `LEAST_ON_DEVICE` give the
+                digits of larger ones on CPU, those of smaller ones differ in the last.
         """
-        self._model, self._data = model, data or DataConfig()
+        self._model, self._data, self._least = model, data or DataConfig(), least
         self._kept = kept if file is None and jax.process_count() == 1 else None
         self._samples: list[Sample | None] = [sample if sample.image is not None else None for sample in samples]
         self.shape = len(samples), model.config.num_image_tokens, model.config.feature_size
@@ -186,7 +188,7 @@ class Features:
         """
         full = max(BATCH // devices, LEAST_ON_DEVICE)
         fitting = [size for size in self._batch_sizes if size >= needed]
-        size = min(fitting) if fitting else min(full, 1 << (needed - 1).bit_length())
+        size = min(fitting) if fitting else min(full, max(self._least, 1 << (needed - 1).bit_length()))
         self._batch_sizes.add(size)
         return size
 

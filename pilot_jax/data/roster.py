@@ -22,6 +22,8 @@ class Member:
 
     task: str
     samples: int  # n_k, number of training samples
+    tokens: int = 0  # L of the longest training sample, rounded up as in `training_length`; 0: not known
+    answer_tokens: int = 0  # A, the same of supervised tokens
     key: str = ""  # public key of its node, as in a file `*.pub` of OpenSSH
 
 
@@ -39,6 +41,11 @@ class Roster:
     @property
     def tasks(self) -> list[str]:
         return sorted({member.task for member in self.members.values()})
+
+    @property
+    def lengths(self) -> dict[str, tuple[int, int]]:
+        """(L, A) of each client of which they are known."""
+        return {name: (m.tokens, m.answer_tokens) for name, m in self.members.items() if m.tokens and m.answer_tokens}
 
     def mine(self, samples: Sequence[Sample]) -> list[Sample]:
         """Returns the samples of the own client; none without one.
@@ -67,14 +74,14 @@ class Roster:
 
     def text(self) -> str:
         """Returns the roster as YAML."""
-        rows = {name: {k: v for k, v in dataclasses.asdict(m).items() if v != ""} for name, m in self.members.items()}
+        rows = {name: {k: v for k, v in dataclasses.asdict(m).items() if v} for name, m in self.members.items()}
         return yaml.safe_dump(rows, sort_keys=True, allow_unicode=True)
 
 
-def roster_of(samples: Sequence[Sample]) -> Roster:
-    """Returns the roster of the clients that have samples; each has one task."""
+def roster_of(samples: Sequence[Sample], lengths: Mapping[str, tuple[int, int]] | None = None) -> Roster:
+    """Returns the roster of the clients that have samples; each has one task. `lengths`: (L, A) of each client."""
     counts = Counter(s.client for s in samples if s.split == "train")
-    return Roster({s.client: Member(s.task, counts[s.client]) for s in samples})
+    return Roster({s.client: Member(s.task, counts[s.client], *(lengths or {}).get(s.client, ())) for s in samples})
 
 
 def read_roster(path: Path, own: str | None = None) -> Roster:
@@ -89,8 +96,10 @@ def read_roster(path: Path, own: str | None = None) -> Roster:
         members = {name: Member(**entry) for name, entry in raw.items()}
         for name, m in members.items():
             if not (isinstance(name, str) and isinstance(m.task, str) and isinstance(m.key, str)
-                    and isinstance(m.samples, int) and m.samples > 0):
-                raise ValueError(f"{name}: a task, a number of samples above 0 and a key are expected")
+                    and all(isinstance(n, int) and n >= 0 for n in (m.samples, m.tokens, m.answer_tokens))
+                    and m.samples):
+                raise ValueError(f"{name}: a task, a number of samples above 0, numbers of tokens and a key are "
+                                 "expected")
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise InputError(f"{path}: not a list of clients ({' '.join(str(error).split())}). {remedy}") from None
     if not members:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -62,22 +64,26 @@ class Post:
     def exchange(self, kind: str, names: Sequence[str], make: Callable[[str], Parcel]) -> dict[str, Parcel | str]:
         """Returns each client's reply to a message of its own, or why there is none after `timeout` seconds.
 
-        At most `at-once` messages are under way. A node that was restarted is sent its message again.
+        At most `at-once` messages are under way. A node that was restarted is sent its message again. An error of
+        SuperLink, such as a locked database, is logged, and what failed is tried again.
         """
         end = time.monotonic() + float(self.settings["timeout"])
         replies: dict[str, Parcel | str] = {}
         asked: dict[str, str] = {}  # client by message
         sent: dict[str, tuple[int, str]] = {}
         while len(replies) < len(names) and (left := end - time.monotonic()) > 0:
-            for name, node in self.nodes().items():
-                if name in names and name not in replies and sent.get(name) != node and (
-                        name in sent or len(set(asked.values())) < self.settings["at-once"]):
-                    message = Message(to_records(make(name)), node[0], kind, ttl=left)
-                    asked[next(iter(self.grid.push_messages([message])))], sent[name] = name, node
-                    del message
-            for reply in self.grid.pull_messages(list(asked)) if asked else ():
-                name = asked.pop(reply.metadata.reply_to_message_id, "")
-                if name and reply.has_content():
-                    replies[name] = from_records(reply.content)
+            try:
+                for name, node in self.nodes().items():
+                    if name in names and name not in replies and sent.get(name) != node and (
+                            name in sent or len(set(asked.values())) < self.settings["at-once"]):
+                        message = Message(to_records(make(name)), node[0], kind, ttl=left)
+                        asked[next(iter(self.grid.push_messages([message])))], sent[name] = name, node
+                        del message
+                for reply in self.grid.pull_messages(list(asked)) if asked else ():
+                    name = asked.pop(reply.metadata.reply_to_message_id, "")
+                    if name and reply.has_content():
+                        replies[name] = from_records(reply.content)
+            except httpx.HTTPError as error:
+                logging.getLogger("pilot_jax").warning("SuperLink: %s", error)
             time.sleep(float(self.settings["poll"]))
         return {n: replies.get(n, f"did not arrive within {self.settings['timeout']} s") for n in names}

@@ -44,6 +44,8 @@ class Section:
 
 def _without_answers(run: RunRecord) -> str:
     """Returns why the page has no answers of a finished run's models; "" if it can have them."""
+    if run.summary.get("deployed"):
+        return "This is a server's run, whose data are on other machines, so there are no scores and no answers."
     if not run.summary["score_by_client"]:
         return "The data have no test samples, so there are no scores and no answers."
     if run.config["data"]["path"].startswith(PREFIX):

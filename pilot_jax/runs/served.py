@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,11 +14,12 @@ from pilot_jax.data.roster import Roster
 from pilot_jax.federation.observer import Observers, Record, RunObserver
 from pilot_jax.federation.parcels import Parcel
 from pilot_jax.federation.remote import serve
-from pilot_jax.federation.state import State
+from pilot_jax.federation.state import Federation, State
 from pilot_jax.runs.events import MetricsFile, MixingFiles
 from pilot_jax.runs.folder import RunFolder
 from pilot_jax.runs.prepare import configure, initial_state, prepare
 from pilot_jax.runs.resume import Snapshots
+from pilot_jax.runs.summary import peak_memory
 from pilot_jax.words import counted
 
 ByName = Callable[[str, Sequence[str], Callable[[str], Parcel]], Mapping[str, Parcel | str]]
@@ -37,6 +40,18 @@ class Saver(RunObserver):
         self.say(f"round {record['round']} {record['phase']}: {counted(record['clients'], 'client')}")
         self.snapshots.note(trained)
         self.snapshots.save(state, {"metrics": self.metrics.synced(), "mixing": self.mixing.written})
+
+
+def summary(fed: Federation, state: State, seconds: float) -> dict[str, Any]:
+    """Returns what a server knows after a run; it has no data, so there are no scores. `seconds`: since its start."""
+    tasks = {client.name: client.task for client in fed.clients}
+    return {
+        "deployed": True, "strategy": fed.strategy.name, "seed": fed.seed, "rounds": state.round - 1,
+        "clients": list(tasks), "tasks": list(fed.tasks), "task_by_client": tasks,
+        "score_by_client": {}, "score_by_task": {}, "score_base_by_client": {}, "score_base_by_task": {},
+        "score_mean": None, "score_base": None, "bytes_up": state.bytes_up, "bytes_down": state.bytes_down,
+        "client_steps": state.client_steps, "quarantined": state.quarantined, "client_steps_per_second": None,
+        "wall_seconds": seconds, "compile_seconds": 0.0, "peak_memory_bytes": peak_memory()}
 
 
 def serve_run(config: Config, roster: Roster, out: str | Path, exchange: ByName, dtype: str,
@@ -66,10 +81,10 @@ def serve_run(config: Config, roster: Roster, out: str | Path, exchange: ByName,
             replies = exchange(kind, [names[c] for c in clients], lambda name: make(names.index(name)))
             return {names.index(name): reply for name, reply in replies.items()}
 
+        began = time.monotonic()
         state = serve(fed, state, by_index, Observers(metrics, mixing, Saver(snapshots, metrics, mixing, say)), dtype,
                       first.population)
-        folder.end({"strategy": fed.strategy.name, "rounds": state.round - 1, "client_steps": state.client_steps,
-                    "bytes_up": state.bytes_up, "bytes_down": state.bytes_down, "quarantined": state.quarantined})
+        folder.end(summary(fed, state, time.monotonic() - began))
         return state
     finally:
         metrics.close()

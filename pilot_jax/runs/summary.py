@@ -89,18 +89,23 @@ def costs(evaluation: Evaluation, state: State, clocks: Clocks) -> dict[str, Any
         "wall_seconds": clocks.wall, "compile_seconds": clocks.compile, **_memory(evaluation, state)}
 
 
+def peak_memory() -> int:
+    """Returns the largest number of bytes that the device has used so far; on CPU, that the process has."""
+    device = jax.local_devices()[0].memory_stats() or {}
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return int(device.get("peak_bytes_in_use", host))
+
+
 def _memory(evaluation: Evaluation, state: State) -> dict[str, Any]:
     """Returns the peak of the memory, and the bytes that the run's parts take of it, in memory or on the devices."""
     fed = evaluation.fed
-    device = jax.local_devices()[0].memory_stats() or {}
-    host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     features = {id(source): source for source in (getattr(c.features, "source", None) for c in evaluation.clients)
                 if source is not None}
     tokens = sum(array.nbytes for c in evaluation.clients for array in c.train.values()
                  if isinstance(array, np.ndarray))
     adapters = {id(leaf): leaf.nbytes for one in state.population if isinstance(one, ClientState)
                 for leaf in jax.tree.leaves(one.adapters)}  # clients share some leaves
-    return {"peak_memory_bytes": int(device.get("peak_bytes_in_use", host_peak)), "memory_bytes": {
+    return {"peak_memory_bytes": peak_memory(), "memory_bytes": {
         "base": sum(shard.data.nbytes for leaf in jax.tree.leaves(fed.model.base) for shard in leaf.addressable_shards),
         "features": sum(source.bytes_in_memory for source in features.values()), "tokens": tokens,
         "adapters": sum(adapters.values())}}

@@ -3,6 +3,7 @@
 import ast
 import tomllib
 
+import numpy as np
 import pytest
 import yaml
 
@@ -11,9 +12,11 @@ from pilot_jax.config import load_config
 from pilot_jax.data.arrays import ClientData
 from pilot_jax.data.roster import Member, Roster, read_roster
 from pilot_jax.deploy import glue
+from pilot_jax.runs.prepare import prepare
+from pilot_jax.runs.roster import roster_here
 from tests.conftest import ROOT, small_config
 
-ROSTER = Roster({"b": Member("t1", 3), "a": Member("t0", 2, "ecdsa-sha2-nistp384 AAAA")})
+ROSTER = Roster({"b": Member("t1", 3), "a": Member("t0", 2, 64, 8, "ecdsa-sha2-nistp384 AAAA")})
 
 
 def test_the_folder_is_an_app_of_flower(tmp_path):
@@ -48,6 +51,7 @@ def test_what_cannot_be_deployed_is_refused(tmp_path, strategy, federation):
 
 
 @pytest.mark.parametrize("text", [
+    "a: {task: t, samples: 1, tokens: -8}", "a: {task: t, samples: 1, tokens: many}",
     "", "[]", "a: 3", "a: {task: t}", "a: {task: t, samples: 0}", "a: {task: 1, samples: 2}",
     "a: {task: t, samples: 1, extra: 2}", "a: [", "3: {task: t, samples: 1}"])
 def test_a_wrong_roster_is_refused(tmp_path, text):
@@ -63,6 +67,25 @@ def test_others_have_room_but_no_data():
     assert [(c.name, c.size) for c in ROSTER.completed([])] == [("a", 2), ("b", 3)]
     here = ROSTER.completed([own])
     assert here[0] is own and here[1].size == 2 and here[1].train["input_ids"].size == 0
+
+
+def test_a_node_has_the_arrays_of_the_simulator():
+    """With the others' lengths in the roster, a client that is alone pads its samples as beside them."""
+    config = small_config()
+    roster = roster_here(config)
+    everyone = prepare(config).federation.clients
+    own_lengths = set(roster.lengths.values())
+    assert len(own_lengths) > 1 and roster.members[everyone[0].name].samples == everyone[0].size
+    differ = 0
+    for expected in everyone:
+        for members in (roster.members, {n: Member(m.task, m.samples) for n, m in roster.members.items()}):
+            fed = prepare(config, roster=Roster(members, expected.name)).federation
+            found = fed.clients[fed.names.index(expected.name)].train
+            for key in set(expected.train) - {"features"}:
+                if members is roster.members:
+                    np.testing.assert_array_equal(found[key], expected.train[key])
+                differ += found[key].shape != expected.train[key].shape
+    assert differ  # without lengths, a client with short samples has shorter arrays
 
 
 @pytest.mark.parametrize(("node", "why"), [

@@ -13,6 +13,7 @@ from pilot_jax.data.roster import Member, Roster
 from pilot_jax.deploy.glue import Node
 from pilot_jax.federation.executor import Executor
 from pilot_jax.federation.strategies import make_strategy
+from pilot_jax.report.page import write_report
 from pilot_jax.runs import served
 from pilot_jax.runs.manifest import has_ended
 from pilot_jax.testing.toy import SIZES, TASKS, run_toy, toy_federation, toy_state
@@ -70,5 +71,7 @@ def test_a_killed_server_goes_on_in_its_folder(tmp_path):
     assert [line["phase"] for line in lines if "bytes_up" in line] == ["plain1", "plain2", "plain"]
     assert len(lines) == 3 * 4 and len(list((out / "mixing").glob("*.npz"))) == 3
     assert (state.bytes_up, state.bytes_down) == (expected.bytes_up, expected.bytes_down)
+    page, *_ = write_report([out], tmp_path / "report.html", 2)
+    assert "data are on other machines" in page.read_text() and all(name in page.read_text() for name in FED.names)
     again = served.serve_run(small_config(), ROSTER, out, Clients(nodes), "float32", said.append)  # final models again
     assert len(said) == 3 and again.round == 3
