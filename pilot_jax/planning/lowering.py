@@ -75,7 +75,8 @@ def _local(shapes: Shapes, mesh: Mesh, width: int, stage: str, tunes: bool = Fal
     rule = PLAIN_RULE if tunes else run.strategy.local_rule()
     spec = phase_spec(shapes.module, roles, stage, train, rule)
     base = sharded_shapes(shapes.base, mesh, run.system.mesh)
-    return Program(local_update, (spec, base, adapters, batch), {"mesh": mesh if mesh.size > 1 else None})
+    return Program(local_update, (spec, base, *adapters.divided(spec.received), batch),
+                   {"mesh": mesh if mesh.size > 1 else None})
 
 
 def _generation(shapes: Shapes, mesh: Mesh, width: int) -> Program:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import jax
@@ -108,6 +109,18 @@ def test_memory_against_xla(base, remat):
     tower = 4 * sum(x.size for x in jax.tree.leaves(base_shapes(prepare.outline(config).spec)["vision_tower"]))
     xla = programs(config)["stage2"].lower().compile().memory_analysis()
     assert (planned - tower) / (xla.argument_size_in_bytes + xla.temp_size_in_bytes) == pytest.approx(1, abs=0.15)
+
+
+def test_results_take_the_memory_of_the_adapters():
+    """The adapters that a phase returns lie where those were that it was given; the bank is only read."""
+    config = small_config(system={"client_chunk": 2})
+    program = programs(config)["stage2"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # JAX warns of memory that no result can take
+        used = program.lower().compile().memory_analysis()
+    own = program.arguments[2]
+    assert set(own) == {"text_adapter", "task", "client", "cross_task", "router"}
+    assert used.alias_size_in_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(own))
 
 
 @pytest.mark.slow
