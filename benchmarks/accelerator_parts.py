@@ -86,7 +86,7 @@ class Jax:
         config = load_config(ROOT / "configs" / ("llava15_7b.yaml" if large else "quickstart.yaml"), [
             f"strategy={{name: {case.get('strategy', 'fedavg')}}}", f"model.lora={{rank: {rank}, alpha: {2 * rank}}}",
             f"train.batch_size={batch}", f"model.remat={str(case.get('remat', False)).lower()}",
-            f"model.base={case.get('base', 'bf16')}", f"system.client_chunk={clients}",
+            f"model.base={case.get('base', 'bf16')}", f"system.client_chunk={clients}", "system.unroll=1",
             *([f"train.microbatch={case['microbatch']}"] if "microbatch" in case else []),
             *(["model.path=llava-1.5-7b-hf"] if large else [])])
         run = outline(config)
@@ -117,8 +117,7 @@ class Jax:
         shapes = estimate.phase_shapes(run, work)
         stage, kernel = run.strategy.first_stages[-1], self.attention(case, run, shapes)
         base = self.base_of(case.get("base", "bf16"), shapes.base)
-        adapters = run.strategy.initial_adapters(jax.random.key(0), base.get("projector", {}), run.spec,
-                                                 run.model.lora.largest, 3)
+        adapters = random_tree(shapes.adapters)
         spec = phase_spec(shapes.module.clone(kernel=kernel), run.strategy.ownership(), stage, run.train)
         received = spec.received
         own, rest = Adapters({n: jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], clients, 0), t)
@@ -197,31 +196,26 @@ class Missing(Exception):
 
 
 def random_tree(shapes):
-    """Returns random arrays of the given shapes, created on the device leaf by leaf; weights of norms are 1."""
-    from functools import partial
-
+    """Returns arrays of the given shapes on the device that repeat some random numbers; weights of norms are 1. They
+    are made by NumPy, so that no time is spent on compiling."""
     import jax
-    import jax.numpy as jnp
+    import numpy as np
 
-    @partial(jax.jit, static_argnums=(1, 2))
-    def make(key, shape, dtype):
-        if jnp.issubdtype(dtype, jnp.integer):
-            return jax.random.randint(key, shape, 0, 127, jnp.uint8).astype(dtype)
-        return (0.02 * jax.random.normal(key, shape, jnp.bfloat16)).astype(dtype)
+    pool = np.random.default_rng(0).standard_normal(10_007).astype(np.float32)
 
-    def leaf(path, i, x):
+    def leaf(path, x):
         name = jax.tree_util.keystr(path)
         if "norm" in name or name.endswith("['scale']"):
-            return jnp.full(x.shape, 1 if "norm" in name else 2e-4, x.dtype)
-        return make(jax.random.key(i), x.shape, x.dtype)
+            values = np.full(x.shape, 1 if "norm" in name else 2e-4, x.dtype)
+        else:
+            values = np.resize((np.minimum(40 * abs(pool), 127) if x.dtype.kind in "iu" else 0.02 * pool).astype(x.dtype), x.shape)
+        return jax.device_put(values)
 
-    paths, tree = jax.tree_util.tree_flatten_with_path(shapes)
-    return jax.tree_util.tree_unflatten(tree, [leaf(path, i, x) for i, (path, x) in enumerate(paths)])
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 def random_data(model, work, rows: int, clients: int, dtype) -> dict:
     """Returns random training arrays [clients, rows, …] with one image per sample."""
-    import jax
     import numpy as np
 
     rng, n_image = np.random.default_rng(0), model.num_image_tokens
@@ -234,7 +228,7 @@ def random_data(model, work, rows: int, clients: int, dtype) -> dict:
             "target_positions": positions.astype(np.int32),
             "target_ids": np.take_along_axis(ids, positions + 1, axis=-1).astype(np.int32),
             "target_weights": np.ones(positions.shape, np.float32), "has_image": np.ones((clients, rows), np.float32),
-            "features": jax.random.normal(jax.random.key(1), features, dtype)}
+            "features": np.resize(rng.standard_normal(10_007), features).astype(dtype)}
 
 
 class Torch:

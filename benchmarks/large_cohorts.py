@@ -43,9 +43,9 @@ class GeneratedLeaf:
         common = {task: window(0, 0) + np.float32(0.5) * window(1, task) for task in range(TASKS)}
         for row, k in zip(out, range(start, stop), strict=True):
             np.multiply(window(3, k), np.float32(0.1), out=row)
-            row += common[k % TASKS]
+            row += common[k // GROUP % TASKS]
             if self.groups:
-                row += np.float32(0.2) * window(2, k // (TASKS * GROUP) * TASKS + k % TASKS)
+                row += np.float32(0.2) * window(2, k // GROUP)
         return out.reshape(stop - start, *self.shape[1:])
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
@@ -200,9 +200,15 @@ def table(cohorts: list[int], parameters: int, gram_up_to: int, streamed: tuple[
         uploads = in_memory(cohort_of(clients, parameters))
         for how, measure in (("sketch", by_sketch), ("all pairs", by_gram)):
             if how == "sketch" or clients <= gram_up_to:
-                measure(uploads) if clients <= 2048 else None  # compiles; in larger cohorts that is a small share
+                measure(uploads) if clients <= 1024 else None  # compiles; in larger cohorts that is a small share
                 forget_peak()
                 rows.append(row_of(how, "groups", uploads, measure(uploads)))
+            else:  # S² pairs; the matrices of all pairs grow as fast, and are the smaller part of the memory
+                last = next(row for row in reversed(rows) if row["how"] == "all pairs")
+                rows.append(last | {"how": "all pairs*", "cohort": clients, "peak_gb": float("nan"),
+                                    "seconds": last["seconds"] * (clients / last["cohort"]) ** 2}
+                            | dict.fromkeys(("recall", "farther", "distance_error", "weight_error"), float("nan")))
+                show(rows[-1])
         if clients == cohorts[-1]:
             del uploads
             uploads = in_memory(cohort_of(clients, parameters, groups=False))

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Float64, Int, Int32
 
-from pilot_jax.kernels.count_sketch import SIZE, leaf_sketch
+from pilot_jax.kernels.count_sketch import SIZE, add_sketch
 from pilot_jax.kernels.pairwise import factor_pairs, sum_over_leaves
 from pilot_jax.parallel.mesh import mesh_of
 
@@ -46,16 +46,22 @@ def candidates_of(neighbors: int) -> int:
     return max(PER_NEIGHBOR * neighbors, LEAST)
 
 
+def most_pairs(cohort: int, neighbors: int) -> int:
+    """Returns a number that the pairs of candidates do not exceed, the same in all rounds, so that one program does."""
+    return cohort * (candidates_of(neighbors) + neighbors)
+
+
 def sketches(uploads: Mapping) -> Float64[np.ndarray, "S SIZE"]:
     """Returns the sketch of every client's upload.
 
-    Leaves [S, …] may be NumPy arrays or `storage.Rows`; at most two of them are in memory and on the device at once.
+    Leaves [S, …] may be arrays on a device, NumPy arrays or `storage.Rows`; one at a time is in the host's memory.
     """
-    parts, start = [], 0
-    for number, leaf in enumerate(jax.tree.leaves(uploads)):
-        parts.append((leaf, np.int32(number), np.int32(start % SIZE)))
+    leaves, start = jax.tree.leaves(uploads), 0
+    out = np.zeros((len(leaves[0]), SIZE))
+    for number, leaf in enumerate(leaves):
+        add_sketch(out, np.asarray(leaf), number, start)
         start += int(np.prod(leaf.shape[1:], dtype=np.int64))
-    return sum_over_leaves(leaf_sketch, parts).sum(axis=0)
+    return out
 
 
 def estimates(sketched: Float64[np.ndarray, "S SIZE"]) -> Iterator[tuple[int, Float64[np.ndarray, "rows S"]]]:
@@ -93,7 +99,7 @@ def exact_squares(uploads: Mapping, pairs: Int[np.ndarray, "pairs 2"], room: int
     """Returns ‖Θ_k − Θ_j‖² of each pair (k, j), from differences.
 
     Args:
-        room: a number that `pairs` does not exceed and that is the same in all rounds, so that one program does.
+        room: the number of pairs that the program has room for.
     """
     padded = np.zeros((max(room, 1), 2), np.int32)
     padded[:len(pairs)] = pairs
@@ -104,7 +110,7 @@ def exact_squares(uploads: Mapping, pairs: Int[np.ndarray, "pairs 2"], room: int
 def nearest(uploads: Mapping, neighbors: int, ids: Int[np.ndarray, " S"] | None = None) -> Nearest:
     """Returns the `neighbors` nearest other clients of each, by ‖Θ_k − Θ_j‖₂ over all leaves; see the module's text.
 
-    Nothing of the size S × S is formed. Memory: S · 33 kB of sketches beside the uploads.
+    Nothing of the size S × S is formed. Memory beside the uploads: twice S · 33 kB of sketches.
 
     Args:
         ids: the lower id wins a tie; by default a client's position.
@@ -112,7 +118,7 @@ def nearest(uploads: Mapping, neighbors: int, ids: Int[np.ndarray, " S"] | None 
     cohort = len(jax.tree.leaves(uploads)[0])
     order = np.argsort(np.arange(cohort) if ids is None else np.asarray(ids), kind="stable")
     pairs = candidate_pairs(sketches(uploads)[order], neighbors)
-    squares = exact_squares(uploads, order[pairs], cohort * (candidates_of(neighbors) + neighbors))
+    squares = exact_squares(uploads, order[pairs], most_pairs(cohort, neighbors))
     between = np.sqrt(squares).astype(np.float32)
     rows, others = np.concatenate([pairs[:, 0], pairs[:, 1]]), np.concatenate([pairs[:, 1], pairs[:, 0]])
     between = np.concatenate([between, between])

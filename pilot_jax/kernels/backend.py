@@ -56,8 +56,3 @@ def columns_at_once(cohort: int, pairs: bool = False) -> int:
 def has_cudnn() -> bool:
     """Whether cuDNN's attention can run: on NVIDIA GPUs alone."""
     return platform() == "gpu"
-
-
-def rows_at_once() -> int:
-    """Returns how many rows are sketched at a time: on CPU, sums of as many as fit into its cache."""
-    return 8 if platform() == "cpu" else 2**12

@@ -12,7 +12,6 @@ from pilot_jax.federation import mixing, shortlist
 from pilot_jax.federation.cohort import Cohort
 from pilot_jax.federation.shortlist import nearest
 from pilot_jax.federation.sparse import SparseRows, apply_rows
-from pilot_jax.kernels.count_sketch import leaf_sketch
 from pilot_jax.kernels.pairwise import factor_pairs
 
 SHAPES = {"q": {"a": (2, 4, 200), "b": (2, 300, 4)}, "down": {"a": (2, 4, 240), "b": (2, 260, 4)}}
@@ -149,12 +148,12 @@ def test_no_matrix_of_all_pairs_is_formed(monkeypatch):
     def weights(near, sizes):
         return mixing.ata_weights_of_nearest(near, sizes, neighbors=M, weighting="share_of_sizes")
 
-    for function, arguments in ((leaf_sketch, (leaf, number, number)), (factor_pairs, (leaf, pairs, pairs, number)),
+    for function, arguments in ((factor_pairs, (leaf, pairs, pairs, number)),
                                 (weights, (near, of(cohort))), (apply_rows, (rows, leaf))):
         shapes = list(shapes_in(jax.make_jaxpr(function)(*arguments).jaxpr))
         assert any(cohort in shape for shape in shapes)
         assert all(sum(axis >= cohort for axis in shape) <= 1 for shape in shapes)
-    monkeypatch.setattr(shortlist, "BLOCK", 10_000)
+    monkeypatch.setattr(shortlist, "BLOCK", 10_000)  # estimates are NumPy's
     assert all(block.size <= 10_000 for _, block in shortlist.estimates(np.eye(300)))
 
 

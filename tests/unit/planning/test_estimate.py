@@ -257,6 +257,15 @@ def test_everything_exports_for_tpu():
         assert "xbf16" in exported.mlir_module()
 
 
+@pytest.mark.parametrize(("clients", "sparse"), [(1000, False), (3000, True)])
+def test_the_server_of_a_large_cohort_exports_for_tpu(clients, sparse):
+    """Sketches are no program; above 2,048 clients no program has a matrix of all pairs."""
+    lowered = programs(load_config(CONFIGS / "llava15_7b.yaml", [f"federation.clients={clients}"]))
+    assert set(lowered) == PROGRAMS - {"gram"}
+    texts = [lowered[name].export("tpu").mlir_module() for name in ("distances", "weights", "mixing")]
+    assert any(f"tensor<{clients}x{clients}x" in text for text in texts) is not sparse
+
+
 @pytest.mark.slow
 def test_cudnn_attention_lowers_for_cuda(monkeypatch):
     """In both stages at 7B, the scan over layers calls cuDNN in the forward pass, in its recomputation, and in the
