@@ -96,6 +96,20 @@ class Jax:
         length = -(-(run.spec.num_image_tokens + (128 if large else 28)) // 8) * 8
         return run, estimate.Workload((batch * STEPS,) * clients, 3, length, 64 if large else 16)
 
+    def fitting(self, case: dict):
+        """Returns (outline, workload, shapes) of a case. Without a setting for `remat`, activations are recomputed if
+        by plan the step does not fit the device otherwise."""
+        from pilot_jax.planning import estimate
+
+        limit = (self.device.memory_stats() or {}).get("bytes_limit") or float("inf")
+        for remat in [case["remat"]] if "remat" in case else [False, True]:
+            run, work = self.outline(case | {"remat": remat})
+            shapes = estimate.phase_shapes(run, work)
+            planned = estimate.memory(shapes)[run.strategy.first_stages[-1]]["total"]
+            if planned < 0.92 * limit:
+                break
+        return run, work, shapes
+
     def base_of(self, kind: str, shapes):
         if self.base[0] != kind:
             self.base = ("", None)
@@ -112,9 +126,8 @@ class Jax:
         from pilot_jax.federation.phases import peak_rates, phase_spec
         from pilot_jax.planning import estimate
 
-        run, work = self.outline(case)
+        run, work, shapes = self.fitting(case)
         jax, clients, batch = self.jax, case["clients"], case["batch"]
-        shapes = estimate.phase_shapes(run, work)
         stage, kernel = run.strategy.first_stages[-1], self.attention(case, run, shapes)
         base = self.base_of(case.get("base", "bf16"), shapes.base)
         adapters = random_tree(shapes.adapters)
@@ -148,7 +161,7 @@ class Jax:
         flops, used = clients * estimate.step_flops(shapes, stage), program.memory_analysis()
         tokens = clients * batch * work.length
         return {"seconds_per_step": seconds, "tokens_per_second": tokens / seconds, "tokens": tokens,
-                "flops_per_second": flops / seconds, "attention": kernel,
+                "flops_per_second": flops / seconds, "attention": kernel, "remat": run.model.recomputes,
                 "compiled_bytes": used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
                 - used.alias_size_in_bytes, "planned_bytes": estimate.memory(shapes)[stage]["total"],
                 "peak_bytes": (self.device.memory_stats() or {}).get("peak_bytes_in_use"),
@@ -208,7 +221,8 @@ def random_tree(shapes):
         if "norm" in name or name.endswith("['scale']"):
             values = np.full(x.shape, 1 if "norm" in name else 2e-4, x.dtype)
         else:
-            values = np.resize((np.minimum(40 * abs(pool), 127) if x.dtype.kind in "iu" else 0.02 * pool).astype(x.dtype), x.shape)
+            numbers = np.minimum(40 * abs(pool), 127) if x.dtype.kind in "iu" else 0.02 * pool
+            values = np.resize(numbers.astype(x.dtype), x.shape)
         return jax.device_put(values)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes)

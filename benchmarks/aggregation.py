@@ -16,7 +16,8 @@ Second table (large_cohorts.py): time from uploads to ATA's weights by sketches 
 clients: the share of true nearest neighbours that were found ("recall"), how much "farther" the found ones are, and the
 errors of what enters a weight and of the weights against float64; above 1e-5 the run ends. "sketch" and "all pairs"
 are measured in memory; "all pairs*" is projected from the largest cohort in which all pairs were measured; "streamed"
-is measured with uploads that are generated when they are read, as from files; "projected" is computed from it. "peak_gb" is the process's meanwhile, uploads included.
+is measured with uploads that are generated when they are read, as from files; "projected" is computed from it.
+"peak_gb" is the process's meanwhile, uploads included.
 """
 
 from __future__ import annotations

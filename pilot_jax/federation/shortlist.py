@@ -78,7 +78,8 @@ def estimates(sketched: Float64[np.ndarray, "S SIZE"]) -> Iterator[tuple[int, Fl
 
 def candidate_pairs(sketched: Float64[np.ndarray, "S SIZE"], neighbors: int) -> Int[np.ndarray, "pairs 2"]:
     """Returns the pairs k < j of which one client is a candidate of the other; clients are in the order of ids."""
-    cohort, most, found = len(sketched), candidates_of(neighbors), []
+    cohort, found = len(sketched), []
+    most = min(candidates_of(neighbors), cohort - 1)
     for start, squares in estimates(sketched):
         own = np.arange(len(squares))
         squares[own, start + own] = np.inf
