@@ -12,7 +12,7 @@ the order of ids: results do not depend on the order of the cohort.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,8 +31,8 @@ BLOCK = 2**24  # estimates in memory at once
 class Nearest(NamedTuple):
     """The M nearest other clients of each client, nearest first, and their distances; of a tie, the lower id first."""
 
-    columns: Int32[np.ndarray, "S M"]  # positions in the cohort
-    distances: Float32[np.ndarray, "S M"]
+    columns: Int32[Any, "S M"]  # positions in the cohort
+    distances: Float32[Any, "S M"]
 
 
 def can_shortlist(uploads: Mapping, neighbors: int) -> bool:
