@@ -1,169 +1,227 @@
-"""Measures local steps of both stages at LLaVA-1.5-7B's shape against the device's speed of matrix products.
+"""Measures in one command what this package does on one GPU or TPU core, and writes a JSON and a Markdown table.
 
-    python benchmarks/accelerator.py [--shape 7b] [--clients 1 2 4 8 16] [--batch 8] [--length 704] [--remat]
-                                     [--layers N] [--steps 4] [--attention own cudnn] [--json FILE]
+    pip install '.[cuda,quant,torch]' && python benchmarks/accelerator.py [--minutes 25] [--json accelerator.json]
+    python benchmarks/accelerator.py --toy
 
-Weights are random, in bfloat16. "of ceiling" is the speed of the step's matrix products (FLOPs from its jaxpr, without
-recomputation, over its time) divided by that of a large matrix product in the same dtype on the same device. "peak GB"
-is the allocator's peak, and "plan GB" the estimate of `pilot-jax plan`. The peak is that of the process so far, so that
-comparing the memory of two attentions needs two runs. Without an accelerator the default is a toy shape, and memory is
-not measured.
+Local steps are those of LLaVA-1.5-7B's shape with random weights, of sequences of 576 image and 128 text tokens, 64 of
+them learnt; `--toy` rehearses everything at the shape of the embedded base cut to two layers, on any device. Every part
+runs in another process (accelerator_parts.py), so that what runs out of memory, crashes or hangs costs its own number
+alone. The files are written after every case. A case that would not fit the time that is left is skipped, and said so.
+
+"tokens/s" counts all tokens of the trained sequences. "of ceiling" is the speed of the step's matrix products (FLOPs of
+its jaxpr, without recomputation, over its time) divided by that of the chain of products that is measured first.
+"program GB" is XLA's own count of the compiled program, "peak GB" the allocator's peak in the process so far, "plan GB"
+the estimate of `pilot-jax plan`.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import itertools
 import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-ROOT = Path(__file__).parent.parent
-PHASES = ("stage1", "stage2")
-
-
-def ceiling(dtype, size: int) -> float:
-    """Returns the FLOP/s of size × size matrix products, each of which needs the previous one; the best of three."""
-    times = 8
-
-    @jax.jit
-    def chain(x):
-        return jax.lax.fori_loop(0, times, lambda _, y: (y @ x * (1 / size)).astype(dtype), x)
-
-    x = jnp.ones((size, size), dtype)
-    chain(x).block_until_ready()
-    best = np.inf
-    for _ in range(3):
-        began = time.perf_counter()
-        chain(x).block_until_ready()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 * times / best
+PARTS = Path(__file__).parent / "accelerator_parts.py"
+WHAT = {
+    "ceiling": "speed of a chain of matrix products in bfloat16 (float32 on CPU), and of a copy: the device's ceilings",
+    "claim": "one step of LoRA of rank 64 and the projector (fedavg): 1, 3 and 9 adapters on the same 9 sequences",
+    "attention": "one step of Pilot's stage 2 with the package's own attention and with cuDNN's, activations stored or "
+                 "recomputed: what each costs in time and memory",
+    "base": "one step with the base in bfloat16, 8 bits and 4 bits: memory saved, time that dequantising costs",
+    "torch": "one step of torch and PEFT on the same number of tokens: a Llama of the same shape, without images",
+    "clients": "one step of 1 to 16 clients side by side, LoRA of rank 8: how the speed grows with the work at once",
+    "adapters": "one step of 64 sequences divided among 1 to 64 adapters of rank 8: what more adapters cost",
+    "aggregation": "ATA's distances, by a Gram matrix and by sketches, and mixing, of LoRAs of the rank that is named",
+}
 
 
-def random_base(shapes):
-    """Returns random weights of the given shapes, created on the device leaf by leaf; weights of norms are 1."""
-    paths, tree = jax.tree_util.tree_flatten_with_path(shapes)
-    make = jax.jit(lambda key, shape, dtype: (0.02 * jax.random.normal(key, shape, jnp.bfloat16)).astype(dtype),
-                   static_argnums=(1, 2))
-    leaves = [jnp.ones(leaf.shape, leaf.dtype) if "norm" in str(path[-1]) else
-              make(jax.random.key(i), leaf.shape, leaf.dtype) for i, (path, leaf) in enumerate(paths)]
-    return jax.tree_util.tree_unflatten(tree, leaves)
+def cases(toy: bool) -> list[list[dict]]:
+    """Returns groups of cases, most important first; each group has a process of its own."""
+    def case(group: str, part: str, **settings) -> dict:
+        return {"group": group, "part": part, **settings}
+
+    def step(group: str, clients: int, batch: int, **settings) -> dict:
+        return case(group, "step", clients=clients, batch=batch, **settings)
+
+    nine, many = (3, 4) if toy else (9, 64)
+    rank = 8 if toy else 64
+    claims = [case("ceiling", "ceiling"),
+              *(step("claim", n, nine // n, rank=rank) for n in ((3, 1) if toy else (9, 1, 3)))]
+    questions = [
+        *(step("attention", 1, 2 if toy else 8, strategy="pilot", attention=kernel, remat=remat)
+          for remat in (False, True) for kernel in ("own", "cudnn")),
+        *(step("base", 1, 2 if toy else 8, base=base) for base in (["bf16"] * (not toy) + ["int8", "nf4"]))]
+    beside = [case("torch", "torch_step", batch=nine, rank=rank, remat=remat) for remat in (False, True)]
+    rest = [
+        *(step("clients", n, batch, rank=8) for n, batch in (
+            [(2, 1)] if toy else [(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (1, 4), (4, 4), (16, 4)])),
+        *(step("adapters", n, many // n, rank=8, remat=True) for n in ((4,) if toy else (1, 8, 64))),
+        *(case("aggregation", "aggregation", clients=n, rank=8) for n in ((48,) if toy else (8, 64, 512)))]
+    return [claims + questions + rest, beside] if toy else [claims, questions, beside, rest]
 
 
-def random_data(model, work, rows: int, clients: int, dtype) -> dict:
-    """Returns random training arrays [clients, rows, …] with one image per sample."""
-    rng, n_image = np.random.default_rng(0), model.num_image_tokens
-    ids = rng.integers(10, min(1000, model.text.vocab_size), (clients, rows, work.length))
-    ids[..., 4:4 + n_image] = model.image_token_id
-    positions = np.arange(work.length - work.answers - 1, work.length - 1)
-    positions = np.broadcast_to(positions, (clients, rows, work.answers))
-    features = (clients, rows, n_image, model.vision.feature_size)
-    return {"input_ids": ids.astype(np.int32), "attention_mask": np.ones(ids.shape, np.int32),
-            "target_positions": positions.astype(np.int32),
-            "target_ids": np.take_along_axis(ids, positions + 1, axis=-1).astype(np.int32),
-            "target_weights": np.ones(positions.shape, np.float32), "has_image": np.ones((clients, rows), np.float32),
-            "features": jax.random.normal(jax.random.key(1), features, dtype)}
+class Record:
+    """All results so far, and the two files that show them."""
+
+    def __init__(self, path: Path, groups: list[list[dict]], toy: bool) -> None:
+        self.path, self.about = path, {"shape": "toy" if toy else "7b"}
+        self.rows = [case | {"what": WHAT[case["group"]], "status": "not reached"}
+                     for group in groups for case in group]
+
+    def put(self, number: int, result: dict) -> None:
+        self.rows[number] |= {"status": "measured", **result}
+        top = next((row.get("flops_per_second") for row in self.rows if row["part"] == "ceiling"), None)
+        for row in self.rows:
+            if top and row["part"] == "step" and "flops_per_second" in row:
+                row["of_ceiling"] = row["flops_per_second"] / top
+        self.write()
+
+    def claims(self) -> list[dict]:
+        """Returns the claims that are to be judged, with what was measured, at LLaVA-1.5-7B's shape."""
+        by = {row["clients"]: row for row in self.rows if row["group"] == "claim" and "tokens_per_second" in row}
+        nine, one = by.get(9, {}), by.get(1, {})
+        speed, share = nine.get("tokens_per_second"), nine.get("of_ceiling")
+        slower = one["tokens_per_second"] / speed - 1 if speed and one else None
+        wanted = (
+            ("nine adapters of rank 64 in one batch: at least 17,500 trained tokens/s (on one H100)", speed,
+             lambda x: x >= 17_500),
+            ("the same: at least 50 % of the measured ceiling", share, lambda x: x >= 0.5),
+            ("the same: at most 5 % slower than one adapter on the same tokens", slower, lambda x: x <= 0.05))
+        return [{"claim": name, "measured": value, "holds": None if value is None else holds(value)}
+                for name, value, holds in wanted]
+
+    def write(self) -> None:
+        """Writes both files; a reader never sees half of one."""
+        out = {"about": self.about, "claims": self.claims(), "rows": self.rows}
+        for path, text in ((self.path, json.dumps(out, indent=1) + "\n"),
+                           (self.path.with_suffix(".md"), self.markdown())):
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+
+    def markdown(self) -> str:
+        def number(value, scale: float = 1, form: str = ".1f") -> str:
+            return "" if value is None else format(value * scale, form)
+
+        lines = ["# Measured on one device", "", ", ".join(f"{k}: {v}" for k, v in self.about.items()), "",
+                 "| claim | measured | holds |", "|---|---:|---|"]
+        lines += [f"| {c['claim']} | {number(c['measured'], form='.4g') or 'not measured'} | "
+                  f"{ {None: '', True: 'yes', False: 'no'}[c['holds']]} |" for c in self.claims()]
+        for group, what in WHAT.items():
+            lines += ["", f"**{group}**: {what}.", "", "| case | ms | tokens/s | TFLOP/s | of ceiling | GB/s | "
+                      "program GB | peak GB | plan GB | |", "|---|" + "---:|" * 8 + "---|"]
+            for row in (r for r in self.rows if r["group"] == group):
+                ms = next((row[n] for n in ("seconds_per_step", "distances_s") if n in row), None)
+                more = [f"{n[:-2]} {1e3 * row[n]:.1f} ms" for n in ("sketched_s", "mixing_s") if n in row]
+                said = [] if row["status"] == "measured" else [row["status"]]
+                cells = [described(row), number(ms, 1e3), number(row.get("tokens_per_second"), form=",.0f"),
+                         number(row.get("flops_per_second"), 1e-12, ".2f"), number(row.get("of_ceiling"), 1, ".1%"),
+                         number(row.get("bytes_per_second"), 1e-9), *(
+                             number(row.get(f"{n}_bytes"), 1e-9, ".2f") for n in ("compiled", "peak", "planned")),
+                         "; ".join(more + said).replace("|", "/")]
+                lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines) + "\n"
 
 
-def seconds_per_step(spec, base, adapters: dict, data: dict, rates: dict[str, float], steps: int) -> float:
-    """Returns the seconds of one step of all clients together, without the fixed cost of a call.
+def described(row: dict) -> str:
+    """Returns a case's settings in words."""
+    words = []
+    if row["part"] == "ceiling":
+        words = [f"{row.get('dtype', '')} {row.get('size', '')}".strip()]
+    elif row["part"] == "aggregation":
+        words = [f"{row['clients']} clients, distances"]
+    elif row["part"] == "step":
+        words = [f"{row['clients']} × {row['batch']} sequences", f"attention {row.get('attention', 'auto')}"]
+    else:
+        words = [f"1 × {row['batch']} sequences"]
+    words += [f"rank {row['rank']}"] if "rank" in row else []
+    words += [row["base"]] if "base" in row else []
+    return ", ".join(words + ["recomputed"] * bool(row.get("remat")))
 
-    It is the difference between `steps` steps and one step, divided by `steps` − 1."""
-    from pilot_jax.federation.client import Adapters, ClientBatch, local_update
 
-    clients, rows = data["has_image"].shape
-    order = np.arange(rows, dtype=np.int32).reshape(1, steps, -1).repeat(clients, 0)
-    stacked = Adapters({n: jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], clients, 0), t)
-                        for n, t in adapters.items() if n not in spec.received},
-                       {n: adapters[n] for n in spec.received})
-    peaks = {n: np.full(clients, rate, np.float32) for n, rate in rates.items()}
+def supervise(command: list[str], numbered: list[tuple[int, dict]], record: Record, deadline: float,
+              limit: float) -> None:
+    """Runs cases in processes until each has a result. A process that ends early costs the case that it was in; so does
+    one that takes longer than `limit` seconds for a case, or that the deadline stops."""
+    while numbered:
+        with tempfile.TemporaryDirectory() as folder:
+            results, current, since, read = Path(folder) / "results", None, time.time(), 0
+            results.touch()
+            waiting = Path(folder) / "cases"
+            waiting.write_text(json.dumps(numbered), encoding="utf-8")
+            with waiting.open("rb") as cases:
+                process = subprocess.Popen([*command[:2], str(results), str(deadline), *command[2:]], stdin=cases)
+            try:
+                while True:
+                    ended = process.poll() is not None
+                    lines = results.read_text(encoding="utf-8").splitlines()
+                    for line in map(json.loads, lines[read:]):
+                        read, since = read + 1, time.time()
+                        if "about" in line:
+                            record.about |= line["about"]
+                        elif "started" in line:
+                            current = line["started"]
+                        else:
+                            current, done = None, line.pop("case")
+                            numbered = [pair for pair in numbered if pair[0] != done]
+                            record.put(done, line)
+                            row = record.rows[done]
+                            print(f"{row['group']}: {described(row)}: {shown(row)}", flush=True)
+                    if ended:
+                        reason = f"the process ended with code {process.returncode}"
+                        break
+                    if time.time() > min(since + limit, deadline + 30):
+                        reason = f"stopped after {time.time() - since:.0f} s"
+                        break
+                    time.sleep(0.1)
+            finally:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+        if not numbered:
+            break
+        lost = next((pair for pair in numbered if pair[0] == current), numbered[0])
+        record.put(lost[0], {"status": f"failed: {reason}"})
+        print(f"{lost[1]['group']}: {described(lost[1])}: {reason}", flush=True)
+        numbered = [pair for pair in numbered if pair[0] != lost[0]]
 
-    def run(count: int) -> float:
-        began = time.perf_counter()
-        batch = ClientBatch(data, order, np.ones(order.shape, np.float32), np.full(clients, count, np.int32),
-                            np.zeros(clients, np.int32), peaks)
-        jax.block_until_ready(local_update(spec, base, stacked, batch))
-        return time.perf_counter() - began
 
-    run(1)  # compiles
-    return min(run(steps) - run(1) for _ in range(3)) / (steps - 1)
+def shown(row: dict) -> str:
+    if "tokens_per_second" in row:
+        share = f", {row['of_ceiling']:.1%} of the ceiling" if "of_ceiling" in row else ""
+        return f"{row['tokens_per_second']:,.0f} tokens/s{share}"
+    if "distances_s" in row:
+        return f"{1e3 * row['distances_s']:.1f} ms"
+    return f"{row['flops_per_second'] / 1e12:.2f} TFLOP/s" if "flops_per_second" in row else row["status"]
 
 
 def main() -> None:
-    accelerated = jax.default_backend() != "cpu"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=("7b", "toy"), default="7b" if accelerated else "toy")
-    parser.add_argument("--clients", type=int, nargs="*", default=[1, 2, 4, 8, 16] if accelerated else [1, 2])
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, help="tokens per sample (default: image tokens + 128, toy: + 28)")
-    parser.add_argument("--layers", type=int, help="number of decoder layers, if fewer than the model's")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--remat", action="store_true")
-    parser.add_argument("--attention", nargs="*", choices=("own", "cudnn"), default=["own"])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--minutes", type=float, default=25, help="time after which no further case is begun")
+    parser.add_argument("--toy", action="store_true", help="a toy shape on any device")
+    parser.add_argument("--limit", type=float, default=300, help="seconds after which a case is given up")
+    parser.add_argument("--json", type=Path, default=Path("accelerator.json"))
     args = parser.parse_args()
-
-    from pilot_jax.config import load_config
-    from pilot_jax.federation.phases import peak_rates, phase_spec
-    from pilot_jax.planning import estimate
-    from pilot_jax.runs.prepare import outline
-
-    if "cudnn" in args.attention and not accelerated:
-        raise SystemExit("--attention cudnn needs an NVIDIA GPU")
-    large = args.shape == "7b"
-    overrides = [f"train.batch_size={args.batch}", f"model.remat={str(args.remat).lower()}"]
-    config = load_config(ROOT / "configs" / ("llava15_7b.yaml" if large else "quickstart.yaml"), overrides + (
-        ["model.path=llava-1.5-7b-hf"] if large else []))
-    run = outline(config)
-    model = run.spec
-    if args.layers:
-        model = dataclasses.replace(model, text=dataclasses.replace(
-            model.text, num_layers=args.layers, sliding_layers=model.text.sliding_layers[:args.layers]))
-    length = args.length or -(-(model.num_image_tokens + (128 if large else 28)) // 8) * 8
-    rows = args.batch * args.steps
-    device, dtype = jax.devices()[0], None
-    rows_out = []
-    for clients in args.clients:
-        run = dataclasses.replace(run, spec=model, system=run.system.model_copy(update={"client_chunk": clients}))
-        work = estimate.Workload((rows,) * clients, 3, length, 64 if large else 16)
-        shapes = estimate.phase_shapes(run, work)
-        if dtype is None:
-            dtype = shapes.module.dtype
-            base, top = random_base(shapes.base), ceiling(dtype, 8192 if accelerated else 1024)
-            print(f"{device.device_kind}, {jnp.dtype(dtype).name}, {args.shape}, {model.text.num_layers} layers, L "
-                  f"{length}, batch {args.batch}, remat {args.remat}; products of {8192 if accelerated else 1024}³ "
-                  f"reach {top / 1e12:.2f} TFLOP/s")
-            print(f"{'stage':<7} {'attention':<9} {'clients':>7} {'ms a step':>10} {'client-steps/s':>14} "
-                  f"{'TFLOP/s':>8} {'of ceiling':>10} {'peak GB':>8} {'plan GB':>8}")
-        planned = estimate.memory(shapes)
-        data = jax.device_put(random_data(model, work, rows, clients, dtype))
-        adapters = run.strategy.initial_adapters(jax.random.key(0), base["projector"], model, run.model.lora.rank, 3)
-        for stage, kernel in itertools.product(PHASES, args.attention):
-            # FLOPs are those of the package's own attention for both, since cuDNN's are not in the jaxpr.
-            flops, total = clients * estimate.step_flops(shapes, stage), planned[stage]["total"]
-            spec = phase_spec(shapes.module.clone(kernel=kernel), run.strategy.roles(), stage, run.train)
-            try:
-                per_step = seconds_per_step(spec, base, adapters, data, peak_rates(run.train, stage), args.steps)
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                print(f"{stage:<7} {kernel:<9} {clients:>7} out of memory; plan: {total / 1e9:.1f} GB", flush=True)
-                continue
-            peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
-            rows_out.append({"stage": stage, "attention": kernel, "clients": clients, "seconds_per_step": per_step,
-                             "peak_bytes": peak, "planned_bytes": total, "flops_per_second": flops / per_step,
-                             "of_ceiling": flops / per_step / top})
-            print(f"{stage:<7} {kernel:<9} {clients:>7} {1e3 * per_step:>10.1f} {clients / per_step:>14.2f} "
-                  f"{flops / per_step / 1e12:>8.2f} {flops / per_step / top:>10.1%} "
-                  f"{'-' if peak is None else f'{peak / 1e9:.1f}':>8} {total / 1e9:>8.1f}", flush=True)
-    if args.json:
-        out = {"device": device.device_kind, "ceiling_flops": top, "rows": rows_out}
-        args.json.write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # JAX takes three quarters by itself
+    if args.toy:  # compiling is most of a rehearsal
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    deadline, groups = time.time() + 60 * args.minutes, cases(args.toy)
+    record, first = Record(args.json, groups, args.toy), 0
+    record.write()
+    for group in groups:
+        numbered = list(enumerate(group, first))
+        first += len(group)
+        if time.time() >= deadline:
+            for number, _ in numbered:
+                record.put(number, {"status": "skipped: no time was left"})
+            continue
+        command = [sys.executable, str(PARTS), *(["--toy"] if args.toy else [])]
+        supervise(command, numbered, record, deadline, args.limit)
+    print(f"\n{record.markdown()}\nWritten: {args.json}, {args.json.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,23 @@
-"""Compares the speed of ATA's distances with a NumPy loop over pairs and with torch.cdist.
+"""Compares the speed of ATA's distances with a NumPy loop over pairs and with torch.cdist, and all pairs with sketches.
 
     python benchmarks/aggregation.py [--cohort 8 32 128] [--parameters 1e6] [--space factors product]
-                                     [--clusters 3] [--repetitions 3] [--json FILE]
+                                     [--clusters 3] [--repetitions 3] [--large 128 512 2048 4096 10000]
+                                     [--large-parameters 1e5] [--all-pairs-up-to 4096] [--streamed 10000 1e6]
+                                     [--projected 1e5] [--json FILE]
 
-Uploads are LoRA trees (rank 8) of clients in `--clusters` clusters, half a tree's own size apart. For "ours" they are
-on the device, as in a round. For "streamed" they are in host memory and are copied to the device leaf by leaf. "GB/s"
-is their size divided by the time of "ours". "of_copy" divides that by the speed of copying a large array on this
-machine (each byte counts once, as read). The systems are timed alternately.
+First table: uploads are LoRA trees (rank 8) of clients in `--clusters` clusters, half a tree's own size apart. For
+"ours" they are on the device, as in a round. For "streamed" they are in host memory and are copied to the device leaf
+by leaf. "GB/s" is their size divided by the time of "ours". "of_copy" divides that by the speed of copying a large
+array on this machine (each byte counts once, as read). The systems are timed alternately. Before anything is timed, the
+distances to the nearest neighbours are compared with the loop's in float64. A relative difference above 1e-5 ends the
+run. The loop is timed on 64 pairs, and its time is scaled to all pairs.
 
-Before anything is timed, the distances to the nearest neighbours are compared with the loop's in float64. A relative
-difference above 1e-5 ends the run. The loop is timed on 64 pairs, and its time is scaled to all pairs.
+Second table (large_cohorts.py): time from uploads to ATA's weights by sketches and by a Gram matrix of all pairs. Of 16
+clients: the share of true nearest neighbours that were found ("recall"), how much "farther" the found ones are, and the
+errors of what enters a weight and of the weights against float64; above 1e-5 the run ends. "sketch" and "all pairs"
+are measured in memory; "all pairs*" is projected from the largest cohort in which all pairs were measured; "streamed"
+is measured with uploads that are generated when they are read, as from files; "projected" is computed from it.
+"peak_gb" is the process's meanwhile, uploads included.
 """
 
 from __future__ import annotations
@@ -22,6 +30,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import large_cohorts
 import numpy as np
 
 RANK, NEIGHBORS, TIMED_PAIRS = 8, 3, 64
@@ -144,6 +153,11 @@ def main() -> None:
     parser.add_argument("--space", nargs="*", choices=("factors", "product"), default=["factors", "product"])
     parser.add_argument("--clusters", type=int, default=3)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--large", type=int, nargs="*", default=[128, 256, 512, 1024, 2048, 4096, 10_000])
+    parser.add_argument("--large-parameters", type=float, default=1e5)
+    parser.add_argument("--all-pairs-up-to", type=int, default=4096)
+    parser.add_argument("--streamed", type=float, nargs=2, default=[1e4, 1e6], metavar=("CLIENTS", "PARAMETERS"))
+    parser.add_argument("--projected", type=float, default=1e5, metavar="CLIENTS")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     bandwidth = copy_bandwidth()
@@ -156,9 +170,17 @@ def main() -> None:
             for space in args.space:
                 rows.append(measure(tree, space, cohort, args.repetitions, bandwidth))
                 print(" ".join(f"{rows[-1][name]:>10{form}}" for name, form in COLUMNS.items()), flush=True)
+            del tree
+    large = []
+    if args.large:
+        clients, parameters = map(int, args.streamed)
+        large = large_cohorts.table(args.large, int(args.large_parameters), args.all_pairs_up_to, (clients, parameters),
+                                    int(args.projected))
     if args.json:
-        args.json.write_text(json.dumps({"copy_bytes_per_second": bandwidth, "rows": rows}, indent=1) + "\n",
-                             encoding="utf-8")
+        args.json.write_text(json.dumps({"copy_bytes_per_second": bandwidth, "rows": rows, "large": large}, indent=1)
+                             + "\n", encoding="utf-8")
+    if any(row.get(error, 0) > 1e-5 for row in large for error in ("distance_error", "weight_error")):
+        raise SystemExit("what enters a weight is off by more than 1e-5")
 
 
 if __name__ == "__main__":

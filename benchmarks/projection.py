@@ -44,8 +44,7 @@ def main() -> None:
 
     from pilot_jax.config import load_config
     from pilot_jax.data.features import image_features
-    from pilot_jax.federation import mixing
-    from pilot_jax.federation.distances import distances
+    from pilot_jax.federation import distances, mixing
     from pilot_jax.federation.roles import num_bytes
     from pilot_jax.parallel.devices import split_cpu
     from pilot_jax.runs import prepare
@@ -83,7 +82,8 @@ def main() -> None:
         weights = jax.numpy.full((cohort, cohort), 1 / cohort)
         mix = jax.jit(mixing.apply)
         neighbors = fed.strategy.params.ata.neighbors
-        return best(lambda: distances(tree, neighbors)), best(lambda: mix(weights, tree))
+        distances.BY_GRAM = cohort  # of all pairs, an upper bound: larger cohorts use sketches
+        return best(lambda: distances.distances(tree, neighbors)), best(lambda: mix(weights, tree))
 
     # Gram matrix and mixing take 2·S²·P FLOPs each. Reading uploads, and subtracting a few pairs per client, grow as S.
     (small, large), times = FITTED, [server(cohort) for cohort in FITTED]

@@ -32,14 +32,15 @@ STEPS = 4
 
 
 @partial(jax.jit, static_argnames=("spec", "mesh"))
-def one_by_one(spec: PhaseSpec, base: Tree, adapters: Adapters, batch: ClientBatch, mesh: None = None) -> Any:
+def one_by_one(spec: PhaseSpec, base: Tree, own: Tree, received: Adapters, batch: ClientBatch,
+               mesh: None = None) -> Any:
     """Computes `local_update` for one client after another in one program, instead of all at once by `vmap`."""
-    def one(client: tuple[Tree, ClientBatch]) -> Any:
-        own, its_batch = jax.tree.map(lambda leaf: leaf[None], client)
+    def one(client: tuple[Tree, Tree, ClientBatch]) -> Any:
+        own, read, its_batch = jax.tree.map(lambda leaf: leaf[None], client)
         return jax.tree.map(lambda leaf: leaf[0],
-                            local_update(spec, base, Adapters(own, adapters.common), its_batch, mesh=mesh))
+                            local_update(spec, base, own, Adapters(read, received.common), its_batch, mesh=mesh))
 
-    return jax.lax.map(one, (adapters.own, batch))
+    return jax.lax.map(one, (own, received.own, batch))
 
 
 def measure(case: dict) -> dict:

@@ -144,7 +144,7 @@ class KeptJit:
 
     def __init__(self, function: Callable[..., Any], static: Sequence[str] = (), donate: Sequence[str] = ()) -> None:
         self.jitted = jax.jit(function, static_argnames=tuple(static), donate_argnames=tuple(donate))
-        self._static, self._donates, self._signature = tuple(static), bool(donate), inspect.signature(function)
+        self._static, self._signature = tuple(static), inspect.signature(function)
         self._name = f"{function.__module__}.{function.__qualname__}"
         self._ready: dict[_Call, Future[Any]] = {}
         self._lock = threading.Lock()
@@ -220,7 +220,7 @@ class KeptJit:
                 known = {device.id: device for device in jax.devices()}
                 loaded = deserialize_and_load(program, takes, returns,
                                               execution_devices=[known[number] for number in numbers])
-                return loaded if self._donates else _Tried(loaded, lambda: self._compiled(bound, store, key))
+                return _Tried(loaded, lambda: self._compiled(bound, store, key))
         return self._compiled(bound, store, key)
 
     def _compiled(self, bound: inspect.BoundArguments, store: Cache | None, key: str) -> jax.stages.Compiled:
@@ -253,6 +253,8 @@ class _Tried:
         try:
             out = jax.block_until_ready(self._program(*args, **kwargs))
         except jax.errors.JaxRuntimeError:
+            if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves((args, kwargs))):
+                raise  # their memory has been used for the results
             self._program = self._compiled()
             out = self._program(*args, **kwargs)
         self._works = True

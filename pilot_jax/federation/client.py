@@ -7,7 +7,7 @@ that go to the device a few steps at a time.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,11 @@ class Adapters:
 
     own: Any  # subtrees by name; or, as in any pytree, one value for all of them, such as a sharding
     common: Any
+
+    def divided(self, received: Collection[str]) -> tuple[dict[str, Any], Adapters]:
+        """Returns (those that a local update gives back, the received ones, which it only reads)."""
+        return ({n: t for n, t in self.own.items() if n not in received},
+                Adapters({n: t for n, t in self.own.items() if n in received}, self.common))
 
 
 @partial(jax.tree_util.register_dataclass,
@@ -256,13 +261,16 @@ def _constrained(tree: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(one, specs, tree, is_leaf=lambda node: isinstance(node, PartitionSpec))
 
 
-@partial(KeptJit, static=("spec", "mesh"))
-def local_update(spec: PhaseSpec, base: Mapping[str, Tree], adapters: Adapters, batch: ClientBatch,
-                 mesh: jax.sharding.Mesh | None = None) -> tuple[dict[str, Tree], dict[str, jax.Array]]:
+@partial(KeptJit, static=("spec", "mesh"), donate=("own",))
+def local_update(spec: PhaseSpec, base: Mapping[str, Tree], own: Mapping[str, Tree], received: Adapters,
+                 batch: ClientBatch, mesh: jax.sharding.Mesh | None = None,
+                 ) -> tuple[dict[str, Tree], dict[str, jax.Array]]:
     """Trains a chunk of k clients for one phase.
 
     Args:
         base: frozen weights, shared by all clients (an argument, never vmapped and never a constant of the program).
+        own, received: the clients' adapters, as `Adapters.divided` returns them. Arrays of `own` that are on a device
+            are used up: their memory becomes that of the results.
         mesh: its axis "clients" divides the clients, its axis "fsdp" the samples of a batch.
 
     Returns: adapters [k, …] without the received subtrees, and the terms of the loss averaged over each client's own
@@ -272,6 +280,7 @@ def local_update(spec: PhaseSpec, base: Mapping[str, Tree], adapters: Adapters, 
     def whole(row: jax.sharding.Mesh | None, base: Any, adapters: Adapters, batch: ClientBatch) -> Any:
         return _finish(spec, _advance(spec, row, base, _start(spec, adapters, batch), batch, 0))
 
+    adapters = Adapters({**own, **received.own}, received.common)
     return _on_mesh(whole, mesh, (base, adapters, batch), (COMMON, ADAPTERS, OWN), OWN)
 
 

@@ -37,7 +37,8 @@ class Aggregated(NamedTuple):
 
     downloads: shared subtrees with leaves [S, …], row s for client s; received subtrees with leaves that are equal for
     all clients. server: its state afterwards. mixing: arrays to log, among them `weights` [S, S] and, for ATA,
-    `distances` [S, S].
+    `distances` [S, S]. Of a cohort above `mixing.DENSE` ATA logs `weights` [S, M + 1]; `columns` [S, M + 1], positions
+    of the clients that the weights belong to, the client itself first; and `distances` [S, M] of the others.
     """
 
     downloads: dict[str, Tree]

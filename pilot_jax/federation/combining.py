@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pilot_jax.federation.roles import Tree
+from pilot_jax.federation.sparse import SparseRows, largest_terms
 
 AnyArray = Array | np.ndarray
 Pair = tuple[jax.Array, jax.Array]
@@ -71,7 +72,7 @@ def _by_target(function: Callable[..., tuple[jax.Array, ...]], *loras: Mapping) 
 
 
 @partial(jax.jit, static_argnames=("terms",))
-def product(weights: Float[AnyArray, "M S"], loras: Mapping, terms: int | None = None) -> Tree:
+def product(weights: Float[AnyArray, "M S"] | SparseRows, loras: Mapping, terms: int | None = None) -> Tree:
     """Returns, for each row of `weights`, the LoRA [M, …] of the same rank R that is nearest to Σ_j w_j B_jA_j.
 
     It is found by QR decompositions of the factors side by side and the SVD of a small matrix (FlexLoRA: Bai et al.,
@@ -80,15 +81,15 @@ def product(weights: Float[AnyArray, "M S"], loras: Mapping, terms: int | None =
     Args:
         terms: largest number of weights above 0 in a row (default: all S).
     """
-    terms = min(terms or weights.shape[1], weights.shape[1])
+    rows = jax.tree.map(jnp.asarray, largest_terms(weights, terms))
 
     def of_target(pair: Pair) -> tuple[jax.Array, ...]:
-        def row(weights: jax.Array) -> Pair:
-            w, chosen = jax.lax.top_k(weights, terms)
+        def row(of_row: SparseRows) -> Pair:
+            w, chosen = of_row
             return _by_layer(lambda ab: truncated(*_side_by_side(w, *ab), ab[0].shape[1])[:2],
                              (pair[0][chosen], pair[1][chosen]))
 
-        return jax.lax.map(row, jnp.asarray(weights, jnp.float32))
+        return jax.lax.map(row, rows)
 
     return _by_target(of_target, loras)[0]
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, PyTree
 
+from pilot_jax.federation.shortlist import can_shortlist, candidate_pairs, estimates, sketches
 from pilot_jax.kernels.pairwise import (
     exact_einsum,
     factor_gram,
@@ -28,6 +29,7 @@ from pilot_jax.parallel.mesh import columns, mesh_of
 # Relative to |a|² + |b|²: forty times the float32 error measured in Gram matrices (2e-7 at a million numbers a client).
 MARGIN = 1e-5
 EVERY_PAIR = 16  # largest cohort of which every pair is subtracted
+BY_GRAM = 256  # largest cohort whose near pairs come from a Gram matrix and not from sketches (docs/scaling.md)
 
 
 def targets(uploads: Mapping) -> list[tuple[Float[Array, "S layers R _"], Float[Array, "S layers _ R"]]]:
@@ -52,7 +54,8 @@ def distances(uploads: Mapping, neighbors: int | None = None, space: str = "fact
     without α/r ("product"); float32.
 
     In cohorts above EVERY_PAIR with `neighbors` given, only pairs of which one may be among the other's `neighbors`
-    nearest are subtracted. The other distances, on which no weight depends, come from a Gram matrix.
+    nearest are subtracted. The other distances, on which no weight depends, come from a Gram matrix or, for factors in
+    cohorts above BY_GRAM, from sketches, off by about one per cent (`shortlist.py`).
 
     Leaves [S, …] may be NumPy arrays or `storage.Rows`; at most two of them are in memory and on the device at once.
     Leaves whose parameters are spread over a mesh stay there: only matrices [S, S] go from device to device.
@@ -71,7 +74,11 @@ def distances(uploads: Mapping, neighbors: int | None = None, space: str = "fact
 
     squares, everyone = np.zeros((cohort, cohort)), np.argwhere(np.triu(np.ones((cohort, cohort)), 1))
     pairs = everyone
-    if neighbors is not None and cohort > EVERY_PAIR:
+    if neighbors is not None and cohort > BY_GRAM and space == "factors" and can_shortlist(uploads, neighbors):
+        sketched = sketches(uploads)
+        squares = np.concatenate([block for _, block in estimates(sketched)])
+        pairs = candidate_pairs(sketched, neighbors)
+    elif neighbors is not None and cohort > EVERY_PAIR:
         gram = sum_over_leaves(gram_of, parts)
         norms, gram = np.diag(gram), (gram + gram.T) / 2
         squares = np.maximum(norms[:, None] + norms[None] - 2 * gram, 0)

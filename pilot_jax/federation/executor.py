@@ -101,7 +101,8 @@ class _Phase:
         for piece in {piece.largest.shape: piece for piece in self.pieces()}.values():
             before = [self.works[job.work].adapters[job.client] for job in piece.members]
             shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._stacked(before))
-            local_update.compile_ahead(self.spec, self.base, shape, self._batch_shapes(piece), mesh=self.mesh)
+            local_update.compile_ahead(self.spec, self.base, *shape.divided(self.spec.received),
+                                       self._batch_shapes(piece), mesh=self.mesh)
 
     def _batch_shapes(self, piece: Piece) -> ClientBatch:
         """Returns the shapes of what `_batch` returns for a whole phase; no features are read."""
@@ -179,7 +180,8 @@ class _Phase:
         """Trains a piece. Returns (None, (adapters, metrics)) for a chunk's last piece, else (carry, None)."""
         if piece.is_first and piece.is_last:
             assert loaded.adapters is not None
-            return None, to_host(local_update(self.spec, self.base, loaded.adapters, loaded.batch, mesh=self.mesh))
+            return None, to_host(local_update(self.spec, self.base, *loaded.adapters.divided(self.spec.received),
+                                              loaded.batch, mesh=self.mesh))
         if piece.is_first:
             assert loaded.adapters is not None
             carry = start(self.spec, loaded.adapters, loaded.batch, mesh=self.mesh)

@@ -1,7 +1,8 @@
 """Aggregation as mixing matrices: functions of (uploads, sizes, tasks) to a row-stochastic matrix, and its application.
 
 FedAvg is 1·nᵀ/Σn, local training is I, the per-task mean is [T, S], and ATA (paper §3.4) a k-nearest-neighbour
-softmax. Uploads are pytrees whose leaves carry the cohort axis S first.
+softmax. Uploads are pytrees whose leaves carry the cohort axis S first. In cohorts above DENSE, ATA's matrix is sparse
+(`sparse.py`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, Real
 
 from pilot_jax.federation.distances import distances, targets
+from pilot_jax.federation.shortlist import Nearest
+from pilot_jax.federation.sparse import SparseRows, apply_rows, largest_terms
 from pilot_jax.kernels.pairwise import exact_einsum
 from pilot_jax.programs import KeptJit
 
 AnyArray = Array | np.ndarray
+DENSE = 2048  # largest cohort whose distances and ATA weights are stored as matrices [S, S]
 
 
 def identity(cohort: int) -> Float[Array, "S S"]:
@@ -42,15 +46,18 @@ def per_task_mean(sizes: Real[AnyArray, " S"], tasks: Int[AnyArray, " S"], num_t
     return members / jnp.where(total > 0, total, 1.0)
 
 
-@KeptJit
-def apply(matrix: Float[AnyArray, "M S"], uploads: PyTree[Float[AnyArray, "S ..."]]) -> PyTree[Float[Array, "M ..."]]:
-    """Returns matrix [M, S] times leaves [S, …], which gives leaves [M, …]; computed in float32."""
-    return jax.tree.map(
-        lambda leaf: exact_einsum("ms,s...->m...", matrix, leaf.astype(jnp.float32)).astype(leaf.dtype), uploads)
+def apply(matrix: Float[AnyArray, "M S"] | SparseRows, uploads: PyTree[Float[AnyArray, "S ..."]],
+          ) -> PyTree[Float[Array, "M ..."]]:
+    """Returns matrix [M, S] times leaves [S, …], which gives leaves [M, …]; computed in float32, leaf by leaf."""
+    return jax.tree.map(partial(apply_rows if isinstance(matrix, SparseRows) else _applied, matrix), uploads)
 
 
 @KeptJit
-def apply_to_updates(matrix: Float[AnyArray, "S S"], uploads: PyTree[Float[AnyArray, "S ..."]],
+def _applied(matrix: Float[AnyArray, "M S"], leaf: Float[AnyArray, "S ..."]) -> Float[Array, "M ..."]:
+    return exact_einsum("ms,s...->m...", matrix, leaf.astype(jnp.float32)).astype(leaf.dtype)
+
+
+def apply_to_updates(matrix: Float[AnyArray, "S S"] | SparseRows, uploads: PyTree[Float[AnyArray, "S ..."]],
                      starts: PyTree[Float[AnyArray, "S ..."]]) -> PyTree[Float[Array, "S ..."]]:
     """Returns starts + matrix·(uploads − starts): what a client has changed is mixed, and not where it began."""
     return jax.tree.map(jnp.add, starts, apply(matrix, jax.tree.map(jnp.subtract, uploads, starts)))
@@ -99,24 +106,45 @@ def ata_weights(distances: Float[AnyArray, "S S"], sizes: Real[AnyArray, " S"],
     ids = jnp.arange(cohort) if client_ids is None else client_ids
     sizes = jnp.asarray(sizes, jnp.float32)
     is_self = jnp.eye(cohort, dtype=bool)
-    m = min(options["neighbors"], cohort - 1)
-    near = _nearest(jnp.where(is_self, jnp.inf, distances), ids, m)
+    near = _nearest(jnp.where(is_self, jnp.inf, distances), ids, min(options["neighbors"], cohort - 1))
+    return _weighed(jnp.where(is_self, 0.0, distances), near, is_self, (sizes, sizes[None]), options)
+
+
+@partial(jax.jit, static_argnames=tuple(AtaOptions.__annotations__))
+def ata_weights_of_nearest(near: Nearest, sizes: Real[AnyArray, " S"], **options: Unpack[AtaOptions]) -> SparseRows:
+    """Returns `ata_weights` from the M nearest others alone, as a matrix of M + 1 terms; the first is the client."""
+    sizes = jnp.asarray(sizes, jnp.float32)
+    columns = jnp.concatenate([jnp.arange(len(sizes), dtype=jnp.int32)[:, None], near.columns], axis=1)
+    is_self = jnp.zeros(columns.shape, bool).at[:, 0].set(True)
+    d = jnp.pad(jnp.asarray(near.distances), ((0, 0), (1, 0)))
+    return SparseRows(_weighed(d, ~is_self, is_self, (sizes, sizes[columns]), options), columns)
+
+
+def _weighed(d: Float[Array, "S terms"], near: Bool[Array, "S terms"], is_self: Bool[Array, "S terms"],
+             sizes: tuple[jax.Array, jax.Array], options: AtaOptions) -> Float[Array, "S terms"]:
+    """Returns the weights of `ata_weights`.
+
+    Args:
+        d: distances, 0 for the client itself. near: which columns are neighbours. is_self: which are the client.
+        sizes: those of the rows [S], and of the columns [1 or S, terms].
+    """
     member = near | is_self if options.get("include_self", True) else near
-    d, weighting = jnp.where(is_self, 0.0, distances), options.get("weighting", "softmax")
+    weighting = options.get("weighting", "softmax")
     if weighting == "softmax":
-        tau = options.get("auto_factor", 1.0) * jnp.sum(jnp.where(near, d, 0.0), axis=1, keepdims=True) / m
+        count = min(options["neighbors"], d.shape[1] - 1)
+        tau = options.get("auto_factor", 1.0) * jnp.sum(jnp.where(near, d, 0.0), axis=1, keepdims=True) / count
         if (given := options.get("temperature", "auto")) != "auto":
-            tau = jnp.full((cohort, 1), float(given), jnp.float32)
+            tau = jnp.full((len(d), 1), float(given), jnp.float32)
         raw = _by_softmax(d, member, tau)
     elif weighting == "share_of_sizes":
-        raw = _by_share_of_sizes(d, near, sizes)
+        raw = _by_share_of_sizes(d, near, is_self, sizes)
     elif weighting in ("inverse_distance", "share"):
-        raw = _by_inverse_distance(d, near, is_self, sizes if weighting == "share" else None)
+        raw = _by_inverse_distance(d, near, is_self, sizes[0] if weighting == "share" else None)
     else:
         raise ValueError(f"ATA weighting {weighting!r} is not known")
     raw = jnp.where(member, raw, 0.0)
     if options.get("size_weighted", False):
-        raw = raw * sizes[None, :]
+        raw = raw * sizes[1]
     return raw / jnp.sum(raw, axis=1, keepdims=True)
 
 
@@ -131,14 +159,15 @@ def _nearest(others: Float[Array, "S S"], ids: Int[AnyArray, " S"], m: int) -> B
     return jax.vmap(rank)(others) < m
 
 
-def _by_softmax(d: Float[Array, "S S"], member: Bool[Array, "S S"], tau: Float[Array, "S 1"]) -> Float[Array, "S S"]:
+def _by_softmax(d: Float[Array, "S terms"], member: Bool[Array, "S terms"], tau: Float[Array, "S 1"],
+                ) -> Float[Array, "S terms"]:
     score = jnp.where(tau > 0, -d / jnp.where(tau > 0, tau, 1.0), 0.0)
     score = jnp.where(member, score, -jnp.inf)
     return jnp.exp(score - jnp.max(score, axis=1, keepdims=True))  # the shift cancels when rows are normalised
 
 
-def _by_inverse_distance(d: Float[Array, "S S"], near: Bool[Array, "S S"], is_self: Bool[Array, "S S"],
-                         sizes: Float[Array, " S"] | None) -> Float[Array, "S S"]:
+def _by_inverse_distance(d: Float[Array, "S terms"], near: Bool[Array, "S terms"], is_self: Bool[Array, "S terms"],
+                         sizes: Float[Array, " S"] | None) -> Float[Array, "S terms"]:
     """Returns 1/d for neighbours; for the client itself its size or, without sizes, its nearest neighbour's weight."""
     touching = jnp.any(near & (d == 0), axis=1, keepdims=True)
     inverse = jnp.where(near & (d > 0), 1.0 / jnp.where(d > 0, d, 1.0), 0.0)
@@ -146,12 +175,13 @@ def _by_inverse_distance(d: Float[Array, "S S"], near: Bool[Array, "S S"], is_se
     return jnp.where(touching, jnp.where(d == 0, 1.0, 0.0), jnp.where(is_self, own, inverse))
 
 
-def _by_share_of_sizes(d: Float[Array, "S S"], near: Bool[Array, "S S"], sizes: Float[Array, " S"],
-                       ) -> Float[Array, "S S"]:
+def _by_share_of_sizes(d: Float[Array, "S terms"], near: Bool[Array, "S terms"], is_self: Bool[Array, "S terms"],
+                       sizes: tuple[jax.Array, jax.Array]) -> Float[Array, "S terms"]:
     """Returns n_k / (n_k + Σ n_j) for the client itself, and the rest for its neighbours, divided by 1/d."""
-    own = sizes / (sizes + jnp.sum(jnp.where(near, sizes[None], 0.0), axis=1))
+    rows, columns = sizes
+    own = (rows / (rows + jnp.sum(jnp.where(near, columns, 0.0), axis=1)))[:, None]
     inverse = jnp.where(near, _by_inverse_distance(d, near, jnp.zeros_like(near), None), 0.0)
-    return jnp.diag(own) + (1 - own)[:, None] * inverse / jnp.sum(inverse, axis=1, keepdims=True)
+    return jnp.where(is_self, own, 0.0) + (1 - own) * inverse / jnp.sum(inverse, axis=1, keepdims=True)
 
 
 def ata(uploads: Mapping[str, Any], sizes: Real[AnyArray, " S"], client_ids: Int[AnyArray, " S"] | None = None, *,
@@ -165,17 +195,17 @@ def ata(uploads: Mapping[str, Any], sizes: Real[AnyArray, " S"], client_ids: Int
 
 
 @partial(KeptJit, static=("terms",))
-def product_gap(matrix: Float[AnyArray, "M S"], uploads: Mapping, terms: int | None = None) -> Float[Array, " M"]:
+def product_gap(matrix: Float[AnyArray, "M S"] | SparseRows, uploads: Mapping, terms: int | None = None,
+                ) -> Float[Array, " M"]:
     """Returns ‖Σ_j w_kj B_jA_j − B̄_kĀ_k‖ / ‖Σ_j w_kj B_jA_j‖ per row: the error of mixing A and B separately.
 
     Computed from the Gram matrix of a row's terms and its mean, R×R at a time, layer by layer; 0 where every product is
     still 0. `terms`: largest number of weights above 0 in a row (default: all S).
     """
     pairs = targets(uploads)
-    terms = min(terms or matrix.shape[1], matrix.shape[1])
 
-    def row(weights: jax.Array) -> jax.Array:
-        w, chosen = jax.lax.top_k(weights, terms)
+    def row(of_row: SparseRows) -> jax.Array:
+        w, chosen = of_row
         signed = jnp.append(w, -1.0)
 
         def layer(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -189,7 +219,7 @@ def product_gap(matrix: Float[AnyArray, "M S"], uploads: Mapping, terms: int | N
                          for pair in pairs)
         return jnp.where(whole > 0, jnp.sqrt(jnp.maximum(gap, 0.0) / jnp.where(whole > 0, whole, 1.0)), 0.0)
 
-    return jax.lax.map(row, matrix)
+    return jax.lax.map(row, largest_terms(matrix, terms))
 
 
 def check_rows(matrix: Float[AnyArray, "M S"]) -> None:

@@ -41,8 +41,8 @@ class RunObserver:
         Args:
             record: round, phase, clients, client_steps, seconds, bytes_up, bytes_down, quarantined; after an
                 aggregation also loss and effective_neighbors.
-            mixing: weights [S, S], effective_neighbors [S], client_ids [S] and, for ATA, distances [S, S]; None if
-                no upload could be used.
+            mixing: weights [S, S], effective_neighbors [S], client_ids [S] and, for ATA, distances [S, S], or those of
+                the nearest clients alone (`cohort.Aggregated`); None if no upload could be used.
             trained: indices of the clients whose adapters changed.
         """
 

@@ -26,6 +26,14 @@ def sums_as_products() -> bool:
     return platform() == "cpu"
 
 
+def swaps_as_product() -> bool:
+    """Whether the halves of an axis are swapped by a product with a signed permutation matrix.
+
+    On CPU that is much cheaper than a concatenation. Elsewhere the concatenation is part of the arithmetic around it.
+    """
+    return platform() == "cpu"
+
+
 def merges_low_rank(dtype: DTypeLike) -> bool:
     """Whether LoRA's B·A is added to the weight before the product with x, instead of two thin products beside it.
 

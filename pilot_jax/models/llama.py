@@ -22,6 +22,7 @@ from jaxtyping import PyTree
 from pilot_jax.kernels.attention import MASKED, attention, causal_attention
 from pilot_jax.kernels.pointwise import rms_norm, swiglu
 from pilot_jax.kernels.quantised import Kernel, Stored, is_quantised, product
+from pilot_jax.kernels.rotation import rotated
 from pilot_jax.models.lora import lora_linears
 from pilot_jax.models.spec import RopeSpec, TextSpec
 from pilot_jax.parallel.mesh import gathered
@@ -69,21 +70,6 @@ def rope_tables(config: TextSpec, positions: jax.Array) -> tuple[jax.Array, jax.
     angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config.rope, config.head_dim)
     cos, sin = (jnp.concatenate([f(angles)] * 2, axis=-1)[:, None] for f in (jnp.cos, jnp.sin))
     return cos, sin
-
-
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Returns x [B, H, L, head_dim] rotated (Su et al., 2021, arXiv 2104.09864), in Hugging Face's half-split layout.
-
-    The halves are swapped by a product with a signed permutation matrix, which is exact, and on CPU much cheaper than a
-    concatenation.
-    """
-    half = x.shape[-1] // 2
-    swap = np.zeros((2 * half, 2 * half), np.float32)
-    swap[range(half, 2 * half), range(half)] = -1  # (x·swap)[i] = −x[i + half]
-    swap[range(half), range(half, 2 * half)] = 1
-    swapped = jnp.matmul(x, swap.astype(x.dtype), precision=jax.lax.Precision.HIGHEST,
-                         preferred_element_type=jnp.float32)
-    return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
 
 
 def take_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
@@ -158,7 +144,7 @@ class DecoderBlock(nn.Module):
             (q,) = self._linears(rms_norm(x, norm1, c.rms_norm_eps).reshape(-1, width), ("q",), lora)
             q_cos, q_sin = (jnp.take_along_axis(t, rows[:, None, :, None], axis=2) for t in (cos, sin))
             biases = tuple(jnp.take_along_axis(b, rows[..., None], axis=1) for b in biases)
-        q, k = apply_rope(heads(q, kv * groups), q_cos, q_sin), apply_rope(heads(k, kv), cos, sin)
+        q, k = rotated(heads(q, kv * groups), q_cos, q_sin), rotated(heads(k, kv), cos, sin)
         q, v = q.reshape(batch, kv, groups, length, hd), heads(v, kv)
         x = x.reshape(-1, width)
         if cache is not None:

@@ -19,6 +19,7 @@ from pilot_jax.errors import InputError
 PROGRAMS_KEPT = 16 * 2**30  # bytes of `system.compilation_cache`; the least recently used programs are deleted first
 COMPILED_IN = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion", "jax_default_prng_impl",
                "jax_threefry_partitionable", "jax_numpy_rank_promotion")
+OVERLAPPING = "--xla_gpu_enable_latency_hiding_scheduler=true"
 DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
 
 
@@ -84,6 +85,16 @@ def ask_for_determinism(system: SystemConfig) -> None:
     elif platform() == "gpu":
         raise InputError("system.deterministic: JAX has started without the XLA flags for it. "
                          f"Set XLA_FLAGS=\"{' '.join(missing)}\" before Python starts.")
+
+
+def overlap_collectives(system: SystemConfig) -> None:
+    """Makes XLA on GPUs send while it computes, where a mesh has several devices; on TPUs it does so by itself.
+
+    A value that XLA_FLAGS already has stays. Nothing happens once JAX has started.
+    """
+    flags, name = os.environ.get("XLA_FLAGS", ""), OVERLAPPING.split("=")[0]
+    if system.mesh.devices > 1 and name not in flags and not has_started():
+        os.environ["XLA_FLAGS"] = f"{flags} {OVERLAPPING}".strip()
 
 
 def split_cpu(system: SystemConfig, processes: int = 1) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,8 +15,11 @@ from pilot_jax.config import Config
 from pilot_jax.federation import combining, mixing
 from pilot_jax.federation.chunks import chunk_width
 from pilot_jax.federation.client import Adapters, ClientBatch, local_update
+from pilot_jax.federation.distances import BY_GRAM
 from pilot_jax.federation.phases import PLAIN_RULE, peak_rates, phase_spec
 from pilot_jax.federation.roles import Tree
+from pilot_jax.federation.shortlist import Nearest, most_pairs
+from pilot_jax.federation.sparse import SparseRows
 from pilot_jax.federation.strategies import Strategy
 from pilot_jax.kernels import pairwise
 from pilot_jax.kernels.attention import check_cudnn
@@ -75,7 +77,8 @@ def _local(shapes: Shapes, mesh: Mesh, width: int, stage: str, tunes: bool = Fal
     rule = PLAIN_RULE if tunes else run.strategy.local_rule()
     spec = phase_spec(shapes.module, roles, stage, train, rule)
     base = sharded_shapes(shapes.base, mesh, run.system.mesh)
-    return Program(local_update, (spec, base, adapters, batch), {"mesh": mesh if mesh.size > 1 else None})
+    return Program(local_update, (spec, base, *adapters.divided(spec.received), batch),
+                   {"mesh": mesh if mesh.size > 1 else None})
 
 
 def _generation(shapes: Shapes, mesh: Mesh, width: int) -> Program:
@@ -108,21 +111,28 @@ def _server(shapes: Shapes, mesh: Mesh, cohort: int) -> dict[str, Program]:
     def whole(shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 
-    matrix, ata = whole((cohort, cohort)), getattr(strategy.params, "ata", None)
-    out = {"mixing": Program(jax.jit(mixing.apply), (matrix, uploads))}
-    if strategy.params.combine != "factors":
-        out["combine"] = _combine(strategy, shapes, uploads, whole)
+    ata, out = getattr(strategy.params, "ata", None), dict[str, Program]()
+    matrix: Any = whole((cohort, cohort))
     if ata is not None:
         largest = max(jax.tree.leaves(uploads["text_adapter"]), key=lambda x: x.size)
-        pairs = whole((max(cohort * (cohort - 1) // 2, 1),), jnp.int32)
-        weights = partial(mixing.ata_weights, neighbors=ata.neighbors, weighting=ata.weighting,
-                          temperature=ata.temperature, auto_factor=ata.auto_factor)
-        out |= {
-            "gram": Program(on_parts(pairwise.factor_gram, (largest,)), (largest,)),
-            "distances": Program(on_parts(pairwise.factor_pairs, (largest,), 3),
-                                 (largest, pairs, pairs, whole((), jnp.int32))),
-            "weights": Program(jax.jit(weights), (matrix, whole((cohort,)), whole((cohort,), jnp.int32)))}
-    return out
+        sketched = cohort > BY_GRAM and mesh.size == 1 and ata.space == "factors"
+        options = {"neighbors": ata.neighbors, "weighting": ata.weighting, "temperature": ata.temperature,
+                   "auto_factor": ata.auto_factor}
+        number, sizes, room = whole((), jnp.int32), whole((cohort,)), max(cohort * (cohort - 1) // 2, 1)
+        weights = Program(mixing.ata_weights, (matrix, sizes, whole((cohort,), jnp.int32)), options)
+        if sketched and cohort > mixing.DENSE:
+            near, terms = (cohort, ata.neighbors), (cohort, ata.neighbors + 1)
+            matrix, room = SparseRows(whole(terms), whole(terms, jnp.int32)), most_pairs(cohort, ata.neighbors)
+            weights = Program(mixing.ata_weights_of_nearest, (Nearest(whole(near, jnp.int32), whole(near)), sizes),
+                              options)
+        pairs = whole((room,), jnp.int32)
+        out = {"weights": weights,
+               "distances": Program(on_parts(pairwise.factor_pairs, (largest,), 3), (largest, pairs, pairs, number))}
+        if not sketched:
+            out["gram"] = Program(on_parts(pairwise.factor_gram, (largest,)), (largest,))
+    if strategy.params.combine != "factors":
+        out["combine"] = _combine(strategy, shapes, uploads, whole)
+    return out | {"mixing": Program(jax.jit(mixing.apply), (matrix, uploads))}
 
 
 def _combine(strategy: Strategy, shapes: Shapes, uploads: Tree, whole: Callable[..., jax.ShapeDtypeStruct]) -> Program:

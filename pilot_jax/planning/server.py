@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pilot_jax.federation.distances import EVERY_PAIR
+from pilot_jax.federation.distances import BY_GRAM, EVERY_PAIR
+from pilot_jax.federation.mixing import DENSE
 from pilot_jax.federation.roles import Tree, num_bytes, num_parameters
+from pilot_jax.federation.shortlist import candidates_of
 from pilot_jax.federation.strategies.base import Strategy
+from pilot_jax.kernels.count_sketch import SIZE
 from pilot_jax.models.lora import RESIDUAL
 
 
@@ -42,10 +45,11 @@ def combine_flops(strategy: Strategy, lora: Mapping[str, Tree], residual: Mappin
     lora: shapes of one client's; residual: those of the change of the frozen weights, with `combine: exact`.
     """
     rows, total = 1 if strategy.one_model else cohort, 0
+    terms = strategy.most_weights(cohort) if cohort > DENSE else cohort  # of a row of the mixing matrix that are stored
     for name, pair in lora["layers"].items():
         layers, rank, d_in = pair["a"].shape
         d_out = pair["b"].shape[1]
-        mean = 2 * cohort * rank * (d_in + d_out)
+        mean = 2 * terms * rank * (d_in + d_out)
         of_row = mean
         if strategy.params.combine == "product":
             of_row = truncation_flops(d_in, d_out, strategy.most_weights(cohort) * rank, rank)
@@ -80,8 +84,12 @@ def server_costs(strategy: Strategy, adapters: Mapping[str, Tree], cohort: int) 
 
 
 def _distance_flops(cohort: int, parameters: int, neighbors: int) -> int:
-    """Returns the FLOPs of ATA's distances: of all pairs, or of a Gram matrix and the pairs that may be neighbours."""
+    """Returns the FLOPs of ATA's distances: of all pairs, or of the pairs that may be neighbours and of what finds
+    them, a Gram matrix of the uploads or of their sketches."""
     pairs = cohort * (cohort - 1) // 2
     if cohort <= EVERY_PAIR:
         return 3 * parameters * pairs
-    return 2 * parameters * cohort**2 + 3 * parameters * min(pairs, cohort * neighbors)
+    if cohort <= BY_GRAM:
+        return 2 * parameters * cohort**2 + 3 * parameters * min(pairs, cohort * neighbors)
+    return (8 * parameters * cohort + 2 * SIZE * cohort**2
+            + 3 * parameters * min(pairs, cohort * candidates_of(neighbors)))

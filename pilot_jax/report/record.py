@@ -40,7 +40,7 @@ class RunRecord:
     updates: list[Record]  # one record for each client in each phase
     phases: list[Record]  # one record for each phase
     validation: list[Record]  # one record for each client in each scored round
-    mixing: list[Mixing]
+    mixing: list[Mixing]  # of phases in which all weights are stored
 
     @property
     def strategy(self) -> str:
@@ -151,10 +151,14 @@ def _lines(file: Path) -> list[Record]:
     return out
 
 
-def _mixing(file: Path) -> Mixing:
+def _mixing(file: Path) -> Mixing | None:
+    """Returns what a file of the folder mixing/ holds; None if it has the nearest clients alone, as of large cohorts,
+    for which there is no figure."""
     try:
         _, round_, label = file.stem.split("_", 2)
         with file.open("rb") as opened, np.load(opened) as arrays:
+            if "columns" in arrays:
+                return None
             weights = np.asarray(arrays["weights"], np.float64)
             distances = np.asarray(arrays["distances"], np.float64) if "distances" in arrays else None
             mixing = Mixing(f"round {int(round_)}, {label}", [str(c) for c in arrays["client_ids"]], weights, distances,
@@ -189,4 +193,4 @@ def read_run(folder: str | Path) -> RunRecord:
         updates=[x for x in lines if "client" in x and "phase" in x],
         phases=[x for x in lines if "seconds" in x],
         validation=[x for x in lines if "score" in x],
-        mixing=[_mixing(f) for f in sorted((folder / "mixing").glob("round_*.npz"))])
+        mixing=[m for f in sorted((folder / "mixing").glob("round_*.npz")) if (m := _mixing(f)) is not None])

@@ -70,7 +70,8 @@ class MetricsFile(RunObserver):
 
 
 class MixingFiles(RunObserver):
-    """Writes each phase's mixing matrix and distances into a folder, as files like `round_0001_stage1.npz`.
+    """Writes each phase's mixing matrix and distances into a folder, as files like `round_0001_stage1.npz`. Of a large
+    cohort these are the nearest clients' alone (`Aggregated`).
 
     Args:
         written: the files of earlier attempts.

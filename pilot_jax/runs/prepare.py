@@ -49,7 +49,7 @@ from pilot_jax.federation.strategies import Strategy, make_strategy, use
 from pilot_jax.models.packaged import PACKAGED
 from pilot_jax.models.pretrained import PretrainedModel, read_shapes
 from pilot_jax.models.projectors import check_projector, with_projector
-from pilot_jax.parallel.devices import ask_for_determinism, split_cpu, use_compilation_cache
+from pilot_jax.parallel.devices import ask_for_determinism, overlap_collectives, split_cpu, use_compilation_cache
 from pilot_jax.parallel.mesh import AXES, mesh_of
 from pilot_jax.parallel.processes import to_host
 from pilot_jax.programs import keep_in
@@ -101,6 +101,7 @@ def configure(config: Config) -> None:
     use_compilation_cache(config.system.compilation_cache)
     keep_in(open_cache(config.system.cache, "programs", PROGRAMS_KEPT))
     ask_for_determinism(config.system)
+    overlap_collectives(config.system)
     check_installed(config.system)
 
 

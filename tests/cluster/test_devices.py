@@ -1,4 +1,4 @@
-"""Test that a phase of training gives the same adapters on any number of CPU devices."""
+"""Tests that a phase gives the same adapters on any number of CPU devices, and of the flags that a mesh asks for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
+
+from pilot_jax.config import SystemConfig
+from pilot_jax.parallel import devices
 
 DEVICES = """
 import sys
@@ -46,3 +49,23 @@ def test_devices_change_nothing(tmp_path):
     assert len(results[1]) == len(results[4]) > 9
     for a, b in zip(results[4], results[1], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_mesh_asks_xla_to_send_while_it_computes(monkeypatch):
+    """Once, beside other flags, and not against the user's own value, nor for one device, nor once JAX has started."""
+    one, several = SystemConfig(), SystemConfig(mesh={"fsdp": 8})
+    monkeypatch.setattr(devices, "has_started", lambda: False)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    devices.overlap_collectives(one)
+    assert os.environ["XLA_FLAGS"] == "--xla_a=1"
+    for _ in range(2):
+        devices.overlap_collectives(several)
+        assert os.environ["XLA_FLAGS"] == "--xla_a=1 --xla_gpu_enable_latency_hiding_scheduler=true"
+    own = "--xla_gpu_enable_latency_hiding_scheduler=false"
+    monkeypatch.setenv("XLA_FLAGS", own)
+    devices.overlap_collectives(several)
+    assert os.environ["XLA_FLAGS"] == own
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(devices, "has_started", lambda: True)
+    devices.overlap_collectives(several)
+    assert os.environ["XLA_FLAGS"] == ""

@@ -16,8 +16,8 @@ TINY = [str(ROOT / "configs" / "benchmark" / "digits.yaml"), *(
                      "data.digits.train=4", "data.digits.test=2", "data.digits.clients_per_task=1")
     for word in ("--set", key))]
 SMALLEST = {
-    "accelerator.py": ["--clients", "1", "--steps", "2"],
-    "aggregation.py": ["--cohort", "8", "20", "--parameters", "1e5", "--repetitions", "1"],
+    "aggregation.py": ["--cohort", "8", "20", "--parameters", "1e5", "--repetitions", "1", "--large", "64", "300",
+                       "--large-parameters", "2e4", "--streamed", "400", "3e4", "--projected", "1000"],
     "aggregation_on_disk.py": ["--cohort", "20", "--parameters", "1e5"],
     "bad_clients.py": ["--set", "federation.rounds=1", "federation.local_steps=1", "data.digits.train=8",
                        "data.digits.test=2", "eval.max_new_tokens=2"],
@@ -37,6 +37,8 @@ SMALLEST = {
     "uneven.py": ["--clients", "4", "--largest", "20", "--repetitions", "1"],
 }
 NOT_RUN = {
+    "accelerator.py": "test_accelerator.py runs it", "accelerator_parts.py": "a part of accelerator.py",
+    "large_cohorts.py": "a part of aggregation.py",
     "memory.py": "two quickstarts", "population.py": "prepares 128 clients",
     "projection.py": "its smallest size is its only one, and takes minutes",
     "torch_peer.py": "a part of peer.py",

@@ -19,6 +19,7 @@ from pilot_jax.federation.cohort import Aggregated, Cohort
 from pilot_jax.federation.distances import distances
 from pilot_jax.federation.halves import shares
 from pilot_jax.federation.roles import BASE_ROWS, Mode, Role, Roles, Tree, float32, num_bytes
+from pilot_jax.federation.shortlist import can_shortlist, nearest
 from pilot_jax.federation.strategies.base import Strategy, register
 from pilot_jax.models.lora import init_lora
 from pilot_jax.parallel.processes import to_host
@@ -196,13 +197,19 @@ class Pilot(Strategy):
     def aggregate(self, cohort, server):
         bank, members = self._aggregate_tasks(cohort, server)
         text_adapters = cohort.uploads["text_adapter"]
-        between = self.distances(text_adapters)
-        weights = to_host(self.weights(between, cohort))
+        if self._knows_nearest_alone(text_adapters):
+            near = nearest(text_adapters, self.params.ata.neighbors, cohort.ids)
+            weights = to_host(mixing.ata_weights_of_nearest(near, jnp.asarray(cohort.sizes), **self._ata_options()))
+            log = {"weights": weights.weights, "columns": weights.columns, "distances": near.distances}
+        else:
+            between = self.distances(text_adapters)
+            weights = to_host(self.weights(between, cohort))
+            log = {"weights": weights, "distances": between}
         downloads = {
             "text_adapter": self.combine_lora(cohort, weights, server),
             "task": jax.tree.map(lambda leaf: leaf[cohort.tasks], bank),
         } | ({"task_bank": bank} if self.params.cross_task else {})
-        log = {"weights": weights, "distances": between, "effective_neighbors": mixing.effective_neighbors(weights)}
+        log["effective_neighbors"] = mixing.effective_neighbors(log["weights"])
         if self.params.combine == "factors" and not self.mixes_updates:
             log["product_gap"] = mixing.product_gap(weights, text_adapters, self.most_weights(len(cohort)))
         return Aggregated(downloads, {**server, "bank": bank, "members": members}, to_host(log))
@@ -226,11 +233,24 @@ class Pilot(Strategy):
             return mixing.per_task_mean(sizes, tasks, int(jnp.max(tasks)) + 1)[tasks]
         if self.splits_halves:
             return shares(cohort.ratio, cohort.sizes, c.split_half_limit)
-        options = {"weighting": c.weighting, "temperature": c.temperature, "auto_factor": c.auto_factor,
-                   "include_self": c.include_self, "size_weighted": c.size_weighted}
+        return mixing.ata_weights(between, sizes, jnp.asarray(cohort.ids), **self._ata_options())
+
+    def _ata_options(self) -> mixing.AtaOptions:
+        c = self.params.ata
         if c.preset == "notes":  # w ∝ exp(−d) over the neighbours and the client itself
-            options = {"weighting": "softmax", "temperature": 1.0, "include_self": True, "size_weighted": False}
-        return mixing.ata_weights(between, sizes, jnp.asarray(cohort.ids), neighbors=c.neighbors, **options)
+            return {"neighbors": c.neighbors, "weighting": "softmax", "temperature": 1.0, "include_self": True,
+                    "size_weighted": False}
+        return {"neighbors": c.neighbors, "weighting": c.weighting, "temperature": c.temperature,
+                "auto_factor": c.auto_factor, "include_self": c.include_self, "size_weighted": c.size_weighted}
+
+    def _knows_nearest_alone(self, text_adapters: Tree) -> bool:
+        """Whether the cohort is so large, above `mixing.DENSE`, that no matrix [S, S] is formed: each client's
+        nearest neighbours are found and nothing else. Where a choice needs more than these, the matrices stay."""
+        cohort, c = len(jax.tree.leaves(text_adapters)[0]), self.params.ata
+        return (cohort > mixing.DENSE and self.most_weights(cohort) < cohort
+                and type(self).distances is Pilot.distances and self.params.combine != "aligned"
+                and not self.ranks_differ and (c.preset == "notes" or c.space == "factors")
+                and can_shortlist(text_adapters, c.neighbors))
 
     def most_weights(self, cohort: int) -> int:
         """Returns how many weights of a row can be above 0: M + 1 under ATA, else up to S."""

@@ -16,7 +16,6 @@ from pilot_jax.kernels import backend
 from pilot_jax.kernels.attention import MASKED, attention, causal_attention, check_cudnn
 from pilot_jax.kernels.low_rank import linears_with_low_rank, low_rank
 from pilot_jax.kernels.pointwise import row_sum
-from pilot_jax.models.llama import apply_rope
 from pilot_jax.models.pretrained import read_shapes
 
 
@@ -122,13 +121,3 @@ def test_low_rank_and_its_gradient(clients):
         return (run if clients is None else jax.vmap(run))(x, a, b1, b2, g1, g2)
 
     close(both(low_rank), both(lambda x, a, bs: (x @ a[:2].T @ bs[0], x @ a[2:].T @ bs[1])))
-
-
-def test_rope_is_a_rotation_of_pairs():
-    """RoPE equals complex multiplication in float64: pair (i, i + d/2) times exp(iθ)."""
-    rng = np.random.default_rng(0)
-    x, angles = rng.normal(size=(2, 3, 5, 8)), rng.normal(size=(2, 1, 5, 4)) * 100
-    pairs = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)
-    tables = (jnp.asarray(np.concatenate([f(angles)] * 2, -1), jnp.float32) for f in (np.cos, np.sin))
-    ours = apply_rope(jnp.asarray(x, jnp.float32), *tables)
-    np.testing.assert_allclose(ours, np.concatenate([pairs.real, pairs.imag], -1), atol=1e-5)

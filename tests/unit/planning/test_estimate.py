@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import jax
@@ -108,6 +109,18 @@ def test_memory_against_xla(base, remat):
     tower = 4 * sum(x.size for x in jax.tree.leaves(base_shapes(prepare.outline(config).spec)["vision_tower"]))
     xla = programs(config)["stage2"].lower().compile().memory_analysis()
     assert (planned - tower) / (xla.argument_size_in_bytes + xla.temp_size_in_bytes) == pytest.approx(1, abs=0.15)
+
+
+def test_results_take_the_memory_of_the_adapters():
+    """The adapters that a phase returns lie where those were that it was given; the bank is only read."""
+    config = small_config(system={"client_chunk": 2})
+    program = programs(config)["stage2"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # JAX warns of memory that no result can take
+        used = program.lower().compile().memory_analysis()
+    own = program.arguments[2]
+    assert set(own) == {"text_adapter", "task", "client", "cross_task", "router"}
+    assert used.alias_size_in_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(own))
 
 
 @pytest.mark.slow
@@ -242,6 +255,15 @@ def test_everything_exports_for_tpu():
             assert all(isinstance(n, int) for aval in exported.in_avals + exported.out_avals for n in aval.shape), name
             assert "callback" not in exported.mlir_module(), name
         assert "xbf16" in exported.mlir_module()
+
+
+@pytest.mark.parametrize(("clients", "sparse"), [(1000, False), (3000, True)])
+def test_the_server_of_a_large_cohort_exports_for_tpu(clients, sparse):
+    """Sketches are no program; above 2,048 clients no program has a matrix of all pairs."""
+    lowered = programs(load_config(CONFIGS / "llava15_7b.yaml", [f"federation.clients={clients}"]))
+    assert set(lowered) == PROGRAMS - {"gram"}
+    texts = [lowered[name].export("tpu").mlir_module() for name in ("distances", "weights", "mixing")]
+    assert any(f"tensor<{clients}x{clients}x" in text for text in texts) is not sparse
 
 
 @pytest.mark.slow
