@@ -3,6 +3,7 @@ arXiv 2501.13985): task and client visual adapters, a cross-task mixture of adap
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from pydantic import Field, model_validator
 from pilot_jax.config import Section, StrategyParams
 from pilot_jax.federation import mixing
 from pilot_jax.federation.cohort import Aggregated, Cohort
+from pilot_jax.federation.defence import Defence, clip_changes
 from pilot_jax.federation.distances import distances
 from pilot_jax.federation.halves import shares
 from pilot_jax.federation.roles import BASE_ROWS, Mode, Role, Roles, Tree, float32, num_bytes
@@ -75,6 +77,14 @@ class AtaConfig(Section):
     size_weighted: bool = Field(False, description="Whether weights are multiplied by the clients' numbers of training "
                                 "samples before they are normalised.")
 
+    foolsgold: bool = Field(False, description="Whether clients whose changes of LoRA, summed over all phases, nearly "
+                            "repeat another client's weigh less in the others' mixtures, as in FoolsGold. It also hits "
+                            "honest clients with equal data.")
+    cap_one: float | None = Field(None, ge=0, le=1, description="Largest weight of any one other client in a client's "
+                                  "mixture. What exceeds it goes to the client's own upload. null: no limit.")
+    cap_all: float | None = Field(None, ge=0, le=1, description="Largest weight of all other clients together. What "
+                                  "exceeds it goes to the client's own upload. null: no limit.")
+
     @model_validator(mode="after")
     def _positive_temperature(self) -> AtaConfig:
         if self.temperature != "auto" and not self.temperature > 0:
@@ -122,6 +132,16 @@ class Pilot(Strategy):
     @property
     def mixes_updates(self):
         return self._reads_ata and self.params.ata.mixes == "updates"
+
+    @property
+    def clips(self):
+        return True
+
+    @property
+    def defence(self):
+        c = self.params.ata
+        return Defence(self.params.clip, c.foolsgold, c.cap_one, c.cap_all) if self._reads_ata else Defence(
+            self.params.clip)
 
     @property
     def first_stages(self):
@@ -186,18 +206,23 @@ class Pilot(Strategy):
         return {"task": jax.tree.map(lambda leaf: leaf[task], downloads["task_bank"])} if self.params.cross_task else {}
 
     def aggregate(self, cohort, server):
+        if self.defence.clip is not None:
+            tasks = clip_changes({"task": cohort.uploads["task"]}, cohort.starts, self.defence.clip)
+            cohort = dataclasses.replace(cohort, uploads={**cohort.uploads, **tasks})
         bank, members = self._aggregate_tasks(cohort, server)
         text_adapters = cohort.uploads["text_adapter"]
         between = self.distances(text_adapters)
-        weights = to_host(self.weights(between, cohort))
+        weights, kept, seen = self.defence.applied(to_host(self.weights(between, cohort)), cohort, server,
+                                                   self.mixes_updates)
         downloads = {
             "text_adapter": self.combine_lora(cohort, weights, server),
             "task": jax.tree.map(lambda leaf: leaf[cohort.tasks], bank),
         } | ({"task_bank": bank} if self.params.cross_task else {})
-        log = {"weights": weights, "distances": between, "effective_neighbors": mixing.effective_neighbors(weights)}
+        log = {"weights": weights, "distances": between, "effective_neighbors": mixing.effective_neighbors(weights),
+               **seen}
         if self.params.combine == "factors" and not self.mixes_updates:
             log["product_gap"] = mixing.product_gap(weights, text_adapters, self.most_weights(len(cohort)))
-        return Aggregated(downloads, {**server, "bank": bank, "members": members}, to_host(log))
+        return Aggregated(downloads, {**server, "bank": bank, "members": members, **kept}, to_host(log))
 
     def distances(self, text_adapters):
         """Returns the distances d_kj [S, S] between LoRA uploads with leaves [S, …].

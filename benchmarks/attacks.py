@@ -1,0 +1,173 @@
+"""Measures what attackers among 9 clients do to the honest ones, with and without bounds (`federation/defence.py`).
+
+    python benchmarks/attacks.py RESULTS.jsonl [--settings pilot share …] [--defences none bounds …] [--seeds 3]
+    python benchmarks/attacks.py RESULTS.jsonl --table
+
+Every run appends a line to RESULTS.jsonl, and a run that has one is not repeated, so that the command can be stopped at
+any time (`--minutes`). `--table` prints means and standard errors over seeds. The clients are 3 tasks × 3 digit clients
+of scenario A with equal looks and wordings (`data.digits.heterogeneity: 0`), where sharing pays; the last client of a
+task is the attacker, of 1, 2 or 3 tasks; scores are those of the six that never are. No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pilot_jax.compare.runner import run_all
+from pilot_jax.config import load_config
+from pilot_jax.data.arrays import ClientData
+from pilot_jax.evaluation.scores import final_scores
+from pilot_jax.federation.observer import RunObserver
+from pilot_jax.runs.prepare import Setup, configure, load_samples, prepare, with_overrides, with_strategy
+from pilot_jax.testing.attacks import Attack, AttackedExecutor, scaled, sybils, with_flipped_answers
+
+CONFIG = Path(__file__).parent.parent / "configs" / "benchmark" / "digits.yaml"
+DIGITS = ["data.digits.scenario=a", "data.digits.heterogeneity=0", "data.digits.look=own", "data.digits.wording=own",
+          "data.digits.train=24", "data.digits.validation=2", "data.digits.test=60", "federation.rounds=3",
+          "federation.local_steps=5", "federation.finetune_steps=null"]
+SETTINGS = {
+    "pilot": [],
+    "share": ["strategy.ata.weighting=share_of_sizes"],
+    "split_half": ["strategy.name=pilot_split_half"],
+    "fedavg": ["strategy.name=fedavg"],
+    "local": ["strategy.name=local"],
+}
+BOUNDS = ["strategy.clip=1", "strategy.ata.cap_one=0.2", "strategy.ata.cap_all=0.5"]
+DEFENCES = {"none": [], "clip": BOUNDS[:1], "caps": BOUNDS[1:], "bounds": BOUNDS,
+            "foolsgold": [*BOUNDS, "strategy.ata.foolsgold=true"]}
+ATTACKERS, VICTIM = ("vqa_2", "ocr_2", "caption_2"), "caption_0"
+ATTACKS = ("none", "flip", "scaled", "labels", "sybils", "just_under", "differ")
+POISONED = ("labels", "sybils", "just_under", "differ")  # attackers' answers are permuted
+
+
+class Watch(RunObserver):
+    """Collects the attackers' weights in the mixtures of others, and who was refused."""
+
+    def __init__(self, attackers: tuple[str, ...]) -> None:
+        self.attackers, self.refused = attackers, list[str]()
+        self.weights: list[dict[str, float]] = []  # by phase: of all attackers together, by honest client
+
+    def phase_ended(self, state: Any, record: Any, mixing: Any, trained: Any) -> None:
+        self.refused += record["quarantined"]
+        if mixing is not None:
+            names = list(mixing["client_ids"])
+            bad = [i for i, n in enumerate(names) if n in self.attackers]
+            self.weights.append({n: float(np.sum(mixing["weights"][i, bad])) for i, n in enumerate(names)
+                                 if n not in self.attackers})
+
+
+def attack_of(name: str, victim: int) -> Attack | None:
+    """Returns what attackers do to their uploads; None: they have wrong data only, or there are none."""
+    return {"flip": scaled(-1), "scaled": scaled(90), "sybils": sybils(victim, 0.5), "just_under": sybils(victim),
+            "differ": sybils(victim, differ=True)}.get(name)
+
+
+def setups_of(seed: int, config: Path, changes: list[str]) -> tuple[Setup, tuple[ClientData, ...]]:
+    """Returns a setup in which everybody is honest, and its clients if all possible attackers have wrong answers."""
+    loaded = load_config(config, [*changes, f"system.seed={11 + seed}", f"data.digits.seed={11 + seed}",
+                                  f"data.emoji.seed={11 + seed}"])
+    configure(loaded)
+    flipped = with_flipped_answers(load_samples(loaded), ATTACKERS, seed)
+    return prepare(loaded), prepare(loaded, samples=flipped).evaluation.clients
+
+
+def attacked(setup: Setup, poisoned: tuple[ClientData, ...], cell: dict[str, Any]) -> dict[str, Any]:
+    """Returns the line of one run."""
+    names = [client.name for client in setup.evaluation.clients]
+    attackers = ATTACKERS[:cell["attackers"]]
+    bad = tuple(names.index(a) for a in attackers)
+    clients = tuple(poisoned[k] if k in bad and cell["attack"] in POISONED else client
+                    for k, client in enumerate(setup.evaluation.clients))
+    changes = [c for c in (*SETTINGS[cell["setting"]], *DEFENCES[cell["defence"]])
+               if "ata" not in c or cell["setting"] not in ("fedavg", "local")]
+    setup = dataclasses.replace(setup, evaluation=dataclasses.replace(setup.evaluation, clients=clients))
+    setup = with_overrides(with_strategy(setup, setup.federation.strategy), changes)
+    setup = dataclasses.replace(setup, executor=AttackedExecutor(
+        setup.executor.client_chunk, setup.executor.steps_at_once, bad, attack_of(cell["attack"], names.index(VICTIM))))
+    watch, began = Watch(attackers), time.perf_counter()
+    states = run_all([setup], [watch])
+    scores, = final_scores([setup.evaluation], states, [None])
+    honest = [n for n in names if n not in ATTACKERS]
+    weights = [np.mean(list(phase.values())) for phase in watch.weights]
+    return {**cell, "score": float(np.mean([scores.own[n] for n in honest])), "victim": scores.own[VICTIM],
+            "by_client": scores.own, "weight": float(np.mean(weights)),
+            "victim_weight": float(np.mean([phase.get(VICTIM, 0) for phase in watch.weights])),
+            "refused_honest": sum(n not in attackers for n in watch.refused),
+            "refused_attackers": sum(n in attackers for n in watch.refused),
+            "seconds": round(time.perf_counter() - began, 2)}
+
+
+def table(lines: list[dict[str, Any]]) -> None:
+    """Prints mean and standard error over seeds of every cell."""
+    print("| setting | defence | attack | attackers | score | victim's | weight of attackers | in the victim's mix "
+          "| honest refused | attackers refused | seeds |\n|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    kinds = dict.fromkeys((x["setting"], x["attack"], x["attackers"], x["defence"]) for x in lines)
+    order = [list(SETTINGS).index, list(ATTACKS).index, int, list(DEFENCES).index]
+    for kind in sorted(kinds, key=lambda kind: [f(v) for f, v in zip(order, kind, strict=True)]):
+        own = [x for x in lines if (x["setting"], x["attack"], x["attackers"], x["defence"]) == kind]
+        setting, attack, attackers, defence = kind
+
+        def mean(key: str, own: list[dict[str, Any]] = own) -> str:
+            values = np.asarray([x[key] for x in own])
+            error = f" ± {np.std(values, ddof=1) / np.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+            return f"{np.mean(values):.3f}{error}"
+
+        print(f"| {setting} | {defence} | {attack} | {attackers} | {mean('score')} | {mean('victim')} | "
+              f"{mean('weight').split(' ')[0]} | {mean('victim_weight').split(' ')[0]} | "
+              f"{sum(x['refused_honest'] for x in own)} | {sum(x['refused_attackers'] for x in own)} | {len(own)} |")
+
+
+def cells(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns what is to be run, seed by seed."""
+    out = []
+    for seed, setting, attack, count, defence in itertools.product(
+            range(args.first_seed, args.first_seed + args.seeds), args.settings, args.attacks, args.attackers,
+            args.defences):
+        fits = count == 0 if attack == "none" else count > (1 if attack == "differ" else 0)
+        if fits:
+            out.append({"seed": seed, "setting": setting, "attack": attack, "attackers": count, "defence": defence})
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--settings", nargs="+", default=["pilot", "share", "split_half"], choices=SETTINGS)
+    parser.add_argument("--defences", nargs="+", default=["none", "bounds"], choices=DEFENCES)
+    parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=ATTACKS)
+    parser.add_argument("--attackers", nargs="+", type=int, default=[0, 1, 2, 3])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=1e9, help="no run is begun after that")
+    parser.add_argument("--set", nargs="*", default=[], help="changes of the config, as section.key=value")
+    parser.add_argument("--table", action="store_true", help="print the table of RESULTS.jsonl and run nothing")
+    args = parser.parse_args()
+    lines = [json.loads(x) for x in args.results.read_text().splitlines()] if args.results.exists() else []
+    if args.table:
+        table(lines)
+        return
+    done = [{k: x[k] for k in ("seed", "setting", "attack", "attackers", "defence")} for x in lines]
+    end, prepared = time.monotonic() + 60 * args.minutes, dict[int, Any]()
+    for cell in cells(args):
+        if cell in done or time.monotonic() > end:
+            continue
+        if cell["seed"] not in prepared:
+            prepared = {cell["seed"]: setups_of(
+                cell["seed"], args.config, [*(DIGITS if args.config == CONFIG else []), *args.set])}
+        line = attacked(*prepared[cell["seed"]], cell)
+        with args.results.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print({k: v for k, v in line.items() if k != "by_client"}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
