@@ -5,8 +5,9 @@
 
 Every run appends a line to RESULTS.jsonl, and a run that has one is not repeated, so that the command can be stopped at
 any time (`--minutes`). `--table` prints means and standard errors over seeds. The clients are 3 tasks × 3 digit clients
-of scenario A with equal looks and wordings (`data.digits.heterogeneity: 0`), where sharing pays; the last client of a
-task is the attacker, of 1, 2 or 3 tasks; scores are those of the six that never are. No GPU is needed.
+of scenario A with equal looks and wordings (`data.digits.heterogeneity: 0`), where sharing pays; `--config` names
+others. The last client of a task is the attacker, of 1, 2 or 3 tasks, and the victim of sybils is the first client of
+another; scores are those of the clients that never attack. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -43,9 +44,14 @@ SETTINGS = {
 BOUNDS = ["strategy.clip=1", "strategy.ata.cap_one=0.2", "strategy.ata.cap_all=0.5"]
 DEFENCES = {"none": [], "clip": BOUNDS[:1], "caps": BOUNDS[1:], "bounds": BOUNDS,
             "foolsgold": [*BOUNDS, "strategy.ata.foolsgold=true"]}
-ATTACKERS, VICTIM = ("vqa_2", "ocr_2", "caption_2"), "caption_0"
 ATTACKS = ("none", "flip", "scaled", "labels", "sybils", "just_under", "differ")
 POISONED = ("labels", "sybils", "just_under", "differ")  # attackers' answers are permuted
+
+
+def attackers_of(tasks: dict[str, str]) -> list[str]:
+    """Returns all that can be attackers, from the task of each client: the last client of each of the last 3 tasks."""
+    last = {task: name for name, task in sorted(tasks.items())}
+    return [last[task] for task in sorted(last, reverse=True)][:3]
 
 
 class Watch(RunObserver):
@@ -75,14 +81,16 @@ def setups_of(seed: int, config: Path, changes: list[str]) -> tuple[Setup, tuple
     loaded = load_config(config, [*changes, f"system.seed={11 + seed}", f"data.digits.seed={11 + seed}",
                                   f"data.emoji.seed={11 + seed}"])
     configure(loaded)
-    flipped = with_flipped_answers(load_samples(loaded), ATTACKERS, seed)
+    samples = load_samples(loaded)
+    flipped = with_flipped_answers(samples, attackers_of({s.client: s.task for s in samples}), seed)
     return prepare(loaded), prepare(loaded, samples=flipped).evaluation.clients
 
 
 def attacked(setup: Setup, poisoned: tuple[ClientData, ...], cell: dict[str, Any]) -> dict[str, Any]:
     """Returns the line of one run."""
     names = [client.name for client in setup.evaluation.clients]
-    attackers = ATTACKERS[:cell["attackers"]]
+    possible = attackers_of({client.name: client.task for client in setup.evaluation.clients})
+    attackers, victim = tuple(possible[:cell["attackers"]]), names[0]
     bad = tuple(names.index(a) for a in attackers)
     clients = tuple(poisoned[k] if k in bad and cell["attack"] in POISONED else client
                     for k, client in enumerate(setup.evaluation.clients))
@@ -91,15 +99,15 @@ def attacked(setup: Setup, poisoned: tuple[ClientData, ...], cell: dict[str, Any
     setup = dataclasses.replace(setup, evaluation=dataclasses.replace(setup.evaluation, clients=clients))
     setup = with_overrides(with_strategy(setup, setup.federation.strategy), changes)
     setup = dataclasses.replace(setup, executor=AttackedExecutor(
-        setup.executor.client_chunk, setup.executor.steps_at_once, bad, attack_of(cell["attack"], names.index(VICTIM))))
+        setup.executor.client_chunk, setup.executor.steps_at_once, bad, attack_of(cell["attack"], 0)))
     watch, began = Watch(attackers), time.perf_counter()
     states = run_all([setup], [watch])
     scores, = final_scores([setup.evaluation], states, [None])
-    honest = [n for n in names if n not in ATTACKERS]
+    honest = [n for n in names if n not in possible]
     weights = [np.mean(list(phase.values())) for phase in watch.weights]
-    return {**cell, "score": float(np.mean([scores.own[n] for n in honest])), "victim": scores.own[VICTIM],
+    return {**cell, "score": float(np.mean([scores.own[n] for n in honest])), "victim": scores.own[victim],
             "by_client": scores.own, "weight": float(np.mean(weights)),
-            "victim_weight": float(np.mean([phase.get(VICTIM, 0) for phase in watch.weights])),
+            "victim_weight": float(np.mean([phase.get(victim, 0) for phase in watch.weights])),
             "refused_honest": sum(n not in attackers for n in watch.refused),
             "refused_attackers": sum(n in attackers for n in watch.refused),
             "seconds": round(time.perf_counter() - began, 2)}
