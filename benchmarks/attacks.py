@@ -2,9 +2,11 @@
 
     python benchmarks/attacks.py RESULTS.jsonl [--settings pilot share …] [--defences none bounds …] [--seeds 3]
     python benchmarks/attacks.py RESULTS.jsonl --table
+    python benchmarks/attacks.py RESULTS.jsonl --time 7
 
 Every run appends a line to RESULTS.jsonl, and a run that has one is not repeated, so that the command can be stopped at
-any time (`--minutes`). `--table` prints means and standard errors over seeds. The clients are 3 tasks × 3 digit clients
+any time (`--minutes`). `--table` prints means and standard errors over seeds; `--time` trains an honest federation in
+turn under each of the defences and prints medians. The clients are 3 tasks × 3 digit clients
 of scenario A with equal looks and wordings (`data.digits.heterogeneity: 0`), where sharing pays; `--config` names
 others. The last client of a task is the attacker, of 1, 2 or 3 tasks, and the victim of sybils is the first client of
 another; scores are those of the clients that never attack. No GPU is needed.
@@ -133,6 +135,20 @@ def table(lines: list[dict[str, Any]]) -> None:
               f"{sum(x['refused_honest'] for x in own)} | {sum(x['refused_attackers'] for x in own)} | {len(own)} |")
 
 
+def timed(setup: Setup, settings: list[str], defences: list[str], repetitions: int) -> None:
+    """Prints the median seconds of an honest federation's training by setting and defence, in alternating runs."""
+    for setting in settings:
+        setups = {d: with_overrides(setup, [*SETTINGS[setting], *DEFENCES[d]]) for d in defences}
+        seconds: dict[str, list[float]] = {d: [] for d in defences}
+        for repetition, defence in itertools.product(range(repetitions + 1), defences):  # the first compiles
+            began = time.perf_counter()
+            run_all([setups[defence]])
+            seconds[defence] += [time.perf_counter() - began] if repetition else []
+        first = np.median(seconds[defences[0]])
+        print(setting, ", ".join(f"{d} {np.median(s):.2f} s ({np.median(s) / first - 1:+.1%}; {min(s):.2f} to "
+                                 f"{max(s):.2f})" for d, s in seconds.items()), flush=True)
+
+
 def cells(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns what is to be run, seed by seed."""
     out = []
@@ -157,11 +173,16 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=1e9, help="no run is begun after that")
     parser.add_argument("--set", nargs="*", default=[], help="changes of the config, as section.key=value")
+    parser.add_argument("--time", type=int, default=0, help="number of timed runs of each setting and defence")
     parser.add_argument("--table", action="store_true", help="print the table of RESULTS.jsonl and run nothing")
     args = parser.parse_args()
     lines = [json.loads(x) for x in args.results.read_text().splitlines()] if args.results.exists() else []
     if args.table:
         table(lines)
+        return
+    changes = [*(DIGITS if args.config == CONFIG else []), *args.set]
+    if args.time:
+        timed(setups_of(args.first_seed, args.config, changes)[0], args.settings, args.defences, args.time)
         return
     done = [{k: x[k] for k in ("seed", "setting", "attack", "attackers", "defence")} for x in lines]
     end, prepared = time.monotonic() + 60 * args.minutes, dict[int, Any]()
@@ -169,8 +190,7 @@ def main() -> None:
         if cell in done or time.monotonic() > end:
             continue
         if cell["seed"] not in prepared:
-            prepared = {cell["seed"]: setups_of(
-                cell["seed"], args.config, [*(DIGITS if args.config == CONFIG else []), *args.set])}
+            prepared = {cell["seed"]: setups_of(cell["seed"], args.config, changes)}
         line = attacked(*prepared[cell["seed"]], cell)
         with args.results.open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -329,6 +329,16 @@ def test_pilot_under_its_bounds():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["b", "c"])
+def test_nobody_honest_is_refused(scenario):
+    """Without attackers, all uploads of all clients are accepted, with bounds too; scenario a is above."""
+    run = simulate.simulate(small_config(
+        strategy={"name": "pilot", "clip": 1.0, "ata": {"cap_one": 0.2}}, federation={"rounds": 2},
+        data={"digits": {"scenario": scenario, "train": 8, "validation": 1, "test": 1}}))
+    assert run.summary["quarantined"] == 0 and all(c.rounds == 2 for c in run.population)
+
+
+@pytest.mark.slow
 def test_histories_survive_a_resumed_run(tmp_path):
     """A run that was stopped after its first round ends with the adapters of one that was not."""
     config = pilot_config(foolsgold=True, cap_one=0.3)
