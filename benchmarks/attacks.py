@@ -78,14 +78,15 @@ def attack_of(name: str, victim: int) -> Attack | None:
             "differ": sybils(victim, differ=True)}.get(name)
 
 
-def setups_of(seed: int, config: Path, changes: list[str]) -> tuple[Setup, tuple[ClientData, ...]]:
-    """Returns a setup in which everybody is honest, and its clients if all possible attackers have wrong answers."""
+def setups_of(seed: int, config: Path, changes: list[str], poison: bool) -> tuple[Setup, tuple[ClientData, ...]]:
+    """Returns a setup in which everybody is honest, and its clients where, with `poison`, attackers have wrong answers.
+    """
     loaded = load_config(config, [*changes, f"system.seed={11 + seed}", f"data.digits.seed={11 + seed}",
                                   f"data.emoji.seed={11 + seed}"])
     configure(loaded)
-    samples = load_samples(loaded)
+    setup, samples = prepare(loaded), load_samples(loaded)
     flipped = with_flipped_answers(samples, attackers_of({s.client: s.task for s in samples}), seed)
-    return prepare(loaded), prepare(loaded, samples=flipped).evaluation.clients
+    return setup, prepare(loaded, samples=flipped).evaluation.clients if poison else setup.evaluation.clients
 
 
 def attacked(setup: Setup, poisoned: tuple[ClientData, ...], cell: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def main() -> None:
         return
     changes = [*(DIGITS if args.config == CONFIG else []), *args.set]
     if args.time:
-        timed(setups_of(args.first_seed, args.config, changes)[0], args.settings, args.defences, args.time)
+        timed(setups_of(args.first_seed, args.config, changes, False)[0], args.settings, args.defences, args.time)
         return
     done = [{k: x[k] for k in ("seed", "setting", "attack", "attackers", "defence")} for x in lines]
     end, prepared = time.monotonic() + 60 * args.minutes, dict[int, Any]()
@@ -190,7 +191,8 @@ def main() -> None:
         if cell in done or time.monotonic() > end:
             continue
         if cell["seed"] not in prepared:
-            prepared = {cell["seed"]: setups_of(cell["seed"], args.config, changes)}
+            poison = any(attack in POISONED for attack in args.attacks)
+            prepared = {cell["seed"]: setups_of(cell["seed"], args.config, changes, poison)}
         line = attacked(*prepared[cell["seed"]], cell)
         with args.results.open("a") as file:
             file.write(json.dumps(line) + "\n")
