@@ -37,6 +37,7 @@ from pilot_jax.kernels.pairwise import exact_einsum
 from pilot_jax.parallel.processes import to_host
 
 AnyArray = Array | np.ndarray
+Applied = tuple[np.ndarray, dict[str, Any], dict[str, np.ndarray]]
 Histories = Mapping[int, np.ndarray]  # by client id: the sketch [d] of the sum of its changes
 
 
@@ -144,12 +145,13 @@ class Defence:
         return self.clip is not None or self.foolsgold
 
     def applied(self, weights: Float[AnyArray, "S S"], cohort: Cohort, server: Mapping[str, Any], mixes_updates: bool,
-                ) -> tuple[Float[np.ndarray, "S S"], dict[str, Any], dict[str, np.ndarray]]:
+                between: Float[AnyArray, "S S"] | None = None) -> Applied:
         """Returns a mixing matrix of LoRA after all rules, what the server's state gains, and arrays to log.
 
         Args:
             server: its state, of which `histories` are the clients' summed changes so far.
             mixes_updates: whether changes are mixed, and not models.
+            between: the distances of what is mixed, exact where weights are above 0. None: they are computed.
         """
         loras, state, log = cohort.uploads["text_adapter"], dict[str, Any](), dict[str, np.ndarray]()
         if self.needs_starts:
@@ -162,5 +164,6 @@ class Defence:
             weights = scaled_down(weights, log["credit"][None])
         if self.clip is not None:
             limit = radius(to_host(norms(changes)), self.clip)
-            weights = scaled_down(weights, clip_scales(to_host(distances(loras)), limit))
+            between = distances(loras) if between is None else between
+            weights = scaled_down(weights, clip_scales(to_host(between), limit))
         return capped(weights, self.cap_one, self.cap_all), state, log

@@ -213,7 +213,7 @@ class Pilot(Strategy):
         text_adapters = cohort.uploads["text_adapter"]
         between = self.distances(text_adapters)
         weights, kept, seen = self.defence.applied(to_host(self.weights(between, cohort)), cohort, server,
-                                                   self.mixes_updates)
+                                                   self.mixes_updates, between if self._measures_the_mixed else None)
         downloads = {
             "text_adapter": self.combine_lora(cohort, weights, server),
             "task": jax.tree.map(lambda leaf: leaf[cohort.tasks], bank),
@@ -251,9 +251,20 @@ class Pilot(Strategy):
 
     def most_weights(self, cohort: int) -> int:
         """Returns how many weights of a row can be above 0: M + 1 under ATA, else up to S."""
-        is_ata = (type(self).weights is Pilot.weights and self.params.text_aggregation == "ata"
-                  and not self.splits_halves)
-        return self.params.ata.neighbors + 1 if is_ata else cohort
+        return self.params.ata.neighbors + 1 if self._is_ata else cohort
+
+    @property
+    def _is_ata(self) -> bool:
+        """Whether a client's weights are above 0 for its M nearest others and itself alone."""
+        return (type(self).weights is Pilot.weights and self.params.text_aggregation == "ata"
+                and not self.splits_halves)
+
+    @property
+    def _measures_the_mixed(self) -> bool:
+        """Whether `distances` are those of the LoRAs that are mixed, exact for all pairs with weight."""
+        in_factors = self.params.ata.space == "factors" or self.params.ata.preset == "notes"
+        return (self._is_ata and type(self).distances is Pilot.distances and in_factors
+                and not (self.mixes_updates or self.ranks_differ))
 
     def _aggregate_tasks(self, cohort: Cohort, server: Mapping[str, Any]) -> tuple[Tree, dict[int, dict[str, Any]]]:
         """Returns ψ_t of every task, and every client's last upload.
