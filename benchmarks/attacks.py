@@ -116,24 +116,25 @@ def attacked(setup: Setup, poisoned: tuple[ClientData, ...], cell: dict[str, Any
             "seconds": round(time.perf_counter() - began, 2)}
 
 
-def table(lines: list[dict[str, Any]]) -> None:
-    """Prints mean and standard error over seeds of every cell."""
-    print("| setting | defence | attack | attackers | score | victim's | weight of attackers | in the victim's mix "
-          "| honest refused | attackers refused | seeds |\n|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
-    kinds = dict.fromkeys((x["setting"], x["attack"], x["attackers"], x["defence"]) for x in lines)
-    order = [list(SETTINGS).index, list(ATTACKS).index, int, list(DEFENCES).index]
-    for kind in sorted(kinds, key=lambda kind: [f(v) for f, v in zip(order, kind, strict=True)]):
-        own = [x for x in lines if (x["setting"], x["attack"], x["attackers"], x["defence"]) == kind]
-        setting, attack, attackers, defence = kind
-
-        def mean(key: str, own: list[dict[str, Any]] = own) -> str:
-            values = np.asarray([x[key] for x in own])
+def table(lines: list[dict[str, Any]], score: str, weight: str, attacks: tuple[str, ...]) -> None:
+    """Prints, for each defence, mean and standard error over seeds of a score, and the mean of attackers' weights."""
+    defences = [d for d in DEFENCES if any(x["defence"] == d for x in lines)]
+    print("| setting | attack | attackers | " + " | ".join([f"{score}: {d}" for d in defences] + [
+        f"weight: {d}" for d in defences]) + " | refused honest | refused attackers | seeds |\n|---|---|"
+        + "---:|" * (2 * len(defences) + 4))
+    kinds = {(x["setting"], x["attack"], x["attackers"]) for x in lines if x["attack"] in attacks}
+    order = [list(SETTINGS).index, list(ATTACKS).index, int]
+    for setting, attack, attackers in sorted(kinds, key=lambda kind: [f(v) for f, v in zip(order, kind, strict=True)]):
+        own = [x for x in lines if (x["setting"], x["attack"], x["attackers"]) == (setting, attack, attackers)]
+        scores, weights = [], []
+        for defence in defences:
+            values = np.asarray([x[score] for x in own if x["defence"] == defence])
             error = f" ± {np.std(values, ddof=1) / np.sqrt(len(values)):.3f}" if len(values) > 1 else ""
-            return f"{np.mean(values):.3f}{error}"
-
-        print(f"| {setting} | {defence} | {attack} | {attackers} | {mean('score')} | {mean('victim')} | "
-              f"{mean('weight').split(' ')[0]} | {mean('victim_weight').split(' ')[0]} | "
-              f"{sum(x['refused_honest'] for x in own)} | {sum(x['refused_attackers'] for x in own)} | {len(own)} |")
+            scores.append(f"{np.mean(values):.3f}{error}" if len(values) else "")
+            weights.append(f"{np.mean([x[weight] for x in own if x['defence'] == defence]):.3f}" if len(values) else "")
+        print(f"| {setting} | {attack} | {attackers} | {' | '.join(scores + weights)} | "
+              f"{sum(x['refused_honest'] for x in own)} | {sum(x['refused_attackers'] for x in own)} | "
+              f"{len({x['seed'] for x in own})} |")
 
 
 def timed(setup: Setup, settings: list[str], defences: list[str], repetitions: int) -> None:
@@ -179,7 +180,9 @@ def main() -> None:
     args = parser.parse_args()
     lines = [json.loads(x) for x in args.results.read_text().splitlines()] if args.results.exists() else []
     if args.table:
-        table(lines)
+        table(lines, "score", "weight", ATTACKS)
+        print()
+        table(lines, "victim", "victim_weight", ("none", "sybils", "just_under", "differ"))
         return
     changes = [*(DIGITS if args.config == CONFIG else []), *args.set]
     if args.time:
