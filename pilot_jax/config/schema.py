@@ -111,6 +111,11 @@ class StrategyParams(Section):
         "always with a language model alone, which has no projector. Pilot, whose visual adapters start from the "
         "projector, refuses frozen.")
     combine: Combine = combine_field("factors")
+    clip: float | None = Field(
+        None, gt=0, description="Largest L2 norm of a client's change of a shared subtree, as a multiple of the "
+        "cohort's median norm. Strategies with one model for all shorten longer changes to it. Pilot does so with ψ_t; "
+        "in its mixtures of LoRA, another client's difference from the own upload is shortened to this multiple of the "
+        "median change of LoRA. null: no limit.")
     residual_rank: int | None = Field(
         None, ge=1, description="Largest rank of the change of the frozen weights with `combine: exact`. null: that of "
         "the weights, so that nothing is lost; the change then takes up to twice their memory.")

@@ -24,7 +24,7 @@ class Cohort:
     tasks: Int[Array | np.ndarray, " S"]  # index of each client's task
     ids: Int[Array | np.ndarray, " S"]  # stable number of each client
     round: int  # from 1
-    starts: Mapping[str, Tree] | None = None  # `uploads` before the phase, for a strategy that `mixes_updates`
+    starts: Mapping[str, Tree] | None = None  # `uploads` before the phase, for a strategy that `needs_starts`
     ratio: np.ndarray | None = None  # δ²/σ² [S, S] of `halves`, for a strategy with `splits_halves`
 
     def __len__(self) -> int:

@@ -31,17 +31,17 @@ SKETCH = "gradient_sketch"  # the subtree with which sketches are uploaded
 SKETCH_SIZE = 8192  # d; an inner product is off by about ‖x‖‖y‖/√d
 
 
-def sketch(tree: Tree, size: int = SKETCH_SIZE) -> Float[Array, "2 d"]:
-    """Returns the sketch of a tree with leaves [2, …], the same linear map for all clients and rounds.
+def sketch(tree: Tree, size: int = SKETCH_SIZE) -> Float[Array, "n d"]:
+    """Returns sketches of the n rows of a tree with leaves [n, …], the same linear map for all clients and rounds.
 
     It has the tree's own entries if there are at most `size`.
     """
-    flat = jnp.concatenate([leaf.reshape(2, -1) for leaf in jax.tree.leaves(tree)], axis=1)
+    flat = jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(tree)], axis=1)
     if flat.shape[1] <= size:
         return jnp.pad(flat, ((0, 0), (0, size - flat.shape[1])))
     signs = jax.random.rademacher(jax.random.key(0), (flat.shape[1],), jnp.float32)
     padded = jnp.pad(flat * signs, ((0, 0), (0, -flat.shape[1] % size)))
-    return jnp.sum(padded.reshape(2, -1, size), axis=1)
+    return jnp.sum(padded.reshape(len(padded), -1, size), axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

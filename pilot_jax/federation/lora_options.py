@@ -15,12 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pilot_jax.errors import InputError
+from pilot_jax.federation import combining
+from pilot_jax.federation.cohort import Cohort
 from pilot_jax.federation.roles import Mode, Role, Tree
 from pilot_jax.models.lora import LORA_SUBTREES, RESIDUAL, SCALE, on_factors
 
@@ -120,3 +123,21 @@ def check_layer_ranks(strategy: str, combine: str, ranks: Sequence[int]) -> None
     if ranks and combine != "factors":
         raise InputError(f"model.lora.layer_ranks: {strategy} has strategy.combine: {combine}, which gives every layer "
                          "the same rank. Remove the key, or set combine to factors.")
+
+
+def exactly(cohort: Cohort, weights: jax.Array, mean: Tree, server: Mapping[str, Any], restarts: bool,
+            ) -> tuple[Tree, Tree, jax.Array]:
+    """Returns what `combine: exact` makes of a cohort: (the next LoRA [1, …], the change of the frozen weights, what
+    its limited rank loses).
+
+    Args:
+        mean: the LoRA [1, …] of the means of A and of B.
+        restarts: whether LoRA starts anew after each aggregation (`Strategy.restarts_lora`).
+    """
+    following = kept = mean
+    if restarts:
+        kept = jax.tree.map(jnp.zeros_like, mean)
+        following = jax.tree.map(lambda leaf: leaf[None], combining.redrawn(server["start"], cohort.round))
+    residual, lost = combining.residual(weights, cohort.uploads["text_adapter"], server["residual"],
+                                        jax.tree.map(lambda leaf: leaf[0], kept))
+    return following, residual, lost

@@ -202,7 +202,7 @@ def _aggregated(fed: Federation, plan: PhasePlan, trained: Trained, used: Sequen
 
     cohort = Cohort(stacked(trained.adapters), np.asarray([fed.weight(c) for c in used]),
                     np.asarray([fed.task_index(c) for c in used]), np.asarray(used), plan.round,
-                    stacked(plan.adapters) if fed.strategy.mixes_updates else None)
+                    stacked(plan.adapters) if fed.strategy.needs_starts else None)
     evidence = dict[str, Any]()
     if SKETCH in cohort.uploads:
         cohort, evidence = with_ratio(cohort, server, len(fed.clients))

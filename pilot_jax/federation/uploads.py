@@ -38,15 +38,15 @@ def after_upload(fed: Federation, client: int, round_: int, stage: str, label: s
         upload = noised(upload, start, privacy.clip, 2 * fed.noise_multiplier * privacy.clip, rng)
     if fed.tamper is not None:
         upload = fed.tamper(name, round_, upload, start)
-    return {**after, **upload}, {"fault": fault} if fault and not misfit(upload, start) else judged(upload, start)
+    return {**after, **upload}, judged(upload, start, fault)
 
 
-def judged(upload: Mapping[str, Tree], start: Mapping[str, Tree]) -> dict[str, Any]:
+def judged(upload: Mapping[str, Tree], start: Mapping[str, Tree], fault: str | None = None) -> dict[str, Any]:
     """Returns {"update_norm": L2 norm of an upload's change} or {"fault": why the server cannot use it}.
 
-    start: the same subtrees before the phase.
+    start: the same subtrees before the phase. fault: of the client's other adapters, if there is one.
     """
-    fault, norm = misfit(upload, start), 0.0
+    fault, norm = misfit(upload, start) or fault, 0.0
     if not fault:
         norm = change(upload, start)
         fault = None if np.isfinite(norm) else not_finite(upload) or "has a norm beyond float32"

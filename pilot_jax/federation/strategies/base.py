@@ -18,6 +18,7 @@ from pilot_jax.config import STRATEGY_PARAMS, StrategyParams
 from pilot_jax.errors import InputError
 from pilot_jax.federation import combining, lora_options, mixing
 from pilot_jax.federation.cohort import Aggregated, Cohort
+from pilot_jax.federation.defence import Defence, clip_changes
 from pilot_jax.federation.halves import SKETCH, SplitHalves, empty_sketch, sketch_role
 from pilot_jax.federation.phases import PLAIN_RULE, LocalRule
 from pilot_jax.federation.roles import BASE_ROWS, Role, Roles, Scope, Tree, float32, num_bytes
@@ -57,6 +58,8 @@ class Strategy:
         if self.params.combine not in self.combines():
             raise InputError(f"strategy.combine: {self.params.combine} does not fit {self.name}. It takes "
                              f"{', '.join(self.combines())}.")
+        if self.params.clip is not None and not self.clips:
+            raise InputError(f"strategy.clip: {self.name} does not take it. Set it to null, or use pilot or fedavg.")
         one_rank = self.needs_one_rank or (self.params.combine == "exact" and not self.restarts_lora)
         if self.ranks_differ and one_rank:
             raise InputError(f"model.lora.rank: the clients' ranks differ, but {self.name} needs one rank for all. "
@@ -80,11 +83,23 @@ class Strategy:
 
     @property
     def mixes_updates(self) -> bool:
-        """Whether the clients' changes are mixed, each mixture then added to the model with which a client began.
-
-        Models that are mixed again in every round end up far closer to each other than one mixture's weights say.
-        """
+        """Whether the clients' changes are mixed, each mixture then added to the model with which a client began."""
         return False
+
+    @property
+    def clips(self) -> bool:
+        """Whether it takes `params.clip`: every upload is a change of what the server has sent."""
+        return self.one_model and type(self).aggregate is Strategy.aggregate
+
+    @property
+    def defence(self) -> Defence:
+        """The bounds on what one client can do to the others."""
+        return Defence(self.params.clip)
+
+    @property
+    def needs_starts(self) -> bool:
+        """Whether a cohort has `starts`."""
+        return self.mixes_updates or self.defence.needs_starts
 
     def has_common_model(self) -> bool:
         """Returns whether all clients have one model after an aggregation, and no trained parts of their own."""
@@ -228,18 +243,20 @@ class Strategy:
     def _mixed(self, cohort: Cohort, weights: jax.Array, names: tuple[str, ...]) -> dict[str, Tree]:
         """Returns mixtures of some subtrees, leaves [M, …]: of models or, if it `mixes_updates`, of changes."""
         uploads = {name: cohort.uploads[name] for name in names}
-        if cohort.starts is None:
+        if not self.mixes_updates or cohort.starts is None:
             return mixing.apply(weights, uploads)
         return mixing.apply_to_updates(weights, uploads, {name: cohort.starts[name] for name in names})
 
     def aggregate(self, cohort: Cohort, server: Mapping[str, Any]) -> Aggregated:
         """Returns what each client of the cohort downloads, and the server's state afterwards."""
+        if (clip := self.params.clip) is not None and cohort.starts is not None:
+            cohort = dataclasses.replace(cohort, uploads=clip_changes(cohort.uploads, cohort.starts, clip))
         weights, state = to_host(self.mix(cohort)), dict(server)
         rows, log = weights[:1] if self.one_model else weights, {"weights": weights}
         downloads = self.combined(cohort, rows, server)
         if self.params.combine == "exact" and "text_adapter" in downloads:
-            downloads["text_adapter"], state["residual"], log["residual_lost"] = to_host(
-                self._exactly(cohort, rows[0], downloads["text_adapter"], server))
+            downloads["text_adapter"], state["residual"], log["residual_lost"] = to_host(lora_options.exactly(
+                cohort, rows[0], downloads["text_adapter"], server, self.restarts_lora))
         if self.one_model:
             model = to_host(jax.tree.map(lambda leaf: leaf[0], downloads))
             model, state = self._server_step(model, state)
@@ -272,20 +289,6 @@ class Strategy:
     def most_weights(self, cohort: int) -> int:
         """Returns how many weights in a row of the mixing matrix can be above 0."""
         return cohort
-
-    def _exactly(self, cohort: Cohort, weights: jax.Array, mean: Tree, server: Mapping[str, Any],
-                 ) -> tuple[Tree, Tree, jax.Array]:
-        """Returns (the next LoRA [1, …], the change of the frozen weights, what its limited rank loses).
-
-        mean: the LoRA [1, …] of the means of A and of B.
-        """
-        following = kept = mean
-        if self.restarts_lora:
-            kept = jax.tree.map(jnp.zeros_like, mean)
-            following = jax.tree.map(lambda leaf: leaf[None], combining.redrawn(server["start"], cohort.round))
-        residual, lost = combining.residual(weights, cohort.uploads["text_adapter"], server["residual"],
-                                            jax.tree.map(lambda leaf: leaf[0], kept))
-        return following, residual, lost
 
     def _server_step(self, mixed: dict[str, Tree], state: dict[str, Any]) -> tuple[dict[str, Tree], dict[str, Any]]:
         """Returns the server's model and state after its optimizer, if any. Its gradient is the negated mean change of

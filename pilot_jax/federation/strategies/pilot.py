@@ -3,6 +3,7 @@ arXiv 2501.13985): task and client visual adapters, a cross-task mixture of adap
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from pydantic import Field, model_validator
 from pilot_jax.config import Section, StrategyParams
 from pilot_jax.federation import mixing
 from pilot_jax.federation.cohort import Aggregated, Cohort
+from pilot_jax.federation.defence import Defence, clip_changes
 from pilot_jax.federation.distances import distances
 from pilot_jax.federation.halves import shares
 from pilot_jax.federation.roles import BASE_ROWS, Mode, Role, Roles, Tree, float32, num_bytes
@@ -85,6 +87,14 @@ class AtaConfig(Section):
     size_weighted: bool = Field(False, description="Whether weights are multiplied by the clients' numbers of training "
                                 "samples before they are normalised.")
 
+    foolsgold: bool = Field(False, description="Whether clients whose changes of LoRA, summed over all phases, nearly "
+                            "repeat another client's weigh less in the others' mixtures, as in FoolsGold. It also hits "
+                            "honest clients with equal data.")
+    cap_one: float | None = Field(None, ge=0, le=1, description="Largest weight of any one other client in a client's "
+                                  "mixture. What exceeds it goes to the client's own upload. null: no limit.")
+    cap_all: float | None = Field(None, ge=0, le=1, description="Largest weight of all other clients together. What "
+                                  "exceeds it goes to the client's own upload. null: no limit.")
+
     @model_validator(mode="after")
     def _positive_temperature(self) -> AtaConfig:
         if self.temperature != "auto" and not self.temperature > 0:
@@ -132,6 +142,16 @@ class Pilot(Strategy):
     @property
     def mixes_updates(self):
         return self._reads_ata and self.params.ata.mixes == "updates"
+
+    @property
+    def clips(self):
+        return True
+
+    @property
+    def defence(self):
+        c = self.params.ata
+        return Defence(self.params.clip, c.foolsgold, c.cap_one, c.cap_all) if self._reads_ata else Defence(
+            self.params.clip)
 
     @property
     def first_stages(self):
@@ -195,16 +215,22 @@ class Pilot(Strategy):
         return {"task": jax.tree.map(lambda leaf: leaf[task], downloads["task_bank"])} if self.params.cross_task else {}
 
     def aggregate(self, cohort, server):
+        if self.defence.clip is not None:
+            tasks = clip_changes({"task": cohort.uploads["task"]}, cohort.starts, self.defence.clip)
+            cohort = dataclasses.replace(cohort, uploads={**cohort.uploads, **tasks})
         bank, members = self._aggregate_tasks(cohort, server)
         text_adapters = cohort.uploads["text_adapter"]
+        kept = dict[str, Any]()
         if self._knows_nearest_alone(text_adapters):
             near = nearest(text_adapters, self.params.ata.neighbors, cohort.ids)
             weights = to_host(mixing.ata_weights_of_nearest(near, jnp.asarray(cohort.sizes), **self._ata_options()))
             log = {"weights": weights.weights, "columns": weights.columns, "distances": near.distances}
         else:
             between = self.distances(text_adapters)
-            weights = to_host(self.weights(between, cohort))
-            log = {"weights": weights, "distances": between}
+            weights, kept, seen = self.defence.applied(
+                to_host(self.weights(between, cohort)), cohort, server, self.mixes_updates,
+                between if self._measures_the_mixed else None)
+            log = {"weights": weights, "distances": between, **seen}
         downloads = {
             "text_adapter": self.combine_lora(cohort, weights, server),
             "task": jax.tree.map(lambda leaf: leaf[cohort.tasks], bank),
@@ -212,7 +238,7 @@ class Pilot(Strategy):
         log["effective_neighbors"] = mixing.effective_neighbors(log["weights"])
         if self.params.combine == "factors" and not self.mixes_updates:
             log["product_gap"] = mixing.product_gap(weights, text_adapters, self.most_weights(len(cohort)))
-        return Aggregated(downloads, {**server, "bank": bank, "members": members}, to_host(log))
+        return Aggregated(downloads, {**server, "bank": bank, "members": members, **kept}, to_host(log))
 
     def distances(self, text_adapters):
         """Returns the distances d_kj [S, S] between LoRA uploads with leaves [S, …].
@@ -247,16 +273,27 @@ class Pilot(Strategy):
         """Whether the cohort is so large, above `mixing.DENSE`, that no matrix [S, S] is formed: each client's
         nearest neighbours are found and nothing else. Where a choice needs more than these, the matrices stay."""
         cohort, c = len(jax.tree.leaves(text_adapters)[0]), self.params.ata
-        return (cohort > mixing.DENSE and self.most_weights(cohort) < cohort
+        return (cohort > mixing.DENSE and self.most_weights(cohort) < cohort and self.defence == Defence()
                 and type(self).distances is Pilot.distances and self.params.combine != "aligned"
                 and not self.ranks_differ and (c.preset == "notes" or c.space == "factors")
                 and can_shortlist(text_adapters, c.neighbors))
 
     def most_weights(self, cohort: int) -> int:
         """Returns how many weights of a row can be above 0: M + 1 under ATA, else up to S."""
-        is_ata = (type(self).weights is Pilot.weights and self.params.text_aggregation == "ata"
-                  and not self.splits_halves)
-        return self.params.ata.neighbors + 1 if is_ata else cohort
+        return self.params.ata.neighbors + 1 if self._is_ata else cohort
+
+    @property
+    def _is_ata(self) -> bool:
+        """Whether a client's weights are above 0 for its M nearest others and itself alone."""
+        return (type(self).weights is Pilot.weights and self.params.text_aggregation == "ata"
+                and not self.splits_halves)
+
+    @property
+    def _measures_the_mixed(self) -> bool:
+        """Whether `distances` are those of the LoRAs that are mixed, exact for all pairs with weight."""
+        in_factors = self.params.ata.space == "factors" or self.params.ata.preset == "notes"
+        return (self._is_ata and type(self).distances is Pilot.distances and in_factors
+                and not (self.mixes_updates or self.ranks_differ))
 
     def _aggregate_tasks(self, cohort: Cohort, server: Mapping[str, Any]) -> tuple[Tree, dict[int, dict[str, Any]]]:
         """Returns ψ_t of every task, and every client's last upload.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, field_validator
 
 from pilot_jax.config import StrategyParams
 from pilot_jax.federation.halves import shares
@@ -32,9 +35,18 @@ class SplitHalf(Strategy):
         return shares(cohort.ratio, cohort.sizes, self.params.split_half_limit)
 
 
+OWN = {"weighting": "split_half", "mixes": "updates"}  # keys of `ata` whose defaults are not Pilot's
+
+
 @register("pilot_split_half")
 class PilotSplitHalf(Pilot):
     """Pilot with `ata.weighting: split_half`, and ATA over changes of LoRA."""
 
     class Params(PilotParams):
-        ata: AtaConfig = AtaConfig(weighting="split_half", mixes="updates")
+        ata: AtaConfig = AtaConfig(**OWN)
+
+        @field_validator("ata", mode="before")
+        @classmethod
+        def _own_defaults(cls, given: Any) -> Any:
+            """Returns the section with this strategy's defaults for what a config leaves out of it."""
+            return {**OWN, **given} if isinstance(given, Mapping) else given

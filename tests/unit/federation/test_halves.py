@@ -17,6 +17,7 @@ from pilot_jax.evaluation.personalised import evaluate
 from pilot_jax.federation.halves import SKETCH, measure, no_evidence, shares, sketch, with_phase
 from pilot_jax.federation.observer import RunObserver
 from pilot_jax.federation.strategies import make_strategy
+from pilot_jax.federation.strategies.pilot import AtaConfig
 from pilot_jax.runs import restore, simulate
 from pilot_jax.runs.export import export_client
 from pilot_jax.testing.toy import DESCENT, run_toy, toy_clients, toy_federation, toy_numbers
@@ -208,3 +209,10 @@ def test_a_client_with_one_sample_and_no_noise_takes_nothing():
     state = run_toy(toy_federation(make_strategy("split_half"), toy_clients((1, 6, 6), ("t0",) * 3)), observer=seen)
     assert np.isfinite(seen.weights[-1]).all()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.population[0].adapters))
+
+
+def test_a_config_that_sets_other_keys_of_ata_keeps_split_half_weights():
+    given = make_strategy("pilot_split_half", {"ata": {"cap_one": 0.2, "neighbors": 3}}).params.ata
+    assert (given.weighting, given.mixes, given.cap_one, given.neighbors) == ("split_half", "updates", 0.2, 3)
+    assert make_strategy("pilot_split_half", {"ata": {"weighting": "softmax"}}).params.ata.weighting == "softmax"
+    assert make_strategy("pilot_split_half").params.ata == AtaConfig(weighting="split_half", mixes="updates")

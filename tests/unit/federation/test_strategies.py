@@ -638,8 +638,8 @@ def test_the_section_of_a_strategy_of_ones_own(another_process):
     assert "strategy.share" in known_keys()
     assert apply_overrides(parse_config({}), [f"strategy.name={name}", "strategy.share=1"]).strategy.share == 1
     assert yaml.safe_load(parse_config({"strategy": {"name": name}}).to_yaml())["strategy"] == {
-        "name": name, "projector": "trained", "share": 0.5, "combine": "factors", "residual_rank": None,
-        "rotation": 1.0}
+        "name": name, "projector": "trained", "share": 0.5, "combine": "factors", "clip": None,
+        "residual_rank": None, "rotation": 1.0}
 
 
 def test_keys_of_other_strategies_are_checked_and_dropped():
