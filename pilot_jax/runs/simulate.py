@@ -84,7 +84,6 @@ def simulate(config: Config | str | Path, *, out: str | Path | None = None, resu
         compute_all_features(setup)
         if folder is not None:
             folder.begin()
-            import_orbax()
         return RunLoop(setup, state, folder, clock, began, observers).run()
     finally:
         clock.stop()
@@ -107,6 +106,8 @@ class RunLoop(RunObserver):
                  observers: Sequence[RunObserver]) -> None:
         self.setup, self.fed, self.folder, self.clock, self.began = setup, setup.federation, folder, clock, began
         self.writes = folder is not None and is_writer()
+        if self.writes:
+            import_orbax()
         self.state = self.saved = state
         self.earlier, self.train_compile, self.compiled = Clocks(), 0.0, 0.0
         self.data = "" if folder is None else data_sha256(setup.evaluation.clients)
