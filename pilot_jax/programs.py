@@ -28,8 +28,8 @@ import numpy as np
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 from pilot_jax.cache import Cache
+from pilot_jax.parallel.allocator import give_back
 from pilot_jax.parallel.devices import flags_of_xla, jax_keeps_programs, options_of_programs
-from pilot_jax.parallel.host_memory import give_back
 
 THREADS = "compile-ahead"
 WAITED = "/pilot_jax/waited_for_program_duration"  # event: seconds in which a call has waited for `compile_ahead`

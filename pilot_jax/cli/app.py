@@ -18,6 +18,7 @@ from pilot_jax.cli.run import run
 from pilot_jax.cli.tables import printable
 from pilot_jax.errors import InputError, is_wrong_path
 from pilot_jax.models.checkpoints import library
+from pilot_jax.parallel.allocator import use_one_arena
 
 app = typer.Typer(name="pilot-jax", pretty_exceptions_enable=False)
 COMMANDS: tuple[Callable[..., None], ...] = (
@@ -78,6 +79,7 @@ def main() -> None:
     pushes = any(word.split("=")[0] == "--push-to-hub" for word in sys.argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "0" if pushes else "1")
     library.leave_out_torch()
+    use_one_arena()
     try:
         app()
     except SystemExit as end:

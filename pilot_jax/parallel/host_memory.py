@@ -1,9 +1,7 @@
-"""Memory of the host: arrays that a CPU device uses without a copy, and memory returned to the system."""
+"""Arrays in the host's memory that a CPU device uses without a copy."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import math
 
 import numpy as np
@@ -21,12 +19,3 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
     return memory[start:start + size].view(dtype).reshape(shape)
-
-
-def give_back() -> None:
-    """Returns freed memory to the operating system, which glibc does not do by itself; elsewhere nothing happens.
-
-    On Linux, XLA's compiler leaves about 0.3 GB of it per program.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -21,7 +21,7 @@ from pilot_jax.federation.rounds import run_round
 from pilot_jax.federation.state import Population, State, Tamper, prune
 from pilot_jax.federation.strategies import Strategy
 from pilot_jax.parallel import processes
-from pilot_jax.parallel.host_memory import give_back
+from pilot_jax.parallel.allocator import give_back
 from pilot_jax.parallel.processes import is_writer, wait_for_all
 from pilot_jax.runs.ahead import compile_first_round, compute_all_features, import_orbax
 from pilot_jax.runs.best import BestState

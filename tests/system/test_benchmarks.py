@@ -42,7 +42,7 @@ SMALLEST = {
 NOT_RUN = {
     "accelerator.py": "test_accelerator.py runs it", "accelerator_parts.py": "a part of accelerator.py",
     "large_cohorts.py": "a part of aggregation.py",
-    "memory.py": "two quickstarts", "population.py": "prepares 128 clients",
+    "memory.py": "six quickstarts", "population.py": "prepares 128 clients",
     "projection.py": "its smallest size is its only one, and takes minutes",
     "torch_peer.py": "a part of peer.py",
 }
