@@ -209,7 +209,8 @@ def prepare(config: Config, strategy: Strategy | None = None, samples: list[Samp
     store = None if system.store is None else Store(system.store)
     kept = open_cache(system.cache, "features", FEATURES_KEPT) if store is None else None
     clients = build_clients(model, tokenizer, samples, config.data, system.length_spread,
-                            None if store is None else store.folder, kept, roster and roster.lengths) if samples else []
+                            None if store is None else store.folder, kept,
+                            None if roster is None else roster.lengths) if samples else []
     clients = clients if roster is None else roster.completed(clients)
     if config.eval.scoring == "teacher_forced":
         clients = clients_with_answers(model, tokenizer, samples, config.data, clients)
