@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -276,6 +277,7 @@ def main() -> None:
     parser.add_argument("--database", default="superlink.db", help="with --large: SuperLink's; memory: none on disk")
     parser.add_argument("--folder", type=Path, help="new folder for all files (default: a temporary one)")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that all processes are ended
     with tempfile.TemporaryDirectory(prefix="deploy-demo-") as temporary:
         folder, began = (options.folder or Path(temporary)).absolute(), time.monotonic()
         make_data(folder / "data")
