@@ -205,7 +205,8 @@ def killed_and_strangers(folder: Path, net: Network) -> None:
                 line for line in (net.folder / "stranger.log").read_text().splitlines()[::-1] if "[code" in line))
         del net.processes["stranger"]
         net.run(timeout=WAIT)
-        wait_until(net, "round 1 ends", lambda: len(phases(net)) == 2)
+        saved = net.folder / "run" / "checkpoints" / "resume" / "000002" / "manifest.json"
+        wait_until(net, "round 1 is saved", saved.exists)
         net.kill("server")
         net.start_server()
         timeout = max(60.0, 3 * max(phase["seconds"] for phase in phases(net)))
