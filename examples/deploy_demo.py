@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -68,13 +69,13 @@ def make_data(folder: Path) -> None:
     (folder / "data.json").write_text(json.dumps(every))
 
 
-def make_config(folder: Path, strategy: str, rounds: int, **sections: Any) -> Path:
+def make_config(folder: Path, strategy: str, rounds: int, name: str = "", **sections: Any) -> Path:
     raw = {"model": {"path": "embedded", "lora": {"rank": 4, "alpha": 8}},
            "data": {"path": str(folder / "data" / "data.json"), "template": "vicuna_short"},
            "federation": {"rounds": rounds, "local_steps": 2},
            "strategy": {"name": strategy, **({"ata": {"neighbors": 1}} if strategy == "pilot" else {})},
            "train": {"batch_size": 4}, "system": {"client_chunk": 1, "unroll": 1, "length_spread": 4.0}, **sections}
-    path = folder / f"{strategy}.yaml"
+    path = folder / f"{name or strategy}.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
 
@@ -181,13 +182,18 @@ def phases(net: Network) -> list[dict[str, Any]]:
     return [line for line in lines if "bytes_up" in line]
 
 
-def killed_and_strangers(folder: Path) -> None:
-    """TLS and authenticated nodes; the server and then a node are killed, and the run goes on without and with them."""
-    config = load_config(make_config(folder, "pilot", 3))
-    roster = roster_here(config)
+def secure_network(folder: Path) -> Network:
+    """Returns a network with TLS and authenticated nodes, with keys in the roster of its app."""
+    config = load_config(make_config(folder, "pilot", 3, "secure"))
     net = Network(folder / "net-secure", folder / "app-secure", secure=True, wire=True)
     keys = {name: make_key(net.folder, name) for name in (*CLIENTS, "stranger")}
-    write_app(net.app, config, Roster({n: dataclasses.replace(m, key=keys[n]) for n, m in roster.members.items()}))
+    members = roster_here(config).members
+    write_app(net.app, config, Roster({n: dataclasses.replace(m, key=keys[n]) for n, m in members.items()}))
+    return net
+
+
+def killed_and_strangers(folder: Path, net: Network) -> None:
+    """Strangers are refused; the server and then a node are killed, and the run goes on without and with them."""
     with net:
         net.start_server()
         for client in CLIENTS:
@@ -199,10 +205,11 @@ def killed_and_strangers(folder: Path) -> None:
                 line for line in (net.folder / "stranger.log").read_text().splitlines()[::-1] if "[code" in line))
         del net.processes["stranger"]
         net.run(timeout=WAIT)
-        wait_until(net, "round 1 ends", lambda: len(phases(net)) == 2)
+        saved = net.folder / "run" / "checkpoints" / "resume" / "000002" / "manifest.json"
+        wait_until(net, "round 1 is saved", saved.exists)
         net.kill("server")
         net.start_server()
-        timeout = max(60.0, 4 * max(phase["seconds"] for phase in phases(net)))
+        timeout = max(60.0, 3 * max(phase["seconds"] for phase in phases(net)))
         run = net.run(timeout=timeout)
         wait_until(net, "bert is in round 2", lambda: f"[RUN {run}]" in (net.folder / "bert.log").read_text())
         bert, = (net.folder / "nodes" / "bert").glob("*")
@@ -271,6 +278,7 @@ def main() -> None:
     parser.add_argument("--database", default="superlink.db", help="with --large: SuperLink's; memory: none on disk")
     parser.add_argument("--folder", type=Path, help="new folder for all files (default: a temporary one)")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that all processes are ended
     with tempfile.TemporaryDirectory(prefix="deploy-demo-") as temporary:
         folder, began = (options.folder or Path(temporary)).absolute(), time.monotonic()
         make_data(folder / "data")
@@ -279,7 +287,7 @@ def main() -> None:
         compared = ["pilot"] if options.short else options.strategies
         with ThreadPoolExecutor(2) as pool:
             running = [] if options.short or options.only_simulated or options.large else [
-                pool.submit(killed_and_strangers, folder)]
+                pool.submit(killed_and_strangers, folder, secure_network(folder))]
             for strategy in [] if options.only_killed or options.large else compared:
                 running.append(pool.submit(as_in_the_simulator, folder, strategy, *in_the_simulator(
                     folder, strategy, 1 if options.short else 2)))

@@ -81,7 +81,8 @@ class Roster:
 def roster_of(samples: Sequence[Sample], lengths: Mapping[str, tuple[int, int]] | None = None) -> Roster:
     """Returns the roster of the clients that have samples; each has one task. `lengths`: (L, A) of each client."""
     counts = Counter(s.client for s in samples if s.split == "train")
-    return Roster({s.client: Member(s.task, counts[s.client], *(lengths or {}).get(s.client, ())) for s in samples})
+    known = lengths or {}
+    return Roster({s.client: Member(s.task, counts[s.client], *known.get(s.client, (0, 0))) for s in samples})
 
 
 def read_roster(path: Path, own: str | None = None) -> Roster:

@@ -65,7 +65,7 @@ WHERE = [
     (r"pilot-jax run configs/scenario_a.yaml", "test_privacy.py; this one would take minutes"),
     (r"pilot-jax run (my.yaml|configs/llava15_7b_tpu.yaml)", "no test: a TPU, 7B weights, the reader's own config"),
     (r"pilot-jax run .*(--coordinator|--distributed)", "test_processes.py over gloo; --distributed needs a cluster"),
-    (r"pilot-jax deploy", "test_app_folder.py, and test_deployment.py in make test-long"),
+    (r"pilot-jax deploy", "test_app_folder.py, test_deployment.py"),
     (r"(flower-super\w+|flwr|ssh-keygen|export FLWR|python -m venv)", "test_deployment.py, on 127.0.0.1"),
     (r"make \w+|source |pip install|pip wheel|python -m pip", "no test: CI's own set-up does, or would take it hours"),
     (r"python benchmarks/", "no test: minutes to hours; below, whether they take these options"),
