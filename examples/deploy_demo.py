@@ -40,6 +40,7 @@ from pilot_jax.federation.state import Federation
 from pilot_jax.runs.prepare import prepare
 from pilot_jax.runs.roster import roster_here
 from pilot_jax.storage import read_tree
+from pilot_jax.words import counted
 
 CLIENTS = {"anna": ("count", 5), "bert": ("count", 7), "cleo": ("colour", 4)}  # task, number of samples
 CANARY = "zebra quartz"  # a word of every question, which no message may have
@@ -111,8 +112,9 @@ def as_in_the_simulator(folder: Path, strategy: str, simulated: Any, fed: Federa
         sent = b"".join(bytes(sent) for sent, _ in net.wire.connections)
         own = {client: final_adapters(net, client) for client in CLIENTS}
         kept = [read_tree(file) for file in sorted((net.folder / "nodes").glob("*/*/0*.safetensors"))]
-    check(status == "finished:completed", f"{strategy}: {simulated.summary['rounds']} rounds on the network in "
-                                          f"{time.monotonic() - began:.0f} s: {status}")
+    rounds = counted(simulated.summary["rounds"], "round")
+    check(status == "finished:completed",
+          f"{strategy}: {rounds} on the network in {time.monotonic() - began:.0f} s: {status}")
     apart = max(largest(own[name], client.adapters)
                 for name, client in zip(sorted(CLIENTS), simulated.population, strict=True))
     check(apart <= 1e-5, f"{strategy}: adapters differ from the simulator's by at most {apart:.1e}")
@@ -266,6 +268,12 @@ def large(folder: Path, base: Path, wire: str, database: str | None) -> None:
             f"{kind} {gb:.1f} GB" for kind, gb in sorted(memory.items())))
 
 
+def stop(*_: object) -> None:
+    """Ends all networks' processes and the demo."""
+    Network.stopped.set()
+    sys.exit("stopped")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="Pilot alone, one round, nobody is killed")
@@ -278,7 +286,7 @@ def main() -> None:
     parser.add_argument("--database", default="superlink.db", help="with --large: SuperLink's; memory: none on disk")
     parser.add_argument("--folder", type=Path, help="new folder for all files (default: a temporary one)")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that all processes are ended
+    signal.signal(signal.SIGTERM, stop)
     with tempfile.TemporaryDirectory(prefix="deploy-demo-") as temporary:
         folder, began = (options.folder or Path(temporary)).absolute(), time.monotonic()
         make_data(folder / "data")

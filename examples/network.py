@@ -96,7 +96,11 @@ class Network:
         secure: whether connections use TLS and nodes are authenticated, with certificates and keys that are made here.
         wire: whether SuperNodes connect through a `Wire`.
         database: the option of SuperLink; None: it keeps everything in memory, and forgets it when it ends.
+
+    Once `stopped` is set, no network starts a process again, and what waits for one raises an `InterruptedError`.
     """
+
+    stopped = threading.Event()
 
     def __init__(self, folder: Path, app: Path, *, secure: bool = False, wire: bool = False,
                  database: str | None = "superlink.db") -> None:
@@ -104,6 +108,7 @@ class Network:
         self.port = free_port()
         self.wire = Wire(self.port) if wire else None
         self.processes: dict[str, subprocess.Popen] = {}
+        self.begins: dict[str, int] = {}  # where the log of a process begins, in bytes
         self.commands: dict[str, list[str]] = {}
         (folder / "flwr").mkdir(parents=True, exist_ok=True)
         tls = f'root-certificates = "{folder / "ca.crt"}"' if secure else "insecure = true"
@@ -121,7 +126,7 @@ class Network:
 
     def start(self, name: str, command: list[str]) -> subprocess.Popen:
         log = (self.folder / f"{name}.log").open("ab")
-        self.commands[name] = command
+        self.commands[name], self.begins[name] = command, log.tell()
         self.processes[name] = subprocess.Popen(
             [str(BIN / command[0]), *command[1:]], stdout=log, stderr=log, cwd=self.folder,
             env=self.environment("flwr" if name == "server" else f"flwr-{name}"))
@@ -205,12 +210,19 @@ class Network:
     def revive(self) -> list[str]:
         """Starts processes again that have ended by themselves, as a supervisor does, and returns their names.
 
-        A SuperNode ends at some errors of its connection; with TLS, also when SuperLink is killed.
+        A SuperNode ends at some errors of its connection; with TLS, also when SuperLink is killed. Its process can stay
+        behind after that (seen with flwr 1.42), so what it has logged counts too.
         """
-        ended = [name for name, process in self.processes.items() if process.poll() is not None]
+        if self.stopped.is_set():
+            raise InterruptedError("stopped")
+        ended = [name for name, process in self.processes.items() if process.poll() is not None or self._says_end(name)]
         for name in ended:
+            self.kill(name)
             self.start(name, self.commands[name])
         return ended
+
+    def _says_end(self, name: str) -> bool:
+        return b"SuperNode terminated gracefully" in (self.folder / f"{name}.log").read_bytes()[self.begins[name]:]
 
     def tree(self, *names: str) -> Iterator[Path]:
         """Yields the folders in /proc of these processes, or of all, and of what they have started; Linux only."""
