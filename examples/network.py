@@ -20,6 +20,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+# What a SuperNode logs before it ends, or does nothing more.
+GAVE_UP = (b"SuperNode terminated gracefully", b"Giving up reconnection", b"SSL/TLS handshake error")
 BIN = Path(sys.executable).parent  # of an environment with pilot-jax[deploy]
 
 
@@ -210,19 +212,20 @@ class Network:
     def revive(self) -> list[str]:
         """Starts processes again that have ended by themselves, as a supervisor does, and returns their names.
 
-        A SuperNode ends at some errors of its connection; with TLS, also when SuperLink is killed. Its process can stay
-        behind after that (seen with flwr 1.42), so what it has logged counts too.
+        A SuperNode gives up at some errors of its connection; with TLS, also when SuperLink is killed. Its process can
+        stay behind after that (seen with flwr 1.42), so what it has logged counts too.
         """
         if self.stopped.is_set():
             raise InterruptedError("stopped")
-        ended = [name for name, process in self.processes.items() if process.poll() is not None or self._says_end(name)]
+        ended = [name for name, process in self.processes.items() if process.poll() is not None or self._gave_up(name)]
         for name in ended:
             self.kill(name)
             self.start(name, self.commands[name])
         return ended
 
-    def _says_end(self, name: str) -> bool:
-        return b"SuperNode terminated gracefully" in (self.folder / f"{name}.log").read_bytes()[self.begins[name]:]
+    def _gave_up(self, name: str) -> bool:
+        log = (self.folder / f"{name}.log").read_bytes()[self.begins[name]:]
+        return any(text in log for text in GAVE_UP)
 
     def tree(self, *names: str) -> Iterator[Path]:
         """Yields the folders in /proc of these processes, or of all, and of what they have started; Linux only."""
