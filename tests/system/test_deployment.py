@@ -21,8 +21,11 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 import flwr, inspect
 NodeInfo(node_id=1, public_key=b"", last_activated_at="")
 assert {"get_nodes", "push_messages", "pull_messages", "send_and_receive"} <= set(dir(Grid))
-assert list(inspect.signature(Message.__init__).parameters)[:4] and hasattr(Message, "has_content")
+assert {"dst_node_id", "message_type", "ttl"} <= set(inspect.signature(Message).parameters)
+assert hasattr(Message, "has_content")
 assert Array("uint8", (3,), "bytes", b"abc").data == b"abc"
+from flwr.supercore.task_identity import TaskIdentity
+TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # as in a server app
 message = Message(RecordDict({"a": ConfigRecord({"names": ["x"]})}), 7, "train.stage1", ttl=5.0)
 assert message.metadata.dst_node_id == 7 and message.metadata.message_type == "train.stage1"
 print(".".join(flwr.__version__.split(".")[:2]))

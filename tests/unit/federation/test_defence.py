@@ -314,7 +314,7 @@ def pilot_config(**ata):
     return small_config(strategy={"name": "pilot", "clip": 1.0, "ata": ata}, federation={"rounds": 2})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pilot_under_its_bounds():
     """Weights in real rounds stay within the caps; nobody is refused; ψ_t moves no farther than its median change."""
     seen = Mixtures()
@@ -328,7 +328,7 @@ def test_pilot_under_its_bounds():
     assert run.summary["quarantined"] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("scenario", ["b", "c"])
 def test_nobody_honest_is_refused(scenario):
     """Without attackers, all uploads of all clients are accepted, with bounds too; scenario a is above."""
