@@ -163,7 +163,7 @@ def make_optimizer(spec: OptimizerSpec, labels: Mapping[str, Tree], total_steps:
     client has its own schedule.
 
     flat: whether AdamW updates the leaves of a label as one vector. The updates are the same. For small leaves it is
-        faster, and a fifth faster to compile; it needs memory for another copy of them.
+        faster, and up to a fifth faster to compile; it needs memory for another copy of them.
     """
 
     def one(peak: jax.Array) -> optax.GradientTransformation:

@@ -133,8 +133,7 @@ def verdict(run: RunRecord, alone: Alone | None, prompts: Mapping[str, int]) -> 
     if not run.summary:
         return [f"This run has not ended yet: so far, {what}. It has no test scores until it ends."]
     if run.summary.get("deployed"):
-        return [f"{what}, each client on a machine of its own. This is the server's side, which has no data and so no "
-                "scores."]
+        return [f"{what}, each client on a machine of its own. The server has no data and so no scores."]
     if not run.summary["score_by_client"]:
         return [f"{what}. The data have no test samples, so nobody can say how good the models are. Name the split "
                 "of samples, or set data.hold_out.test, such as 0.1."]

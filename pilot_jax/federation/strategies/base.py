@@ -249,8 +249,8 @@ class Strategy:
 
     def aggregate(self, cohort: Cohort, server: Mapping[str, Any]) -> Aggregated:
         """Returns what each client of the cohort downloads, and the server's state afterwards."""
-        if (clip := self.params.clip) is not None and cohort.starts is not None:
-            cohort = dataclasses.replace(cohort, uploads=clip_changes(cohort.uploads, cohort.starts, clip))
+        if (clip := self.params.clip) is not None:
+            cohort = dataclasses.replace(cohort, uploads=clip_changes(cohort.uploads, cohort.starts or {}, clip))
         weights, state = to_host(self.mix(cohort)), dict(server)
         rows, log = weights[:1] if self.one_model else weights, {"weights": weights}
         downloads = self.combined(cohort, rows, server)

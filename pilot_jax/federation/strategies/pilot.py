@@ -245,9 +245,12 @@ class Pilot(Strategy):
 
         With ranks that differ, they are those of the products B·A: the factors' entries do not belong together.
         """
+        return distances(text_adapters, self.params.ata.neighbors, self._space)
+
+    @property
+    def _space(self) -> str:
         c = self.params.ata
-        space = "factors" if c.preset == "notes" else c.space
-        return distances(text_adapters, c.neighbors, "product" if self.ranks_differ else space)
+        return "product" if self.ranks_differ else "factors" if c.preset == "notes" else c.space
 
     def weights(self, between, cohort):
         """Returns the mixing matrix [S, S] of LoRA, from the distances [S, S]."""
@@ -272,11 +275,10 @@ class Pilot(Strategy):
     def _knows_nearest_alone(self, text_adapters: Tree) -> bool:
         """Whether the cohort is so large, above `mixing.DENSE`, that no matrix [S, S] is formed: each client's
         nearest neighbours are found and nothing else. Where a choice needs more than these, the matrices stay."""
-        cohort, c = len(jax.tree.leaves(text_adapters)[0]), self.params.ata
+        cohort = len(jax.tree.leaves(text_adapters)[0])
         return (cohort > mixing.DENSE and self.most_weights(cohort) < cohort and self.defence == Defence()
                 and type(self).distances is Pilot.distances and self.params.combine != "aligned"
-                and not self.ranks_differ and (c.preset == "notes" or c.space == "factors")
-                and can_shortlist(text_adapters, c.neighbors))
+                and self._space == "factors" and can_shortlist(text_adapters, self.params.ata.neighbors))
 
     def most_weights(self, cohort: int) -> int:
         """Returns how many weights of a row can be above 0: M + 1 under ATA, else up to S."""
@@ -291,9 +293,8 @@ class Pilot(Strategy):
     @property
     def _measures_the_mixed(self) -> bool:
         """Whether `distances` are those of the LoRAs that are mixed, exact for all pairs with weight."""
-        in_factors = self.params.ata.space == "factors" or self.params.ata.preset == "notes"
-        return (self._is_ata and type(self).distances is Pilot.distances and in_factors
-                and not (self.mixes_updates or self.ranks_differ))
+        return (self._is_ata and type(self).distances is Pilot.distances and self._space == "factors"
+                and not self.mixes_updates)
 
     def _aggregate_tasks(self, cohort: Cohort, server: Mapping[str, Any]) -> tuple[Tree, dict[int, dict[str, Any]]]:
         """Returns ψ_t of every task, and every client's last upload.
