@@ -1,12 +1,14 @@
 """Measures in one command what this package does on one GPU or TPU core, and writes a JSON and a Markdown table.
 
     pip install '.[cuda,quant,torch]' && python benchmarks/accelerator.py [--minutes 25] [--json accelerator.json]
+    python benchmarks/accelerator.py --resume [--only clients aggregation]
     python benchmarks/accelerator.py --toy
 
 Local steps are those of LLaVA-1.5-7B's shape with random weights, of sequences of 576 image and 128 text tokens, 64 of
 them learnt; `--toy` rehearses everything at the shape of the embedded base cut to two layers, on any device. Every part
 runs in another process (accelerator_parts.py), so that what runs out of memory, crashes or hangs costs its own number
-alone. The files are written after every case. A case that would not fit the time that is left is skipped, and said so.
+alone. The files are written after every case. A case that would not fit the time that is left is skipped, and said so;
+`--resume` measures what the JSON of an earlier run on the same machine lacks.
 
 "tokens/s" counts all tokens of the trained sequences. "of ceiling" is the speed of the step's matrix products (FLOPs of
 its jaxpr, without recomputation, over its time) divided by that of the chain of products that is measured first.
@@ -29,9 +31,10 @@ PARTS = Path(__file__).parent / "accelerator_parts.py"
 WHAT = {
     "ceiling": "speed of a chain of matrix products in bfloat16 (float32 on CPU), and of a copy: the device's ceilings",
     "claim": "one step of LoRA of rank 64 and the projector (fedavg): 1, 3 and 9 adapters on the same 9 sequences",
-    "attention": "one step of Pilot's stage 2 with the package's own attention and with cuDNN's, activations stored or "
-                 "recomputed: what each costs in time and memory",
+    "attention": "one step of Pilot's stage 2 with the package's own attention and with cuDNN's, activations stored, "
+                 "recomputed, or recomputed but for the linear layers: what each costs in time and memory",
     "base": "one step with the base in bfloat16, 8 bits and 4 bits: memory saved, time that dequantising costs",
+    "flags": "nine adapters as above, with options of XLA, each in a process of its own",
     "torch": "one step of torch and PEFT on the same number of tokens: a Llama of the same shape, without images",
     "clients": "one step of 1 to 16 clients side by side, LoRA of rank 8: how the speed grows with the work at once",
     "adapters": "one step of 64 sequences divided among 1 to 64 adapters of rank 8: what more adapters cost",
@@ -53,15 +56,17 @@ def cases(toy: bool) -> list[list[dict]]:
               *(step("claim", n, nine // n, rank=rank) for n in ((3, 1) if toy else (9, 1, 3)))]
     questions = [
         *(step("attention", 1, 2 if toy else 8, strategy="pilot", attention=kernel, remat=remat)
-          for remat in (False, True) for kernel in ("own", "cudnn")),
+          for remat, kernel in ((False, "own"), (False, "cudnn"), ("selective", "cudnn"), (True, "cudnn"),
+                                ("selective", "own"))),
         *(step("base", 1, 2 if toy else 8, base=base) for base in (["bf16"] * (not toy) + ["int8", "nf4"]))]
+    flags = [] if toy else [[step("flags", 9, 1, rank=rank, flags="--xla_gpu_enable_dynamic_slice_fusion=true")]]
     beside = [case("torch", "torch_step", batch=nine, rank=rank, remat=remat) for remat in (False, True)]
     rest = [
         *(step("clients", n, batch, rank=8) for n, batch in (
             [(2, 1)] if toy else [(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (1, 4), (4, 4), (16, 4)])),
         *(step("adapters", n, many // n, rank=8, remat=True) for n in ((4,) if toy else (1, 8, 64))),
         *(case("aggregation", "aggregation", clients=n, rank=8) for n in ((48,) if toy else (8, 64, 512)))]
-    return [claims + questions + rest, beside] if toy else [claims, questions, beside, rest]
+    return [claims + questions + rest, beside] if toy else [claims, questions, beside, rest, *flags]
 
 
 class Record:
@@ -69,8 +74,16 @@ class Record:
 
     def __init__(self, path: Path, groups: list[list[dict]], toy: bool) -> None:
         self.path, self.about = path, {"shape": "toy" if toy else "7b"}
-        self.rows = [case | {"what": WHAT[case["group"]], "status": "not reached"}
-                     for group in groups for case in group]
+        self.cases = [case for group in groups for case in group]
+        self.rows = [case | {"what": WHAT[case["group"]], "status": "not reached"} for case in self.cases]
+
+    def keep(self) -> None:
+        """Takes over what the JSON file has measured of the same cases."""
+        earlier = json.loads(self.path.read_text(encoding="utf-8"))
+        self.about = earlier["about"]
+        for i, case in enumerate(self.cases):
+            same = [row for row in earlier["rows"] if row["status"] == "measured" and row.items() >= case.items()]
+            self.rows[i] = same[0] if same else self.rows[i]
 
     def put(self, number: int, result: dict) -> None:
         self.rows[number] |= {"status": "measured", **result}
@@ -111,7 +124,7 @@ class Record:
                  "| claim | measured | holds |", "|---|---:|---|"]
         lines += [f"| {c['claim']} | {number(c['measured'], form='.4g') or 'not measured'} | "
                   f"{ {None: '', True: 'yes', False: 'no'}[c['holds']]} |" for c in self.claims()]
-        for group, what in WHAT.items():
+        for group, what in ((g, w) for g, w in WHAT.items() if any(row["group"] == g for row in self.rows)):
             lines += ["", f"**{group}**: {what}.", "", "| case | ms | tokens/s | TFLOP/s | of ceiling | GB/s | "
                       "program GB | peak GB | plan GB | |", "|---|" + "---:|" * 8 + "---|"]
             for row in (r for r in self.rows if r["group"] == group):
@@ -139,14 +152,16 @@ def described(row: dict) -> str:
     else:
         words = [f"1 × {row['batch']} sequences"]
     words += [f"rank {row['rank']}"] if "rank" in row else []
-    words += [row["base"]] if "base" in row else []
-    return ", ".join(words + ["recomputed"] * bool(row.get("remat")))
+    words += [row[name] for name in ("base", "flags") if name in row]
+    return ", ".join(words + {True: ["recomputed"], "selective": ["partly recomputed"]}.get(row.get("remat"), []))
 
 
 def supervise(command: list[str], numbered: list[tuple[int, dict]], record: Record, deadline: float,
               limit: float) -> None:
-    """Runs cases in processes until each has a result. A process that ends early costs the case that it was in; so does
-    one that takes longer than `limit` seconds for a case, or that the deadline stops."""
+    """Runs cases, all with the same `flags`, in processes until each has a result. A process that ends early costs the
+    case that it was in; so does one that takes longer than `limit` seconds for a case, or that the deadline stops."""
+    flags = [*filter(None, [os.environ.get("XLA_FLAGS"), *(case.get("flags") for _, case in numbered[:1])])]
+    environment = os.environ | ({"XLA_FLAGS": " ".join(flags)} if flags else {})
     while numbered:
         with tempfile.TemporaryDirectory() as folder:
             results, current, since, read = Path(folder) / "results", None, time.time(), 0
@@ -154,7 +169,8 @@ def supervise(command: list[str], numbered: list[tuple[int, dict]], record: Reco
             waiting = Path(folder) / "cases"
             waiting.write_text(json.dumps(numbered), encoding="utf-8")
             with waiting.open("rb") as cases:
-                process = subprocess.Popen([*command[:2], str(results), str(deadline), *command[2:]], stdin=cases)
+                process = subprocess.Popen([*command[:2], str(results), str(deadline), *command[2:]], stdin=cases,
+                                           env=environment)
             try:
                 while True:
                     ended = process.poll() is not None
@@ -203,7 +219,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=25, help="time after which no further case is begun")
     parser.add_argument("--toy", action="store_true", help="a toy shape on any device")
+    parser.add_argument("--only", nargs="+", choices=list(WHAT), help="measure these tables alone")
     parser.add_argument("--limit", type=float, default=300, help="seconds after which a case is given up")
+    parser.add_argument("--resume", action="store_true", help="keep what the JSON file has, and measure the rest")
     parser.add_argument("--json", type=Path, default=Path("accelerator.json"))
     args = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # JAX takes three quarters by itself
@@ -211,9 +229,12 @@ def main() -> None:
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     deadline, groups = time.time() + 60 * args.minutes, cases(args.toy)
     record, first = Record(args.json, groups, args.toy), 0
+    if args.resume and args.json.exists():
+        record.keep()
     record.write()
     for group in groups:
-        numbered = list(enumerate(group, first))
+        numbered = [(number, case) for number, case in enumerate(group, first)
+                    if record.rows[number]["status"] != "measured" and case["group"] in (args.only or WHAT)]
         first += len(group)
         if time.time() >= deadline:
             for number, _ in numbered:

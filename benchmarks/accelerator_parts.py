@@ -51,8 +51,9 @@ class Jax:
                 "shape": self.shape}
 
     def ceiling(self, case: dict) -> dict:
-        """Measures a chain of matrix products, and a copy of 1 GB on the device."""
+        """Measures a chain of products of random matrices, since equal numbers take less power, and a copy of 1 GB."""
         import jax.numpy as jnp
+        import numpy as np
 
         from pilot_jax.kernels.backend import default_dtype
 
@@ -61,13 +62,14 @@ class Jax:
 
         @jax.jit
         def chain(x):
-            return jax.lax.fori_loop(0, times, lambda _, y: (y @ x * (1 / size)).astype(dtype), x)
+            return jax.lax.fori_loop(0, times, lambda _, y: (y @ x).astype(dtype), x)
 
         @jax.jit
         def copied(x):
             return x + 1
 
-        x = jnp.ones((size, size), dtype)
+        numbers = np.random.default_rng(0).standard_normal((size, size), np.float32)
+        x = jnp.asarray(numbers / np.sqrt(size), dtype)  # products of such matrices keep their scale
         chain(x).block_until_ready()
         flops = 2 * size**3 * times / best_of(lambda: chain(x).block_until_ready())
         large = jnp.zeros(2**28 // (1 if self.shape == "7b" else 64), jnp.float32)
@@ -87,22 +89,24 @@ class Jax:
             f"strategy={{name: {case.get('strategy', 'fedavg')}}}", f"model.lora={{rank: {rank}, alpha: {2 * rank}}}",
             f"train.batch_size={batch}", f"model.remat={str(case.get('remat', False)).lower()}",
             f"model.base={case.get('base', 'bf16')}", f"system.client_chunk={clients}", "system.unroll=1",
+            f"system.attention={case.get('attention', 'auto')}",
             *([f"train.microbatch={case['microbatch']}"] if "microbatch" in case else []),
             *(["model.path=llava-1.5-7b-hf"] if large else [])])
         run = outline(config)
         if not large:
             text = dataclasses.replace(run.spec.text, num_layers=2, sliding_layers=run.spec.text.sliding_layers[:2])
             run = dataclasses.replace(run, spec=dataclasses.replace(run.spec, text=text))
+        run = dataclasses.replace(run, system=run.system.model_copy(update={"attention": self.attention(run)}))
         length = -(-(run.spec.num_image_tokens + (128 if large else 28)) // 8) * 8
         return run, estimate.Workload((batch * STEPS,) * clients, 3, length, 64 if large else 16)
 
     def fitting(self, case: dict):
-        """Returns (outline, workload, shapes) of a case. Without a setting for `remat`, activations are recomputed if
-        by plan the step does not fit the device otherwise."""
+        """Returns (outline, workload, shapes) of a case. Without a setting for `remat`, as few activations are
+        recomputed as by plan the device allows."""
         from pilot_jax.planning import estimate
 
         limit = (self.device.memory_stats() or {}).get("bytes_limit") or float("inf")
-        for remat in [case["remat"]] if "remat" in case else [False, True]:
+        for remat in [case["remat"]] if "remat" in case else [False, "selective", True]:
             run, work = self.outline(case | {"remat": remat})
             shapes = estimate.phase_shapes(run, work)
             planned = estimate.memory(shapes)[run.strategy.first_stages[-1]]["total"]
@@ -128,7 +132,7 @@ class Jax:
 
         run, work, shapes = self.fitting(case)
         jax, clients, batch = self.jax, case["clients"], case["batch"]
-        stage, kernel = run.strategy.first_stages[-1], self.attention(case, run, shapes)
+        stage, kernel = run.strategy.first_stages[-1], run.system.attention
         base = self.base_of(case.get("base", "bf16"), shapes.base)
         adapters = random_tree(shapes.adapters)
         spec = phase_spec(shapes.module.clone(kernel=kernel), run.strategy.ownership(), stage, run.train)
@@ -157,8 +161,10 @@ class Jax:
         take(1)
         one, several = best_of(lambda: take(1)), best_of(lambda: take(STEPS))
         seconds = (several - one) / (STEPS - 1)
-        # FLOPs are those of the package's own attention for both, since cuDNN's are not in the jaxpr.
-        flops, used = clients * estimate.step_flops(shapes, stage), program.memory_analysis()
+        # FLOPs are those of the package's own attention for both, since cuDNN's are not in the jaxpr, and without those
+        # of recomputation.
+        stored = dataclasses.replace(shapes, module=shapes.module.clone(remat=False))
+        flops, used = clients * estimate.step_flops(stored, stage), program.memory_analysis()
         tokens = clients * batch * work.length
         return {"seconds_per_step": seconds, "tokens_per_second": tokens / seconds, "tokens": tokens,
                 "flops_per_second": flops / seconds, "attention": kernel, "remat": run.model.recomputes,
@@ -167,12 +173,13 @@ class Jax:
                 "peak_bytes": (self.device.memory_stats() or {}).get("peak_bytes_in_use"),
                 "compile_seconds": compile_seconds}
 
-    def attention(self, case: dict, run, shapes) -> str:
+    def attention(self, run) -> str:
+        """Returns the attention that a run asks for, or by default the fastest that the device has."""
         from pilot_jax.kernels.attention import cudnn_obstacle
+        from pilot_jax.kernels.backend import default_dtype
 
-        wanted, text = case.get("attention", "auto"), run.spec.text
-        obstacle = cudnn_obstacle(self.jax.default_backend(), text.head_dim, text.layers_see_alike,
-                                  shapes.module.dtype.name)
+        wanted, text = run.system.attention, run.spec.text
+        obstacle = cudnn_obstacle(self.jax.default_backend(), text.head_dim, text.layers_see_alike, default_dtype())
         if wanted == "cudnn" and obstacle is not None:
             raise Missing(f"cuDNN's attention {obstacle}")
         return ("own" if obstacle is not None else "cudnn") if wanted == "auto" else wanted
@@ -298,6 +305,8 @@ class Torch:
                 torch.cuda.synchronize()
 
         step()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         seconds, tokens = best_of(step, 4), batch * length
         return {"seconds_per_step": seconds, "tokens_per_second": tokens / seconds, "tokens": tokens,
                 "torch": torch.__version__,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 from pydantic import Field, model_validator
 
 from pilot_jax.config.lora import LoraConfig
 from pilot_jax.config.sections import Section, made
+
+Remat = bool | Literal["selective"]  # which activations of the decoder layers the backward pass computes again
 
 BOTH_OR_NEITHER = "Give vision and projector both, or neither of them for a language model alone."
 
@@ -57,9 +59,11 @@ class ModelConfig(Section):
         "float32", description="Data type to which factors are rounded in products with the language model's weights, "
         "on CPU with dtype float32. bfloat16 is faster on CPUs that multiply it (avx512_bf16), and changes losses in "
         "the third digit: not for results that are compared with others. No effect with `base` int8 and nf4.")
-    remat: bool | Literal["auto"] = Field(
+    remat: bool | Literal["selective", "auto"] = Field(
         False, description="Whether the backward pass computes the decoder layers' activations again instead of "
-        "storing them, which takes less memory and more time. auto: if they do not fit the device, by `plan`.")
+        "storing them, which takes less memory and more time. selective: the outputs of the linear layers are stored "
+        "and the rest, which costs little to compute, is computed again. auto: the first of false, selective and true "
+        "with which the run fits the device, by `plan`.")
     projector: str | None = Field(None, description="Name of a projector of your own, which `pilot_jax.projector` "
                                   "registers, instead of the checkpoint's. It starts untrained. null: the "
                                   "checkpoint's.")
@@ -72,9 +76,9 @@ class ModelConfig(Section):
         return self
 
     @property
-    def recomputes(self) -> bool:
-        """Whether activations are computed again."""
-        return bool(made("model.remat", self.remat))
+    def recomputes(self) -> Remat:
+        """Whether, and which, activations are computed again; no longer "auto"."""
+        return cast(Remat, made("model.remat", self.remat))
 
     @property
     def takes_images(self) -> bool:

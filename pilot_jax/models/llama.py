@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import PyTree
 
+from pilot_jax.config.model import Remat
 from pilot_jax.kernels.attention import MASKED, attention, causal_attention
 from pilot_jax.kernels.pointwise import rms_norm, swiglu
 from pilot_jax.kernels.quantised import Kernel, Stored, is_quantised, product
@@ -28,6 +30,10 @@ from pilot_jax.models.spec import RopeSpec, TextSpec
 from pilot_jax.parallel.mesh import gathered
 
 Attention = Literal["own", "cudnn", "xla"]  # `attention` of this package, or an implementation of `causal_attention`
+# What the backward pass of a layer reads from memory, by `remat`. Selective: the outputs of linear layers, from which
+# the rest (norms, RoPE, attention, SwiGLU) is computed again.
+LINEAR = "output of a linear layer"
+POLICIES = {True: None, "selective": jax.checkpoint_policies.save_only_these_names(LINEAR)}
 Cache = dict[str, jax.Array]  # {"k", "v"}, each [layers, B, KV, M, head_dim], or [B, KV, M, head_dim] inside one layer
 
 
@@ -106,8 +112,10 @@ class DecoderBlock(nn.Module):
         if adapted:
             outs |= zip(adapted, lora_linears(x, tuple(kernels[n] for n in adapted), lora, adapted, self.lora_scale,
                                               self.operands), strict=True)
-        return [outs[n] + self.param(f"{n}_bias", nn.initializers.zeros, outs[n].shape[-1:]).astype(x.dtype)
-                if n in self.config.biases else outs[n] for n in names]
+        for n in names:
+            if n in self.config.biases:
+                outs[n] += self.param(f"{n}_bias", nn.initializers.zeros, outs[n].shape[-1:]).astype(x.dtype)
+        return [checkpoint_name(outs[n], LINEAR) for n in names]
 
     def _kernel(self, name: str, dtype: jnp.dtype) -> Kernel:
         """Returns the weight [d_in, d_out] of a linear layer; an array is in `dtype`."""
@@ -175,7 +183,7 @@ class Decoder(nn.Module):
     config: TextSpec
     lora_scale: float = 1.0
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: Remat = False
     unroll: int = 1
     kernel: Attention = "own"
     operands: str = "float32"
@@ -185,7 +193,8 @@ class Decoder(nn.Module):
         c = self.config
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size))
         # prevent_cse is needed outside scans only; inside a scan it blocks optimisation.
-        block = nn.remat(DecoderBlock, prevent_cse=False) if self.remat else DecoderBlock
+        block = (nn.remat(DecoderBlock, prevent_cse=False, policy=POLICIES[self.remat]) if self.remat
+                 else DecoderBlock)
         scanned = nn.scan(
             block, variable_axes={"params": 0, "lora": 0}, split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast), length=c.num_layers, unroll=self.unroll)
@@ -245,7 +254,7 @@ class Decoder(nn.Module):
                 return output
 
             weights = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-            x = (jax.checkpoint(run) if self.remat else run)(weights, x)
+            x = (jax.checkpoint(run, policy=POLICIES[self.remat]) if self.remat else run)(weights, x)
         return x
 
     def logits(self, hidden: jax.Array) -> jax.Array:

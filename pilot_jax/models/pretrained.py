@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from pilot_jax.config import BOTH_OR_NEITHER, ModelConfig
+from pilot_jax.config.model import Remat
 from pilot_jax.errors import InputError
 from pilot_jax.kernels.backend import default_dtype
 from pilot_jax.models.checkpoints.hf_config import read_vlm_config
@@ -187,7 +188,7 @@ class LoadOptions(TypedDict, total=False):
 
     dtype: str | None
     lora_scale: float
-    remat: bool
+    remat: Remat
     unroll: int
     place: Place | None
     base: Storage | None
@@ -199,7 +200,7 @@ class _Settings:
 
     dtype: str | None = None
     lora_scale: float = 1.0
-    remat: bool = False
+    remat: Remat = False
     unroll: int = 1
     place: Place | None = None
     base: Storage | None = None
@@ -225,7 +226,8 @@ def load(path: str | Path = EMBEDDED, **options: Unpack[LoadOptions]) -> Pretrai
         dtype: the data type of the frozen weights and of the computation; default float32 on CPU, bfloat16 on
             accelerators.
         lora_scale: α/r, the factor of LoRA's B·A, where LoRA is given; default 1.0.
-        remat: whether the backward pass computes the layers' activations again instead of storing them; default False.
+        remat: whether the backward pass computes the layers' activations again instead of storing them; default False;
+            "selective": all but the outputs of linear layers.
         unroll: the number of layers in one step of the scan over layers; default 1.
         place: a function from a leaf's path and shape to its sharding (`parallel.mesh.base_placement` makes one);
             default: all leaves on one device.

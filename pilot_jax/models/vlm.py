@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import PyTree
 
+from pilot_jax.config.model import Remat
 from pilot_jax.models.connector import Connector
 from pilot_jax.models.llama import Attention, Cache, CachedKeys, Decoder
 from pilot_jax.models.lora import LORA_SUBTREES, collection
@@ -56,7 +57,7 @@ class Vlm(nn.Module):
     config: VlmSpec
     lora_scale: float = 1.0
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: Remat = False
     unroll: int = 1
     kernel: Attention = "own"  # the implementation of attention in training, see `Decoder`
     operands: str = "float32"  # the dtype of the factors of products with W + B·A, see `kernels.low_rank.merged`

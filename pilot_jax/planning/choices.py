@@ -1,7 +1,8 @@
 """Chooses what a config leaves to the device's memory: `model.remat`, `system.client_chunk` and `system.attention`.
 
-The choices are those of the fastest step that fits, by the counts of compiled programs: recomputing activations costs
-about 1.4 times the operations, so it is the last resort; more clients at once share the products with the base.
+The choices are those of the fastest step that fits, by the counts of compiled programs: recomputing all activations
+costs about 1.4 times the operations, so it is the last resort, and all but the outputs of linear layers next to none;
+more clients at once share the products with the base.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import jax
 
 from pilot_jax.config import Config, apply_overrides
+from pilot_jax.config.model import Remat
 from pilot_jax.errors import InputError
 from pilot_jax.kernels.attention import cudnn_obstacle
 from pilot_jax.planning.estimate import Workload, activations, memory, phase_shapes, read_workload
@@ -19,6 +21,8 @@ from pilot_jax.runs.outline import Outline
 from pilot_jax.runs.prepare import outline
 
 MOST_AT_ONCE = 16  # clients that `client_chunk: auto` trains at once
+WORDS: dict[Remat, str] = {False: "stores activations", True: "recomputes activations",
+                          "selective": "stores the linear layers' outputs and recomputes the rest"}
 SPARE = 0.08  # share of a device's memory left to XLA's own buffers and to fragmentation
 
 
@@ -52,11 +56,12 @@ def chosen(config: Config, device: Device, **assumptions: int) -> tuple[Config, 
     """
     run = outline(config)
     attention, because = _attention(run, device)
+    run = dataclasses.replace(run, system=run.system.model_copy(update={"attention": attention}))
     work, room = read_workload(config, run, **assumptions), (1 - SPARE) * device.bytes
-    remats = [False, True] if run.model.remat == "auto" else [run.model.recomputes]
+    remats: list[Remat] = [False, "selective", True] if run.model.remat == "auto" else [run.model.recomputes]
     chunk = run.system.client_chunk
     least = 1 if chunk == "auto" else chunk
-    needs: dict[bool, list[float]] = {}
+    needs: dict[Remat, list[float]] = {}
     for remat in remats:
         most = _clients_at_most(run, work) if chunk == "auto" else chunk
         needs[remat] = _bytes(run, work, remat, most)
@@ -65,8 +70,8 @@ def chosen(config: Config, device: Device, **assumptions: int) -> tuple[Config, 
     else:
         raise InputError(_too_large(needs[remat][least - 1], device, remat, least))
     width = least if chunk != "auto" else max(n for n, size in enumerate(needs[remat], 1) if size <= room)
-    told = [f"{'recomputes' if remat else 'stores'} activations"
-            + (f" (storing them needs {needs[False][least - 1] / 1e9:.1f} GB)" if remat and False in needs else ""),
+    told = [WORDS[remat]
+            + (f" (storing them needs {needs[False][least - 1] / 1e9:.1f} GB)" if False in needs and remat else ""),
             f"{width} client{'s' * (width > 1)} at once"
             + (f" ({width + 1} need {needs[remat][width] / 1e9:.1f} GB)" if width < len(needs[remat]) else ""),
             f"attention {attention} ({because})"]
@@ -94,7 +99,7 @@ def _clients_at_most(run: Outline, work: Workload) -> int:
     return min(MOST_AT_ONCE, -(-len(work.sizes) // rows))
 
 
-def _bytes(run: Outline, work: Workload, remat: bool, most: int) -> list[float]:
+def _bytes(run: Outline, work: Workload, remat: Remat, most: int) -> list[float]:
     """Returns the bytes on a device with 1, 2, … `most` clients at once, of the phase that needs most."""
     run = dataclasses.replace(run, model=run.model.model_copy(update={"remat": remat}))
     shapes = phase_shapes(run, work)
@@ -104,8 +109,8 @@ def _bytes(run: Outline, work: Workload, remat: bool, most: int) -> list[float]:
         for count in range(1, most + 1)]
 
 
-def _too_large(needed: float, device: Device, remat: bool, clients: int) -> str:
-    ways = [*(["model.remat=true"] if not remat else []), *(["system.client_chunk=1"] if clients > 1 else []),
+def _too_large(needed: float, device: Device, remat: Remat, clients: int) -> str:
+    ways = [*(["model.remat=true"] if remat is not True else []), *(["system.client_chunk=1"] if clients > 1 else []),
             "train.microbatch=1", "model.base=nf4", "a mesh with a larger system.mesh.fsdp"]
     return (f"system: by plan the run needs {needed / 1e9:.1f} GB on each device, and a device of "
             f"{device.bytes / 1e9:.1f} GB leaves {(1 - SPARE) * device.bytes / 1e9:.1f} GB. Try {', '.join(ways)}. "

@@ -161,8 +161,14 @@ def _activations(shapes: Shapes, stage: str) -> int:
         loss, trained, frozen = stage_loss_of(dataclasses.replace(shapes, module=module), stage)
         return saved_bytes(loss, trained, frozen, shapes.base, batch)
 
-    layer = (whole := stored(shapes.module.clone(remat=False))) // shapes.run.spec.text.num_layers
-    return stored(shapes.module) + 3 * layer // 2 if shapes.run.model.recomputes else whole + layer // 2
+    text, remat = shapes.run.spec.text, shapes.run.model.recomputes
+    layer = stored(shapes.module.clone(remat=False)) // text.num_layers
+    if shapes.run.system.attention == "cudnn":
+        # What is traced is the package's own attention, which stores its weights, and its output in float32.
+        rows, length = batch["input_ids"].shape
+        size = shapes.module.dtype.itemsize
+        layer -= rows * length * text.num_heads * (length * size + text.head_dim * (4 - size))
+    return stored(shapes.module) + 3 * layer // 2 if remat else layer * text.num_layers + layer // 2
 
 
 def _width(shapes: Shapes) -> int:

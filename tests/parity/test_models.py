@@ -206,7 +206,8 @@ def test_shipped_base_is_what_transformers_loads():
 
 @pytest.mark.slow
 def test_remat_and_unroll_change_nothing(tiny):
-    """The decoder's gradients are the same with and without rematerialisation and unrolling."""
+    """The decoder's gradients are the same with and without rematerialisation, of all or some activations, and
+    unrolling."""
     _, model = tiny
     lora = init_lora(jax.random.key(0), model.config.text, 2)
     ids, mask, _ = inputs(0)
@@ -222,9 +223,10 @@ def test_remat_and_unroll_change_nothing(tiny):
 
         return jax.grad(loss)(lora)
 
-    plain, other = gradient(False, 1), gradient(True, 2)
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
+    plain = gradient(False, 1)
+    for remat, unroll in ((True, 2), ("selective", 1), ("selective", 2)):
+        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(gradient(remat, unroll)), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 @pytest.mark.slow

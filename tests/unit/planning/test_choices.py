@@ -27,11 +27,12 @@ def test_the_fastest_step_that_fits(monkeypatch):
     Whatever is chosen has the bytes that `plan` counts for it."""
     monkeypatch.setattr(choices, "MOST_AT_ONCE", 3)
     config, seen = small_config(**AUTO), []
-    for bytes_ in (1.01 * total(True, 1), 1.01 * total(False, 1), 1.01 * total(False, 2), 1e12):
+    for bytes_ in (1.01 * total(True, 1), 1.01 * total("selective", 1), 1.01 * total(False, 1), 1.01 * total(False, 2),
+                   1e12):
         made, line = chosen(config, Device("tpu", bytes_ / (1 - SPARE)))
         seen.append((made.model.remat, made.system.client_chunk))
         assert total(*seen[-1]) <= bytes_ and made.system.attention == "own" and "cudnn needs an NVIDIA GPU" in line
-    assert seen == [(True, 1), (False, 1), (False, 2), (False, 3)]
+    assert seen == [(True, 1), ("selective", 1), (False, 1), (False, 2), (False, 3)]
     with pytest.raises(InputError, match=r"Try .*model\.base=nf4.*Nothing was loaded"):
         chosen(config, Device("tpu", 0.99 * total(True, 1)))
 
