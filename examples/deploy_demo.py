@@ -211,7 +211,7 @@ def killed_and_strangers(folder: Path, net: Network) -> None:
         wait_until(net, "round 1 is saved", saved.exists)
         net.kill("server")
         net.start_server()
-        timeout = max(90.0, 5 * max(phase["seconds"] for phase in phases(net)))
+        timeout = max(60.0, 3 * max(phase["seconds"] for phase in phases(net)))
         run = net.run(timeout=timeout)
         wait_until(net, "bert is in round 2", lambda: f"[RUN {run}]" in (net.folder / "bert.log").read_text())
         bert, = (net.folder / "nodes" / "bert").glob("*")
@@ -294,11 +294,16 @@ def main() -> None:
             large(folder, options.large, options.wire, None if options.database == "memory" else options.database)
         compared = ["pilot"] if options.short else options.strategies
         with ThreadPoolExecutor(2) as pool:
-            running = [] if options.short or options.only_simulated or options.large else [
-                pool.submit(killed_and_strangers, folder, secure_network(folder))]
-            for strategy in [] if options.only_killed or options.large else compared:
-                running.append(pool.submit(as_in_the_simulator, folder, strategy, *in_the_simulator(
-                    folder, strategy, 1 if options.short else 2)))
+            # Pilot's simulation comes first: it compiles the programs of all nodes of two networks.
+            running, rounds = [], 1 if options.short else 2
+            compared = [] if options.only_killed or options.large else compared
+            for strategy in compared:
+                simulated = in_the_simulator(folder, strategy, rounds)
+                running.append(pool.submit(as_in_the_simulator, folder, strategy, *simulated))
+                if strategy == compared[0] and not (options.short or options.only_simulated):
+                    running.append(pool.submit(killed_and_strangers, folder, secure_network(folder)))
+            if options.only_killed:
+                running.append(pool.submit(killed_and_strangers, folder, secure_network(folder)))
             for future in running:
                 future.result()
         print(f"{time.monotonic() - began:.0f} s; {f'{len(wrong)} checks are WRONG' if wrong else 'all is well'}")

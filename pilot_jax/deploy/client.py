@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from pilot_jax.federation.parcels import Parcel
+if TYPE_CHECKING:  # each message has a process of its own, which imports JAX if the message needs it
+    from pilot_jax.federation.parcels import Parcel
 
 
 def to_records(parcel: Parcel) -> RecordDict:
@@ -22,6 +23,8 @@ def to_records(parcel: Parcel) -> RecordDict:
 
 def from_records(records: RecordDict) -> Parcel:
     """Returns the parcel that `to_records` made into records."""
+    from pilot_jax.federation.parcels import Parcel
+
     about = dict(records.config_records["about"])
     names = tuple(about.pop("names"))  # type: ignore[arg-type]
     return Parcel(about, names, records.array_records["adapters"]["all"].data if names else b"")
@@ -31,22 +34,21 @@ def client_app(folder: Path, stages: str) -> ClientApp:
     """Returns the client app of an app folder; `stages`: the strategy's, separated by commas."""
     app = ClientApp()
     for stage in stages.split(","):
-        app.train(stage)(lambda message, context: _answered(message, context, folder, lambda node, order: node.train(
-            order)))
-    app.query("finish")(lambda message, context: _answered(message, context, folder, lambda node, order: node.finish(
-        order)))
-    app.query("name")(lambda message, context: Message(to_records(Parcel(
-        {"name": str(context.node_config["client"])})), reply_to=message))
+        app.train(stage)(lambda message, context: _answered(message, context, folder, "train"))
+    app.query("finish")(lambda message, context: _answered(message, context, folder, "finish"))
+    app.query("name")(lambda message, context: Message(RecordDict({"about": ConfigRecord(
+        {"name": str(context.node_config["client"]), "names": []})}), reply_to=message))
     return app
 
 
-def _answered(message: Message, context: Context, folder: Path, answer: Callable[..., Parcel]) -> Message:
-    """Returns the reply to a message. Of an error only its kind is sent, because its text may quote the data."""
+def _answered(message: Message, context: Context, folder: Path, method: Literal["train", "finish"]) -> Message:
+    """Returns a node's reply to a message. Of an error only its kind is sent, because its text may quote the data."""
     from pilot_jax.deploy.glue import node_of
+    from pilot_jax.federation.parcels import Parcel
 
     try:
         with node_of(folder, context.node_config, context.run_config) as node:
-            parcel = answer(node, from_records(message.content))
+            parcel = getattr(node, method)(from_records(message.content))
     except Exception as error:
         logging.getLogger("pilot_jax").exception("the message could not be answered")
         parcel = Parcel({"fault": f"did not come: {type(error).__name__}; see the log of its node"})

@@ -22,15 +22,15 @@ ROSTER = Roster({"b": Member("t1", 3), "a": Member("t0", 2, 64, 8, "ecdsa-sha2-n
 def test_the_folder_is_an_app_of_flower(tmp_path):
     glue.write_app(tmp_path / "My app", small_config(), ROSTER)
     folder = tmp_path / "My app"
-    assert {p.name for p in folder.iterdir()} == {"README.md", "app.py", "clients.yaml", "config.yaml",
-                                                  "pyproject.toml"}
+    assert {p.name for p in folder.iterdir()} == {"README.md", "client_app.py", "clients.yaml", "config.yaml",
+                                                  "pyproject.toml", "server_app.py"}
     project = tomllib.loads((folder / "pyproject.toml").read_text())
     assert project["project"]["name"] == "my-app" and project["project"]["dependencies"] == [glue.FLOWER]
-    names = {t.id for node in ast.parse((folder / "app.py").read_text()).body if isinstance(node, ast.Assign)
-             for t in node.targets}
-    parts = project["tool"]["flwr"]["app"]["components"]
-    assert {part.partition(":")[2] for part in parts.values()} == names == {"server", "client"}
-    assert '"stage1,stage2"' in (folder / "app.py").read_text()
+    for part in project["tool"]["flwr"]["app"]["components"].values():
+        module, _, name = part.partition(":")
+        assert name in {t.id for node in ast.parse((folder / f"{module}.py").read_text()).body
+                        if isinstance(node, ast.Assign) for t in node.targets}
+    assert '"stage1,stage2"' in (folder / "client_app.py").read_text()
     assert load_config(folder / "config.yaml") == small_config()
     assert read_roster(folder / "clients.yaml") == ROSTER
     assert "$" not in (folder / "README.md").read_text().replace("$ ", "")
