@@ -37,7 +37,8 @@ def compare(config: ConfigPath,
             seeds: Annotated[int, typer.Option(min=1, help="Number of seeds per variant; they train together.")] = 3,
             rates: Annotated[str, typer.Option(
                 help="Factors on the learning rates, such as 0.1,0.3,1. Each strategy gets the factor with its best "
-                     "validation score. Default: the config's learning rates.")] = "",
+                     "validation score; while that is the largest or smallest, up to three beyond it are tried. "
+                     "Default: the config's learning rates.")] = "",
             split: Annotated[str, typer.Option(help="Split that is scored: test or validation.")] = "test",
             vary: Annotated[str, typer.Option(
                 help="key=v1,v2,… with key as in --set: one comparison for each value, in separate folders, and one "

@@ -18,7 +18,7 @@ import jax
 
 from pilot_jax.compare.differences import check_references, differences
 from pilot_jax.compare.page import write_results
-from pilot_jax.compare.statistics import edge_warnings, summarise
+from pilot_jax.compare.statistics import best_factor, beyond, edge_warnings, summarise
 from pilot_jax.compare.variants import Variant
 from pilot_jax.config import Config, apply_overrides
 from pilot_jax.data.arrays import ClientData, Prompts, aligned
@@ -153,8 +153,8 @@ def tune(field: Field, variant: Variant, factors: Sequence[float], config: Confi
     total = dict.fromkeys(factors, 0.0)  # a seed that diverged adds 0
     for factor, scores in zip(factor_of, _scores(setups, states, tuned, "validation"), strict=True):
         total[factor] += mean_score(list(scores.own.values())) or 0.0
-    score = {factor: value / len(field.setups) for factor, value in total.items()}
-    return {"factor": max(score, key=lambda f: (score[f], -f)), "validation": {f"{f:g}": s for f, s in score.items()}}
+    score = {f"{factor:g}": value / len(field.setups) for factor, value in total.items()}
+    return {"factor": best_factor(score), "validation": score}
 
 
 def run_variant(field: Field, variant: Variant, changes: Sequence[str] = (), split: str = "test") -> Record:
@@ -240,6 +240,9 @@ class Options:
     against: tuple[str, ...] = ()  # see `references`
 
 
+FURTHER = 3  # factors on the learning rates that a strategy may try beyond those of the options
+
+
 class Comparison:
     """A running comparison. Finished results are read from files, and data are prepared only if some are missing."""
 
@@ -278,19 +281,36 @@ class Comparison:
         return done, True
 
     def rates(self, family: str) -> Record:
-        """Returns the result of `tune` for a strategy, with its best factor on the learning rates."""
-        variant, factors = Variant(family, family, (f"strategy.name={family}",)), self.options.factors
+        """Returns the result of `tune` for a strategy, with its best factor on the learning rates.
+
+        As long as that is the largest or the smallest of those tried, up to FURTHER more are, each beyond the last.
+        """
+        done, new = self._tuned(family, self.options.factors)
+        for _ in range(FURTHER):
+            if (further := beyond(done["validation"])) is None:
+                break
+            more, newer = self._tuned(family, (further,))
+            validation, new = done["validation"] | more["validation"], new or newer
+            done = {"factor": best_factor(validation), "validation": validation,
+                    "wall_seconds": done["wall_seconds"] + more["wall_seconds"]}
+        if new:
+            scores = ", ".join(f"× {factor}: {score:.3f}" for factor, score in done["validation"].items())
+            self.say(f"{family}: learning rates × {done['factor']:g}; validation scores {scores} "
+                     f"({done['wall_seconds']:.0f} s)")
+        return done
+
+    def _tuned(self, family: str, factors: Sequence[float]) -> tuple[Record, bool]:
+        """Returns (result of `tune` for a strategy, whether it is new)."""
+        variant = Variant(family, family, (f"strategy.name={family}",))
 
         def make() -> Record:
             clock = time.perf_counter()
             tuned = tune(self._field("tune"), variant, factors, self.config)
             return tuned | {"wall_seconds": time.perf_counter() - clock}
 
-        done, new = self._once(f"rates/{path_part(family)}", [dataclasses.astuple(variant), factors, TUNING_SEED], make)
-        if new:
-            self.say(f"{family}: learning rates × {done['factor']:g}, validation scores by factor {done['validation']} "
-                     f"({done['wall_seconds']:.0f} s)")
-        return done
+        beside = "" if factors == self.options.factors else f"_{factors[0]:g}"
+        given = [dataclasses.astuple(variant), factors, TUNING_SEED]
+        return self._once(f"rates/{path_part(family + beside)}", given, make)
 
     def variant(self, variant: Variant, factor: float) -> Record:
         """Returns the results of a variant whose learning rates are the config's times `factor`."""
@@ -336,9 +356,10 @@ def compare(config: Config, variants: Sequence[Variant], options: Options, out: 
     apart = differences(rows, options.against, options.margin)
     results = {
         "config": config.model_dump(mode="json"), "split": options.split, "seeds": options.seeds,
-        "factors": list(options.factors), "base": comparison.base(), "guesses": comparison.guesses(),
+        "factors": sorted({*options.factors, *(float(f) for rate in rates.values() for f in rate["validation"])}),
+        "base": comparison.base(), "guesses": comparison.guesses(),
         "device": jax.devices()[0].device_kind, "devices": jax.device_count(), "rates": rates,
-        "margin": options.margin, "warnings": edge_warnings(rates, options.factors),
+        "margin": options.margin, "warnings": edge_warnings(rates),
         "variants": [summarise(name, row) | {"rate_factor": row["rate_factor"], "differences": apart[name]}
                      for name, row in rows.items()],
         "rows": rows, "seconds_of_this_call": time.perf_counter() - began,

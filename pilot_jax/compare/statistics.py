@@ -51,19 +51,30 @@ def standard_error(values: np.ndarray) -> float | None:
     return None if len(values) < 2 else float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
-def edge_warnings(rates: Mapping[str, Record], factors: Sequence[float]) -> list[str]:
-    """Returns a sentence for each end of the grid of learning-rate factors at which some strategy's best factor lies.
+def best_factor(validation: Mapping[str, float]) -> float:
+    """Returns the factor with the best validation score, or the smallest of several."""
+    return max(map(float, validation), key=lambda factor: (validation[f"{factor:g}"], -factor))
+
+
+def beyond(validation: Mapping[str, float]) -> float | None:
+    """Returns the next factor beyond the end of those tried at which the best one lies; None: it lies within.
+
+    It continues the ratio of the last two. Of a single factor there is no next one.
+    """
+    tried, best = sorted(map(float, validation)), best_factor(validation)
+    if len(tried) < 2 or best not in (tried[0], tried[-1]):
+        return None
+    beside = tried[1] if best == tried[0] else tried[-2]
+    return float(f"{best * best / beside:.3g}")
+
+
+def edge_warnings(rates: Mapping[str, Record]) -> list[str]:
+    """Returns a sentence for each strategy whose best learning rates are the largest or the smallest of those tried.
 
     Args:
-        rates: the result of `runner.tune` for each strategy.
-        factors: the grid; with a single factor nothing was chosen.
+        rates: the result of `Comparison.rates` for each strategy.
     """
-    grid, out = sorted(set(factors)), []
-    if len(grid) < 2:
-        return []
-    for edge, beside, word in ((grid[-1], grid[-2], "largest"), (grid[0], grid[1], "smallest")):
-        names = [name for name, rate in rates.items() if rate["factor"] == edge]
-        if names:
-            out.append(f"rates × {edge:g} is the {word} of the grid: {', '.join(names)}. A better one may lie beyond: "
-                       f"add {edge * edge / beside:.2g} to --rates.")
-    return out
+    return [f"{name}: learning rates × {rate['factor']:g}, its best, are the "
+            f"{'largest' if further > rate['factor'] else 'smallest'} of those tried. Better ones may lie beyond: add "
+            f"{further:g} to --rates."
+            for name, rate in rates.items() if (further := beyond(rate["validation"])) is not None]

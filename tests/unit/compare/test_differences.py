@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, small_config
 from scipy import stats
 
-from pilot_jax.compare import figures, tables
+from pilot_jax.compare import figures, runner, tables
 from pilot_jax.compare.difference_table import detail_rows, difference_cell, difference_explanations, references_of
 from pilot_jax.compare.differences import check_references, client_scores, differences, references
 from pilot_jax.compare.page import comparison_page, read_comparison, write_results
-from pilot_jax.compare.statistics import edge_warnings, summarise
+from pilot_jax.compare.statistics import best_factor, edge_warnings, summarise
 from pilot_jax.errors import InputError
 
 
@@ -213,13 +213,43 @@ def test_a_terminal_shows_the_columns_that_fit(width, columns):
     assert breaks == (width < 150)
 
 
+def rate(**scores: float) -> dict:
+    """Returns what is known of a strategy's learning rates; x2=0.1 is the score of the factor 2."""
+    validation = {name[1:].replace("_", "."): score for name, score in scores.items()}
+    return {"factor": best_factor(validation), "validation": validation}
+
+
 def test_edge_warnings():
-    rates = {"pilot": {"factor": 0.6}, "local": {"factor": 0.6}, "fedavg": {"factor": 0.1}, "fedprox": {"factor": 0.3}}
-    assert edge_warnings(rates, [0.3, 0.1, 0.6]) == [
-        "rates × 0.6 is the largest of the grid: pilot, local. A better one may lie beyond: add 1.2 to --rates.",
-        "rates × 0.1 is the smallest of the grid: fedavg. A better one may lie beyond: add 0.033 to --rates."]
-    assert edge_warnings({"fedprox": {"factor": 0.3}}, [0.1, 0.3, 0.6]) == []
-    assert edge_warnings({"pilot": {"factor": 1.0}}, [1.0]) == edge_warnings({}, []) == []
+    rates = {"pilot": rate(x0_1=0.1, x0_3=0.2, x0_6=0.3), "fedavg": rate(x0_1=0.2, x0_3=0.2, x0_6=0.1),
+             "fedprox": rate(x0_1=0.1, x0_3=0.2, x0_6=0.1), "local": rate(x1=0.5)}
+    assert edge_warnings(rates) == [
+        "pilot: learning rates × 0.6, its best, are the largest of those tried. Better ones may lie beyond: add 1.2 to "
+        "--rates.",
+        "fedavg: learning rates × 0.1, its best, are the smallest of those tried. Better ones may lie beyond: add "
+        "0.0333 to --rates."]
+    assert edge_warnings({}) == []
+
+
+def test_a_strategy_goes_on_beyond_the_grid(tmp_path, monkeypatch):
+    """Up to three factors beyond the last, as long as each is the best so far; what is known is not tried again."""
+    tried = []
+
+    def tune(field, variant, factors, config):
+        tried.append(tuple(factors))
+        best = {"far": 100.0, "near": 4.5, "inside": 1.5, "low": 0.3}[variant.name]
+        validation = {f"{factor:g}": -abs(np.log(factor / best)) for factor in factors}
+        return {"validation": validation, "factor": best_factor(validation)}
+
+    monkeypatch.setattr(runner, "tune", tune)
+    monkeypatch.setattr(runner.Comparison, "_field", lambda self, kind: None)
+    comparison = runner.Comparison(small_config(), runner.Options(1, (1.0, 1.5, 2.0)), tmp_path, print)
+    found = {name: comparison.rates(name)["factor"] for name in ("inside", "near", "far", "low")}
+    assert found == {"inside": 1.5, "near": 4.75, "far": 4.75, "low": 0.297}
+    first = (1.0, 1.5, 2.0)
+    up, down = [(2.67,), (3.56,), (4.75,)], [(0.667,), (0.445,), (0.297,)]
+    assert tried == [first, first, *up, first, *up, first, *down]
+    comparison.rates("far")
+    assert len(tried) == 13
 
 
 def test_the_page_and_the_files_have_all_of_it(tmp_path):

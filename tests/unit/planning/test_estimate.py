@@ -328,7 +328,7 @@ def test_memory_against_a_gpu(monkeypatch, number):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from accelerator_parts import Jax
 
-    row = json.loads((ROOT / "docs" / "results" / "accelerator_h100.json").read_text(encoding="utf-8"))["rows"][number]
+    row = json.loads((ROOT / "docs" / "notes" / "accelerator_h100.json").read_text(encoding="utf-8"))["rows"][number]
     case = {name: row[name] for name in ("clients", "batch", "rank", "strategy", "base", "remat") if name in row}
     run, work = Jax("7b").outline(case | {"attention": "own"})
     run = dataclasses.replace(run, system=run.system.model_copy(update={"attention": row["attention"]}))
