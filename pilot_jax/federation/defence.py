@@ -35,13 +35,14 @@ from pilot_jax.federation.distances import cosines, distances
 from pilot_jax.federation.halves import sketch
 from pilot_jax.kernels.pairwise import exact_einsum
 from pilot_jax.parallel.processes import to_host
+from pilot_jax.programs import KeptJit
 
 AnyArray = Array | np.ndarray
 Applied = tuple[np.ndarray, dict[str, Any], dict[str, np.ndarray]]
 Histories = Mapping[int, np.ndarray]  # by client id: the sketch [d] of the sum of its changes
 
 
-@jax.jit
+@KeptJit
 def norms(changes: PyTree[Float[AnyArray, "S ..."]]) -> Float[Array, " S"]:
     """Returns the L2 norm of each client's tree, over all leaves."""
     flat = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(changes)]
@@ -106,7 +107,7 @@ def with_changes(histories: Histories, changes: PyTree[Float[AnyArray, "S ..."]]
     return {**histories, **{int(c): histories.get(int(c), 0) + row for c, row in zip(ids, rows, strict=True)}}
 
 
-@jax.jit
+@KeptJit
 def _sketches(changes: PyTree[Float[AnyArray, "S ..."]]) -> Float[Array, "S d"]:
     return jax.lax.map(lambda one: sketch(jax.tree.map(lambda leaf: leaf[None], one))[0], changes)
 

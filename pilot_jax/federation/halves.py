@@ -26,6 +26,7 @@ from pilot_jax.federation.phases import LocalRule
 from pilot_jax.federation.roles import Mode, Role, Tree
 from pilot_jax.kernels.pairwise import exact_einsum
 from pilot_jax.parallel.processes import to_host
+from pilot_jax.programs import KeptJit
 
 SKETCH = "gradient_sketch"  # the subtree with which sketches are uploaded
 SKETCH_SIZE = 8192  # d; an inner product is off by about ‖x‖‖y‖/√d
@@ -71,7 +72,7 @@ def empty_sketch() -> Tree:
     return {"halves": jnp.zeros((2, SKETCH_SIZE))}
 
 
-@jax.jit
+@KeptJit
 def measure(sketches: Float[Array, "S 2 d"]) -> tuple[Float[Array, "S S"], Float[Array, " S"]]:
     """Returns δ²_kj and σ²_k of a cohort, as the module's text defines them. δ² may be negative, as an estimate."""
     a, b = sketches[:, 0], sketches[:, 1]

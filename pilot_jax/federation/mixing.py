@@ -110,7 +110,7 @@ def ata_weights(distances: Float[AnyArray, "S S"], sizes: Real[AnyArray, " S"],
     return _weighed(jnp.where(is_self, 0.0, distances), near, is_self, (sizes, sizes[None]), options)
 
 
-@partial(jax.jit, static_argnames=tuple(AtaOptions.__annotations__))
+@partial(KeptJit, static=tuple(AtaOptions.__annotations__))
 def ata_weights_of_nearest(near: Nearest, sizes: Real[AnyArray, " S"], **options: Unpack[AtaOptions]) -> SparseRows:
     """Returns `ata_weights` from the M nearest others alone, as a matrix of M + 1 terms; the first is the client."""
     sizes = jnp.asarray(sizes, jnp.float32)
