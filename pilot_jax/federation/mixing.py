@@ -60,7 +60,16 @@ def _applied(matrix: Float[AnyArray, "M S"], leaf: Float[AnyArray, "S ..."]) -> 
 def apply_to_updates(matrix: Float[AnyArray, "S S"] | SparseRows, uploads: PyTree[Float[AnyArray, "S ..."]],
                      starts: PyTree[Float[AnyArray, "S ..."]]) -> PyTree[Float[Array, "S ..."]]:
     """Returns starts + matrix·(uploads − starts): what a client has changed is mixed, and not where it began."""
-    return jax.tree.map(jnp.add, starts, apply(matrix, jax.tree.map(jnp.subtract, uploads, starts)))
+    if isinstance(matrix, SparseRows):
+        return jax.tree.map(jnp.add, starts, apply(matrix, jax.tree.map(jnp.subtract, uploads, starts)))
+    return jax.tree.map(partial(_applied_to_changes, matrix), uploads, starts)
+
+
+@KeptJit
+def _applied_to_changes(matrix: Float[AnyArray, "S S"], upload: Float[AnyArray, "S ..."],
+                        start: Float[AnyArray, "S ..."]) -> Float[Array, "S ..."]:
+    changes = jnp.subtract(upload, start)
+    return jnp.add(start, exact_einsum("ms,s...->m...", matrix, changes.astype(jnp.float32)).astype(changes.dtype))
 
 
 @KeptJit
