@@ -32,7 +32,7 @@ def accelerator(monkeypatch):
     return accelerator
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_at_toy_size(tmp_path):
     """Every case of every part has its numbers, but those of cuDNN, which say why not; all is in both files."""
     done = subprocess.run([sys.executable, SCRIPT, "--toy", "--json", tmp_path / "out.json"], capture_output=True,
@@ -70,6 +70,17 @@ def test_what_does_not_fit_the_time_is_said(tmp_path):
     done = subprocess.run([sys.executable, SCRIPT, "--minutes", "0", "--json", tmp_path / "out.json"],
                           capture_output=True, text=True)
     assert done.returncode == 0 and "no time was left" in (tmp_path / "out.md").read_text()
+
+
+def test_what_was_measured_is_kept(tmp_path, accelerator):
+    """With --resume, rows of the same cases are taken over, and no others."""
+    groups = [[{"group": "claim", "part": "step", "clients": n, "batch": 1} for n in (1, 2)]]
+    accelerator.Record(tmp_path / "out.json", groups, toy=False).put(0, {"tokens_per_second": 7.0})
+    more = [[groups[0][1], groups[0][0], {**groups[0][0], "batch": 2}]]
+    record = accelerator.Record(tmp_path / "out.json", more, toy=False)
+    record.keep()
+    assert [row["status"] for row in record.rows] == ["not reached", "measured", "not reached"]
+    assert record.rows[1]["tokens_per_second"] == 7.0
 
 
 def test_the_claims_are_judged(tmp_path, accelerator):
