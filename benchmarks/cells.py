@@ -1,8 +1,10 @@
 """Prints several comparisons side by side, and whether a strategy is anywhere below another, with Holm over them.
 
 usage: python benchmarks/cells.py NAME=RESULTS … [--of split_half] [--against local] [--margin 0.02]
+                                   [--also NAME=MEAN,LOW,HIGH,SEEDS …]
 
-RESULTS is the `results.json` in the folder of a `pilot-jax compare`. First the scores, mean over seeds ± standard
+RESULTS is the `results.json` in the folder of a `pilot-jax compare`. --also adds a difference of which only the mean
+and the two-sided 95 % interval are known. First the scores, mean over seeds ± standard
 error, also of fine-tuned models. Then the difference of the two strategies in each comparison, its two-sided 95 %
 interval (Student's t over seeds), the lower end of the one-sided one, and p values by Holm over the comparisons: of
 "not above" and of "below by the margin".
@@ -14,8 +16,10 @@ import argparse
 import json
 from pathlib import Path
 
+from scipy import stats
+
 from pilot_jax.compare.differences import mean_scores
-from pilot_jax.compare.intervals import holm, mean_of
+from pilot_jax.compare.intervals import Estimate, holm, mean_of
 from pilot_jax.compare.statistics import standard_error
 
 
@@ -28,12 +32,19 @@ def cell(row: dict, key: str) -> str:
     return f"{values.mean():.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
+def told(numbers: str) -> Estimate:
+    """Returns the estimate with the mean and the 95 % interval that are given, of so many seeds."""
+    mean, low, high, seeds = map(float, numbers.split(","))
+    return Estimate(mean, (high - low) / 2 / float(stats.t.ppf(0.975, seeds - 1)), seeds - 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparisons", nargs="+", metavar="NAME=RESULTS")
     parser.add_argument("--of", default="split_half")
     parser.add_argument("--against", default="local")
     parser.add_argument("--margin", type=float, default=0.02)
+    parser.add_argument("--also", nargs="*", default=[], metavar="NAME=MEAN,LOW,HIGH,SEEDS")
     args = parser.parse_args()
     found = {name: json.loads(Path(file).read_text(encoding="utf-8"))
              for name, file in (one.split("=", 1) for one in args.comparisons)}
@@ -48,6 +59,7 @@ def main() -> None:
     estimates = {name: mean_of(mean_scores(rows[args.of]) - mean_scores(rows[args.against]))
                  for name, rows in rows_of.items() if {args.of, args.against} <= set(rows)}
     known = {name: estimate for name, estimate in estimates.items() if estimate is not None}
+    known |= {name: told(numbers) for name, numbers in (one.split("=", 1) for one in args.also)}
     above, below = ([*holm([one.p_below(bound) for one in known.values()])] for bound in (0.0, -args.margin))
     print(f"\n| | {args.of} − {args.against} | one-sided lower end | p, not above | p, below by {args.margin:g} |\n"
           "|---|---:|---:|---:|---:|")

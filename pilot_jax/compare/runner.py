@@ -7,16 +7,14 @@ program. Each variant's results are written as soon as it ends, so that a second
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from pilot_jax.compare.differences import check_references, differences
+from pilot_jax.compare.finished import Record, once
 from pilot_jax.compare.page import write_results
 from pilot_jax.compare.statistics import best_factor, beyond, edge_warnings, summarise
 from pilot_jax.compare.variants import Variant
@@ -36,7 +34,7 @@ from pilot_jax.evaluation.scores import Scores, final_scores, guessed_scores, sc
 from pilot_jax.federation.observer import RunObserver
 from pilot_jax.federation.rounds import run_round
 from pilot_jax.federation.state import State
-from pilot_jax.files import atomic_write, path_part
+from pilot_jax.files import path_part
 from pilot_jax.models.pretrained import PretrainedModel
 from pilot_jax.planning.server import server_costs
 from pilot_jax.runs.events import CompileClock, MetricsFile
@@ -52,7 +50,6 @@ from pilot_jax.runs.prepare import (
 )
 from pilot_jax.words import counted
 
-Record = dict[str, Any]  # a JSON object
 TUNING_SEED = 1000  # added to the config's seeds for tuning, so that no compared seed is tuned on
 
 
@@ -215,17 +212,6 @@ def _score_guesses(field: Field, split: str) -> Record:
     return {way: means(way) for way in GUESSES}
 
 
-def _finished(path: Path, fingerprint: str) -> Record | None:
-    """Returns the result that an earlier call with the same inputs wrote, or None."""
-    if not path.is_file():
-        return None
-    try:
-        done = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):  # a damaged file is computed again
-        return None
-    return done if isinstance(done, dict) and done.get("fingerprint") == fingerprint else None
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How variants are compared."""
@@ -265,20 +251,7 @@ class Comparison:
         return self._fields[kind]
 
     def _once(self, name: str, given: Sequence[object], make: Callable[[], Record]) -> tuple[Record, bool]:
-        """Returns (record, whether it is new): from the file `name` if that has the same inputs, else from `make`.
-
-        Args:
-            given: all inputs of the record except the config.
-        """
-        text = json.dumps([self.config.model_dump(mode="json"), *given])
-        mark, path = hashlib.sha256(text.encode()).hexdigest(), self.out / f"{name}.json"
-        done = _finished(path, mark)
-        if done is not None:
-            return done, False
-        done = {"fingerprint": mark} | make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, json.dumps(done, indent=1))
-        return done, True
+        return once(self.out / f"{name}.json", self.config, given, make)
 
     def rates(self, family: str) -> Record:
         """Returns the result of `tune` for a strategy, with its best factor on the learning rates.
