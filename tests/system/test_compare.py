@@ -29,7 +29,8 @@ def field():
     return runner.make_field(small_config(train=SGD), [0, 1], base_samples=3)
 
 
-@pytest.mark.parametrize("name", slow_except((), ["pilot", "scaffold"], {"pilot"}))
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["pilot", "scaffold"])
 def test_seeds_trained_together_equal_separate_runs(field, name):
     """Pilot and SCAFFOLD are the strategies whose clients receive subtrees that differ from seed to seed."""
     [variant] = variants.read_variants(name)

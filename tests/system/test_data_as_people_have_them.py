@@ -55,7 +55,7 @@ def write_data(folder):
             (task / f"{name}.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(entries, indent=1).encode())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_from_check_to_report(call, tmp_path):
     write_checkpoint(tmp_path / "llava", text={"max_position_embeddings": 512})
     write_data(tmp_path / "data")

@@ -84,7 +84,7 @@ print("ours:", run.ask("client_0", rows[1]["image"], "what colour?", max_new_tok
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_own_data_become_a_model_that_answers_elsewhere(there, tmp_path):
     """From a list of dicts to an answer in transformers, and in torch with Pilot's connector, in 25 lines each."""
     for part in (MERGED, ADAPTERS):

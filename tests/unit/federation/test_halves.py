@@ -169,8 +169,8 @@ def test_a_stopped_run_goes_on_to_the_same_end(on_toy, tmp_path, name, chunks):
     goes_on_to_the_same_end(apply_overrides(on_toy, [f"strategy.name={name}"]), tmp_path / "run", chunks)
 
 
-@pytest.mark.parametrize("name", [pytest.param("split_half", marks=pytest.mark.long),
-                                  pytest.param("pilot_split_half", marks=pytest.mark.slow)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["split_half", "pilot_split_half"])
 def test_on_the_real_model(tmp_path, name):
     """A run of the small model is evaluated, resumed to the same models, restored to the same scores, and exported."""
     config = small_config(strategy={"name": name}, federation={"local_steps": 2, "rounds": 2},

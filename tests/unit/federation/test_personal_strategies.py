@@ -302,7 +302,8 @@ def test_a_stopped_run_goes_on_to_the_same_end(on_toy, tmp_path, name, chunks):
     assert tree_max_difference(back.population[1].adapters, whole.population[1].adapters) == 0
 
 
-@pytest.mark.parametrize("name", slow_except((), NAMES, {"ditto"}))
+@pytest.mark.long
+@pytest.mark.parametrize("name", NAMES)
 def test_on_the_real_model(tmp_path, name):
     """A run of the small model is evaluated, restored to the same scores, and exported."""
     config = small_config(strategy={"name": name}, federation={"local_steps": 1, "rounds": 2},

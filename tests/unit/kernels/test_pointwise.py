@@ -130,8 +130,8 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if "mistral" in name else pytest.mark.long)
-                                  for name in VARIANTS])
+@pytest.mark.long
+@pytest.mark.parametrize("name", VARIANTS)
 def test_last_layer_on_answers_alone(tmp_path, name, monkeypatch):
     """Loss and LoRA gradient with unrolled layers, a last layer only at answer positions, with and without remat, equal
     those of a scan over whole layers with logits at every position and two thin LoRA products."""

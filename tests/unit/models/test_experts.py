@@ -167,8 +167,8 @@ def token_by_token(x, kernels, adapters, names, scale, _):
     return tuple(out)
 
 
-@pytest.mark.parametrize("name", [pytest.param("fedlease", marks=pytest.mark.slow),
-                                  pytest.param("fedalt", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["fedlease", "fedalt"])
 def test_training_and_decoding_by_the_formula(tiny, name, monkeypatch):
     """Logits and gradients in training, scanned or unrolled with remat, and the logits of prefill and decode."""
     model, batch = tiny[1], batch_of(tiny[1])

@@ -56,7 +56,7 @@ def test_the_model_computes_it():
         _described(model.module)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_its_resumption_and_its_scores(tmp_path, call):
     config = small_config(**KEYS)
     run = pilot_jax.simulate(config, out=tmp_path / "run")
