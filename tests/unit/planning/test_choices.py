@@ -75,7 +75,7 @@ def test_commands_say_what_they_chose(call, monkeypatch, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize(("device", "base", "expected"), [
     ("16gb", "nf4", (True, 1, "cudnn")), ("24gb", "nf4", (True, 1, "cudnn")), ("80gb", "null", (False, 1, "cudnn")),
-    ("141gb", "null", (False, 2, "cudnn")), ("v5e", "nf4", (True, 1, "own")), ("v6e", "null", (True, 1, "own"))])
+    ("141gb", "null", (False, 3, "cudnn")), ("v5e", "nf4", (True, 1, "own")), ("v6e", "null", (True, 1, "own"))])
 def test_llava_7b_on_known_devices(device, base, expected):
     config = load_config(ROOT / "configs" / "llava15_7b.yaml", [
         "model.remat=auto", "system.client_chunk=auto", "system.attention=auto", f"model.base={base}"])
