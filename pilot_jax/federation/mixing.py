@@ -68,8 +68,7 @@ def apply_to_updates(matrix: Float[AnyArray, "S S"] | SparseRows, uploads: PyTre
 @KeptJit
 def _applied_to_changes(matrix: Float[AnyArray, "S S"], upload: Float[AnyArray, "S ..."],
                         start: Float[AnyArray, "S ..."]) -> Float[Array, "S ..."]:
-    changes = jnp.subtract(upload, start)
-    return jnp.add(start, exact_einsum("ms,s...->m...", matrix, changes.astype(jnp.float32)).astype(changes.dtype))
+    return jnp.add(start, _applied(matrix, jnp.subtract(upload, start)))
 
 
 @KeptJit

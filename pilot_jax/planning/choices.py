@@ -1,8 +1,8 @@
 """Chooses what a config leaves to the device's memory: `model.remat`, `system.client_chunk` and `system.attention`.
 
 The choices are those of the fastest step that fits, by the counts of compiled programs: recomputing all activations
-costs about 1.4 times the operations, so it is the last resort, and all but the outputs of linear layers next to none;
-more clients at once share the products with the base.
+costs about 1.4 times the operations, so it is the last resort; recomputing all but the outputs of linear layers adds
+2 %; more clients at once share the products with the base.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def chosen(config: Config, device: Device, **assumptions: int) -> tuple[Config, 
         raise InputError(_too_large(needs[remat][least - 1], device, remat, least))
     width = least if chunk != "auto" else max(n for n, size in enumerate(needs[remat], 1) if size <= room)
     told = [WORDS[remat]
-            + (f" (storing them needs {needs[False][least - 1] / 1e9:.1f} GB)" if False in needs and remat else ""),
+            + (f" (storing them needs {needs[False][least - 1] / 1e9:.1f} GB)" if remat and False in needs else ""),
             f"{width} client{'s' * (width > 1)} at once"
             + (f" ({width + 1} need {needs[remat][width] / 1e9:.1f} GB)" if width < len(needs[remat]) else ""),
             f"attention {attention} ({because})"]
