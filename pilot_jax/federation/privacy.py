@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from scipy.special import ndtri
 
 from pilot_jax.config import PrivacyConfig
 from pilot_jax.errors import InputError
@@ -66,6 +65,8 @@ class SystemNoise:
     """
 
     def standard_normal(self, size: tuple[int, ...], /) -> np.ndarray:
+        from scipy.special import ndtri  # takes a quarter of a second
+
         bits = np.frombuffer(os.urandom(8 * math.prod(size)), np.uint64) >> np.uint64(11)
         return ndtri((bits + 0.5) * 2.0**-53).reshape(size)
 

@@ -329,12 +329,14 @@ def test_pilot_under_its_bounds():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("scenario", ["b", "c"])
-def test_nobody_honest_is_refused(scenario):
+@pytest.mark.parametrize("data", [
+    {"digits": {"scenario": "b", "train": 8, "validation": 1, "test": 1}},
+    {"digits": {"scenario": "c", "train": 8, "validation": 1, "test": 1}},
+    {"path": "emoji", "emoji": {"train": 8, "validation": 1, "test": 1}}], ids=["b", "c", "emoji"])
+def test_nobody_honest_is_refused(data):
     """Without attackers, all uploads of all clients are accepted, with bounds too; scenario a is above."""
     run = simulate.simulate(small_config(
-        strategy={"name": "pilot", "clip": 1.0, "ata": {"cap_one": 0.2}}, federation={"rounds": 2},
-        data={"digits": {"scenario": scenario, "train": 8, "validation": 1, "test": 1}}))
+        strategy={"name": "pilot", "clip": 1.0, "ata": {"cap_one": 0.2}}, federation={"rounds": 2}, data=data))
     assert run.summary["quarantined"] == 0 and all(c.rounds == 2 for c in run.population)
 
 
