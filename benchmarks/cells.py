@@ -1,33 +1,48 @@
 """Prints several comparisons side by side, and whether a strategy is anywhere below another, with Holm over them.
 
-usage: python benchmarks/cells.py NAME=RESULTS … [--of split_half] [--against local] [--margin 0.02]
-                                   [--also NAME=MEAN,LOW,HIGH,SEEDS …]
+usage: python benchmarks/cells.py NAME=RESULTS … [--of split_half] [--against local] [--margin 0.02] [--clients A,B]
+                                   [--also NAME=MEAN,LOW,HIGH,SEEDS …] [--figure FILE.png]
 
-RESULTS is the `results.json` in the folder of a `pilot-jax compare`. --also adds a difference of which only the mean
-and the two-sided 95 % interval are known. First the scores, mean over seeds ± standard
-error, also of fine-tuned models. Then the difference of the two strategies in each comparison, its two-sided 95 %
-interval (Student's t over seeds), the lower end of the one-sided one, and p values by Holm over the comparisons: of
-"not above" and of "below by the margin".
+RESULTS is the `results.json` in the folder of a `pilot-jax compare`. --clients restricts all scores to some clients.
+--also adds a difference of which only the mean and the two-sided 95 % interval are known. First the scores, mean over
+seeds ± standard error, also of fine-tuned models. Then the difference of the two strategies in each comparison, its
+two-sided 95 % interval (Student's t over seeds), the lower end of the one-sided one, and p values by Holm over the
+comparisons: of "not above" and of "below by the margin". --figure draws every strategy's difference to --against,
+with its interval.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from scipy import stats
 
-from pilot_jax.compare.differences import mean_scores
+from pilot_jax.compare.figures import png, pyplot
 from pilot_jax.compare.intervals import Estimate, holm, mean_of
 from pilot_jax.compare.statistics import standard_error
 
+Comparison = dict[str, Any]  # a results.json
+KINDS = {"own": ("score_mean", "score_by_client"), "fine-tuned": ("score_finetuned", "score_finetuned_by_client")}
 
-def cell(row: dict, key: str) -> str:
+
+def scores(row: Mapping[str, Any], kind: str, clients: tuple[str, ...]) -> np.ndarray | None:
+    """Returns a strategy's score by seed, the mean over `clients` or, if there are none, over all; None: no score."""
+    mean, by_client = KINDS[kind]
+    if any(seed.get(mean) is None for seed in row["seeds"]):
+        return None
+    return np.asarray([np.mean([seed[by_client][c] for c in clients]) if clients else seed[mean]
+                       for seed in row["seeds"]])
+
+
+def cell(values: np.ndarray | None) -> str:
     """Returns a mean over seeds and its standard error; – without such a score."""
-    if any(seed.get(key) is None for seed in row["seeds"]):
+    if values is None:
         return "–"
-    values = mean_scores(row, key)
     error = standard_error(values)
     return f"{values.mean():.3f}" + ("" if error is None else f" ± {error:.3f}")
 
@@ -38,27 +53,66 @@ def told(numbers: str) -> Estimate:
     return Estimate(mean, (high - low) / 2 / float(stats.t.ppf(0.975, seeds - 1)), seeds - 1)
 
 
+def differences(found: Mapping[str, Comparison], of: str, against: str,
+                clients: tuple[str, ...]) -> dict[str, Estimate]:
+    """Returns the mean difference of two strategies, paired by seed, in each comparison that has both."""
+    out = {}
+    for name, results in found.items():
+        if {of, against} <= set(results["rows"]):
+            one, other = (scores(results["rows"][strategy], "own", clients) for strategy in (of, against))
+            if one is not None and other is not None and (estimate := mean_of(one - other)) is not None:
+                out[name] = estimate
+    return out
+
+
+def draw(found: Mapping[str, Comparison], against: str, clients: tuple[str, ...], file: Path) -> None:
+    """Draws, for each comparison, the difference of every strategy to `against` with its 95 % interval."""
+    strategies = [s for s in dict.fromkeys(name for one in found.values() for name in one["rows"]) if s != against]
+    figure, axes = pyplot().subplots(figsize=(7.2, 0.5 + 0.16 * len(found) * (len(strategies) + 1)),
+                                     layout="constrained")
+    marks, names, rows = "osD^v<>Ph*", list(found), len(strategies) + 1
+    for k, strategy in enumerate(strategies):
+        known = differences(found, strategy, against, clients)
+        at = [rows * names.index(name) + k for name in known]
+        middle = [one.mean for one in known.values()]
+        reach = [one.interval()[1] - one.mean for one in known.values()]
+        axes.errorbar(middle, at, xerr=reach, fmt=marks[k % len(marks)], ms=4, lw=0.9, capsize=1.5, color=f"C{k}",
+                      label=strategy)
+    axes.axvline(0, color="#1b1f24", lw=0.7)
+    axes.set_yticks([rows * k + (len(strategies) - 1) / 2 for k in range(len(names))], names)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.15, lw=0.5)
+    axes.set_xlabel(f"score minus {against}, with 95 % interval over seeds")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    file.write_bytes(png(figure))
+
+
+def print_scores(found: Mapping[str, Comparison], clients: tuple[str, ...]) -> None:
+    """Prints a row for each comparison: the base, and each strategy's own and fine-tuned score."""
+    strategies = list(dict.fromkeys(name for results in found.values() for name in results["rows"]))
+    print(f"| | base | {' | '.join(f'{s} | fine-tuned' for s in strategies)} |\n|---|---:|"
+          + "---:|" * 2 * len(strategies))
+    for name, results in found.items():
+        rows = [results["rows"].get(strategy, {"seeds": [{}]}) for strategy in strategies]
+        base = "–" if clients or results["base"]["score"] is None else f"{results['base']['score']:.3f}"
+        print(f"| {name} | {base} | "
+              + " | ".join(cell(scores(row, kind, clients)) for row in rows for kind in KINDS) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparisons", nargs="+", metavar="NAME=RESULTS")
     parser.add_argument("--of", default="split_half")
     parser.add_argument("--against", default="local")
     parser.add_argument("--margin", type=float, default=0.02)
+    parser.add_argument("--clients", type=lambda text: tuple(text.split(",")), default=(), metavar="NAME,NAME")
     parser.add_argument("--also", nargs="*", default=[], metavar="NAME=MEAN,LOW,HIGH,SEEDS")
+    parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     found = {name: json.loads(Path(file).read_text(encoding="utf-8"))
              for name, file in (one.split("=", 1) for one in args.comparisons)}
-    strategies = list(dict.fromkeys(name for results in found.values() for name in results["rows"]))
-    print(f"| | base | {' | '.join(f'{s} | fine-tuned' for s in strategies)} |\n|---|---:|"
-          + "---:|" * 2 * len(strategies))
-    for name, results in found.items():
-        rows = [results["rows"].get(strategy, {"seeds": [{}]}) for strategy in strategies]
-        print(f"| {name} | {results['base']['score']:.3f} | "
-              + " | ".join(f"{cell(row, 'score_mean')} | {cell(row, 'score_finetuned')}" for row in rows) + " |")
-    rows_of = {name: results["rows"] for name, results in found.items()}
-    estimates = {name: mean_of(mean_scores(rows[args.of]) - mean_scores(rows[args.against]))
-                 for name, rows in rows_of.items() if {args.of, args.against} <= set(rows)}
-    known = {name: estimate for name, estimate in estimates.items() if estimate is not None}
+    print_scores(found, args.clients)
+    known = differences(found, args.of, args.against, args.clients)
     known |= {name: told(numbers) for name, numbers in (one.split("=", 1) for one in args.also)}
     above, below = ([*holm([one.p_below(bound) for one in known.values()])] for bound in (0.0, -args.margin))
     print(f"\n| | {args.of} − {args.against} | one-sided lower end | p, not above | p, below by {args.margin:g} |\n"
@@ -67,6 +121,8 @@ def main() -> None:
         low, high = one.interval()
         one_sided = one.interval(0.9)[0]
         print(f"| {name} | {one.mean:+.3f} [{low:+.3f}, {high:+.3f}] | {one_sided:+.3f} | {p:.3f} | {q:.3f} |")
+    if args.figure:
+        draw(found, args.against, args.clients, args.figure)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ def digits(out: Annotated[Path, typer.Argument(help="New folder for data.json an
                help="Whether a task's clients in scenario c have one look, or each its own.")] = "own",
            wording: Annotated[Literal["known", "shared", "half", "own"], typer.Option(
                help="Wordings of a task's clients in scenario c; the key data.digits.wording explains them.")] = "own",
+           labels: Annotated[Literal["same", "own"], typer.Option(
+               help="Digits in the training pictures of a task's clients in scenario c: all alike, or mostly a share "
+               "of each client's own.")] = "same",
            train: Annotated[int, typer.Option(min=1, help="Number of training samples per client.")] = 480,
            validation: Annotated[int, typer.Option(min=1, help="Number of validation samples per client.")] = 16,
            test: Annotated[int, typer.Option(min=1, help="Number of test samples per client.")] = 48,
@@ -32,10 +35,10 @@ def digits(out: Annotated[Path, typer.Argument(help="New folder for data.json an
 
     if scenario not in SCENARIOS:
         raise InputError(f"--scenario: {scenario!r}, expected one of {', '.join(SCENARIOS)}.")
-    if scenario != "c" and (look, wording) != ("own", "own"):
-        raise InputError(f"--look and --wording have no effect in scenario {scenario}. Leave them out, or give "
-                         "--scenario c.")
-    specs = clients_of(scenario, (train, validation, test), look=look, wording=wording)
+    if scenario != "c" and (look, wording, labels) != ("own", "own", "same"):
+        raise InputError(f"--look, --wording and --labels have no effect in scenario {scenario}. Leave them out, or "
+                         "give --scenario c.")
+    specs = clients_of(scenario, (train, validation, test), look=look, wording=wording, labels=labels)
     count = write_samples(scene_samples(specs, seed), out)
     typer.echo(f"{counted(count, 'sample')} in {out / 'data.json'}, images in {out / 'images'}")
 

@@ -58,6 +58,10 @@ class DigitsConfig(Section):
         "own", description="Wordings of a task's clients in scenario c. known: one that the base `instructed` knows. "
         "shared: another one. half: that for half of a client's samples, and its own for the rest. own: each client "
         "has its own, and the base none of them.")
+    labels: Literal["same", "own"] = Field(
+        "same", description="Digits in the training pictures of a task's clients in scenario c. same: all of 0 to 9 "
+        "are drawn alike. own: nine in ten are drawn from the client's own share of them, such as 0, 3, 6 and 9; "
+        "validation and test have all, and the same samples for all clients of a task that share look and wording.")
     train: int = Field(
         480, ge=1, le=100_000, description="Number of training samples of each client; in scenario b, of each task's "
         "first client.")
@@ -70,11 +74,14 @@ class DigitsConfig(Section):
     @model_validator(mode="after")
     def _no_key_of_another_scenario(self) -> DigitsConfig:
         """Refuses keys that the scenario does not read, unless they have their defaults."""
-        unread = ("heterogeneity",) if self.scenario == "c" else ("look", "wording")
+        unread = ("heterogeneity",) if self.scenario == "c" else ("look", "wording", "labels")
         for key in unread:
             if getattr(self, key) != DigitsConfig.model_fields[key].default:
                 raise ValueError(f"{key} has no effect in scenario {self.scenario}: leave it out, or choose another "
                                  "scenario")
+        if self.labels == "own" and (self.clients_per_task or 3) > 10:
+            raise ValueError("labels: own needs a digit for each client of a task, so that clients_per_task may be 10 "
+                             "at most")
         return self
 
 

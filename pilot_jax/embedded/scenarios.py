@@ -39,16 +39,18 @@ LOOKS = (Style(paper=(250, 238, 205), rotation=45.0), Style(paper=(214, 228, 246
          Style(ink_shift=(90, 90, 90)), Style(paper=(226, 244, 222), ink_shift=(60, -30, -30), rotation=-40.0))
 
 
-def benchmark_style(number: int, look: str, wording: str) -> Style:
-    """Returns the look and the wording of a task's client `number`, from 0, in scenario c.
+def benchmark_style(number: int, look: str, wording: str, labels: str, per_task: int) -> Style:
+    """Returns the look, the wording and the digits of a task's client `number`, from 0 to `per_task`, in scenario c.
 
     Args:
-        look, wording: values of the keys of the same names; the config's descriptions explain them.
+        look, wording, labels: values of the keys of the same names; the config's descriptions explain them.
     """
     own = number % len(CLIENT_WORDINGS)
     words = {"known": (BASE_WORDINGS[0], 1.0), "shared": (0, 1.0), "half": (1 + own % 4, 0.5), "own": (own, 1.0)}
     index, share = words[wording]
-    return dataclasses.replace(LOOKS[0 if look == "same" else number % len(LOOKS)], wording=index, own_wording=share)
+    values = tuple(v for v in range(10) if v % per_task == number % 10) if labels == "own" else ()
+    return dataclasses.replace(LOOKS[0 if look == "same" else number % len(LOOKS)], wording=index, own_wording=share,
+                               values=values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,18 +88,18 @@ def scenario_clients(scenario: str, train: int, validation: int, test: int, hete
 
 
 def benchmark_clients(train: int, validation: int, test: int, look: str = "own", wording: str = "own",
-                      clients_per_task: int | None = None) -> list[ClientSpec]:
+                      labels: str = "same", clients_per_task: int | None = None) -> list[ClientSpec]:
     """Returns the clients of scenario "c" (4 tasks × 3 clients of equal size); see `benchmark_style`."""
     per_task = clients_per_task or SCENARIOS["c"][1]
-    return _clients("c", [benchmark_style(number, look, wording) for number in range(per_task)],
+    return _clients("c", [benchmark_style(number, look, wording, labels, per_task) for number in range(per_task)],
                     [{"train": train, "validation": validation, "test": test}] * per_task)
 
 
 def clients_of(scenario: str, sizes: tuple[int, int, int], heterogeneity: float = 1.0, look: str = "own",
-               wording: str = "own", clients_per_task: int | None = None) -> list[ClientSpec]:
+               wording: str = "own", labels: str = "same", clients_per_task: int | None = None) -> list[ClientSpec]:
     """Returns the clients of any scenario; `sizes` are the numbers of training, validation and test samples."""
     if scenario == "c":
-        return benchmark_clients(*sizes, look, wording, clients_per_task)
+        return benchmark_clients(*sizes, look, wording, labels, clients_per_task)
     return scenario_clients(scenario, *sizes, heterogeneity, clients_per_task)
 
 
@@ -116,7 +118,8 @@ def scene_samples(specs: list[ClientSpec], seed: int) -> Iterator[Sample]:
 
 
 def _samples(name: str, task: str, style: Style, split: str, size: int, seed: int) -> Iterator[Sample]:
-    rng = np.random.default_rng([seed, *f"{name}/{split}".encode()])
+    of_all = style.values and split != "train"  # a task's clients with digits of their own are tested on the same
+    rng = np.random.default_rng([seed, *f"{task if of_all else name}/{split}".encode()])
     for number in range(size):
         scene = draw_scene(rng, split, style)
         # No random number is drawn at full heterogeneity, where it could not matter.

@@ -29,6 +29,7 @@ class Style:
     common_wording: int = 0
     mirrored: bool = False  # whether the handwriting is mirrored left to right
     noise: float = 3.0  # standard deviation of the noise on every pixel, in levels of 0..255
+    values: tuple[int, ...] = ()  # digits of nine in ten draws in training; empty: all digits are drawn alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ def draw_scene(rng: np.random.Generator, pool: str, style: Style | None, *, most
     count = int(rng.integers(1, most + 1))
     cells = np.sort(rng.choice(GRID * GRID, count, replace=False))
     inks = rng.choice(list(INKS), count, replace=not distinct)
-    chosen = _handwriting_of_scene(rng, pool, count, distinct)
+    chosen = _handwriting_of_scene(rng, pool, count, distinct, style.values if pool == "train" else ())
     canvas = np.empty((CANVAS, CANVAS, 3), np.float32)
     canvas[:] = paper
     digits = []
@@ -115,12 +116,19 @@ def draw_scene(rng: np.random.Generator, pool: str, style: Style | None, *, most
     return Scene(Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)), tuple(digits))
 
 
-def _handwriting_of_scene(rng: np.random.Generator, pool: str, count: int, distinct: bool) -> list[int]:
-    """Returns the indices of `count` handwriting images from `pool`; with `distinct`, their labels differ."""
+def _handwriting_of_scene(rng: np.random.Generator, pool: str, count: int, distinct: bool,
+                          values: tuple[int, ...]) -> list[int]:
+    """Returns the indices of `count` handwriting images from `pool`; with `distinct`, their labels differ.
+
+    Args:
+        values: labels from which nine in ten are drawn, before `distinct` refuses any; empty: all are drawn alike.
+    """
     _, labels = handwriting()
-    members = pool_indices(pool)
+    everything = pool_indices(pool)
+    own = everything[np.isin(labels[everything], values)] if values else everything
     chosen: list[int] = []
     while len(chosen) < count:
+        members = own if not values or rng.random() < 0.9 else everything
         index = int(members[rng.integers(len(members))])
         if not distinct or labels[index] not in [labels[i] for i in chosen]:
             chosen.append(index)

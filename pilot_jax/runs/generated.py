@@ -25,7 +25,7 @@ class Generated:
 def _digits(data: DataConfig, kept: Cache | None) -> Iterable[Sample]:
     own = data.digits
     specs = clients_of(own.scenario, (own.train, own.validation, own.test), own.heterogeneity, own.look, own.wording,
-                       own.clients_per_task)
+                       own.labels, own.clients_per_task)
     if kept is None:
         return scene_samples(specs, own.seed)
     key = f"digits {surroundings()} {specs} {own.seed}"

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -73,3 +74,19 @@ def test_peers_do_the_same_work(tmp_path):
     ours, theirs = (json.loads(run(script)) for script in ("with_pilot_jax.py", "with_torch.py"))
     for key in ("lora_norm", "change_norm", "loss_first_round", "loss_last_round"):
         assert ours[key] == pytest.approx(theirs[key], rel=1e-3)
+
+
+def test_cells_of_some_clients(tmp_path):
+    """The mean of two clients' scores, its difference to local training, and a figure."""
+    file = ROOT / "docs" / "results" / "cells" / "known_same.json"
+    done = subprocess.run([sys.executable, BENCHMARKS / "cells.py", f"same={file}", "--clients", "ocr_0,ocr_1",
+                           "--figure", tmp_path / "cells.png"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(file.read_text())["rows"]
+    means = {name: np.mean([[seed["score_by_client"][c] for c in ("ocr_0", "ocr_1")] for seed in rows[name]["seeds"]])
+             for name in ("local", "split_half")}
+    scores, differences = done.stdout.split("\n\n")
+    assert float(scores.splitlines()[2].split("|")[3].split("±")[0]) == pytest.approx(means["local"], abs=6e-4)
+    difference = float(differences.splitlines()[2].split("|")[2].split("[")[0])
+    assert difference == pytest.approx(means["split_half"] - means["local"], abs=6e-4)
+    assert (tmp_path / "cells.png").read_bytes().startswith(b"\x89PNG")

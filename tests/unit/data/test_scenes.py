@@ -84,8 +84,22 @@ def test_looks_and_wordings_of_scenario_c():
     assert not {s.wording for s in [*half.values(), *styles("own", "own").values()]} & set(tasks.BASE_WORDINGS)
 
 
+def test_clients_with_digits_of_their_own_are_tested_on_the_same():
+    """In training, nine in ten draws are the client's own digits; in testing, all digits, alike for all clients."""
+    specs = scenarios.clients_of("c", (200, 1, 100), look="same", wording="known", labels="own")
+    drawn = {(s.client, s.split, s.id): s for s in scenarios.scene_samples([s for s in specs if s.task == "ocr"], 0)}
+    for number in range(3):
+        read = {split: [int(c) for (client, where, _), s in drawn.items() if (client, where) == (f"ocr_{number}", split)
+                        for c in s.turns[1][1] if c.isdigit()] for split in ("train", "test")}
+        own = {split: np.mean([value % 3 == number for value in read[split]]) for split in read}
+        assert 0.75 < own["train"] < 0.95 and 0.2 < own["test"] < 0.5 and set(read["test"]) == set(range(10))
+    tests = [[(s.turns, np.asarray(s.image).tobytes()) for (client, split, _), s in drawn.items()
+              if (client, split) == (f"ocr_{number}", "test")] for number in range(3)]
+    assert tests[0] == tests[1] == tests[2]
+
+
 @pytest.mark.parametrize(("keys", "wrong"), [
-    ({"look": "same"}, "look"), ({"scenario": "b", "wording": "half"}, "wording"),
+    ({"look": "same"}, "look"), ({"labels": "own"}, "labels"), ({"scenario": "b", "wording": "half"}, "wording"),
     ({"scenario": "c", "heterogeneity": 0.5}, "heterogeneity")])
 def test_keys_of_another_scenario_are_refused(keys, wrong):
     with pytest.raises(InputError, match=rf"data\.digits: .*{wrong} has no effect in scenario"):
