@@ -42,6 +42,7 @@ SMALLEST = {
 }
 NOT_RUN = {
     "accelerator.py": "test_accelerator.py runs it", "accelerator_parts.py": "a part of accelerator.py",
+    "accelerator_torch.py": "a part of accelerator.py",
     "large_cohorts.py": "a part of aggregation.py",
     "memory.py": "six quickstarts", "population.py": "prepares 128 clients",
     "projection.py": "its smallest size is its only one, and takes minutes",
