@@ -201,7 +201,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before * 1024 
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
 def test_loading_streams(tmp_path):
     """While loading, peak memory beyond the loaded arrays is little more than the largest shard."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, small_config, write_checkpoint
+from conftest import ROOT, slow_except, small_config, write_checkpoint
 from jinja2 import TemplateError
 from PIL import Image
 from safetensors.torch import save_file
@@ -81,8 +81,7 @@ def inputs(model, tokenizer):
     return ids, np.ones_like(ids), pixels
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("stage", slow_except((), ["stage1", "stage2"], {"stage2"}))
 def test_exported_client_gives_the_same_logits_in_torch(finished, tmp_path, stage):
     index = finished.client("ocr_1")
     population = list(finished.population)
@@ -103,8 +102,7 @@ def test_exported_client_gives_the_same_logits_in_torch(finished, tmp_path, stag
     np.testing.assert_allclose(ours, expected, atol=TOLERANCE)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["finished", "averaged"])
+@pytest.mark.parametrize("strategy", slow_except((), ["finished", "averaged"], {"finished"}))
 def test_torch_answers_as_pilot_jax(strategy, request, tmp_path, scene, capsys):
     """The page's code prints the answer of the run; so does the model that `load` returns, for other questions."""
     run = request.getfixturevalue(strategy)

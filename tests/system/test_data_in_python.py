@@ -42,7 +42,7 @@ def run(tmp_path_factory):
     return pilot_jax.simulate(CONFIG, out=folder, data=given()), folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_is_restored_with_the_same_samples_alone(run, call, tmp_path):
     done, folder = run
     assert done.summary["clients"] == ["client 0", "client 1"] and done.summary["client_steps"] == 2 * 3

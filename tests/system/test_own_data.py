@@ -76,11 +76,8 @@ def test_check_run_evaluate_ask_and_export(call, checkpoint, photos, tmp_path):
     assert code == 0
     assert json.loads(out)["score_by_client"] == pytest.approx(summary["score_by_client"])
     picture = photos / "images" / "north_1.jpg"
-    for extra in ((), ("--temperature", "0.8", "--top-p", "0.9")):
-        code, out, err = call("generate", tmp_path / "run", "--client", "north", "--image", picture, "--prompt",
-                              "what is shown?", "--max-new-tokens", "4", *extra)
-        assert code == 0, err
-    code, out, err = call("generate", tmp_path / "run", "--client", "north", "--prompt", "hello", "--max-new-tokens", 2)
+    code, out, err = call("generate", tmp_path / "run", "--client", "north", "--image", picture, "--prompt",
+                          "what is shown?", "--max-new-tokens", "4", "--temperature", "0.8", "--top-p", "0.9")
     assert code == 0, err
     code, out, err = call("export", tmp_path / "run", "--client", "north", "--out", tmp_path / "north")
     assert code == 0, err

@@ -73,7 +73,7 @@ def test_the_example_of_a_config_is_one():
     assert config.train.of_client("phone").batch_size == 8 and config.train.microbatch == 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_metric_of_a_module_on_the_command_line(call, tmp_path, monkeypatch, registered):
     """Without --use, each command says what to do; with it, a run, its resumption and its evaluation agree."""
     (tmp_path / "mine_of_test.py").write_text("import pilot_jax\n\n\n" + re.search(

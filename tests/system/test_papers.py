@@ -172,8 +172,8 @@ def test_it_can_be_planned_without_weights(name, layers, width, monkeypatch, tmp
     assert "NOBODY HAS RUN THIS HERE" in (PAPERS / f"{name}.yaml").read_text()
 
 
-@pytest.mark.parametrize("name", [pytest.param("pilot", marks=pytest.mark.slow),
-                                  *(pytest.param(n, marks=pytest.mark.long) for n in ("fcit_task_hom", "fed_nature"))])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["pilot", "fcit_task_hom", "fed_nature"])
 def test_two_steps(name, call, request, models, tmp_path):
     root = request.getfixturevalue(DATA[name])
     code, out, err = call("run", PAPERS / f"{name}.yaml", *overrides(root, *models[name], *SMALL), "--out",

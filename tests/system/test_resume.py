@@ -159,7 +159,7 @@ def test_many_kills(tmp_path):
                     small_config(**SECTIONS), "real")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_says_how_to_go_on(tmp_path):
     """After SIGTERM the command exits with code 143 and prints the command that resumes the run."""
     config, folder = tmp_path / "config.yaml", tmp_path / "run"
@@ -182,7 +182,7 @@ def test_the_command_says_how_to_go_on(tmp_path):
     assert list((folder / "checkpoints" / "resume").iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves its event loop open
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_leaves_what_was_saved(undisturbed, tmp_path, call):

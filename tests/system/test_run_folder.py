@@ -73,7 +73,7 @@ def test_every_field_of_metrics_jsonl_is_on_the_page(written):
     assert names("A score on held-out data") - {"validation"} == found["score"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_array_of_mixing_is_on_the_page_with_its_shape(written):
     documented = {re.findall(r"`([^`]+)`", cells[0])[0]: cells[1] for cells in rows("`mixing/*.npz`")}
     file = written[0] / "mixing" / "round_0001_stage1.npz"

@@ -171,7 +171,7 @@ def whole_models_answer(folder, question):
     return tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_shipped_config_from_plan_to_export(call, fedit, tmp_path):
     """The documented commands, one after another, on the tiny model and its data."""
     folder, *_ = fedit
@@ -250,8 +250,8 @@ OTHERS = ("scaffold", "fedprox", "fedadam", "ffa_lora", "fedsa_lora", "feddpa", 
           "similarity", "ditto", "fedamp", "fedmosaic", "rolora", "fedalt", "fedlease", "split_half")
 
 
-@pytest.mark.parametrize("strategy", [
-    pytest.param(name, marks=pytest.mark.slow if name == "feddpa" else pytest.mark.long) for name in OTHERS])
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", OTHERS)
 def test_a_phase_under_another_strategy(fedit, strategy):
     folder, *_ = fedit
     config = text_config(folder, strategy={"name": strategy}, federation={"rounds": 1}, train={"schedule": "constant"})

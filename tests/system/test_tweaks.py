@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import ROOT, Records, small_config
+from conftest import ROOT, Records, slow_except, small_config
 
 import pilot_jax
 
@@ -36,8 +36,8 @@ def run_example(monkeypatch, another_process):
     return run
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["OverB", "WithinTask", "Ring", "Halfway", "Rotated"])
+@pytest.mark.parametrize("name", slow_except((), ["OverB", "WithinTask", "Ring", "Halfway", "Rotated"],
+                                             {"WithinTask", "Halfway"}))
 def test_example(name, run_example):
     run, records = run_example(name, federation={"local_steps": 2}, train={"lr_lora_stage1": 0.01}, strategy={"ata": {
         "temperature": 1.0}})

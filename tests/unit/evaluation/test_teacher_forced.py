@@ -184,7 +184,7 @@ def test_kinds_of_questions_have_scores_of_their_own(setup, examinees, forced):
     assert found[0].by_kind["long"] != found[0].by_kind["short"] and asked[0].prompts.first(2).kinds == ("", "short")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_runs_and_comparisons_write_token_accuracy_and_kinds(tmp_path, monkeypatch):
     real = prepare.load_samples
     monkeypatch.setattr(prepare, "load_samples", lambda config, given=None: [

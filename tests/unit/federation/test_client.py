@@ -101,7 +101,7 @@ OPTIMIZERS |= {f"{name} in parts": keys | {"microbatch": 2} for name, keys in OP
 
 @pytest.mark.parametrize(("stage", "optimizer"), slow_except(
     (), [("stage1", "adamw"), ("stage2", "sgd"), ("stage1", "sgd in parts"), ("stage2", "adamw in parts")],
-    {("stage1", "adamw"), ("stage2", "sgd")}))
+    {("stage2", "sgd")}))
 def test_vmapped_unequal_clients_equal_a_readable_loop(uneven, stage, optimizer):
     fed, adapters = uneven
     fed = with_train(fed, **OPTIMIZERS[optimizer])
@@ -118,8 +118,7 @@ def test_vmapped_unequal_clients_equal_a_readable_loop(uneven, stage, optimizer)
         assert moved > 1e-4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("stage", slow_except((), ["stage1", "stage2"], {"stage2"}))
 def test_chunk_size_and_company_change_nothing(uneven, stage):
     """With SGD, which does not amplify rounding errors, all chunk sizes and a client alone agree to 1e-5."""
     fed, adapters = uneven

@@ -340,7 +340,7 @@ def test_nobody_honest_is_refused(data):
     assert run.summary["quarantined"] == 0 and all(c.rounds == 2 for c in run.population)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_histories_survive_a_resumed_run(tmp_path):
     """A run that was stopped after its first round ends with the adapters of one that was not."""
     config = pilot_config(foolsgold=True, cap_one=0.3)

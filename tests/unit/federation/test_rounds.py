@@ -93,7 +93,7 @@ def test_schedule_first_time(three_rounds):
     assert phases[2] == [("stage2", "vqa_0")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compilations_are_few_and_early():
     """In four rounds with two length buckets, a stage and a bucket have one program, and round 2 compiles the last."""
     setup = prepare.prepare(small_config(federation={"local_steps": 1}, system={"length_spread": 1.2},
@@ -239,7 +239,7 @@ def test_checkpoints_hold_what_their_place_allows_and_restore(two_runs):
     assert personalised.evaluate(back.evaluation, back.population) == run.summary["score_by_client"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_strategy_object_of_ones_own(another_process):
     from pilot_jax.federation import mixing
     from pilot_jax.federation.cohort import Aggregated

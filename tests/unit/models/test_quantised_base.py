@@ -131,7 +131,7 @@ def test_loss_and_gradients_of_the_embedded_base(quantised):
     assert 1e-5 < abs(float(original[0] - exact[0])) < 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_resumes_and_exports(tmp_path):
     """A run on a base in 4 bits, killed after its first phase, ends as an undisturbed one; its LoRA is exported, and
     merged into the checkpoint's own weights."""

@@ -101,7 +101,7 @@ def test_plan_agrees_with_the_run(capsys):
 
 @pytest.mark.parametrize(("base", "remat"), slow_except([], [("nf4", True), (None, False), ("int8", False),
                                                              (None, True), (None, "selective")],
-                                                        slow=[("nf4", True), (None, "selective")]))
+                                                        slow=[("nf4", True)]))
 def test_memory_against_xla(base, remat):
     """The plan's bytes are within 15 % of those that XLA's own memory analysis has for a phase on CPU. The program of
     stage 2 does not read the vision tower."""
