@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from string import Template
@@ -34,18 +34,18 @@ class Node:
 
     Args:
         fed: a federation of which this client alone has data.
-        initial: this client's adapters before its first round.
+        initial: returns this client's adapters before its first round, which later rounds do not need.
     """
 
-    def __init__(self, fed: Federation, executor: Executor, client: int, folder: Path, initial: dict[str, Tree],
-                 dtype: str) -> None:
+    def __init__(self, fed: Federation, executor: Executor, client: int, folder: Path,
+                 initial: Callable[[], dict[str, Tree]], dtype: str) -> None:
         self.fed, self.executor = dataclasses.replace(fed, secret_noise=True), executor
         self.client, self.folder, self.initial, self.dtype = client, folder, initial, dtype
 
     def start(self, order: Parcel) -> dict[str, Tree]:
         """Returns the adapters with which a phase begins: those of the version that the server names, and its news."""
         version = int(order.about["version"])
-        kept = self.read(version)[0] if version else self.initial
+        kept = self.read(version)[0] if version else self.initial()
         if strange := set(order.names) - set(self.fed.strategy.traffic(kept)[1]):
             raise InputError(f"the server sent {sorted(strange)[0]}, which is not for it to set.")
         kept = {**kept, **unpacked(order, {name: kept[name] for name in order.names}, self.dtype)}
@@ -132,7 +132,7 @@ def node_of(app: Path, node: Mapping[str, Any], run: Mapping[str, Any]) -> Itera
         client, executor = setup.federation.names.index(node["client"]), dataclasses.replace(
             setup.executor, client_chunk=1)
         yield Node(setup.federation, executor, client, folder,
-                   initial_state(setup.federation).population[client].adapters, str(run["wire"]))
+                   lambda: initial_state(setup.federation).population[client].adapters, str(run["wire"]))
 
 
 def write_app(out: Path, config: Config, roster: Roster) -> None:

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_TOKEN, slow_except, write_llava
+from conftest import IMAGE_TOKEN, TINY_TEXT, TINY_VISION, slow_except, write_llava
 
 import pilot_jax
 from pilot_jax.kernels.pointwise import rms_norm
+from pilot_jax.models.checkpoints.hf_config import read_vlm_config
+from pilot_jax.models.checkpoints.tensor_names import base_shapes
 from pilot_jax.models.connector import mlp
 from pilot_jax.models.llama import Decoder
 from pilot_jax.models.lora import init_lora
@@ -72,6 +74,38 @@ CASES = {
     "SigLIP and Qwen2, two layers": {"vision": {"model_type": "siglip_vision_model"}, "text": {"model_type": "qwen2"},
                                      "vision_feature_layer": [-1, -3], "vision_feature_select_strategy": "full"},
 }
+
+
+def shapes_by_init(spec):
+    """Returns the shapes of the weights that the flax modules make themselves."""
+    module, key, ids = Vlm(spec), jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    text = jax.eval_shape(lambda k, i: module.init(k, i, jnp.ones_like(i), None, method="logits"), key, ids)
+    if spec.vision is None:
+        return {"decoder": text["params"]["decoder"]}
+    pixels = jax.ShapeDtypeStruct((1, spec.vision.image_size, spec.vision.image_size, 3), jnp.float32)
+    tower = jax.eval_shape(lambda k, p: module.init(k, p, method="features"), key, pixels)
+    return {"decoder": text["params"]["decoder"], "vision_tower": tower["params"]["vision_tower"]}
+
+
+DINOV2 = {"vision": {"model_type": "dinov2", "hidden_size": 24, "mlp_ratio": 2}}
+
+
+@pytest.mark.parametrize("name", [*CASES, "DINOv2"])
+def test_base_shapes_are_those_of_the_modules(tmp_path, name):
+    """The table of tensor names and the modules agree on the shape of every leaf; of a language model alone too."""
+    case = dict((CASES | {"DINOv2": DINOV2})[name])
+    config = {"model_type": "llava", "image_token_index": IMAGE_TOKEN,
+              "vision_config": {"model_type": "clip_vision_model"} | TINY_VISION | case.pop("vision", {}),
+              "text_config": {"model_type": "llama"} | TINY_TEXT | case.pop("text", {})} | case
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spec = read_vlm_config(tmp_path)
+    for one in (spec, dataclasses.replace(spec, vision=None)):
+        shapes = base_shapes(one)
+        projector = shapes.pop("projector", {})
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), shapes_by_init(one))
+    assert not projector and base_shapes(spec)["projector"]["linear_1"]["kernel"].shape == (
+        spec.feature_size, spec.text.hidden_size)
 
 
 @pytest.mark.parametrize("name", slow_except({"default"}, CASES, {

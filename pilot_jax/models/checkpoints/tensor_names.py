@@ -10,12 +10,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from pilot_jax.kernels.quantised import Scheme, quantised_shapes
 from pilot_jax.models.spec import VisionSpec, VlmSpec
-from pilot_jax.models.vlm import Vlm
 
 Storage = Literal["bf16"] | Scheme  # of the decoder's linear layers, as in `model.base`
 
@@ -168,24 +168,13 @@ def never_run(name: str, config: VlmSpec) -> bool:
 def base_shapes(config: VlmSpec) -> dict[str, PyTree]:
     """Returns the shapes of the frozen base in float32, {"vision_tower", "projector", "decoder"}; allocates nothing.
 
-    A language model alone has the decoder only.
+    A language model alone has the decoder only. A leaf is as large as its pieces together, so that nothing is traced.
     """
-    module, v = Vlm(config), config.vision
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    text = jax.eval_shape(lambda k, i: module.init(k, i, jnp.ones_like(i), None, method="logits"), key, ids)
-    if v is None:
-        return {"decoder": text["params"]["decoder"]}
-    pixels = jax.ShapeDtypeStruct((1, v.image_size, v.image_size, 3), jnp.float32)
-    tower = jax.eval_shape(lambda k, p: module.init(k, p, method="features"), key, pixels)
-
-    def layer(d_in: int) -> dict[str, jax.ShapeDtypeStruct]:
-        width = config.text.hidden_size
-        shapes = {"kernel": jax.ShapeDtypeStruct((d_in, width), jnp.float32)}
-        return shapes | ({"bias": jax.ShapeDtypeStruct((width,), jnp.float32)} if config.projector_bias else {})
-
-    return {"vision_tower": tower["params"]["vision_tower"], "decoder": text["params"]["decoder"],
-            "projector": {"linear_1": layer(v.feature_size), "linear_2": layer(config.text.hidden_size)}}
+    ends: dict[tuple[str, ...], tuple[int, ...]] = {}
+    for piece in pieces(config).values():
+        end = tuple(a + n for a, n in zip(piece.start, piece.block, strict=True))
+        ends[piece.leaf] = tuple(map(max, end, ends.get(piece.leaf, end)))
+    return traverse_util.unflatten_dict({leaf: jax.ShapeDtypeStruct(end, jnp.float32) for leaf, end in ends.items()})
 
 
 def stored_shapes(config: VlmSpec, dtype: DTypeLike, storage: Storage | None = None) -> dict[str, PyTree]:

@@ -46,7 +46,7 @@ class Network:
         here = dataclasses.replace(self.fed, clients=tuple(own.completed([self.fed.clients[client]])))
         (self.folder / name).mkdir(exist_ok=True)
         return Node(here, Executor(client_chunk=1), client, self.folder / name,
-                    self.state.population[client].adapters, self.dtype)
+                    lambda: self.state.population[client].adapters, self.dtype)
 
     def answer(self, kind, client, parcel):
         node = self.node(client)
@@ -234,7 +234,7 @@ def test_a_server_can_neither_set_nor_ask_for_what_is_local(fed, tmp_path):
     node = Network(fed, tmp_path).node(0)
     about = {"version": 0, "number": 1, "round": 1, "stage": "plain", "label": "plain1"}
     with pytest.raises(errors.InputError, match="the server sent control, which is not for it to set"):
-        node.train(packed(node.initial, ("control",), "float32", about))
+        node.train(packed(node.initial(), ("control",), "float32", about))
     for version in ("../c1/000001", "final"):
         with pytest.raises(ValueError, match="invalid literal"):
             node.train(Parcel({**about, "version": version}))

@@ -36,8 +36,8 @@ class Clients:
             self.count += 1
             (self.folder / name).mkdir(exist_ok=True)
             client = FED.names.index(name)
-            node = Node(FED, Executor(client_chunk=1), client, self.folder / name,
-                        toy_state(FED).population[client].adapters, "float32")
+            initial = toy_state(FED).population[client].adapters
+            node = Node(FED, Executor(client_chunk=1), client, self.folder / name, lambda own=initial: own, "float32")
             parcel = make(name)
             replies[name] = node.finish(parcel) if kind == "query.finish" else node.train(parcel)
         return replies
