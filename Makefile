@@ -51,10 +51,10 @@ report: $(VENV)/.run  ## a page of the newest run
 # Both print the slowest tests. One process for each of two cores; a process without work takes over some of the other's.
 PYTEST := $(PY) -m pytest -n 2 --dist worksteal --durations=20
 
-test: lint  ## style, types, layers, then the core of the tests: three minutes
+test: lint  ## style, types, layers, then the core of the tests: six minutes
 	$(PYTEST) -m "not slow and not long"
 
-test-slow: $(VENV)/.test build/deploy/.made  ## what `make test` leaves out, but for the long tests: twenty minutes
+test-slow: $(VENV)/.test build/deploy/.made  ## what `make test` leaves out, but for the long tests: a quarter of an hour
 	$(PYTEST) -m "slow and not long"
 
 test-all: test test-slow  ## both
