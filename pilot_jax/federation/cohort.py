@@ -25,7 +25,12 @@ class Cohort:
     ids: Int[Array | np.ndarray, " S"]  # stable number of each client
     round: int  # from 1
     starts: Mapping[str, Tree] | None = None  # `uploads` before the phase, for a strategy that `needs_starts`
-    ratio: np.ndarray | None = None  # δ²/σ² [S, S] of `halves`, for a strategy with `splits_halves`
+    ratios: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # δ²/σ² [S, S] of `halves`, by subtree
+
+    @property
+    def ratio(self) -> np.ndarray | None:
+        """δ²/σ² [S, S] of LoRA, for a strategy with `splits_halves`."""
+        return self.ratios.get("text_adapter")
 
     def __len__(self) -> int:
         """Returns S."""

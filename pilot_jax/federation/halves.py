@@ -47,18 +47,20 @@ def sketch(tree: Tree, size: int = SKETCH_SIZE) -> Float[Array, "n d"]:
 
 @dataclasses.dataclass(frozen=True)
 class SplitHalves(LocalRule):
-    """Leaves the steps as they are, and keeps a sketch of LoRA's mean gradient on each half of the data."""
+    """Leaves the steps as they are, and keeps sketches of the mean gradient of `subtrees` on each half of the data."""
 
     averages_gradients: bool = True
     halves: bool = True
+    subtrees: tuple[str, ...] = ("text_adapter",)
 
     def summand(self, gradient):
-        """Returns LoRA's entries alone, as signed square roots, so that not a few large ones decide how far clients
+        """Returns the subtrees' entries as signed square roots, so that not a few large ones decide how far clients
         are apart."""
-        return jax.tree.map(lambda leaf: jnp.sign(leaf) * jnp.sqrt(jnp.abs(leaf)), gradient["text_adapter"])
+        measured = {name: gradient[name] for name in self.subtrees}
+        return jax.tree.map(lambda leaf: jnp.sign(leaf) * jnp.sqrt(jnp.abs(leaf)), measured)
 
     def carry(self, mean_gradient, carried):
-        return {**carried, SKETCH: {"halves": sketch(mean_gradient)}}
+        return {**carried, SKETCH: {name: sketch(mean_gradient[name]) for name in self.subtrees}}
 
 
 def sketch_role(stages: tuple[str, ...]) -> Role:
@@ -67,9 +69,9 @@ def sketch_role(stages: tuple[str, ...]) -> Role:
     return Role(SKETCH, modes, "shared", "never")
 
 
-def empty_sketch() -> Tree:
-    """Returns the sketch before the first phase."""
-    return {"halves": jnp.zeros((2, SKETCH_SIZE))}
+def empty_sketch(subtrees: tuple[str, ...]) -> Tree:
+    """Returns the sketches before the first phase."""
+    return {name: jnp.zeros((2, SKETCH_SIZE)) for name in subtrees}
 
 
 @KeptJit

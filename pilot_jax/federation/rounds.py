@@ -207,7 +207,8 @@ def _aggregated(fed: Federation, plan: PhasePlan, trained: Trained, used: Sequen
     if SKETCH in cohort.uploads:
         cohort, evidence = with_ratio(cohort, server, len(fed.clients))
     downloads, server, log = fed.strategy.aggregate(cohort, server)
-    server, log = server | evidence, log | ({} if cohort.ratio is None else {"ratio": cohort.ratio})
+    server, log = server | evidence, log | {
+        "ratio" if name == "text_adapter" else f"ratio_{name}": ratio for name, ratio in cohort.ratios.items()}
     mixing.check_rows(log["weights"])
     downloads, received, after = to_host(downloads), roles.names(scope="received"), {}
     for k, client in enumerate(used):
@@ -219,14 +220,16 @@ def _aggregated(fed: Federation, plan: PhasePlan, trained: Trained, used: Sequen
 
 
 def with_ratio(cohort: Cohort, server: Mapping[str, Any], clients: int) -> tuple[Cohort, dict[str, Any]]:
-    """Returns the cohort with its `ratio` and without sketches, and the part of the server's state with the evidence.
+    """Returns the cohort with its `ratios` and without sketches, and the part of the server's state with the evidence.
 
     Args:
         clients: K, the number of clients of the federation.
     """
-    uploads, evidence = dict(cohort.uploads), server.get("evidence") or no_evidence(clients)
-    evidence, ratio = with_phase(evidence, uploads.pop(SKETCH)["halves"], np.asarray(cohort.ids))
-    return dataclasses.replace(cohort, uploads=uploads, ratio=ratio), {"evidence": evidence}
+    uploads, known, ratios = dict(cohort.uploads), dict(server.get("evidence") or {}), dict[str, np.ndarray]()
+    for name, sketches in uploads.pop(SKETCH).items():
+        before = known.get(name) or no_evidence(clients)
+        known[name], ratios[name] = with_phase(before, sketches, np.asarray(cohort.ids))
+    return dataclasses.replace(cohort, uploads=uploads, ratios=ratios), {"evidence": known}
 
 
 def _mixing_record(trained: Trained, used: Sequence[int], log: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -82,6 +82,11 @@ class Strategy:
         return False
 
     @property
+    def measured(self) -> tuple[str, ...]:
+        """Subtrees whose gradients are measured so, each by itself, if it `splits_halves`."""
+        return ("text_adapter",)
+
+    @property
     def mixes_updates(self) -> bool:
         """Whether the clients' changes are mixed, each mixture then added to the model with which a client began."""
         return False
@@ -193,7 +198,7 @@ class Strategy:
         if self.params.combine == "exact":
             out[RESIDUAL] = lora_options.empty_residual(adapters["text_adapter"], self.params.residual_rank)
         if self.splits_halves:
-            out[SKETCH] = empty_sketch()
+            out[SKETCH] = empty_sketch(self.measured)
         out = lora_options.with_rank(out, rank, rank) if self.ranks_differ else out
         return {name: lora_options.of_layer_ranks(name, tree, self.layer_ranks) for name, tree in out.items()}
 
@@ -203,7 +208,7 @@ class Strategy:
 
     def local_rule(self) -> LocalRule:
         """Returns the change that clients make to their gradients."""
-        return SplitHalves() if self.splits_halves else PLAIN_RULE
+        return SplitHalves(subtrees=self.measured) if self.splits_halves else PLAIN_RULE
 
     def server_optimizer(self) -> optax.GradientTransformation | None:
         """Returns an optimizer of the gradient (server model − mixed uploads). None: mixed uploads are the model."""

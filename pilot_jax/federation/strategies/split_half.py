@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+import jax.numpy as jnp
 from pydantic import Field, field_validator
 
 from pilot_jax.config import StrategyParams
@@ -17,9 +18,13 @@ from pilot_jax.federation.strategies.pilot import AtaConfig, Pilot, PilotParams
 @register("split_half")
 class SplitHalf(Strategy):
     """Plain LLaVA's projector and LoRA: each client receives its own mixture of the changes of LoRA, and keeps its own
-    projector, because pictures differ where instructions do not."""
+    projector or receives a mixture of its changes by a measure of its own, as pictures differ where instructions do
+    not."""
 
     class Params(StrategyParams):
+        projector_from: Literal["own", "others"] = Field(
+            "own", description="Whether a client keeps its own projector, or receives a mixture of the projectors' "
+            "changes, whose weights are by the same rule from a measure of the projector's gradients.")
         split_half_limit: float = Field(0.5, gt=0, description="Ratio δ²/σ² at and above which nothing is taken from "
                                         "another client: weights are ∝ n_j·max(0, 1 − ratio/limit).")
 
@@ -27,12 +32,29 @@ class SplitHalf(Strategy):
     splits_halves = True
     mixes_updates = True
 
+    @property
+    def mixes_projector(self):
+        """Whether the projector is mixed as well."""
+        return self.params.projector_from == "others" and self.params.projector == "trained"
+
+    @property
+    def measured(self):
+        return ("text_adapter", "projector") if self.mixes_projector else ("text_adapter",)
+
     def roles(self):
-        return Roles((*BASE_ROWS, Role("text_adapter", {"plain": "trained"}, "shared", "split_half"),
-                      self.projector_role("local", "never")))
+        projector = self.projector_role("shared", "split_half") if self.mixes_projector else (
+            self.projector_role("local", "never"))
+        return Roles((*BASE_ROWS, Role("text_adapter", {"plain": "trained"}, "shared", "split_half"), projector))
 
     def mix(self, cohort):
         return shares(cohort.ratio, cohort.sizes, self.params.split_half_limit)
+
+    def combine(self, cohort, weights):
+        mixed = self._mixed(cohort, weights, ("text_adapter",))
+        if self.mixes_projector:
+            rows = shares(cohort.ratios["projector"], cohort.sizes, self.params.split_half_limit)
+            mixed |= self._mixed(cohort, jnp.asarray(rows), ("projector",))
+        return mixed
 
 
 OWN = {"weighting": "split_half", "mixes": "updates"}  # keys of `ata` whose defaults are not Pilot's

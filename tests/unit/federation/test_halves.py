@@ -102,7 +102,7 @@ def test_the_ratio_is_that_of_the_clients_own_gradients():
     state = run_toy(toy_federation(make_strategy("split_half", schedule="single"), settings=ONE_STEP), observer=seen)
     a, b = (np.stack([lora_gradient(k, slice(first, None, 2)) for k in range(3)]) for first in (0, 1))
     for k in range(3):
-        kept = np.asarray(state.population[k].adapters[SKETCH]["halves"])[:, :a.shape[1]]
+        kept = np.asarray(state.population[k].adapters[SKETCH]["text_adapter"])[:, :a.shape[1]]
         np.testing.assert_allclose(kept, np.stack([a[k], b[k]]), atol=1e-6)
     want = np.asarray([[(a[k] - a[j]) @ (b[k] - b[j]) / (((a[k] - b[k]) ** 2).sum() / 4) for j in range(3)]
                        for k in range(3)])
