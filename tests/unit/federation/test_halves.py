@@ -29,20 +29,20 @@ ONE_STEP = FederationConfig(rounds=1, local_epochs=1, schedule="single")
 class Ratios(RunObserver):
     """Keeps the ratios and the weights of every phase."""
 
-    def __init__(self):
-        self.ratios, self.weights = [], []
+    def __init__(self, name="ratio"):
+        self.name, self.ratios, self.weights = name, [], []
 
     def phase_ended(self, state, record, mixing, used):
-        self.ratios.append(np.asarray(mixing["ratio"]))
+        self.ratios.append(np.asarray(mixing[self.name]))
         self.weights.append(np.asarray(mixing["weights"]))
 
 
-def lora_gradient(client, half):
+def lora_gradient(client, half, names="ab"):
     """Returns the signed roots of the gradient of LoRA's entries, A and then B, on a half of a toy client's samples, at
-    the start."""
+    the start; with the names "w", of the projector's."""
     x, y = problem()[client]
     g = gradient({k: v for k, v in toy_numbers().items() if k in "wab"}, x[half], y[half])
-    entries = np.concatenate([g["a"].ravel(), g["b"].ravel()])
+    entries = np.concatenate([g[name].ravel() for name in names])
     return np.sign(entries) * np.sqrt(np.abs(entries))
 
 
@@ -142,6 +142,34 @@ def test_mixtures_are_of_changes():
             weights = np.eye(3)[k] if key == "w" else MATRIX[k]  # the projector is the client's own
             want = starts[k][key] + sum(float(weights[j]) * changes[j] for j in range(3))
             np.testing.assert_allclose(numbers(mixed.population[k].adapters)[key], want, atol=1e-6, err_msg=key)
+
+
+def test_the_projector_is_mixed_by_its_own_measure():
+    """projector_from: others. The measure of the projector's gradients and the mixture of its changes, in NumPy float64
+    after one full-batch step of SGD; LoRA is mixed as without."""
+    seen, settings = Ratios("ratio_projector"), ONE_STEP
+    def run(observer=None, **params):
+        return run_toy(toy_federation(make_strategy("split_half", {"split_half_limit": 20.0, **params},
+                                                    schedule="single"), settings=settings), observer=observer)
+
+    mixed, own = run(seen, projector_from="others"), run()
+    alone = run_toy(toy_federation(make_strategy("local", schedule="single"), settings=settings))
+    a, b = (np.stack([lora_gradient(k, slice(first, None, 2), "w") for k in range(3)]) for first in (0, 1))
+    want = np.asarray([[(a[k] - a[j]) @ (b[k] - b[j]) / (((a[k] - b[k]) ** 2).sum() / 4) for j in range(3)]
+                       for k in range(3)])
+    np.testing.assert_allclose(seen.ratios[0], want, atol=1e-3)
+    start, sizes = toy_numbers()["w"], np.asarray([4, 8, 6])
+    changes = [numbers(alone.population[j].adapters)["w"] - start for j in range(3)]
+    for k in range(3):
+        raw = [sizes[j] * (1.0 if j == k else min(max(1 - want[k, j] / 20, 0), 1)) for j in range(3)]
+        assert sum(weight > 0 for weight in raw) > 1
+        found = numbers(mixed.population[k].adapters)
+        expected = start + sum(weight / sum(raw) * changes[j] for j, weight in enumerate(raw))
+        np.testing.assert_allclose(found["w"], expected, atol=1e-5)
+        for key in "ab":
+            np.testing.assert_allclose(found[key], numbers(own.population[k].adapters)[key], atol=1e-6)
+    upload = make_strategy("split_half", {"projector_from": "others"}, schedule="single").ownership().uploaded("plain")
+    assert set(upload) == {"text_adapter", "projector", SKETCH}
 
 
 def test_evidence_is_of_the_phases_that_two_clients_share():
