@@ -3,7 +3,8 @@
 usage: python benchmarks/cells.py NAME=RESULTS … [--of split_half] [--against local] [--margin 0.02] [--clients A,B]
                                    [--also NAME=MEAN,LOW,HIGH,SEEDS …] [--figure FILE.png]
 
-RESULTS is the `results.json` in the folder of a `pilot-jax compare`. --clients restricts all scores to some clients.
+RESULTS is the `results.json` in the folder of a `pilot-jax compare`, or several of the same data and seeds, joined by
+"+": of a strategy that is in two, the last counts. --clients restricts all scores to some clients.
 --also adds a difference of which only the mean and the two-sided 95 % interval are known. First the scores, mean over
 seeds ± standard error, also of fine-tuned models. Then the difference of the two strategies in each comparison, its
 two-sided 95 % interval (Student's t over seeds), the lower end of the one-sided one, and p values by Holm over the
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,22 @@ from pilot_jax.compare.statistics import standard_error
 
 Comparison = dict[str, Any]  # a results.json
 KINDS = {"own": ("score_mean", "score_by_client"), "fine-tuned": ("score_finetuned", "score_finetuned_by_client")}
+
+
+def read(files: str) -> Comparison:
+    """Returns the comparison in a file, or of files joined by "+" the first with the rows of all.
+
+    Raises:
+        SystemExit: they are not of the same data and seeds.
+    """
+    first, *others = (json.loads(Path(file).read_text(encoding="utf-8")) for file in files.split("+"))
+    for other in others:
+        data = [one["config"]["data"]["digits"] for one in (first, other)]  # a key may be newer than a file
+        if (other["split"], other["seeds"]) != (first["split"], first["seeds"]) or any(
+                data[0][key] != data[1][key] for key in data[0].keys() & data[1].keys()):
+            sys.exit(f"{files}: not of the same data, split and seeds.")
+        first["rows"] |= other["rows"]
+    return first
 
 
 def scores(row: Mapping[str, Any], kind: str, clients: tuple[str, ...]) -> np.ndarray | None:
@@ -109,8 +127,7 @@ def main() -> None:
     parser.add_argument("--also", nargs="*", default=[], metavar="NAME=MEAN,LOW,HIGH,SEEDS")
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
-    found = {name: json.loads(Path(file).read_text(encoding="utf-8"))
-             for name, file in (one.split("=", 1) for one in args.comparisons)}
+    found = {name: read(files) for name, files in (one.split("=", 1) for one in args.comparisons)}
     print_scores(found, args.clients)
     known = differences(found, args.of, args.against, args.clients)
     known |= {name: told(numbers) for name, numbers in (one.split("=", 1) for one in args.also)}
