@@ -17,14 +17,15 @@ from pilot_jax.federation.strategies.pilot import AtaConfig, Pilot, PilotParams
 
 @register("split_half")
 class SplitHalf(Strategy):
-    """Plain LLaVA's projector and LoRA: each client receives its own mixture of the changes of LoRA, and keeps its own
-    projector or receives a mixture of its changes by a measure of its own, as pictures differ where instructions do
-    not."""
+    """Plain LLaVA's projector and LoRA: each client receives its own mixture of the changes of each, by a measure of
+    each, as pictures may differ where instructions do not."""
 
     class Params(StrategyParams):
         projector_from: Literal["own", "others"] = Field(
-            "own", description="Whether a client keeps its own projector, or receives a mixture of the projectors' "
+            "others", description="Whether a client keeps its own projector, or receives a mixture of the projectors' "
             "changes, whose weights are by the same rule from a measure of the projector's gradients.")
+        projector_limit: float = Field(0.1, gt=0, description="What `split_half_limit` is for LoRA, for the projector: "
+                                       "lower, because its measure is noisier.")
         split_half_limit: float = Field(0.5, gt=0, description="Ratio δ²/σ² at and above which nothing is taken from "
                                         "another client: weights are ∝ n_j·max(0, 1 − ratio/limit).")
 
@@ -52,7 +53,7 @@ class SplitHalf(Strategy):
     def combine(self, cohort, weights):
         mixed = self._mixed(cohort, weights, ("text_adapter",))
         if self.mixes_projector:
-            rows = shares(cohort.ratios["projector"], cohort.sizes, self.params.split_half_limit)
+            rows = shares(cohort.ratios["projector"], cohort.sizes, self.params.projector_limit)
             mixed |= self._mixed(cohort, jnp.asarray(rows), ("projector",))
         return mixed
 

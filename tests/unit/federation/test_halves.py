@@ -23,6 +23,7 @@ from pilot_jax.runs.export import export_client
 from pilot_jax.testing.toy import DESCENT, run_toy, toy_clients, toy_federation, toy_numbers
 
 MATRIX = np.asarray([[0.7, 0.3, 0], [0.2, 0.5, 0.3], [0, 0, 1]], np.float32)
+OWN = make_strategy("split_half", {"projector_from": "own"}).params  # LoRA alone is mixed
 ONE_STEP = FederationConfig(rounds=1, local_epochs=1, schedule="single")
 
 
@@ -119,7 +120,7 @@ def test_halved_full_batches_are_plain_full_batches(optimizer):
     train = DESCENT.model_copy(update={"optimizer": optimizer, "lr_connector": 0.05, "lr_lora_stage1": 0.05})
     kind = type("Alone", (type(make_strategy("split_half")),), {
         "mix": lambda self, cohort: np.eye(len(cohort), dtype=np.float32)})
-    alone, local = (run_toy(toy_federation(strategy, train=train)) for strategy in (kind(), make_strategy("local")))
+    alone, local = (run_toy(toy_federation(strategy, train=train)) for strategy in (kind(OWN), make_strategy("local")))
     for one, other in zip(alone.population, local.population, strict=True):
         ours = {n: t for n, t in one.adapters.items() if n != SKETCH}
         assert tree_max_difference(ours, other.adapters) < 1e-5
@@ -129,12 +130,12 @@ def test_mixtures_are_of_changes():
     """start + W·(upload − start) of LoRA in NumPy float64, in a second round, where the starts differ."""
     kind = type("Given", (type(make_strategy("split_half")),), {"mix": lambda self, cohort: MATRIX})
     settings = FederationConfig(rounds=1, local_epochs=3, schedule="single")
-    first = run_toy(toy_federation(kind(schedule="single"), settings=settings))
+    first = run_toy(toy_federation(kind(OWN, schedule="single"), settings=settings))
     starts = [numbers(one.adapters) for one in first.population]
     assert np.abs(starts[0]["w"] - starts[1]["w"]).max() > 1e-3
-    fed = toy_federation(kind(schedule="single"), settings=settings.model_copy(update={"rounds": 2}))
+    fed = toy_federation(kind(OWN, schedule="single"), settings=settings.model_copy(update={"rounds": 2}))
     alone = type("Alone", (kind,), {"mix": lambda self, cohort: np.eye(3, dtype=np.float32)})
-    local = run_toy(dataclasses.replace(fed, strategy=alone(schedule="single")), first)
+    local = run_toy(dataclasses.replace(fed, strategy=alone(OWN, schedule="single")), first)
     mixed = run_toy(fed, first)
     for k in range(3):
         for key in "wab":
@@ -145,14 +146,15 @@ def test_mixtures_are_of_changes():
 
 
 def test_the_projector_is_mixed_by_its_own_measure():
-    """projector_from: others. The measure of the projector's gradients and the mixture of its changes, in NumPy float64
+    """The measure of the projector's gradients and the mixture of its changes, in NumPy float64
     after one full-batch step of SGD; LoRA is mixed as without."""
     seen, settings = Ratios("ratio_projector"), ONE_STEP
     def run(observer=None, **params):
-        return run_toy(toy_federation(make_strategy("split_half", {"split_half_limit": 20.0, **params},
+        limits = {"split_half_limit": 5.0, "projector_limit": 20.0}
+        return run_toy(toy_federation(make_strategy("split_half", limits | params,
                                                     schedule="single"), settings=settings), observer=observer)
 
-    mixed, own = run(seen, projector_from="others"), run()
+    mixed, own = run(seen), run(projector_from="own")
     alone = run_toy(toy_federation(make_strategy("local", schedule="single"), settings=settings))
     a, b = (np.stack([lora_gradient(k, slice(first, None, 2), "w") for k in range(3)]) for first in (0, 1))
     want = np.asarray([[(a[k] - a[j]) @ (b[k] - b[j]) / (((a[k] - b[k]) ** 2).sum() / 4) for j in range(3)]
@@ -168,8 +170,9 @@ def test_the_projector_is_mixed_by_its_own_measure():
         np.testing.assert_allclose(found["w"], expected, atol=1e-5)
         for key in "ab":
             np.testing.assert_allclose(found[key], numbers(own.population[k].adapters)[key], atol=1e-6)
-    upload = make_strategy("split_half", {"projector_from": "others"}, schedule="single").ownership().uploaded("plain")
-    assert set(upload) == {"text_adapter", "projector", SKETCH}
+    for whose, names in (("others", {"text_adapter", "projector", SKETCH}), ("own", {"text_adapter", SKETCH})):
+        strategy = make_strategy("split_half", {"projector_from": whose})
+        assert set(strategy.ownership().uploaded("plain")) == names
 
 
 def test_evidence_is_of_the_phases_that_two_clients_share():
