@@ -86,18 +86,22 @@ def differences(found: Mapping[str, Comparison], of: str, against: str,
 def draw(found: Mapping[str, Comparison], against: str, clients: tuple[str, ...], file: Path) -> None:
     """Draws, for each comparison, the difference of every strategy to `against` with its 95 % interval."""
     strategies = [s for s in dict.fromkeys(name for one in found.values() for name in one["rows"]) if s != against]
-    figure, axes = pyplot().subplots(figsize=(7.2, 0.5 + 0.16 * len(found) * (len(strategies) + 1)),
-                                     layout="constrained")
-    marks, names, rows = "osD^v<>Ph*", list(found), len(strategies) + 1
-    for k, strategy in enumerate(strategies):
-        known = differences(found, strategy, against, clients)
-        at = [rows * names.index(name) + k for name in known]
+    known_of = {strategy: differences(found, strategy, against, clients) for strategy in strategies}
+    at_of, rows = dict[tuple[str, str], int](), 0
+    for name in found:  # a row for each difference, and one between comparisons
+        for strategy in (s for s in strategies if name in known_of[s]):
+            at_of[name, strategy], rows = rows, rows + 1
+        rows += 1
+    figure, axes = pyplot().subplots(figsize=(7.2, 0.6 + 0.16 * rows), layout="constrained")
+    marks = "osD^v<>Ph*"
+    for k, (strategy, known) in enumerate(known_of.items()):
+        at = [at_of[name, strategy] for name in known]
         middle = [one.mean for one in known.values()]
         reach = [one.interval()[1] - one.mean for one in known.values()]
         axes.errorbar(middle, at, xerr=reach, fmt=marks[k % len(marks)], ms=4, lw=0.9, capsize=1.5, color=f"C{k}",
                       label=strategy)
     axes.axvline(0, color="#1b1f24", lw=0.7)
-    axes.set_yticks([rows * k + (len(strategies) - 1) / 2 for k in range(len(names))], names)
+    axes.set_yticks([np.mean([at for (cell, _), at in at_of.items() if cell == name]) for name in found], list(found))
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.15, lw=0.5)
     axes.set_xlabel(f"score minus {against}, with 95 % interval over seeds")

@@ -50,6 +50,7 @@ class Strategy:
     pools_data: ClassVar[bool] = False  # whether there is one client, with the data of all
     restarts_lora: ClassVar[bool] = False  # whether, with `combine: exact`, LoRA starts anew after each aggregation
     needs_one_rank: ClassVar[bool] = False  # whether all clients must have LoRA of one rank
+    measured: ClassVar[Any] = ("text_adapter",)  # subtrees that are measured, each by itself, if it `splits_halves`
     finetunes: ClassVar[bool] = False  # whether the run's final models are those after fine-tuning
 
     def __post_init__(self) -> None:
@@ -80,11 +81,6 @@ class Strategy:
     def splits_halves(self) -> bool:
         """Whether clients measure the noise of their updates by halves of their data, so that a cohort has `ratio`."""
         return False
-
-    @property
-    def measured(self) -> tuple[str, ...]:
-        """Subtrees whose gradients are measured so, each by itself, if it `splits_halves`."""
-        return ("text_adapter",)
 
     @property
     def mixes_updates(self) -> bool:
@@ -182,8 +178,7 @@ class Strategy:
                          num_tasks: int) -> dict[str, Tree]:
         """Returns the initial adapters, equal for all clients: else LoRA distances would measure randomness.
 
-        `projector` is the base's; {} for a language model alone.
-        """
+        `projector` is the base's; {} for a language model alone."""
         lora = init_lora(key, model.text, rank)
         adapters = {"text_adapter": lora, **self.beside_lora(key, lora)}
         return adapters if self.params.projector == "frozen" else {**adapters, "projector": float32(projector)}
