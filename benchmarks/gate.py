@@ -74,6 +74,7 @@ class Fresh:
 class Gate(SplitHalf):
     """Split-half with a gate; `fresh` and `errors` are set before a run, `chosen` is filled by it."""
 
+    measured = ("text_adapter",)
     fresh: Any = None
     errors = 1.0
     chosen: ClassVar[list[list[str]]] = []

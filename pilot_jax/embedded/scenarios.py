@@ -48,7 +48,7 @@ def benchmark_style(number: int, look: str, wording: str, labels: str, per_task:
     own = number % len(CLIENT_WORDINGS)
     words = {"known": (BASE_WORDINGS[0], 1.0), "shared": (0, 1.0), "half": (1 + own % 4, 0.5), "own": (own, 1.0)}
     index, share = words[wording]
-    values = tuple(v for v in range(10) if v % per_task == number % 10) if labels == "own" else ()
+    values = tuple(v for v in range(10) if v % per_task == number) if labels == "own" else ()
     return dataclasses.replace(LOOKS[0 if look == "same" else number % len(LOOKS)], wording=index, own_wording=share,
                                values=values)
 

@@ -63,6 +63,7 @@ WHERE = [
     (r"pilot-jax pretrain", "test_cli.py, test_pretrain.py; these would take twelve minutes and an hour"),
     (r"pilot-jax run configs/scale_1024.yaml", "test_storage.py; this one would take minutes"),
     (r"pilot-jax run configs/scenario_a.yaml", "test_privacy.py; this one would take minutes"),
+    (r"pilot-jax run configs/benchmark/digits.yaml", "test_halves.py runs the strategy; this one takes minutes"),
     (r"pilot-jax run (my.yaml|configs/llava15_7b_tpu.yaml)", "no test: a TPU, 7B weights, the reader's own config"),
     (r"pilot-jax run .*(--coordinator|--distributed)", "test_processes.py over gloo; --distributed needs a cluster"),
     (r"pilot-jax deploy", "test_app_folder.py, test_deployment.py"),

@@ -79,6 +79,8 @@ def test_check_run_evaluate_ask_and_export(call, checkpoint, photos, tmp_path):
     code, out, err = call("generate", tmp_path / "run", "--client", "north", "--image", picture, "--prompt",
                           "what is shown?", "--max-new-tokens", "4", "--temperature", "0.8", "--top-p", "0.9")
     assert code == 0, err
+    code, out, err = call("generate", tmp_path / "run", "--client", "north", "--prompt", "hello", "--max-new-tokens", 2)
+    assert code == 0, err
     code, out, err = call("export", tmp_path / "run", "--client", "north", "--out", tmp_path / "north")
     assert code == 0, err
     assert {f.name for f in (tmp_path / "north").iterdir()} == {

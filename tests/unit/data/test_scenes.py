@@ -98,6 +98,12 @@ def test_clients_with_digits_of_their_own_are_tested_on_the_same():
     assert tests[0] == tests[1] == tests[2]
 
 
+def test_no_more_clients_than_digits_have_digits_of_their_own():
+    keys = {"scenario": "c", "labels": "own", "clients_per_task": 11}
+    with pytest.raises(InputError, match="clients_per_task may be 10 at most"):
+        parse_config({"data": {"digits": keys}})
+
+
 @pytest.mark.parametrize(("keys", "wrong"), [
     ({"look": "same"}, "look"), ({"labels": "own"}, "labels"), ({"scenario": "b", "wording": "half"}, "wording"),
     ({"scenario": "c", "heterogeneity": 0.5}, "heterogeneity")])

@@ -146,9 +146,10 @@ def test_mixtures_are_of_changes():
 
 
 def test_the_projector_is_mixed_by_its_own_measure():
-    """The measure of the projector's gradients and the mixture of its changes, in NumPy float64
-    after one full-batch step of SGD; LoRA is mixed as without."""
+    """The measure of the projector's gradients and the mixture of its changes, in NumPy float64 after one full-batch
+    step of SGD; LoRA is mixed as without."""
     seen, settings = Ratios("ratio_projector"), ONE_STEP
+
     def run(observer=None, **params):
         limits = {"split_half_limit": 5.0, "projector_limit": 20.0}
         return run_toy(toy_federation(make_strategy("split_half", limits | params,
