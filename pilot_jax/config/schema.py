@@ -114,8 +114,8 @@ class StrategyParams(Section):
     clip: float | None = Field(
         None, gt=0, description="Largest L2 norm of a client's change of a shared subtree, as a multiple of the "
         "cohort's median norm. Strategies with one model for all shorten longer changes to it. Pilot does so with ψ_t; "
-        "in its mixtures of LoRA, another client's difference from the own upload is shortened to this multiple of the "
-        "median change of LoRA. null: no limit.")
+        "in its mixtures of LoRA, and in those of split_half, another client's difference from the own upload is "
+        "shortened to this multiple of the subtree's median change. null: no limit.")
     residual_rank: int | None = Field(
         None, ge=1, description="Largest rank of the change of the frozen weights with `combine: exact`. null: that of "
         "the weights, so that nothing is lost; the change then takes up to twice their memory.")

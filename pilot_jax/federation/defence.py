@@ -146,25 +146,26 @@ class Defence:
         return self.clip is not None or self.foolsgold
 
     def applied(self, weights: Float[AnyArray, "S S"], cohort: Cohort, server: Mapping[str, Any], mixes_updates: bool,
-                between: Float[AnyArray, "S S"] | None = None) -> Applied:
-        """Returns a mixing matrix of LoRA after all rules, what the server's state gains, and arrays to log.
+                between: Float[AnyArray, "S S"] | None = None, name: str = "text_adapter") -> Applied:
+        """Returns a mixing matrix of a subtree after all rules, what the server's state gains, and arrays to log.
 
         Args:
             server: its state, of which `histories` are the clients' summed changes so far.
             mixes_updates: whether changes are mixed, and not models.
             between: the distances of what is mixed, exact where weights are above 0. None: they are computed.
+            name: the subtree; LoRA by default.
         """
-        loras, state, log = cohort.uploads["text_adapter"], dict[str, Any](), dict[str, np.ndarray]()
+        mixed, state, log = cohort.uploads[name], dict[str, Any](), dict[str, np.ndarray]()
         if self.needs_starts:
             assert cohort.starts is not None
-            changes = jax.tree.map(jnp.subtract, loras, cohort.starts["text_adapter"])
-            loras = changes if mixes_updates else loras
+            changes = jax.tree.map(jnp.subtract, mixed, cohort.starts[name])
+            mixed = changes if mixes_updates else mixed
         if self.foolsgold:
             state["histories"] = with_changes(server.get("histories", {}), changes, cohort.ids)
             log["credit"] = credit(np.stack([state["histories"][int(c)] for c in cohort.ids]))
             weights = scaled_down(weights, log["credit"][None])
         if self.clip is not None:
             limit = radius(to_host(norms(changes)), self.clip)
-            between = distances(loras) if between is None else between
+            between = distances(mixed) if between is None else between
             weights = scaled_down(weights, clip_scales(to_host(between), limit))
         return capped(weights, self.cap_one, self.cap_all), state, log

@@ -34,9 +34,9 @@ class Phase:
     attackers: tuple[int, ...]
     mixes_updates: bool  # whether the server mixes changes, and not models
 
-    def lora_change(self, client: int) -> np.ndarray:
-        """Returns a client's change of LoRA as one vector, float64."""
-        return vector(self.uploads[client][LORA]) - vector(self.starts[client][LORA])
+    def change(self, client: int, name: str = LORA) -> np.ndarray:
+        """Returns a client's change of a subtree as one vector, float64."""
+        return vector(self.uploads[client][name]) - vector(self.starts[client][name])
 
 
 Attack = Callable[[Phase], dict[int, Upload]]
@@ -81,9 +81,10 @@ def orthogonal(change: np.ndarray, *others: np.ndarray) -> np.ndarray:
 def sybils(victim: int, size: float | None = None, differ: bool = False) -> Attack:
     """Returns the attack of copies of a victim that have the same poison added, orthogonal to the victim's change.
 
-    The poison is what the first attacker has learnt, without its part along the victim's change. So that the victim is
-    measured to be near, its sketch of gradients is copied too. In a phase in which the victim does not take part,
-    attackers upload what they have trained.
+    The poison is what the first attacker has learnt, without its part along the victim's change. It is LoRA that is
+    copied and poisoned or, where clients upload sketches of gradients, each subtree that is measured by them, by
+    itself. So that the victim is measured to be near, its sketches are copied too. In a phase in which the victim does
+    not take part, attackers upload what they have trained.
 
     Args:
         size: norm of the poison, as a multiple of that of the victim's change. None: the attackers know
@@ -95,18 +96,19 @@ def sybils(victim: int, size: float | None = None, differ: bool = False) -> Atta
         honest = [c for c in phase.uploads if c not in phase.attackers]
         if victim not in phase.uploads or not phase.attackers:
             return {}
-        goal, first = phase.lora_change(victim), phase.attackers[0]
-        lengths = sorted(float(np.linalg.norm(phase.lora_change(c))) for c in honest)
-        norm = 0.99 * lengths[(len(lengths) - 1) // 2] if size is None else size * float(np.linalg.norm(goal))
-        poison = orthogonal(phase.lora_change(first), goal)
-        aside = orthogonal(phase.lora_change(phase.attackers[-1])[::-1], goal, poison)
-        out = {}
-        for number, a in enumerate(phase.attackers):
-            part = (poison + (-1) ** number * aside) / np.sqrt(2) if differ else poison
-            origin = phase.starts[a if phase.mixes_updates else victim][LORA]
-            lora = like(origin, vector(origin) + goal + norm * part)
-            copied = {SKETCH: phase.uploads[victim][SKETCH]} if SKETCH in phase.uploads[victim] else {}
-            out[a] = {**phase.uploads[a], LORA: lora, **copied}
+        out = {a: dict(phase.uploads[a]) for a in phase.attackers}
+        for name in phase.uploads[victim].get(SKETCH, (LORA,)):
+            goal = phase.change(victim, name)
+            lengths = sorted(float(np.linalg.norm(phase.change(c, name))) for c in honest)
+            norm = 0.99 * lengths[(len(lengths) - 1) // 2] if size is None else size * float(np.linalg.norm(goal))
+            poison = orthogonal(phase.change(phase.attackers[0], name), goal)
+            aside = orthogonal(phase.change(phase.attackers[-1], name)[::-1], goal, poison)
+            for number, a in enumerate(phase.attackers):
+                part = (poison + (-1) ** number * aside) / np.sqrt(2) if differ else poison
+                origin = phase.starts[a if phase.mixes_updates else victim][name]
+                out[a][name] = like(origin, vector(origin) + goal + norm * part)
+        for upload in out.values():
+            upload |= {SKETCH: phase.uploads[victim][SKETCH]} if SKETCH in upload else {}
         return out
 
     return attack

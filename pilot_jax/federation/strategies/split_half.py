@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import jax.numpy as jnp
 from pydantic import Field, field_validator
 
 from pilot_jax.config import StrategyParams
+from pilot_jax.federation.cohort import Aggregated
+from pilot_jax.federation.defence import Defence
 from pilot_jax.federation.halves import shares
 from pilot_jax.federation.roles import BASE_ROWS, Role, Roles
 from pilot_jax.federation.strategies.base import Strategy, register
@@ -28,6 +29,11 @@ class SplitHalf(Strategy):
                                        "lower, because its measure is noisier.")
         split_half_limit: float = Field(0.5, gt=0, description="Ratio δ²/σ² at and above which nothing is taken from "
                                         "another client: weights are ∝ n_j·max(0, 1 − ratio/limit).")
+        cap_one: float | None = Field(None, ge=0, le=1, description="Largest weight of any one other client in a "
+                                      "client's mixture of LoRA, and of the projector. What exceeds it goes to the "
+                                      "client's own change. null: no limit.")
+        cap_all: float | None = Field(None, ge=0, le=1, description="Largest weight of all other clients together in "
+                                      "each of the two. What exceeds it goes to the own change. null: no limit.")
 
     one_model = False
     splits_halves = True
@@ -47,15 +53,33 @@ class SplitHalf(Strategy):
             self.projector_role("local", "never"))
         return Roles((*BASE_ROWS, Role("text_adapter", {"plain": "trained"}, "shared", "split_half"), projector))
 
+    @property
+    def clips(self):
+        return True
+
+    @property
+    def defence(self):
+        return Defence(self.params.clip, cap_one=self.params.cap_one, cap_all=self.params.cap_all)
+
     def mix(self, cohort):
+        """Returns the mixing matrix [S, S] of LoRA."""
         return shares(cohort.ratio, cohort.sizes, self.params.split_half_limit)
 
-    def combine(self, cohort, weights):
-        mixed = self._mixed(cohort, weights, ("text_adapter",))
+    def mix_projector(self, cohort):
+        """Returns the mixing matrix [S, S] of the projector."""
+        return shares(cohort.ratios["projector"], cohort.sizes, self.params.projector_limit)
+
+    def aggregate(self, cohort, server):
+        asked = {"text_adapter": self.mix(cohort)}
         if self.mixes_projector:
-            rows = shares(cohort.ratios["projector"], cohort.sizes, self.params.projector_limit)
-            mixed |= self._mixed(cohort, jnp.asarray(rows), ("projector",))
-        return mixed
+            asked["projector"] = self.mix_projector(cohort)
+        weights = {name: self.defence.applied(rows, cohort, server, mixes_updates=True, name=name)[0]
+                   for name, rows in asked.items()}
+        downloads = {name: self._mixed(cohort, rows, (name,))[name] for name, rows in weights.items()}
+        log = {"weights": weights["text_adapter"]}
+        if self.mixes_projector:
+            log["weights_projector"] = weights["projector"]
+        return Aggregated(downloads, dict(server), log)
 
 
 OWN = {"weighting": "split_half", "mixes": "updates"}  # keys of `ata` whose defaults are not Pilot's

@@ -17,6 +17,7 @@ from pilot_jax.federation import defence, mixing
 from pilot_jax.federation.cohort import Cohort
 from pilot_jax.federation.defence import Defence
 from pilot_jax.federation.distances import distances
+from pilot_jax.federation.halves import SKETCH
 from pilot_jax.federation.observer import RunObserver
 from pilot_jax.federation.rounds import run_round
 from pilot_jax.federation.strategies import STRATEGIES, make_strategy
@@ -178,6 +179,30 @@ def test_histories_are_sums_of_changes_and_scale_weights():
     np.testing.assert_allclose(np.linalg.norm(server["histories"][1]), np.linalg.norm(sums[1]), rtol=1e-5)
 
 
+def test_split_half_bounds_each_mixture_by_its_own_median():
+    """start + change + Σ_j w_kj·clip(change_j − change, C), LoRA and the projector each with its own weights and C;
+    then the caps."""
+    rng, sizes = np.random.default_rng(0), np.asarray([4, 8, 6, 5, 7])
+    uploads = {"text_adapter": loras(5, seed=1), "projector": {"w": rng.normal(size=(5, 4, 3)).astype(np.float32)}}
+    starts = {"text_adapter": loras(5, seed=2, spread=0.1), "projector": {"w": np.zeros((5, 4, 3), np.float32)}}
+    ratios = {name: rng.uniform(-0.2, 0.6, (5, 5)) * scale for name, scale in (("text_adapter", 1), ("projector", 0.2))}
+    given = Cohort(uploads, sizes, np.zeros(5, int), np.arange(5), 1, starts, ratios)
+    for params in ({"clip": 0.4}, {"cap_one": 0.08, "cap_all": 0.2}, {"clip": 0.4, "cap_one": 0.08, "cap_all": 0.2}):
+        out = make_strategy("split_half", params).aggregate(given, {})
+        for name, limit in (("text_adapter", 0.5), ("projector", 0.1)):
+            raw = sizes * np.where(np.eye(5, dtype=bool), 1, np.clip(1 - ratios[name] / limit, 0, 1))
+            weights, moved = raw / raw.sum(axis=1, keepdims=True), rows(uploads[name], 5) - rows(starts[name], 5)
+            if "clip" in params:
+                longest = 0.4 * lower_median(np.linalg.norm(moved, axis=1))
+                apart = np.linalg.norm(moved[:, None] - moved[None], axis=2)
+                weights = weights * np.minimum(1, longest / np.maximum(apart, 1e-9))
+                weights += np.diag(1 - weights.sum(axis=1))
+            weights = capped64(weights, params.get("cap_one", 1), params.get("cap_all", 1))
+            got = out.mixing["weights" if name == "text_adapter" else "weights_projector"]
+            np.testing.assert_allclose(got, weights, atol=1e-5)
+            np.testing.assert_allclose(rows(out.downloads[name], 5), rows(starts[name], 5) + weights @ moved, atol=1e-4)
+
+
 def test_rules_follow_each_other():
     """Credit first, then clipping, then the caps."""
     now, before = loras(5, seed=1), loras(5, seed=2, spread=0.1)
@@ -263,7 +288,7 @@ def test_every_strategy_takes_a_clip_or_refuses_it(name):
         make_strategy(name, {"clip": 1e9})
     except InputError as error:
         assert "strategy.clip" in str(error) and name in str(error)
-        assert name not in ("fedavg", "fedprox", "fedadam", "median", "ffa_lora", "pilot")
+        assert name not in ("fedavg", "fedprox", "fedadam", "median", "ffa_lora", "pilot", "split_half")
         return
     if name.startswith("pilot"):
         return  # the toy has no visual adapters; below
@@ -279,15 +304,24 @@ def test_sybils_are_where_they_say():
     for size, differ in ((0.5, False), (None, False), (None, True)):
         phase = Phase(one[0], one[1], (2, 3), False)
         out = sybils(0, size, differ)(phase)
-        victim, learnt = vector(one[0][0]["text_adapter"]), phase.lora_change(0)
+        victim, learnt = vector(one[0][0]["text_adapter"]), phase.change(0)
         poisons = [vector(out[a]["text_adapter"]) - victim for a in (2, 3)]
-        norm = 0.99 * min(np.linalg.norm(phase.lora_change(c)) for c in (0, 1)) if size is None else (
+        norm = 0.99 * min(np.linalg.norm(phase.change(c)) for c in (0, 1)) if size is None else (
             size * np.linalg.norm(learnt))
         for poison in poisons:
             np.testing.assert_allclose(np.linalg.norm(poison), norm, rtol=1e-5)
             assert abs(poison @ learnt) < 1e-4 * norm * np.linalg.norm(learnt)
         cosine = poisons[0] @ poisons[1] / norm**2
         assert abs(cosine - (0 if differ else 1)) < 1e-4
+    measured = [{c: {**parts, "projector": jax.tree.map(lambda x: x[:1], parts["text_adapter"]),
+                     SKETCH: {"text_adapter": np.full(3, c), "projector": np.full(2, c)}} for c, parts in side.items()}
+                for side in one]
+    out = sybils(0, 0.5)(Phase(measured[0], measured[1], (2, 3), True))
+    for name in ("text_adapter", "projector"):
+        phase = Phase(measured[0], measured[1], (2, 3), True)
+        poison = vector(out[2][name]) - vector(measured[1][2][name]) - phase.change(0, name)
+        np.testing.assert_allclose(np.linalg.norm(poison), 0.5 * np.linalg.norm(phase.change(0, name)), rtol=1e-4)
+        assert out[3][SKETCH][name][0] == 0
     flipped = scaled(-1)(Phase(one[0], one[1], (2,), False))
     np.testing.assert_allclose(vector(flipped[2]["text_adapter"]), 2 * vector(one[1][2]["text_adapter"]) - vector(
         one[0][2]["text_adapter"]), atol=1e-5)
