@@ -39,8 +39,8 @@ DIGITS = ["data.digits.scenario=a", "data.digits.heterogeneity=0", "data.digits.
 SETTINGS = {
     "pilot": [],
     "share": ["strategy.ata.weighting=share_of_sizes"],
-    "split_half": ["strategy.name=pilot_split_half"],
-    "plain_split_half": ["strategy.name=split_half"],
+    "pilot_split_half": ["strategy.name=pilot_split_half"],
+    "split_half": ["strategy.name=split_half"],
     "fedavg": ["strategy.name=fedavg"],
     "local": ["strategy.name=local"],
 }
@@ -92,7 +92,7 @@ def setups_of(seed: int, config: Path, changes: list[str], poison: bool) -> tupl
 
 def bounds_of(setting: str, defence: str) -> list[str]:
     """Returns the changes of the config that a defence is under a setting: what its strategy has of the bounds."""
-    if setting == "plain_split_half":
+    if setting == "split_half":
         return [change.replace(".ata", "") for change in DEFENCES[defence]]
     return [change for change in DEFENCES[defence] if ".ata" not in change or setting not in ("fedavg", "local")]
 
@@ -165,7 +165,7 @@ def cells(args: argparse.Namespace) -> list[dict[str, Any]]:
             range(args.first_seed, args.first_seed + args.seeds), args.settings, args.attacks, args.attackers,
             args.defences):
         fits = count == 0 if attack == "none" else count > (1 if attack == "differ" else 0)
-        if fits and (setting, defence) != ("plain_split_half", "foolsgold"):  # which does not have it
+        if fits and (setting, defence) != ("split_half", "foolsgold"):  # which does not have it
             out.append({"seed": seed, "setting": setting, "attack": attack, "attackers": count, "defence": defence})
     return out
 
@@ -174,7 +174,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--config", type=Path, default=CONFIG)
-    parser.add_argument("--settings", nargs="+", default=["pilot", "share", "split_half"], choices=SETTINGS)
+    parser.add_argument("--settings", nargs="+", default=["pilot", "share", "pilot_split_half", "split_half"],
+                        choices=SETTINGS)
     parser.add_argument("--defences", nargs="+", default=["none", "bounds"], choices=DEFENCES)
     parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=ATTACKS)
     parser.add_argument("--attackers", nargs="+", type=int, default=[0, 1, 2, 3])

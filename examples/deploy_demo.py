@@ -3,7 +3,7 @@
     python examples/deploy_demo.py [--short] [--strategies pilot fedavg scaffold] [--folder DIR]
 
 It needs an environment with pilot-jax[deploy] (`make deploy-demo` makes one). Each check is a line that begins with
-"ok" or "WRONG"; the exit code is 1 if one is wrong. Two networks run at a time, because each mostly waits. With
+"ok" or "WRONG"; the exit code is 1 if one is wrong. Three networks run at a time, because each mostly waits. With
 --short, Pilot alone is run for one round; nobody is killed.
 """
 
@@ -293,7 +293,7 @@ def main() -> None:
         if options.large is not None:
             large(folder, options.large, options.wire, None if options.database == "memory" else options.database)
         compared = ["pilot"] if options.short else options.strategies
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(3) as pool:
             # Pilot's simulation comes first: it compiles the programs of all nodes of two networks.
             running, rounds = [], 1 if options.short else 2
             compared = [] if options.only_killed or options.large else compared
