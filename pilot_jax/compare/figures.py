@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 INK, COLOURS = "#1b1f24", ("#2a78d6", "#d9622b")
 WIDTH = 4.4  # width of a figure in inches
-ROW = 0.2  # height of a variant's row in inches; a figure is 0.7 inches higher than its rows
+ROW = 0.2  # height of a variant's row in inches; a figure is 0.7 inches higher than its rows, and 1.5 at least
 
 
 def pyplot() -> Any:
@@ -104,7 +104,7 @@ def overview(results: Record) -> Figure:
     """Draws the scores, with a mark for each task, and the differences to the first reference side by side."""
     lines = by_score(results)
     figure, (left, right) = pyplot().subplots(
-        1, 2, figsize=(2 * WIDTH, 0.7 + ROW * len(lines)), sharey=True, layout="constrained",
+        1, 2, figsize=(2 * WIDTH, max(1.5, 0.7 + ROW * len(lines))), sharey=True, layout="constrained",
         width_ratios=(3, 2))
     _draw_scores(left, results, lines)
     _draw_tasks(left, results, lines)

@@ -271,6 +271,13 @@ def test_the_page_and_the_files_have_all_of_it(tmp_path):
         read_comparison(tmp_path)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_figure_of_one_variant_has_room():
+    """matplotlib warns where a figure is too small for what it shows."""
+    results = json.loads((ROOT / "docs" / "results" / "cells" / "known_own.json").read_text())
+    assert figures.png(figures.overview({**results, "variants": results["variants"][:1]}))
+
+
 def test_long_names_leave_room_for_the_figures():
     """They are whole on the page, and shortened in the PNG file."""
     name = "fedavg+train.lr_connector=0.0001+train.lr_lora_stage1=0.0005+train.lr_lora_stage2=0.0003"
