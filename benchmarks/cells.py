@@ -132,8 +132,8 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     found = {name: read(files) for name, files in (one.split("=", 1) for one in args.comparisons)}
-    for name, results in found.items():
-        here = results["rows"][next(iter(results["rows"]))]["seeds"][0]["score_by_client"]
+    for name, results in found.items() if args.clients else ():
+        here = next(iter(results["rows"].values()))["seeds"][0]["score_by_client"]
         if unknown := [client for client in args.clients if client not in here]:
             sys.exit(f"--clients: {', '.join(unknown)} is not in {name}. Its clients: {', '.join(here)}.")
     print_scores(found, args.clients)

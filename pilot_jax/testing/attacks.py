@@ -96,8 +96,10 @@ def sybils(victim: int, size: float | None = None, differ: bool = False) -> Atta
         honest = [c for c in phase.uploads if c not in phase.attackers]
         if victim not in phase.uploads or not phase.attackers:
             return {}
-        out = {a: dict(phase.uploads[a]) for a in phase.attackers}
-        for name in phase.uploads[victim].get(SKETCH, (LORA,)):
+        sketches = phase.uploads[victim].get(SKETCH)
+        copied = {} if sketches is None else {SKETCH: sketches}
+        out = {a: {**phase.uploads[a], **copied} for a in phase.attackers}
+        for name in sketches or (LORA,):
             goal = phase.change(victim, name)
             lengths = sorted(float(np.linalg.norm(phase.change(c, name))) for c in honest)
             norm = 0.99 * lengths[(len(lengths) - 1) // 2] if size is None else size * float(np.linalg.norm(goal))
@@ -107,8 +109,6 @@ def sybils(victim: int, size: float | None = None, differ: bool = False) -> Atta
                 part = (poison + (-1) ** number * aside) / np.sqrt(2) if differ else poison
                 origin = phase.starts[a if phase.mixes_updates else victim][name]
                 out[a][name] = like(origin, vector(origin) + goal + norm * part)
-        for upload in out.values():
-            upload |= {SKETCH: phase.uploads[victim][SKETCH]} if SKETCH in upload else {}
         return out
 
     return attack

@@ -79,7 +79,8 @@ def test_every_array_of_mixing_is_on_the_page_with_its_shape(written):
     file = written[0] / "mixing" / "round_0001_stage1.npz"
     with np.load(file) as arrays:
         size = len(arrays["client_ids"])
-        assert documented.keys() == set(arrays) | {"ratio", "ratio_projector", "credit"}  # of other strategies
+        others = {"ratio", "ratio_projector", "weights_projector", "credit"}  # of other strategies
+        assert documented.keys() == set(arrays) | others
         for name, shape in ((name, shape) for name, shape in documented.items() if name in arrays):
             assert arrays[name].ndim == shape.split("]")[0].count("S") and set(arrays[name].shape) == {size}
             assert arrays[name].dtype == np.float32 or "text" in shape

@@ -76,9 +76,7 @@ class SplitHalf(Strategy):
         weights = {name: self.defence.applied(rows, cohort, server, mixes_updates=True, name=name)[0]
                    for name, rows in asked.items()}
         downloads = {name: self._mixed(cohort, rows, (name,))[name] for name, rows in weights.items()}
-        log = {"weights": weights["text_adapter"]}
-        if self.mixes_projector:
-            log["weights_projector"] = weights["projector"]
+        log = {"weights" if name == "text_adapter" else f"weights_{name}": rows for name, rows in weights.items()}
         return Aggregated(downloads, dict(server), log)
 
 
