@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
+import pickle
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeVar, cast
 
 import filelock
 
 from pilot_jax.files import atomic_write
 
 DIGEST = 32  # bytes of SHA-256, at the start of every file
+MAX_READ = 2**26  # bytes of a file whose content may be part of a key
+READERS = ("transformers", "tokenizers", "numpy")  # libraries that `remembered` results may depend on
+Result = TypeVar("Result")
+_prepared: Cache | None = None
 
 
 def cache_folder() -> Path:
@@ -109,3 +117,58 @@ class Cache:
                 return
             Path(path).unlink()
             excess -= size
+
+
+def remember_in(store: Cache | None) -> None:
+    """Makes `remembered` keep results in a cache; None: they are not kept."""
+    global _prepared
+    _prepared = store
+
+
+@functools.cache
+def source_digest() -> str:
+    """Returns the SHA-256 of the source of this package."""
+    package, digest = Path(__file__).parent, hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def version_of(library: str) -> str | None:
+    """Returns the version of an installed library, or None."""
+    with contextlib.suppress(PackageNotFoundError):
+        return version(library)
+    return None
+
+
+def digest_of_files(files: Iterable[Path]) -> str | None:
+    """Returns the SHA-256 of the files' names and contents, where a missing file has none; None if one is too large."""
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            content = file.read_bytes() if file.is_file() and file.stat().st_size <= MAX_READ else None
+        except OSError:
+            return None
+        if content is None and file.exists():
+            return None
+        digest.update(f"{file.name} {-1 if content is None else len(content)}\0".encode() + (content or b""))
+    return digest.hexdigest()
+
+
+def remembered(key: str | None, compute: Callable[[], Result]) -> Result:
+    """Returns what `compute` returns, or what it has returned in an earlier run with the same key.
+
+    Args:
+        key: a text of all that the result depends on, but for the source of this package and the versions of `READERS`;
+            None: nothing is kept.
+        compute: its result can be pickled. If it raises, nothing is kept.
+    """
+    if _prepared is None or key is None:
+        return compute()
+    key = f"{source_digest()} {[version_of(name) for name in READERS]} {key}"
+    if (content := _prepared.read(key)) is not None:
+        with contextlib.suppress(Exception):  # whatever cannot be read is computed again
+            return cast(Result, pickle.loads(content))
+    result = compute()
+    _prepared.write(key, [pickle.dumps(result, protocol=pickle.HIGHEST_PROTOCOL)])
+    return result

@@ -10,16 +10,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
+import gc
 import inspect
 import pickle
 import platform
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,9 +27,9 @@ import jax
 import numpy as np
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
-from pilot_jax.cache import Cache
+from pilot_jax.cache import Cache, source_digest, version_of
 from pilot_jax.parallel.allocator import give_back
-from pilot_jax.parallel.devices import flags_of_xla, jax_keeps_programs, options_of_programs
+from pilot_jax.parallel.devices import compiler_options, flags_of_xla, jax_keeps_programs, options_of_programs
 
 THREADS = "compile-ahead"
 WAITED = "/pilot_jax/waited_for_program_duration"  # event: seconds in which a call has waited for `compile_ahead`
@@ -86,23 +86,14 @@ def _described(value: Hashable) -> str:
     raise _NotKeepable(name)
 
 
-def _version(name: str) -> str | None:
-    with contextlib.suppress(PackageNotFoundError):
-        return version(name)
-    return None
-
-
 @functools.cache
 def surroundings() -> str:
     """Returns a text of everything that all programs depend on: source, libraries, machine and flags."""
-    package, digest = Path(__file__).parent, hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
     cpu = Path("/proc/cpuinfo")
     features = {line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features", "model name"))
              } if cpu.is_file() else set()
     devices = [(d.platform, d.device_kind, d.id) for d in jax.devices()]
-    return repr((digest.hexdigest(), [_version(name) for name in LIBRARIES], platform.machine(), platform.node(),
+    return repr((source_digest(), [version_of(name) for name in LIBRARIES], platform.machine(), platform.node(),
                  platform.python_version(), sorted(features), devices, jax.devices()[0].client.platform_version,
                  flags_of_xla()))
 
@@ -143,7 +134,8 @@ class KeptJit:
     _threads = ThreadPoolExecutor(1, thread_name_prefix=THREADS)
 
     def __init__(self, function: Callable[..., Any], static: Sequence[str] = (), donate: Sequence[str] = ()) -> None:
-        self.jitted = jax.jit(function, static_argnames=tuple(static), donate_argnames=tuple(donate))
+        self._jit = partial(jax.jit, function, static_argnames=tuple(static), donate_argnames=tuple(donate))
+        self.jitted = self._jit()  # has no compiler options, which JAX refuses inside another jitted function
         self._static, self._signature = tuple(static), inspect.signature(function)
         self._name = f"{function.__module__}.{function.__qualname__}"
         self._ready: dict[_Call, Future[Any]] = {}
@@ -154,13 +146,18 @@ class KeptJit:
         return getattr(self.jitted, name)  # lower, trace, eval_shape, …
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _store is None or jax.process_count() > 1:
-            return self.jitted(*args, **kwargs)
         bound = self._bound(args, kwargs)
         positional, by_name = self._dynamic(bound)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((positional, by_name))):
             return self.jitted(*args, **kwargs)
+        if _store is None or jax.process_count() > 1:
+            return self._outermost(*args, **kwargs)
         return self._program(bound)(*positional, **by_name)
+
+    @functools.cached_property
+    def _outermost(self) -> Callable[..., Any]:
+        """The jitted function for calls that are not part of another program; made when JAX may be started."""
+        return self._jit(compiler_options=compiler_options())
 
     def compile_ahead(self, *args: Any, **kwargs: Any) -> None:
         """Starts to load or compile the program for such arguments, of which shapes are enough, in a thread.
@@ -224,11 +221,25 @@ class KeptJit:
         return self._compiled(bound, store, key)
 
     def _compiled(self, bound: inspect.BoundArguments, store: Cache | None, key: str) -> jax.stages.Compiled:
-        compiled = self.jitted.lower(*bound.args, **bound.kwargs).compile()
+        with _no_collection():
+            lowered = self.jitted.lower(*bound.args, **bound.kwargs)
+        compiled = lowered.compile(compiler_options())
         give_back()  # the compiler leaves hundreds of megabytes
         if store is not None and key and _stands_alone(compiled):
             store.write(key, [pickle.dumps((_devices(compiled), *serialize(compiled)))])
         return compiled
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Switches Python's garbage collection off, which takes two fifths of the time of tracing."""
+    if was := gc.isenabled():
+        gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _stands_alone(compiled: jax.stages.Compiled) -> bool:

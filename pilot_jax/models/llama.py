@@ -11,7 +11,7 @@ keys and values.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -248,13 +248,16 @@ class Decoder(nn.Module):
         block = DecoderBlock(self.config, self.lora_scale, operands=self.operands, mesh=self.mesh, parent=None)
         stacked = {name: self.variables[name]["layers"] for name in ("params", "lora") if name in self.variables}
         last = self.config.num_layers - 1
-        for i in range(last + 1):
-            def run(weights: dict[str, PyTree], x: jax.Array, i: int = i) -> jax.Array:
-                output, _ = block.apply(weights, x, None, windowed[i], shared, rows if i == last else None)
-                return output
 
+        def run(weights: dict[str, PyTree], x: jax.Array, windowed: jax.Array, shared: LayerInputs,
+                rows: jax.Array | None) -> jax.Array:
+            return cast(jax.Array, block.apply(weights, x, None, windowed, shared, rows)[0])
+
+        # Jitted, so that layers with the same shapes are traced once.
+        layer = jax.jit(jax.checkpoint(run, policy=POLICIES[self.remat]) if self.remat else run)
+        for i in range(last + 1):
             weights = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-            x = (jax.checkpoint(run, policy=POLICIES[self.remat]) if self.remat else run)(weights, x)
+            x = layer(weights, x, windowed[i], shared, rows if i == last else None)
         return x
 
     def logits(self, hidden: jax.Array) -> jax.Array:

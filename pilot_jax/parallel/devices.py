@@ -6,6 +6,7 @@ No other file uses XLA_FLAGS, `jax.config` or `jax.default_backend`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from pilot_jax.errors import InputError
 PROGRAMS_KEPT = 16 * 2**30  # bytes of `system.compilation_cache`; the least recently used programs are deleted first
 COMPILED_IN = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion", "jax_default_prng_impl",
                "jax_threefry_partitionable", "jax_numpy_rank_promotion")
+# On CPU these options halve XLA's compile time and do not slow the programs (`docs/notes/performance.md`).
+COMPILE_FAST: dict[str, str | bool] = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": "1"}
 OVERLAPPING = "--xla_gpu_enable_latency_hiding_scheduler=true"
 DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
 
@@ -51,6 +54,22 @@ def jax_keeps_programs() -> bool:
 def options_of_programs() -> tuple[object, ...]:
     """Returns the values of JAX's options that change what a program computes."""
     return tuple(getattr(jax.config, name) for name in COMPILED_IN)
+
+
+def compiler_options() -> dict[str, str | bool]:
+    """Returns the options with which programs are compiled for this process's devices; empty if XLA lacks one."""
+    return dict(COMPILE_FAST) if platform() == "cpu" and _knows_compile_fast() else {}
+
+
+@functools.cache
+def _knows_compile_fast() -> bool:
+    """Whether this version of XLA has all options of `COMPILE_FAST`."""
+    lowered = jax.jit(lambda: 0).lower()
+    try:
+        lowered.compile(compiler_options=dict(COMPILE_FAST))
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def flags_of_xla() -> tuple[str | None, ...]:

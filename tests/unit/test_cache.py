@@ -81,3 +81,71 @@ def test_without_space_nothing_is_kept_and_nothing_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "atomic_write", full)
     kept.write("a", [b"one"])
     assert kept.read("a") is None
+
+
+@pytest.fixture
+def calls(tmp_path):
+    """Returns a function that asks for a remembered result, and a list of what was computed."""
+    computed = []
+
+    def ask(key, value="result"):
+        return cache.remembered(key, lambda: computed.append(key) or {"value": value})
+
+    cache.remember_in(Cache(tmp_path, 10_000))
+    yield ask, computed
+    cache.remember_in(None)
+
+
+def test_a_result_is_computed_once_for_each_key(calls):
+    ask, computed = calls
+    assert [ask("a"), ask("a"), ask("b"), ask(None), ask(None)] == [{"value": "result"}] * 5
+    assert computed == ["a", "b", None, None]
+
+
+def test_without_a_cache_everything_is_computed(calls):
+    ask, computed = calls
+    cache.remember_in(None)
+    assert ask("a") == ask("a") and computed == ["a", "a"]
+
+
+@pytest.mark.parametrize("what", ["source", "library"])
+def test_a_result_of_another_version_is_not_used(calls, monkeypatch, what):
+    ask, computed = calls
+    ask("a")
+    if what == "source":
+        monkeypatch.setattr(cache, "source_digest", lambda: "another")
+    else:
+        monkeypatch.setattr(cache, "version_of", lambda name: "99")
+    ask("a")
+    assert computed == ["a", "a"]
+
+
+def test_what_cannot_be_read_is_computed_and_written_again(calls, monkeypatch):
+    ask, computed = calls
+    ask("a")
+    monkeypatch.setattr(Cache, "read", lambda self, key, read=Cache.read: read(self, key) and memoryview(b"nonsense"))
+    assert ask("a") == {"value": "result"} and computed == ["a", "a"]
+    monkeypatch.undo()
+    assert ask("a") == {"value": "result"} and computed == ["a", "a"]
+
+
+def test_a_failure_is_not_remembered(calls):
+    ask, computed = calls
+
+    def fail():
+        raise ValueError
+
+    for _ in range(2):
+        with pytest.raises(ValueError):
+            cache.remembered("a", fail)
+    assert ask("a") == {"value": "result"} and computed == ["a"]
+
+
+def test_digests_differ_where_files_do(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    seen = [cache.digest_of_files([one, two])]
+    for path, content in ((one, b""), (one, b"ab"), (two, b""), (two, b"ab"), (one, b"a"), (two, b"b")):
+        path.write_bytes(content)
+        seen.append(cache.digest_of_files([one, two]))
+    assert len(set(seen)) == len(seen) and None not in seen
+    assert cache.digest_of_files([tmp_path]) is None  # a folder

@@ -14,12 +14,13 @@ from conftest import small_config
 from jax.experimental.compilation_cache import compilation_cache
 
 import pilot_jax.programs
-from pilot_jax.cache import Cache
+from pilot_jax.cache import Cache, remember_in
 from pilot_jax.embedded.scenarios import lazy_samples, scenario_clients, scene_samples
 from pilot_jax.federation import client, phases
 from pilot_jax.federation.losses import LossWeights
 from pilot_jax.federation.rounds import run_round
 from pilot_jax.models import generate, pretrained
+from pilot_jax.parallel import devices
 from pilot_jax.programs import KeptJit, _described, _NotKeepable, keep_in
 from pilot_jax.runs import prepare, simulate
 from pilot_jax.runs.ahead import compile_first_round
@@ -72,6 +73,31 @@ def test_a_kept_program_gives_the_same_bits_and_is_not_compiled(store, clock):
     np.testing.assert_array_equal(new, kept)
     keep_in(None)
     np.testing.assert_array_equal(made()(X)["y"], kept)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_programs_are_compiled_with_the_options_of_the_platform(store, monkeypatch, kept):
+    """Only the outermost program is; JAX refuses options of one that is part of another."""
+    inner = KeptJit(lambda x: jnp.exp(x) / 3)
+    x = np.linspace(-3, 3, 1001, dtype=np.float32)
+    seen = []
+    monkeypatch.setattr(pilot_jax.programs, "compiler_options", lambda: seen.append(1) or {
+        "xla_backend_optimization_level": "0"})
+    keep_in(store if kept else None)
+    out = KeptJit(lambda x: jnp.log1p(inner(x)) * jnp.sin(x))(x)
+    np.testing.assert_allclose(out, np.log1p(np.exp(x) / 3) * np.sin(x), atol=1e-5)
+    assert seen == [1]
+
+
+def test_options_that_xla_lacks_are_left_out(monkeypatch):
+    assert devices.compiler_options() == devices.COMPILE_FAST
+    monkeypatch.setattr(devices, "COMPILE_FAST", {"xla_cpu_no_such_option": "1"})
+    devices._knows_compile_fast.cache_clear()
+    assert devices.compiler_options() == {}
+    monkeypatch.undo()
+    devices._knows_compile_fast.cache_clear()
+    monkeypatch.setattr(devices, "platform", lambda: "gpu")
+    assert devices.compiler_options() == {}
 
 
 @pytest.mark.parametrize("changed", [
@@ -192,7 +218,8 @@ def test_a_run_with_a_cache_equals_one_without(tmp_path, clock, no_jax_cache):
         assert compiled < 10  # small ones, outside of the package's own programs
     finally:
         keep_in(None)
-    assert {folder.name for folder in (tmp_path / "cache").iterdir()} == {"programs", "samples", "features"}
+        remember_in(None)
+    assert {folder.name for folder in (tmp_path / "cache").iterdir()} == {"programs", "samples", "features", "prepared"}
 
 
 @pytest.mark.long
