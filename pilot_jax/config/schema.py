@@ -249,8 +249,8 @@ class SystemConfig(Section):
         None, min_length=1, description="Experiment of MLflow to which losses and scores are also sent, which needs "
         "the extra `mlflow`. MLFLOW_TRACKING_URI says where it is. null: none.")
     cache: str | None = Field(
-        "auto", description="Folder in which compiled programs, generated samples and image features are kept for "
-        "later runs, of any config. auto: the user's cache folder. null: nothing is kept.")
+        "auto", description="Folder in which compiled programs, generated samples, token ids and image features are "
+        "kept for later runs, of any config. auto: the user's cache folder. null: nothing is kept.")
     compilation_cache: str | None = Field(
         None, description="Folder of JAX's own cache of compiled programs, which several processes or machines can "
         "share. null: none; one process needs none beside `cache`.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from pilot_jax.data.division import client_faults
 from pilot_jax.data.features import LEAST_ON_DEVICE, FeatureRows, Features
 from pilot_jax.data.llava.sample import Sample
 from pilot_jax.data.llava.turns import Turns
+from pilot_jax.data.tokenizer import remembered_by
 from pilot_jax.errors import InputError
 from pilot_jax.storage import append_rows
 
@@ -74,7 +76,36 @@ def encode_prompts(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, s
         InputError: see `encode_prompt`; or a sample has an image, which the model does not take.
     """
     refuse_images(samples, model.config.vision is not None)
-    return [encode_prompt(model, tokenizer, sample, data) for sample in samples]
+
+    def encoded() -> _Rows:
+        return _Rows.of([encode_prompt(model, tokenizer, sample, data) for sample in samples])
+
+    return remembered_by(tokenizer, _key("prompts", model, samples, data), encoded).split()
+
+
+def _key(what: str, model: PretrainedModel, samples: Sequence[Sample], data: DataConfig) -> str:
+    """Returns a text of all that the token ids of samples depend on, but for the tokenizer."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(repr((sample.turns, sample.references)).encode())
+    config = model.config
+    return (f"{what} {digest.hexdigest()} {data.template} {data.max_length} {config.num_image_tokens} "
+            f"{config.image_token_id} {config.text.vocab_size}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Arrays of different lengths one after another, which are stored faster than one by one."""
+
+    values: np.ndarray
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, rows: Sequence[np.ndarray]) -> _Rows:
+        return cls(np.concatenate(rows) if rows else np.zeros(0, np.int32), [len(row) for row in rows])
+
+    def split(self) -> list[np.ndarray]:
+        return np.split(self.values, np.cumsum(self.lengths)[:-1]) if self.lengths else []
 
 
 def _encode(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, sample: Sample, turns: Turns,
@@ -118,6 +149,14 @@ def with_answers(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, sam
         InputError: a prompt with an answer is longer than `data.max_length`. It is not cut, because an answer without
             its end would be easier. Or it has a token that the model does not know.
     """
+    rows, numbers = remembered_by(tokenizer, _key("answers", model, samples, data),
+                                  lambda: _answered(model, tokenizer, samples, data, prompts))
+    return dataclasses.replace(prompts, answered=Answered(rows, numbers))
+
+
+def _answered(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample],
+              data: DataConfig, prompts: Prompts) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Returns the training arrays of all references, and the number of the prompt of each."""
     encoded, numbers = list[Encoded](), list[int]()
     for number, sample in enumerate(samples):
         prompt = prompts.input_ids[number][prompts.attention_mask[number] > 0]
@@ -134,7 +173,7 @@ def with_answers(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, sam
             numbers.append(number)
     rows = training_arrays(encoded, np.zeros(len(encoded)), *training_length(encoded))
     del rows["has_image"]  # the losses alone read it
-    return dataclasses.replace(prompts, answered=Answered(rows, np.asarray(numbers, np.int32)))
+    return rows, np.asarray(numbers, np.int32)
 
 
 def clients_with_answers(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample],
@@ -177,7 +216,14 @@ def encode_samples(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, s
         InputError: see `encode_sample`; or a sample has an image, which the model does not take.
     """
     refuse_images(samples, model.config.vision is not None)
-    encoded = [encode_sample(model, tokenizer, sample, data) for sample in samples]
+
+    def computed() -> tuple[_Rows, _Rows, list[int]]:
+        items = [encode_sample(model, tokenizer, sample, data) for sample in samples]
+        return (_Rows.of([item.input_ids for item in items]), _Rows.of([item.supervised for item in items]),
+                [item.cut for item in items])
+
+    ids, supervised, cuts = remembered_by(tokenizer, _key("samples", model, samples, data), computed)
+    encoded = list(map(Encoded, ids.split(), supervised.split(), cuts))
     cut = [sample.source for sample, item in zip(samples, encoded, strict=True) if item.cut]
     if cut:
         logger.warning("data.max_length: %d cuts the answers of %d of %d samples (first: %s).", data.max_length,

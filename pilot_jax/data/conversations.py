@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pilot_jax.data.llava.turns import IMAGE, Turns
+from pilot_jax.data.tokenizer import remembered_by
 from pilot_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -242,6 +243,10 @@ def stop_tokens(tokenizer: PreTrainedTokenizerFast, template: str) -> tuple[int,
     Raises:
         InputError: there is no such template, or the tokenizer does not have the template's end token.
     """
+    return remembered_by(tokenizer, f"stop {template}", lambda: _stop_tokens(tokenizer, template))
+
+
+def _stop_tokens(tokenizer: PreTrainedTokenizerFast, template: str) -> tuple[int, ...]:
     if template == TOKENIZER:
         if not tokenizer.chat_template:
             raise InputError("data.template: tokenizer: this checkpoint's tokenizer has no chat template. "

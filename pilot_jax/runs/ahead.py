@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import threading
 
 import jax
 
 from pilot_jax.data.features import compute_features
+from pilot_jax.data.tokenizer import LateTokenizer
+from pilot_jax.errors import InputError
 from pilot_jax.federation.state import State
 from pilot_jax.runs.prepare import Setup
 
@@ -29,6 +32,17 @@ def compile_first_round(setup: Setup, state: State) -> None:
         setup.executor.compile_ahead(fed, state.round, {c: state.population[c].adapters for c in members})
 
 
-def import_orbax() -> None:
-    """Starts to import the library that writes snapshots, in a thread, while the first chunk of clients is trained."""
-    threading.Thread(target=importlib.import_module, args=("orbax.checkpoint",), daemon=True).start()
+def import_later(setup: Setup, saves: bool) -> None:
+    """Starts to load in a thread, while the first chunk of clients is trained, what is not needed before.
+
+    Args:
+        saves: whether snapshots will be written, for which there is a library.
+    """
+    def work() -> None:
+        if saves:
+            importlib.import_module("orbax.checkpoint")
+        if isinstance(setup.tokenizer, LateTokenizer):
+            with contextlib.suppress(InputError):  # it is raised where the tokenizer is used
+                setup.tokenizer.loaded()
+
+    threading.Thread(target=work, daemon=True).start()

@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pilot_jax.cache import open_cache
+from pilot_jax.cache import open_cache, remember_in
 from pilot_jax.config import (
     Config,
     EvalConfig,
@@ -34,6 +34,7 @@ from pilot_jax.data.given import PREFIX, Data, samples_sha256
 from pilot_jax.data.images import check_image_fit
 from pilot_jax.data.llava.sample import Sample
 from pilot_jax.data.roster import Roster
+from pilot_jax.data.tokenizer import LateTokenizer
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.answers import make_decoder
 from pilot_jax.evaluation.metrics import check_metrics
@@ -59,8 +60,11 @@ from pilot_jax.runs.sources import num_tasks, source_samples
 from pilot_jax.runs.trackers import check_installed
 from pilot_jax.storage import Store
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 # Bytes in `system.cache`. The least recently used of each kind are removed.
-PROGRAMS_KEPT, FEATURES_KEPT = 2**30, 2**33
+PROGRAMS_KEPT, FEATURES_KEPT, PREPARED_KEPT = 2**30, 2**33, 2**32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +104,7 @@ def configure(config: Config) -> None:
     """
     use_compilation_cache(config.system.compilation_cache)
     keep_in(open_cache(config.system.cache, "programs", PROGRAMS_KEPT))
+    remember_in(open_cache(config.system.cache, "prepared", PREPARED_KEPT))
     ask_for_determinism(config.system)
     overlap_collectives(config.system)
     check_installed(config.system)
@@ -207,7 +212,7 @@ def prepare(config: Config, strategy: Strategy | None = None, samples: list[Samp
     _check_names(config, names, tasks)
     ranks = client_ranks(config.model.lora.rank, names)
     model, system = load_model(config), config.system
-    tokenizer = model.tokenizer()
+    tokenizer = cast("PreTrainedTokenizerFast", LateTokenizer(model.text_directory, model.tokenizer))
     stop_tokens(tokenizer, config.data.template)  # raises if the tokenizer lacks the template's stop token
     store = None if system.store is None else Store(system.store)
     kept = open_cache(system.cache, "features", FEATURES_KEPT) if store is None else None

@@ -23,7 +23,7 @@ from pilot_jax.federation.strategies import Strategy
 from pilot_jax.parallel import processes
 from pilot_jax.parallel.allocator import give_back
 from pilot_jax.parallel.processes import is_writer, wait_for_all
-from pilot_jax.runs.ahead import compile_first_round, compute_all_features, import_orbax
+from pilot_jax.runs.ahead import compile_first_round, compute_all_features, import_later
 from pilot_jax.runs.best import BestState
 from pilot_jax.runs.checkpoint import save_population
 from pilot_jax.runs.events import CompileClock, MetricsFile, MixingFiles
@@ -106,8 +106,7 @@ class RunLoop(RunObserver):
                  observers: Sequence[RunObserver]) -> None:
         self.setup, self.fed, self.folder, self.clock, self.began = setup, setup.federation, folder, clock, began
         self.writes = folder is not None and is_writer()
-        if self.writes:
-            import_orbax()
+        import_later(setup, self.writes)
         self.state = self.saved = state
         self.earlier, self.train_compile, self.compiled = Clocks(), 0.0, 0.0
         self.data = "" if folder is None else data_sha256(setup.evaluation.clients)

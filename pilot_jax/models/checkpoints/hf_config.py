@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pilot_jax.cache import digest_of_files, remembered
 from pilot_jax.errors import InputError
 from pilot_jax.files import read_json
 from pilot_jax.models.checkpoints.library import transformers
-from pilot_jax.models.checkpoints.processors import image_side
+from pilot_jax.models.checkpoints.processors import PROCESSORS, image_side
 from pilot_jax.models.spec import RopeSpec, TextSpec, VisionSpec, VlmSpec
 
+Shapes = TypeVar("Shapes", TextSpec, VisionSpec, VlmSpec)
 MAX_SIZE, MAX_LAYERS = 10_000_000, 1_000  # largest width or count that is accepted, and largest number of layers
 
 
@@ -29,7 +32,23 @@ def read_vlm_config(directory: str | Path) -> VlmSpec:
         InputError: `config.json` cannot be read, is not a LLaVA model's, or asks for something that this package does
             not implement.
     """
-    file = Path(directory) / "config.json"
+    return remembered_shapes(Path(directory), "llava", lambda: _read_vlm_config(Path(directory)))
+
+
+def remembered_shapes(directory: Path, what: str, read: Callable[[], Shapes]) -> Shapes:
+    """Returns what `read` returns, or has returned for files of the same content; transformers takes long to import.
+
+    Args:
+        directory: that of the files which `read` reads: the config and the image processor's settings.
+        what: tells apart what is read.
+    """
+    files = [directory / name for name in ("config.json", *PROCESSORS)]
+    content = digest_of_files(files) if files[0].is_file() else None  # a GGUF file has its config inside
+    return remembered(content and f"shapes {what} {content}", read)
+
+
+def _read_vlm_config(directory: Path) -> VlmSpec:
+    file = directory / "config.json"
     raw = read_json(file, "model.path must be a Hugging Face LLaVA directory (or 'embedded').")
     if raw.get("model_type") != "llava":
         raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected 'llava'. "

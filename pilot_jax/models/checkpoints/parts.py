@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from pilot_jax.errors import InputError
 from pilot_jax.files import read_json
 from pilot_jax.models.checkpoints.gguf import is_gguf, open_gguf
-from pilot_jax.models.checkpoints.hf_config import join, text_config, vision_config
+from pilot_jax.models.checkpoints.hf_config import join, remembered_shapes, text_config, vision_config
 from pilot_jax.models.checkpoints.library import transformers
 from pilot_jax.models.checkpoints.reading import Place, Source, load_tensors, open_tensors, safetensors_files
 from pilot_jax.models.checkpoints.tensor_names import Storage
@@ -72,7 +72,8 @@ def read_language_config(language: Path) -> VlmSpec:
     if raw.get("model_type") not in ("llama", "mistral", "qwen2"):
         raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected llama, mistral or qwen2. "
                          "Correct model.parts.language.")
-    text = text_config(transformers().AutoConfig.for_model(**raw), file)
+    text = remembered_shapes(language, "text",
+                             lambda: text_config(transformers().AutoConfig.for_model(**raw), file))
     return VlmSpec(None, text, image_token_id=-1, drop_first=False, projector_bias=False)
 
 
@@ -87,7 +88,8 @@ def read_parts_config(vision: Path, language: Path, projector: Path | None, feat
     if raw.get("model_type") not in ("clip_vision_model", "siglip_vision_model", "dinov2"):
         raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected a CLIP, SigLIP or DINOv2 model. "
                          "Correct model.parts.vision.")
-    tower = vision_config(transformers().AutoConfig.for_model(**raw), feature_layer, file)
+    tower = remembered_shapes(vision, f"vision {feature_layer}", lambda: vision_config(
+        transformers().AutoConfig.for_model(**raw), feature_layer, file))
     text = read_language_config(language).text
     has_bias = projector is None or _has_bias(projector)
     if feature_select == "auto":
