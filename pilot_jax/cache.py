@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import io
 import os
-import pickle
 import stat
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import filelock
+import numpy as np
 
 from pilot_jax.files import atomic_write
 
@@ -21,6 +22,15 @@ DIGEST = 32  # bytes of SHA-256, at the start of every file
 MAX_READ = 2**26  # bytes of a file whose content may be part of a key
 READERS = ("transformers", "tokenizers", "numpy")  # libraries that `remembered` results may depend on
 Result = TypeVar("Result")
+
+
+class Form(NamedTuple, Generic[Result]):
+    """How a kind of result is written as bytes and read from them; neither can run code."""
+
+    write: Callable[[Result], bytes]
+    read: Callable[[bytes], Result]
+
+
 _prepared: Cache | None = None
 
 
@@ -155,20 +165,42 @@ def digest_of_files(files: Iterable[Path]) -> str | None:
     return digest.hexdigest()
 
 
-def remembered(key: str | None, compute: Callable[[], Result]) -> Result:
+def as_json(kind: type[Result]) -> Form[Result]:
+    """Returns the form of numbers and texts, tuples of them, and dataclasses of these; `kind` is the result's type."""
+    from pydantic import TypeAdapter
+
+    adapter = TypeAdapter(kind)
+    return Form(adapter.dump_json, adapter.validate_json)
+
+
+def _arrays_to_bytes(arrays: dict[str, np.ndarray]) -> bytes:
+    np.savez(out := io.BytesIO(), **cast(Any, arrays))
+    return out.getvalue()
+
+
+def _bytes_to_arrays(content: bytes) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(content)) as stored:
+        return dict(stored)
+
+
+AS_ARRAYS = Form(_arrays_to_bytes, _bytes_to_arrays)
+
+
+def remembered(key: str | None, form: Form[Result], compute: Callable[[], Result]) -> Result:
     """Returns what `compute` returns, or what it has returned in an earlier run with the same key.
 
     Args:
         key: a text of all that the result depends on, but for the source of this package and the versions of `READERS`;
             None: nothing is kept.
-        compute: its result can be pickled. If it raises, nothing is kept.
+        form: how the result is stored.
+        compute: if it raises, nothing is kept.
     """
     if _prepared is None or key is None:
         return compute()
     key = f"{source_digest()} {[version_of(name) for name in READERS]} {key}"
     if (content := _prepared.read(key)) is not None:
         with contextlib.suppress(Exception):  # whatever cannot be read is computed again
-            return cast(Result, pickle.loads(content))
+            return form.read(bytes(content))
     result = compute()
-    _prepared.write(key, [pickle.dumps(result, protocol=pickle.HIGHEST_PROTOCOL)])
+    _prepared.write(key, [form.write(result)])
     return result

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pilot_jax.cache import Cache
+from pilot_jax.cache import AS_ARRAYS, Cache
 from pilot_jax.config import DataConfig
 from pilot_jax.data.arrays import (
     Answered,
@@ -77,10 +77,12 @@ def encode_prompts(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, s
     """
     refuse_images(samples, model.config.vision is not None)
 
-    def encoded() -> _Rows:
-        return _Rows.of([encode_prompt(model, tokenizer, sample, data) for sample in samples])
+    def computed() -> dict[str, np.ndarray]:
+        rows = [encode_prompt(model, tokenizer, sample, data) for sample in samples]
+        return {"ids": _joined(rows), "lengths": np.asarray([len(row) for row in rows], np.int64)}
 
-    return remembered_by(tokenizer, _key("prompts", model, samples, data), encoded).split()
+    found = remembered_by(tokenizer, _key("prompts", model, samples, data), AS_ARRAYS, computed)
+    return _split(found["ids"], found["lengths"])
 
 
 def _key(what: str, model: PretrainedModel, samples: Sequence[Sample], data: DataConfig) -> str:
@@ -93,19 +95,12 @@ def _key(what: str, model: PretrainedModel, samples: Sequence[Sample], data: Dat
             f"{config.image_token_id} {config.text.vocab_size}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """Arrays of different lengths one after another, which are stored faster than one by one."""
+def _joined(rows: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(rows) if rows else np.zeros(0, np.int32)
 
-    values: np.ndarray
-    lengths: list[int]
 
-    @classmethod
-    def of(cls, rows: Sequence[np.ndarray]) -> _Rows:
-        return cls(np.concatenate(rows) if rows else np.zeros(0, np.int32), [len(row) for row in rows])
-
-    def split(self) -> list[np.ndarray]:
-        return np.split(self.values, np.cumsum(self.lengths)[:-1]) if self.lengths else []
+def _split(joined: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    return np.split(joined, np.cumsum(lengths)[:-1]) if len(lengths) else []
 
 
 def _encode(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, sample: Sample, turns: Turns,
@@ -149,14 +144,15 @@ def with_answers(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, sam
         InputError: a prompt with an answer is longer than `data.max_length`. It is not cut, because an answer without
             its end would be easier. Or it has a token that the model does not know.
     """
-    rows, numbers = remembered_by(tokenizer, _key("answers", model, samples, data),
-                                  lambda: _answered(model, tokenizer, samples, data, prompts))
-    return dataclasses.replace(prompts, answered=Answered(rows, numbers))
+    found = remembered_by(tokenizer, _key("answers", model, samples, data), AS_ARRAYS,
+                          lambda: _answered(model, tokenizer, samples, data, prompts))
+    number = found.pop("prompt")
+    return dataclasses.replace(prompts, answered=Answered(found, number))
 
 
 def _answered(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample],
-              data: DataConfig, prompts: Prompts) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Returns the training arrays of all references, and the number of the prompt of each."""
+              data: DataConfig, prompts: Prompts) -> dict[str, np.ndarray]:
+    """Returns the training arrays of all references, and as `prompt` the number of the prompt of each."""
     encoded, numbers = list[Encoded](), list[int]()
     for number, sample in enumerate(samples):
         prompt = prompts.input_ids[number][prompts.attention_mask[number] > 0]
@@ -173,7 +169,7 @@ def _answered(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, sample
             numbers.append(number)
     rows = training_arrays(encoded, np.zeros(len(encoded)), *training_length(encoded))
     del rows["has_image"]  # the losses alone read it
-    return rows, np.asarray(numbers, np.int32)
+    return rows | {"prompt": np.asarray(numbers, np.int32)}
 
 
 def clients_with_answers(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample],
@@ -217,13 +213,16 @@ def encode_samples(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, s
     """
     refuse_images(samples, model.config.vision is not None)
 
-    def computed() -> tuple[_Rows, _Rows, list[int]]:
+    def computed() -> dict[str, np.ndarray]:
         items = [encode_sample(model, tokenizer, sample, data) for sample in samples]
-        return (_Rows.of([item.input_ids for item in items]), _Rows.of([item.supervised for item in items]),
-                [item.cut for item in items])
+        return {"ids": _joined([item.input_ids for item in items]),
+                "supervised": _joined([item.supervised for item in items]),
+                "lengths": np.asarray([len(item.input_ids) for item in items], np.int64),
+                "cut": np.asarray([item.cut for item in items], np.int64)}
 
-    ids, supervised, cuts = remembered_by(tokenizer, _key("samples", model, samples, data), computed)
-    encoded = list(map(Encoded, ids.split(), supervised.split(), cuts))
+    found = remembered_by(tokenizer, _key("samples", model, samples, data), AS_ARRAYS, computed)
+    ids, supervised = (_split(found[name], found["lengths"]) for name in ("ids", "supervised"))
+    encoded = list(map(Encoded, ids, supervised, found["cut"].tolist()))
     cut = [sample.source for sample, item in zip(samples, encoded, strict=True) if item.cut]
     if cut:
         logger.warning("data.max_length: %d cuts the answers of %d of %d samples (first: %s).", data.max_length,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pilot_jax.cache import as_json
 from pilot_jax.data.llava.turns import IMAGE, Turns
 from pilot_jax.data.tokenizer import remembered_by
 from pilot_jax.errors import InputError
@@ -243,7 +244,8 @@ def stop_tokens(tokenizer: PreTrainedTokenizerFast, template: str) -> tuple[int,
     Raises:
         InputError: there is no such template, or the tokenizer does not have the template's end token.
     """
-    return remembered_by(tokenizer, f"stop {template}", lambda: _stop_tokens(tokenizer, template))
+    return remembered_by(tokenizer, f"stop {template}", as_json(tuple[int, ...]),
+                         lambda: _stop_tokens(tokenizer, template))
 
 
 def _stop_tokens(tokenizer: PreTrainedTokenizerFast, template: str) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pilot_jax.cache import digest_of_files, remembered
+from pilot_jax.cache import Form, digest_of_files, remembered
 
 Result = TypeVar("Result")
 FILES = (".json", ".jinja", ".model", ".txt")  # endings of a tokenizer's files
@@ -39,11 +39,12 @@ class LateTokenizer:
         return self.loaded()(*args, **kwargs)
 
 
-def remembered_by(tokenizer: Any, key: str, compute: Callable[[], Result]) -> Result:
+def remembered_by(tokenizer: Any, key: str, form: Form[Result], compute: Callable[[], Result]) -> Result:
     """Returns what `compute` returns, or has returned in an earlier run with a `LateTokenizer` of the same content.
 
     Args:
         key: a text of all that the result depends on beside the tokenizer.
+        form: how the result is stored.
     """
     content = tokenizer.content if isinstance(tokenizer, LateTokenizer) else None
-    return remembered(content and f"{content} {key}", compute)
+    return remembered(content and f"{content} {key}", form, compute)

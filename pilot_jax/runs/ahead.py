@@ -38,11 +38,13 @@ def import_later(setup: Setup, saves: bool) -> None:
     Args:
         saves: whether snapshots will be written, for which there is a library.
     """
+    tokenizer = getattr(setup.evaluation.decoder, "tokenizer", None)
+
     def work() -> None:
         if saves:
             importlib.import_module("orbax.checkpoint")
-        if isinstance(setup.tokenizer, LateTokenizer):
+        if isinstance(tokenizer, LateTokenizer):
             with contextlib.suppress(InputError):  # it is raised where the tokenizer is used
-                setup.tokenizer.loaded()
+                tokenizer.loaded()
 
     threading.Thread(target=work, daemon=True).start()

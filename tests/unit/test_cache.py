@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 
+import numpy as np
 import pytest
 
 from pilot_jax import cache
@@ -89,7 +91,7 @@ def calls(tmp_path):
     computed = []
 
     def ask(key, value="result"):
-        return cache.remembered(key, lambda: computed.append(key) or {"value": value})
+        return cache.remembered(key, cache.as_json(dict[str, str]), lambda: computed.append(key) or {"value": value})
 
     cache.remember_in(Cache(tmp_path, 10_000))
     yield ask, computed
@@ -137,7 +139,7 @@ def test_a_failure_is_not_remembered(calls):
 
     for _ in range(2):
         with pytest.raises(ValueError):
-            cache.remembered("a", fail)
+            cache.remembered("a", cache.as_json(int), fail)
     assert ask("a") == {"value": "result"} and computed == ["a"]
 
 
@@ -149,3 +151,20 @@ def test_digests_differ_where_files_do(tmp_path):
         seen.append(cache.digest_of_files([one, two]))
     assert len(set(seen)) == len(seen) and None not in seen
     assert cache.digest_of_files([tmp_path]) is None  # a folder
+
+
+def test_forms_give_back_what_they_are_given():
+    arrays = {"ids": np.arange(5, dtype=np.int32), "none": np.zeros((0, 3), bool), "number": np.asarray(2.5)}
+    back = cache.AS_ARRAYS.read(cache.AS_ARRAYS.write(arrays))
+    assert back.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(back[name], array)
+        assert back[name].dtype == array.dtype
+    form = cache.as_json(tuple[int, ...])
+    assert form.read(form.write((2, 7))) == (2, 7)
+
+
+def test_arrays_that_hold_objects_are_not_read():
+    np.savez(out := io.BytesIO(), ids=np.asarray([{}], object))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        cache.AS_ARRAYS.read(out.getvalue())

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pilot_jax.cache import digest_of_files, remembered
+from pilot_jax.cache import as_json, digest_of_files, remembered
 from pilot_jax.errors import InputError
 from pilot_jax.files import read_json
 from pilot_jax.models.checkpoints.library import transformers
@@ -32,19 +32,20 @@ def read_vlm_config(directory: str | Path) -> VlmSpec:
         InputError: `config.json` cannot be read, is not a LLaVA model's, or asks for something that this package does
             not implement.
     """
-    return remembered_shapes(Path(directory), "llava", lambda: _read_vlm_config(Path(directory)))
+    return remembered_shapes(Path(directory), "llava", VlmSpec, lambda: _read_vlm_config(Path(directory)))
 
 
-def remembered_shapes(directory: Path, what: str, read: Callable[[], Shapes]) -> Shapes:
+def remembered_shapes(directory: Path, what: str, kind: type[Shapes], read: Callable[[], Shapes]) -> Shapes:
     """Returns what `read` returns, or has returned for files of the same content; transformers takes long to import.
 
     Args:
         directory: that of the files which `read` reads: the config and the image processor's settings.
         what: tells apart what is read.
+        kind: the type of what is read.
     """
     files = [directory / name for name in ("config.json", *PROCESSORS)]
     content = digest_of_files(files) if files[0].is_file() else None  # a GGUF file has its config inside
-    return remembered(content and f"shapes {what} {content}", read)
+    return remembered(content and f"shapes {what} {content}", as_json(kind), read)
 
 
 def _read_vlm_config(directory: Path) -> VlmSpec:

@@ -18,7 +18,7 @@ from pilot_jax.models.checkpoints.hf_config import join, remembered_shapes, text
 from pilot_jax.models.checkpoints.library import transformers
 from pilot_jax.models.checkpoints.reading import Place, Source, load_tensors, open_tensors, safetensors_files
 from pilot_jax.models.checkpoints.tensor_names import Storage
-from pilot_jax.models.spec import VlmSpec
+from pilot_jax.models.spec import TextSpec, VisionSpec, VlmSpec
 
 # Tensors of a contrastive model that a VLM does not use.
 _UNUSED = ("text_model.", "visual_projection.", "text_projection.", "logit_scale", "logit_bias")
@@ -72,7 +72,7 @@ def read_language_config(language: Path) -> VlmSpec:
     if raw.get("model_type") not in ("llama", "mistral", "qwen2"):
         raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected llama, mistral or qwen2. "
                          "Correct model.parts.language.")
-    text = remembered_shapes(language, "text",
+    text = remembered_shapes(language, "text", TextSpec,
                              lambda: text_config(transformers().AutoConfig.for_model(**raw), file))
     return VlmSpec(None, text, image_token_id=-1, drop_first=False, projector_bias=False)
 
@@ -88,7 +88,7 @@ def read_parts_config(vision: Path, language: Path, projector: Path | None, feat
     if raw.get("model_type") not in ("clip_vision_model", "siglip_vision_model", "dinov2"):
         raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected a CLIP, SigLIP or DINOv2 model. "
                          "Correct model.parts.vision.")
-    tower = remembered_shapes(vision, f"vision {feature_layer}", lambda: vision_config(
+    tower = remembered_shapes(vision, f"vision {feature_layer}", VisionSpec, lambda: vision_config(
         transformers().AutoConfig.for_model(**raw), feature_layer, file))
     text = read_language_config(language).text
     has_bias = projector is None or _has_bias(projector)

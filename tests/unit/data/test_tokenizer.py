@@ -15,8 +15,8 @@ from pilot_jax.data import tokenizer as tokenizers
 from pilot_jax.embedded.scenarios import scenario_clients, scene_samples
 from pilot_jax.errors import InputError
 from pilot_jax.models import pretrained
-from pilot_jax.models.checkpoints import hf_config
-from pilot_jax.models.packaged import EMBEDDED, model_directory
+from pilot_jax.models.checkpoints import hf_config, parts
+from pilot_jax.models.packaged import ASSETS, EMBEDDED, model_directory
 from pilot_jax.runs import prepare
 
 
@@ -129,3 +129,20 @@ def test_a_late_tokenizer_has_what_transformers_tokenizer_has(checkpoint):
     assert late("two words")["input_ids"] == right("two words")["input_ids"]
     assert late.eos_token == right.eos_token and late.decode([5, 6]) == right.decode([5, 6])
     assert loaded == [1]
+
+
+@pytest.mark.parametrize("directory", sorted((ASSETS / "shapes").iterdir()), ids=lambda path: path.name)
+def test_shapes_are_read_back_as_they_are(memory, directory):
+    def read():
+        kind = json.loads((directory / "config.json").read_text())["model_type"]
+        if kind == "llava":
+            return hf_config.read_vlm_config(directory)
+        if kind in ("llama", "mistral", "qwen2"):
+            return parts.read_language_config(directory)
+        language = ASSETS / "shapes" / "vicuna-7b-v1.5"
+        return parts.read_parts_config(directory, language, None, -2, "auto", 5)
+
+    first = read()
+    assert list(memory.folder.glob("*.kept")) and read() == first
+    remember_in(None)
+    assert read() == first
