@@ -111,7 +111,7 @@ def write_work(file: Path, steps: int) -> dict:
     import numpy as np
 
     from pilot_jax.data.arrays import visiting_order
-    from pilot_jax.data.images import pixel_values
+    from pilot_jax.data.images import pixel_values, read_image
     from pilot_jax.federation.randomness import client_generator
     from pilot_jax.models.checkpoints.peft import peft_tensors
     from pilot_jax.runs.prepare import load_samples
@@ -121,7 +121,7 @@ def write_work(file: Path, steps: int) -> dict:
     by_client: dict[str, list] = {}
     for sample in load_samples(setup.config):
         if sample.split == "train":
-            by_client.setdefault(sample.client, []).append(sample.image)
+            by_client.setdefault(sample.client, []).append(read_image(sample, setup.config.data.limits))
     clients = [{"name": c.name, "task_index": fed.task_index(i), "pixels": pixel_values(fed.model, by_client[c.name]),
                 **{k: v for k, v in c.train.items() if k != "features"}} for i, c in enumerate(fed.clients)]
     orders = {stage: {i: visiting_order(client_generator(fed.seed, c.name, 1, stage), c.size, train.batch_size,

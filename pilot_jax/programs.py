@@ -129,14 +129,17 @@ class KeptJit:
         function: a function of positional and keyword arguments.
         static: names of its static arguments.
         donate: names of arguments whose memory may be used for the results.
+        compile_fast: whether it is compiled with `devices.compiler_options`; False for what these make slower.
     """
 
     _threads = ThreadPoolExecutor(1, thread_name_prefix=THREADS)
 
-    def __init__(self, function: Callable[..., Any], static: Sequence[str] = (), donate: Sequence[str] = ()) -> None:
+    def __init__(self, function: Callable[..., Any], static: Sequence[str] = (), donate: Sequence[str] = (),
+                 compile_fast: bool = True) -> None:
         self._jit = partial(jax.jit, function, static_argnames=tuple(static), donate_argnames=tuple(donate))
         self.jitted = self._jit()  # has no compiler options, which JAX refuses inside another jitted function
         self._static, self._signature = tuple(static), inspect.signature(function)
+        self._options = compiler_options if compile_fast else dict[str, str | bool]
         self._name = f"{function.__module__}.{function.__qualname__}"
         self._ready: dict[_Call, Future[Any]] = {}
         self._lock = threading.Lock()
@@ -157,7 +160,7 @@ class KeptJit:
     @functools.cached_property
     def _outermost(self) -> Callable[..., Any]:
         """The jitted function for calls that are not part of another program; made when JAX may be started."""
-        return self._jit(compiler_options=compiler_options())
+        return self._jit(compiler_options=self._options())
 
     def compile_ahead(self, *args: Any, **kwargs: Any) -> None:
         """Starts to load or compile the program for such arguments, of which shapes are enough, in a thread.
@@ -223,7 +226,7 @@ class KeptJit:
     def _compiled(self, bound: inspect.BoundArguments, store: Cache | None, key: str) -> jax.stages.Compiled:
         with _no_collection():
             lowered = self.jitted.lower(*bound.args, **bound.kwargs)
-        compiled = lowered.compile(compiler_options())
+        compiled = lowered.compile(self._options())
         give_back()  # the compiler leaves hundreds of megabytes
         if store is not None and key and _stands_alone(compiled):
             store.write(key, [pickle.dumps((_devices(compiled), *serialize(compiled)))])

@@ -64,7 +64,8 @@ class _Carry(NamedTuple):
     visible: jax.Array  # bool [K, B, L + max_new_tokens]: slots of the cache that hold visible tokens
 
 
-@partial(KeptJit, static=("module", "stage", "how"))
+# With XLA's faster compilation, the many small operations of a token take a fifth longer, and compile no faster.
+@partial(KeptJit, static=("module", "stage", "how"), compile_fast=False)
 def generate(module: Vlm, base: Mapping[str, PyTree], adapters: Mapping[str, PyTree], prompts: Mapping[str, jax.Array],
              task_index: jax.Array, *, stage: str, how: Decoding) -> jax.Array:
     """Returns continuations of right-padded prompts, int32 [K, B, max_new_tokens], by K models that share one base.

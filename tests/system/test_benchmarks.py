@@ -53,8 +53,10 @@ PEERS = BENCHMARKS / "peers"  # needs environments of its own; what this one can
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", SMALLEST)
-def test_benchmark_runs(name):
-    done = subprocess.run([sys.executable, BENCHMARKS / name, *SMALLEST[name]], capture_output=True, text=True)
+def test_benchmark_runs(name, tmp_path):
+    kept = {"PILOT_JAX_KEEP": "1", "PILOT_JAX_CACHE": str(tmp_path)}  # as for users; other tests keep nothing
+    done = subprocess.run([sys.executable, BENCHMARKS / name, *SMALLEST[name]], capture_output=True, text=True,
+                          env=os.environ | kept)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip()
 
