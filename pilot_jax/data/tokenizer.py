@@ -33,6 +33,8 @@ class LateTokenizer:
             return self._loaded
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked of all objects, as by copy, and of some before they have any attribute
+            raise AttributeError(name)
         return getattr(self.loaded(), name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

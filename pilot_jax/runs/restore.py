@@ -10,6 +10,7 @@ from pilot_jax.config import Config, EvalConfig
 from pilot_jax.data.build import build_prompts, encode_prompts
 from pilot_jax.data.features import image_features
 from pilot_jax.data.given import as_data
+from pilot_jax.data.tokenizer import LateTokenizer
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.answers import answers, make_decoder
 from pilot_jax.evaluation.personalised import Evaluation, examinee
@@ -46,7 +47,8 @@ class Run:
 
     @property
     def tokenizer(self) -> Any:
-        return self.setup.tokenizer
+        tokenizer = self.setup.tokenizer
+        return tokenizer.loaded() if isinstance(tokenizer, LateTokenizer) else tokenizer
 
     def client(self, name: str) -> int:
         """Returns the index of a client.

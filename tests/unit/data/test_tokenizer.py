@@ -9,7 +9,9 @@ import jax
 import numpy as np
 import pytest
 from conftest import small_config
+from transformers import PreTrainedTokenizerFast
 
+import pilot_jax
 from pilot_jax.cache import Cache, remember_in
 from pilot_jax.data import tokenizer as tokenizers
 from pilot_jax.embedded.scenarios import scenario_clients, scene_samples
@@ -125,6 +127,7 @@ def test_a_late_tokenizer_has_what_transformers_tokenizer_has(checkpoint):
     loaded = []
     late = tokenizers.LateTokenizer(checkpoint, lambda: loaded.append(1) or pretrained.load_tokenizer(checkpoint))
     assert late.content is not None and not loaded
+    assert not hasattr(late, "__array__") and not loaded
     right = pretrained.load_tokenizer(checkpoint)
     assert late("two words")["input_ids"] == right("two words")["input_ids"]
     assert late.eos_token == right.eos_token and late.decode([5, 6]) == right.decode([5, 6])
@@ -146,3 +149,8 @@ def test_shapes_are_read_back_as_they_are(memory, directory):
     assert list(memory.folder.glob("*.kept")) and read() == first
     remember_in(None)
     assert read() == first
+
+
+def test_a_run_has_transformers_own_tokenizer():
+    run = pilot_jax.simulate(small_config())
+    assert isinstance(run.tokenizer, PreTrainedTokenizerFast) and len(run.tokenizer) > 100
