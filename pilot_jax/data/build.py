@@ -23,7 +23,7 @@ from pilot_jax.data.arrays import (
     training_arrays,
     training_length,
 )
-from pilot_jax.data.conversations import IMAGE, Encoded, encode
+from pilot_jax.data.conversations import IMAGE, TOKENIZER, Encoded, encode
 from pilot_jax.data.division import client_faults
 from pilot_jax.data.features import LEAST_ON_DEVICE, FeatureRows, Features
 from pilot_jax.data.llava.sample import Sample
@@ -85,8 +85,13 @@ def encode_prompts(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, s
     return _split(found["ids"], found["lengths"])
 
 
-def _key(what: str, model: PretrainedModel, samples: Sequence[Sample], data: DataConfig) -> str:
-    """Returns a text of all that the token ids of samples depend on, but for the tokenizer."""
+def _key(what: str, model: PretrainedModel, samples: Sequence[Sample], data: DataConfig) -> str | None:
+    """Returns a text of all that the token ids of samples depend on, but for the tokenizer.
+
+    None: they depend on more. A checkpoint's chat template is a program that may ask for the date, as Llama 3's does.
+    """
+    if data.template == TOKENIZER:
+        return None
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(repr((sample.turns, sample.references)).encode())

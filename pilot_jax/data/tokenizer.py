@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,9 @@ class LateTokenizer:
 
     def __init__(self, directory: Path, load: Callable[[], Any]) -> None:
         self._load, self._lock, self._loaded = load, threading.Lock(), None
-        files = sorted(f for f in directory.iterdir() if f.suffix in FILES) if directory.is_dir() else []
+        files: list[Path] = []
+        with contextlib.suppress(OSError):  # no such folder, or not readable: `load` says so
+            files = sorted(file for file in directory.iterdir() if file.suffix in FILES)
         self.content = digest_of_files(files) if files else None  # changes if the tokenizer does; None: not known
 
     def loaded(self) -> Any:
@@ -41,12 +44,12 @@ class LateTokenizer:
         return self.loaded()(*args, **kwargs)
 
 
-def remembered_by(tokenizer: Any, key: str, form: Form[Result], compute: Callable[[], Result]) -> Result:
+def remembered_by(tokenizer: Any, key: str | None, form: Form[Result], compute: Callable[[], Result]) -> Result:
     """Returns what `compute` returns, or has returned in an earlier run with a `LateTokenizer` of the same content.
 
     Args:
-        key: a text of all that the result depends on beside the tokenizer.
+        key: a text of all that the result depends on beside the tokenizer; None: nothing is kept.
         form: how the result is stored.
     """
     content = tokenizer.content if isinstance(tokenizer, LateTokenizer) else None
-    return remembered(content and f"{content} {key}", form, compute)
+    return remembered(f"{content} {key}" if content and key else None, form, compute)

@@ -85,6 +85,16 @@ def test_a_setting_that_changes_the_ids_is_noticed(memory, loads, checkpoint):
     assert first[0][0]["input_ids"].shape != other[0][0]["input_ids"].shape
 
 
+def test_what_a_chat_template_writes_is_not_remembered(memory, loads, checkpoint):
+    """It is a program, which may write the date."""
+    file = checkpoint / "tokenizer_config.json"
+    template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    for count in (1, 2):
+        prepared(checkpoint, template="tokenizer")
+        assert loads["tokenizer"] == count
+
+
 def test_a_changed_tokenizer_is_noticed(memory, loads, checkpoint):
     first, _ = prepared(checkpoint)
     file = checkpoint / "tokenizer.json"
