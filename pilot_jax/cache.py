@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 import filelock
 import numpy as np
 
-from pilot_jax.files import atomic_write
+from pilot_jax.files import atomic_write, file_sha256
 
 DIGEST = 32  # bytes of SHA-256, at the start of every file
 MAX_READ = 2**26  # bytes of a file whose content may be part of a key
@@ -152,16 +152,16 @@ def version_of(library: str) -> str | None:
 
 
 def digest_of_files(files: Iterable[Path]) -> str | None:
-    """Returns the SHA-256 of the files' names and contents, where a missing file has none; None if one is too large."""
+    """Returns the SHA-256 of the names and contents of the files that exist; None if one is too large, or no file."""
     digest = hashlib.sha256()
-    for file in files:
-        try:
-            content = file.read_bytes() if file.is_file() and file.stat().st_size <= MAX_READ else None
-        except OSError:
-            return None
-        if content is None and file.exists():
-            return None
-        digest.update(f"{file.name} {-1 if content is None else len(content)}\0".encode() + (content or b""))
+    try:
+        for file in files:
+            if file.is_file() and file.stat().st_size <= MAX_READ:
+                digest.update(f"{file.name}\0{file_sha256(file)}\0".encode())
+            elif file.exists():
+                return None
+    except OSError:
+        return None
     return digest.hexdigest()
 
 

@@ -162,6 +162,10 @@ class KeptJit:
         """The jitted function for calls that are not part of another program; made when JAX may be started."""
         return self._jit(compiler_options=self._options())
 
+    def _cache_size(self) -> int:
+        """Returns the number of programs that calls have compiled without `keep_in`, as of JAX's jitted functions."""
+        return cast(int, self._outermost._cache_size())  # type: ignore[attr-defined]
+
     def compile_ahead(self, *args: Any, **kwargs: Any) -> None:
         """Starts to load or compile the program for such arguments, of which shapes are enough, in a thread.
 

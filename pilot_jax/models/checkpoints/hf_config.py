@@ -12,7 +12,7 @@ from pilot_jax.cache import as_json, digest_of_files, remembered
 from pilot_jax.errors import InputError
 from pilot_jax.files import read_json
 from pilot_jax.models.checkpoints.library import transformers
-from pilot_jax.models.checkpoints.processors import PROCESSORS, image_side
+from pilot_jax.models.checkpoints.processors import image_side, processor_files
 from pilot_jax.models.spec import RopeSpec, TextSpec, VisionSpec, VlmSpec
 
 Shapes = TypeVar("Shapes", TextSpec, VisionSpec, VlmSpec)
@@ -43,8 +43,8 @@ def remembered_shapes(directory: Path, what: str, kind: type[Shapes], read: Call
         what: tells apart what is read.
         kind: the type of what is read.
     """
-    files = [directory / name for name in ("config.json", *PROCESSORS)]
-    content = digest_of_files(files) if files[0].is_file() else None  # a GGUF file has its config inside
+    config = directory / "config.json"
+    content = digest_of_files([config, *processor_files(directory)]) if config.is_file() else None  # None: a GGUF file
     return remembered(content and f"shapes {what} {content}", as_json(kind), read)
 
 
