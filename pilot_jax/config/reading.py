@@ -312,8 +312,19 @@ def _without_defaults(section: Any) -> Any:
     name = section.get("name", StrategyParams.model_fields["name"].default) if isinstance(section, dict) else None
     if not isinstance(name, str) or name not in STRATEGY_PARAMS:
         return section
-    defaults = STRATEGY_PARAMS[name]().model_dump(mode="json")
-    return {k: v for k, v in section.items() if k == "name" or k not in defaults or v != defaults[k]}
+    return {"name": name} | _unlike(section, STRATEGY_PARAMS[name]().model_dump(mode="json"))
+
+
+def _unlike(section: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keys of a section that differ from their defaults, of a section within it likewise."""
+    out = {}
+    for key, value in section.items():
+        default = defaults.get(key)
+        if isinstance(value, dict) and isinstance(default, dict):
+            value, default = _unlike(value, default), {}
+        if key not in defaults or value != default:
+            out[key] = value
+    return out
 
 
 def read_settings(path: str | Path, settings: type[_Settings]) -> _Settings:

@@ -37,6 +37,18 @@ def test_another_strategy_has_its_own_defaults(tmp_path):
     assert load_config(tmp_path / "two.yaml").strategy.combine == "product"
 
 
+def test_another_strategy_has_its_own_defaults_within_a_section(tmp_path):
+    """pilot_split_half's `ata.weighting` and `ata.mixes` are not Pilot's, whatever else Pilot's section says."""
+    written(tmp_path, one="strategy: {name: pilot, ata: {neighbors: 2, temperature: 4.0}}\n",
+            two="base: one.yaml\nstrategy: {name: pilot_split_half}\n")
+    pilot, override = load_config(tmp_path / "one.yaml"), ["strategy.name=pilot_split_half"]
+    for config in (load_config(tmp_path / "two.yaml"), load_config(tmp_path / "one.yaml", override),
+                   apply_overrides(pilot, override)):
+        ata = config.strategy.ata
+        assert (ata.weighting, ata.mixes, ata.neighbors, ata.temperature) == ("split_half", "updates", 2, 4.0)
+    assert apply_overrides(apply_overrides(pilot, override), ["strategy.name=pilot"]) == pilot
+
+
 def test_another_strategy_has_its_own_defaults_in_a_new_process(tmp_path):
     """Where nothing has imported the strategies yet."""
     written(tmp_path, one="strategy: {name: fedavg, combine: factors}\n",
