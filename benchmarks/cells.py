@@ -1,15 +1,15 @@
 """Prints several comparisons side by side, and whether a strategy is anywhere below another, with Holm over them.
 
 usage: python benchmarks/cells.py NAME=RESULTS … [--of split_half] [--against local] [--margin 0.02] [--clients A,B]
-                                   [--also NAME=MEAN,LOW,HIGH,SEEDS …] [--figure FILE.png]
+                                   [--models own] [--also NAME=MEAN,LOW,HIGH,SEEDS …] [--figure FILE.png]
 
 RESULTS is the `results.json` in the folder of a `pilot-jax compare`, or several of the same data and seeds, joined by
-"+": of a strategy that is in two, the last counts. --clients restricts all scores to some clients.
---also adds a difference of which only the mean and the two-sided 95 % interval are known. First the scores, mean over
-seeds ± standard error, also of fine-tuned models. Then the difference of the two strategies in each comparison, its
-two-sided 95 % interval (Student's t over seeds), the lower end of the one-sided one, and p values by Holm over the
-comparisons: of "not above" and of "below by the margin". --figure draws every strategy's difference to --against,
-with its interval.
+"+": of a strategy that is in two, the last counts. --clients restricts all scores to some clients, and `--models
+fine-tuned` makes the differences those of fine-tuned models. --also adds a difference of which only the mean and the
+two-sided 95 % interval are known. First the scores, mean over seeds ± standard error, also of fine-tuned models. Then
+the difference of the two strategies in each comparison, its two-sided 95 % interval (Student's t over seeds), the lower
+end of the one-sided one, and p values by Holm over the comparisons: of "not above" and of "below by the margin".
+--figure draws every strategy's difference to --against, with its interval.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ def told(numbers: str) -> Estimate:
     return Estimate(mean, (high - low) / 2 / float(stats.t.ppf(0.975, seeds - 1)), seeds - 1)
 
 
-def differences(found: Mapping[str, Comparison], of: str, against: str,
-                clients: tuple[str, ...]) -> dict[str, Estimate]:
+def differences(found: Mapping[str, Comparison], of: str, against: str, clients: tuple[str, ...],
+                models: str = "own") -> dict[str, Estimate]:
     """Returns the mean difference of two strategies, paired by seed, in each comparison that has both."""
     out = {}
     for name, results in found.items():
         if {of, against} <= set(results["rows"]):
-            one, other = (scores(results["rows"][strategy], "own", clients) for strategy in (of, against))
+            one, other = (scores(results["rows"][strategy], models, clients) for strategy in (of, against))
             if one is not None and other is not None and (estimate := mean_of(one - other)) is not None:
                 out[name] = estimate
     return out
@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--against", default="local")
     parser.add_argument("--margin", type=float, default=0.02)
     parser.add_argument("--clients", type=lambda text: tuple(text.split(",")), default=(), metavar="NAME,NAME")
+    parser.add_argument("--models", choices=tuple(KINDS), default="own")
     parser.add_argument("--also", nargs="*", default=[], metavar="NAME=MEAN,LOW,HIGH,SEEDS")
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
@@ -137,7 +138,7 @@ def main() -> None:
         if unknown := [client for client in args.clients if client not in here]:
             sys.exit(f"--clients: {', '.join(unknown)} is not in {name}. Its clients: {', '.join(here)}.")
     print_scores(found, args.clients)
-    known = differences(found, args.of, args.against, args.clients)
+    known = differences(found, args.of, args.against, args.clients, args.models)
     known |= {name: told(numbers) for name, numbers in (one.split("=", 1) for one in args.also)}
     above, below = ([*holm([one.p_below(bound) for one in known.values()])] for bound in (0.0, -args.margin))
     print(f"\n| | {args.of} − {args.against} | one-sided lower end | p, not above | p, below by {args.margin:g} |\n"

@@ -319,11 +319,10 @@ def _unlike(section: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
     """Returns the keys of a section that differ from their defaults, of a section within it likewise."""
     out = {}
     for key, value in section.items():
-        default = defaults.get(key)
-        if isinstance(value, dict) and isinstance(default, dict):
-            value, default = _unlike(value, default), {}
-        if key not in defaults or value != default:
-            out[key] = value
+        inner = isinstance(value, dict) and isinstance(defaults.get(key), dict)
+        kept = _unlike(value, defaults[key]) if inner else value
+        if key not in defaults or kept != ({} if inner else defaults[key]):
+            out[key] = kept
     return out
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from pilot_jax.config import FederationConfig
 from pilot_jax.errors import InputError
@@ -25,6 +25,7 @@ class Cohort:
     ids: Int[Array | np.ndarray, " S"]  # stable number of each client
     round: int  # from 1
     starts: Mapping[str, Tree] | None = None  # `uploads` before the phase, for a strategy that `needs_starts`
+    new: Bool[np.ndarray, " S"] | None = None  # which clients take part for the first time; None: not known
     ratios: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # δ²/σ² [S, S] of `halves`, by subtree
 
     @property

@@ -16,11 +16,13 @@ those of the gradients (Charikar et al., 2002, with bins that repeat along the v
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Real
+from jaxtyping import Array, Bool, Float, Int, Real
 
 from pilot_jax.federation.phases import LocalRule
 from pilot_jax.federation.roles import Mode, Role, Tree
@@ -83,25 +85,56 @@ def measure(sketches: Float[Array, "S 2 d"]) -> tuple[Float[Array, "S S"], Float
     return own[:, None] + own[None] - inner - inner.T, jnp.sum((a - b) ** 2, axis=1) / 4
 
 
-def no_evidence(clients: int) -> dict[str, np.ndarray]:
-    """Returns the server's evidence before the first phase: sums of δ² and σ² by pair of clients, float32 [K, K]."""
-    return {"apart": np.zeros((clients, clients), np.float32), "noise": np.zeros((clients, clients), np.float32)}
+class Evidence(TypedDict):
+    """What the server knows of K clients: sums over phases, by pair of clients, and each one's first sketches."""
+
+    apart: Float[np.ndarray, "K K"]  # sums of δ²_kj
+    noise: Float[np.ndarray, "K K"]  # sums of σ²_k, of the same phases
+    first: dict[int, Float[np.ndarray, "2 d"]]  # those of a client's first phase
 
 
-def with_phase(evidence: dict[str, np.ndarray], sketches: Float[Array, "S 2 d"],
-               ids: Int[np.ndarray, " S"]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def no_evidence(clients: int) -> Evidence:
+    """Returns the server's evidence before the first phase."""
+    return {"apart": np.zeros((clients, clients), np.float32), "noise": np.zeros((clients, clients), np.float32),
+            "first": {}}
+
+
+def with_phase(evidence: Evidence, sketches: Float[Array, "S 2 d"], ids: Int[np.ndarray, " S"],
+               new: Bool[np.ndarray, " S"]) -> tuple[Evidence, Float[np.ndarray, "S S"]]:
     """Returns the evidence with that of a phase, and the cohort's ratios δ²_kj/σ²_k of all its phases, [S, S].
 
     Row k of a ratio is about what client k can take from j. It is 0 where no noise was measured on either side.
+    Gradients tell two clients apart only where both began from about the same model. So a new client is compared with
+    every earlier one by the first phases of the two, and by no other phase of the round in which it is new. Until it
+    has taken a mixture, others take nothing from it (∞), unless all are new.
     """
     apart, noise = to_host(measure(sketches))
-    at = np.ix_(ids, ids)
-    out = {name: array.copy() for name, array in evidence.items()}
-    out["apart"][at] += apart
-    out["noise"][at] += np.broadcast_to(noise[:, None], apart.shape)
+    alike, at = new[:, None] == new[None], np.ix_(ids, ids)
+    out: Evidence = {**no_evidence(0), **evidence}  # `first` is newer than some snapshots
+    out["apart"], out["noise"] = out["apart"].copy(), out["noise"].copy()
+    out["apart"][at] += np.where(alike, apart, 0)
+    out["noise"][at] += np.where(alike, noise[:, None], 0)
+    rows = to_host(sketches)
+    arrived = {int(c): rows[k] for k, c in enumerate(ids) if new[k] and int(c) not in out["first"]}
+    _compare_first_phases(out, arrived)
+    out["first"] = out["first"] | arrived
     above, below = out["apart"][at], out["noise"][at]
     ratio = np.where(below > 0, above / np.where(below > 0, below, 1), np.where(above > 0, np.inf, 0))
+    ratio[:, new & ~np.all(new)] = np.inf
     return out, ratio.astype(np.float32)
+
+
+def _compare_first_phases(evidence: Evidence, arrived: Mapping[int, Float[np.ndarray, "2 d"]]) -> None:
+    """Adds the first phases of clients that have `arrived`, each beside that of every earlier one."""
+    earlier = evidence["first"]
+    if not arrived or not earlier:
+        return
+    apart, noise = to_host(measure(np.stack([*arrived.values(), *earlier.values()])))
+    clients, several = np.asarray([*arrived, *earlier]), len(arrived)
+    of_both = (np.arange(len(clients)) < several)[:, None] != (np.arange(len(clients)) < several)[None]
+    at = np.ix_(clients, clients)
+    evidence["apart"][at] += np.where(of_both, apart, 0)
+    evidence["noise"][at] += np.where(of_both, noise[:, None], 0)
 
 
 def shares(ratio: Real[np.ndarray, "S S"], sizes: Real[np.ndarray, " S"], limit: float) -> Float[np.ndarray, "S S"]:

@@ -58,11 +58,20 @@ def _applied(matrix: Float[AnyArray, "M S"], leaf: Float[AnyArray, "S ..."]) -> 
 
 
 def apply_to_updates(matrix: Float[AnyArray, "S S"] | SparseRows, uploads: PyTree[Float[AnyArray, "S ..."]],
-                     starts: PyTree[Float[AnyArray, "S ..."]]) -> PyTree[Float[Array, "S ..."]]:
-    """Returns starts + matrix·(uploads − starts): what a client has changed is mixed, and not where it began."""
+                     starts: PyTree[Float[AnyArray, "S ..."]], new: Bool[np.ndarray, " S"] | None = None,
+                     ) -> PyTree[Float[Array, "S ..."]]:
+    """Returns starts + matrix·(uploads − starts): what a client has changed is mixed, and not where it began.
+
+    Where some clients, but not all, are `new`, theirs are matrix·uploads: they have missed the earlier changes.
+    """
     if isinstance(matrix, SparseRows):
-        return jax.tree.map(jnp.add, starts, apply(matrix, jax.tree.map(jnp.subtract, uploads, starts)))
-    return jax.tree.map(partial(_applied_to_changes, matrix), uploads, starts)
+        mixed = jax.tree.map(jnp.add, starts, apply(matrix, jax.tree.map(jnp.subtract, uploads, starts)))
+    else:
+        mixed = jax.tree.map(partial(_applied_to_changes, matrix), uploads, starts)
+    if new is None or not np.any(new) or np.all(new):
+        return mixed
+    return jax.tree.map(lambda model, changed: jnp.where(new.reshape(-1, *[1] * (changed.ndim - 1)), model, changed),
+                        apply(matrix, uploads), mixed)
 
 
 @KeptJit

@@ -128,7 +128,8 @@ def finish_phase(fed: Federation, state: State, plan: PhasePlan, trained: Traine
     if not used:  # only new clients were in this phase, and all were refused
         observer.phase_ended(state, record, None, ())
         return state
-    after, server, log = _aggregated(fed, plan, trained, used, state.server)
+    new = np.asarray([state.population[c].is_new for c in used])
+    after, server, log = _aggregated(fed, plan, trained, used, new, state.server)
     population, fetched = list(state.population), list(_versions(fed, state))
     for client, adapters in after.items():
         stage = fed.strategy.answering_stage or plan.stage
@@ -190,10 +191,10 @@ def _counted(fed: Federation, state: State, plan: PhasePlan, trained: Trained, r
         train_seconds=state.train_seconds + trained.timings.seconds)
 
 
-def _aggregated(fed: Federation, plan: PhasePlan, trained: Trained, used: Sequence[int], server: dict[str, Any],
-                ) -> tuple[dict[int, dict[str, Tree]], dict[str, Any], dict[str, np.ndarray]]:
-    """Aggregates the uploads of the clients `used`. Returns (each one's adapters afterwards, the server's state, arrays
-    to log)."""
+def _aggregated(fed: Federation, plan: PhasePlan, trained: Trained, used: Sequence[int], new: np.ndarray,
+                server: dict[str, Any]) -> tuple[dict[int, dict[str, Tree]], dict[str, Any], dict[str, np.ndarray]]:
+    """Aggregates the uploads of the clients `used`, of which some are `new`, bool [S]. Returns (each one's adapters
+    afterwards, the server's state, arrays to log)."""
     roles = fed.strategy.ownership()
 
     def stacked(adapters: Mapping[int, dict[str, Tree]]) -> dict[str, Tree]:
@@ -202,7 +203,7 @@ def _aggregated(fed: Federation, plan: PhasePlan, trained: Trained, used: Sequen
 
     cohort = Cohort(stacked(trained.adapters), np.asarray([fed.weight(c) for c in used]),
                     np.asarray([fed.task_index(c) for c in used]), np.asarray(used), plan.round,
-                    stacked(plan.adapters) if fed.strategy.needs_starts else None)
+                    stacked(plan.adapters) if fed.strategy.needs_starts else None, new)
     evidence = dict[str, Any]()
     if SKETCH in cohort.uploads:
         cohort, evidence = with_ratio(cohort, server, len(fed.clients))
@@ -226,9 +227,10 @@ def with_ratio(cohort: Cohort, server: Mapping[str, Any], clients: int) -> tuple
         clients: K, the number of clients of the federation.
     """
     uploads, known, ratios = dict(cohort.uploads), dict(server.get("evidence") or {}), dict[str, np.ndarray]()
+    new = np.ones(len(cohort), bool) if cohort.new is None else cohort.new
     for name, sketches in uploads.pop(SKETCH).items():
         before = known.get(name) or no_evidence(clients)
-        known[name], ratios[name] = with_phase(before, sketches, np.asarray(cohort.ids))
+        known[name], ratios[name] = with_phase(before, sketches, np.asarray(cohort.ids), new)
     return dataclasses.replace(cohort, uploads=uploads, ratios=ratios), {"evidence": known}
 
 

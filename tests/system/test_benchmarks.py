@@ -79,6 +79,16 @@ def test_peers_do_the_same_work(tmp_path):
         assert ours[key] == pytest.approx(theirs[key], rel=1e-3)
 
 
+def test_cells_of_fine_tuned_models():
+    file = ROOT / "docs" / "results" / "cells" / "newcomers_same.json"
+    done = subprocess.run([sys.executable, BENCHMARKS / "cells.py", f"same={file}", "--models", "fine-tuned"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(file.read_text())["rows"]
+    one, other = ([seed["score_finetuned"] for seed in rows[name]["seeds"]] for name in ("split_half", "local"))
+    assert f"| same | {np.mean(one) - np.mean(other):+.3f} [" in done.stdout
+
+
 def test_cells_of_some_clients(tmp_path):
     """The mean of two clients' scores, its difference to local training, and a figure."""
     file = ROOT / "docs" / "results" / "cells" / "known_same.json"

@@ -245,7 +245,7 @@ class Strategy:
         uploads = {name: cohort.uploads[name] for name in names}
         if not self.mixes_updates or cohort.starts is None:
             return mixing.apply(weights, uploads)
-        return mixing.apply_to_updates(weights, uploads, {name: cohort.starts[name] for name in names})
+        return mixing.apply_to_updates(weights, uploads, {name: cohort.starts[name] for name in names}, cohort.new)
 
     def aggregate(self, cohort: Cohort, server: Mapping[str, Any]) -> Aggregated:
         """Returns what each client of the cohort downloads, and the server's state afterwards."""

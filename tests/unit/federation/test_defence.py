@@ -186,7 +186,7 @@ def test_split_half_bounds_each_mixture_by_its_own_median():
     uploads = {"text_adapter": loras(5, seed=1), "projector": {"w": rng.normal(size=(5, 4, 3)).astype(np.float32)}}
     starts = {"text_adapter": loras(5, seed=2, spread=0.1), "projector": {"w": np.zeros((5, 4, 3), np.float32)}}
     ratios = {name: rng.uniform(-0.2, 0.6, (5, 5)) * scale for name, scale in (("text_adapter", 1), ("projector", 0.2))}
-    given = Cohort(uploads, sizes, np.zeros(5, int), np.arange(5), 1, starts, ratios)
+    given = Cohort(uploads, sizes, np.zeros(5, int), np.arange(5), 1, starts, None, ratios)
     for params in ({"clip": 0.4}, {"cap_one": 0.08, "cap_all": 0.2}, {"clip": 0.4, "cap_one": 0.08, "cap_all": 0.2}):
         out = make_strategy("split_half", params).aggregate(given, {})
         for name, limit in (("text_adapter", 0.5), ("projector", 0.1)):

@@ -14,6 +14,7 @@ from pilot_jax.config import FederationConfig, PrivacyConfig, apply_overrides
 from pilot_jax.data.arrays import halved_order
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.personalised import evaluate
+from pilot_jax.federation.cohort import Cohort
 from pilot_jax.federation.halves import SKETCH, measure, no_evidence, shares, sketch, with_phase
 from pilot_jax.federation.observer import RunObserver
 from pilot_jax.federation.strategies import make_strategy
@@ -178,13 +179,69 @@ def test_the_projector_is_mixed_by_its_own_measure():
 
 def test_evidence_is_of_the_phases_that_two_clients_share():
     halves = np.random.default_rng(3).normal(size=(4, 2, 30)).astype(np.float32)
-    both, _ = with_phase(no_evidence(4), halves[[0, 1]], np.asarray([0, 1]))
-    later, ratio = with_phase(both, halves[[2, 3]], np.asarray([1, 3]))
+    both, _ = with_phase(no_evidence(4), halves[[0, 1]], np.asarray([0, 1]), np.zeros(2, bool))
+    later, ratio = with_phase(both, halves[[2, 3]], np.asarray([1, 3]), np.zeros(2, bool))
     apart, noise = (np.asarray(x) for x in measure(halves[[2, 3]]))
     assert later["apart"][1, 3] == pytest.approx(apart[0, 1]) and later["apart"][0, 3] == 0
     assert later["apart"][0, 1] == both["apart"][0, 1] and later["noise"][1, 0] == both["noise"][1, 0]
     assert ratio[0, 1] == pytest.approx(apart[0, 1] / noise[0], rel=1e-5)
     assert both["apart"][1, 3] == 0  # the evidence before is not changed
+
+
+def test_a_new_client_is_compared_by_first_phases():
+    """Clients 0 and 1 begin; client 2 is new in their second phase, when the gradients of 0 and 1 are elsewhere."""
+    halves = np.random.default_rng(5).normal(size=(5, 2, 30))
+    first, second = halves[:2], halves[2:]
+    known, ratio = with_phase(no_evidence(3), first.astype(np.float32), np.arange(2), np.ones(2, bool))
+    assert np.isfinite(ratio).all()
+    kept, ratio = with_phase(known, second.astype(np.float32), np.asarray([0, 2, 1]), np.asarray([False, True, False]))
+    ended, _ = with_phase(kept, second.astype(np.float32), np.asarray([0, 2, 1]), np.asarray([False, True, False]))
+
+    def apart(x, y):
+        return (x[0] - y[0]) @ (x[1] - y[1])
+
+    def noise(x):
+        return ((x[0] - x[1]) ** 2).sum() / 4
+
+    for k in (0, 1):
+        of_first = apart(second[1], first[k])
+        assert kept["apart"][2, k] == pytest.approx(of_first, abs=1e-4)
+        assert kept["apart"][k, 2] == pytest.approx(of_first, abs=1e-4)
+        assert kept["noise"][2, k] == pytest.approx(noise(second[1]), rel=1e-5)
+        assert kept["noise"][k, 2] == pytest.approx(noise(first[k]), rel=1e-5)
+    assert kept["apart"][0, 1] == pytest.approx(apart(*first) + apart(second[0], second[2]), abs=1e-4)
+    np.testing.assert_allclose(ratio[1, [0, 2]], kept["apart"][2, [0, 1]] / kept["noise"][2, [0, 1]], rtol=1e-5)
+    assert np.isinf(ratio[[0, 2], 1]).all()  # until the new client has taken a mixture, others take nothing from it
+    assert (ended["apart"][2] == kept["apart"][2]).all()  # of its first phase alone, in the round in which it is new
+
+
+def test_a_new_client_takes_models_and_others_changes():
+    """A new client has missed the earlier changes: its row is w·uploads, all others start + w·(uploads − starts)."""
+    rng = np.random.default_rng(6)
+    uploads, starts = (rng.normal(size=(4, 5, 3)).astype(np.float32) for _ in range(2))
+    ratio, sizes = np.full((4, 4), 0.2), np.asarray([4, 8, 6, 5])
+    ratio[:, 2] = np.inf
+    weights = shares(ratio, sizes, 0.5).astype(np.float64)
+    cohort = Cohort({"text_adapter": {"w": uploads}}, sizes, np.zeros(4, int), np.arange(4), 3,
+                    {"text_adapter": {"w": starts}}, np.asarray([False, False, True, False]), {"text_adapter": ratio})
+    want = starts + np.einsum("kj,jab->kab", weights, uploads.astype(np.float64) - starts)
+    want[2] = np.einsum("j,jab->ab", weights[2], uploads.astype(np.float64))
+    strategy = make_strategy("split_half", {"projector_from": "own"})
+    np.testing.assert_allclose(strategy.aggregate(cohort, {}).downloads["text_adapter"]["w"], want, atol=1e-5)
+    everyone = dataclasses.replace(cohort, new=np.ones(4, bool))
+    plain = starts + np.einsum("kj,jab->kab", weights, uploads.astype(np.float64) - starts)
+    np.testing.assert_allclose(strategy.aggregate(everyone, {}).downloads["text_adapter"]["w"], plain, atol=1e-5)
+
+
+def test_a_newcomer_takes_from_clients_like_itself():
+    """All clients have the same samples, and the third joins in round 3."""
+    seen, one = Ratios(), toy_clients((16,), ("t0",))[0]
+    clients = tuple(dataclasses.replace(one, name=f"c{k}") for k in range(3))
+    settings = FederationConfig(rounds=4, local_epochs=1, joins={"c2": 3})
+    run_toy(toy_federation(make_strategy("split_half"), clients, settings=settings), observer=seen)
+    first, second = [w for w in seen.weights if len(w) == 3]
+    assert first[2, :2].sum() > 0.3 and (first[:2, 2] == 0).all()
+    assert second[:2, 2].min() > 0
 
 
 @pytest.mark.parametrize(("ratio", "limit", "weights"), [
@@ -201,11 +258,18 @@ def test_a_stopped_run_goes_on_to_the_same_end(on_toy, tmp_path, name, chunks):
     goes_on_to_the_same_end(apply_overrides(on_toy, [f"strategy.name={name}"]), tmp_path / "run", chunks)
 
 
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_a_run_with_a_newcomer_goes_on_to_the_same_end(on_toy, tmp_path, chunks):
+    """What is kept of first phases is in the snapshot that the newcomer's round begins with."""
+    config = apply_overrides(on_toy, ["strategy.name=split_half", "federation.rounds=3", "federation.joins={c2: 3}"])
+    goes_on_to_the_same_end(config, tmp_path / "run", chunks)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["split_half", "pilot_split_half"])
 def test_on_the_real_model(tmp_path, name):
     """A run of the small model is evaluated, resumed to the same models, restored to the same scores, and exported."""
-    config = small_config(strategy={"name": name}, federation={"local_steps": 2, "rounds": 2},
+    config = small_config(strategy={"name": name}, federation={"local_steps": 2, "rounds": 2, "joins": {"vqa_0": 2}},
                           data={"digits": {"train": 4}})
     goes_on_to_the_same_end(config, tmp_path / "part", 4)
     run = simulate.simulate(config, out=tmp_path / "run")
