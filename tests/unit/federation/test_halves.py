@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 from conftest import slow_except, small_config, tree_max_difference
-from test_strategies import goes_on_to_the_same_end, gradient, numbers, problem
+from numpy_federation import gradient, numbers, problem
+from resuming import goes_on_to_the_same_end
 
 from pilot_jax.config import FederationConfig, PrivacyConfig, apply_overrides
 from pilot_jax.data.arrays import halved_order

@@ -5,23 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import numpy_federation
 import pytest
-import test_strategies
 from conftest import Records, slow_except, small_config, tree_max_difference
-from test_strategies import (
-    CLASSES,
-    ELSEWHERE,
-    FEATURES,
-    PHASES,
-    RANK,
-    SIZES,
-    average,
-    federated,
-    goes_on_to_the_same_end,
-    local_steps,
-    numbers,
-    problem,
-)
+from numpy_federation import PHASES, average, federated, local_steps, numbers, problem
+from resuming import goes_on_to_the_same_end
+from test_strategies import ELSEWHERE
 
 from pilot_jax.config import FederationConfig, apply_overrides, parse_config
 from pilot_jax.errors import InputError
@@ -34,7 +23,18 @@ from pilot_jax.federation.state import all_steps, most_uploads
 from pilot_jax.federation.strategies import make_strategy
 from pilot_jax.runs import restore, simulate
 from pilot_jax.runs.export import export_client
-from pilot_jax.testing.toy import run_toy, toy_adapters, toy_clients, toy_federation, toy_numbers, toy_state
+from pilot_jax.testing.toy import (
+    CLASSES,
+    FEATURES,
+    RANK,
+    SIZES,
+    run_toy,
+    toy_adapters,
+    toy_clients,
+    toy_federation,
+    toy_numbers,
+    toy_state,
+)
 
 # The algorithms in NumPy. `shared` are the parameters that are trained: "wab", or "ab" with a frozen projector.
 
@@ -154,8 +154,8 @@ def test_against_the_papers_own_update(case, projector, monkeypatch):
     name, settings, expected = CASES[case]
     state = run_toy(toy_federation(make_strategy(name, {**settings, "projector": projector})))
     if projector == "frozen":
-        whole = test_strategies.gradient
-        monkeypatch.setattr(test_strategies, "gradient", lambda p, x, y: whole(p, x, y) | {"w": np.zeros_like(p["w"])})
+        whole = numpy_federation.gradient
+        monkeypatch.setattr(numpy_federation, "gradient", lambda p, x, y: whole(p, x, y) | {"w": np.zeros_like(p["w"])})
     plain = federated(problem())
     for client, want, average_of_all in zip(state.population, expected(problem(), "wab" if projector == "trained"
                                                                        else "ab"), plain, strict=True):

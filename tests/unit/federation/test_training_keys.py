@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from test_strategies import gradient, problem
+from numpy_federation import gradient, problem
 
 from pilot_jax.config import FederationConfig, TrainConfig, parse_config, scaled_rates
 from pilot_jax.data.arrays import visiting_order

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 from conftest import slow_except, tree_max_difference
-from test_strategies import EPOCHS, PHASES, gradient, numbers, problem
+from numpy_federation import EPOCHS, PHASES, gradient, numbers, problem
 
 from pilot_jax.config import FederationConfig
 from pilot_jax.federation import mixing
