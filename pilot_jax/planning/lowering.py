@@ -16,6 +16,7 @@ from pilot_jax.federation import combining, mixing
 from pilot_jax.federation.chunks import chunk_width
 from pilot_jax.federation.client import Adapters, ClientBatch, local_update
 from pilot_jax.federation.distances import BY_GRAM
+from pilot_jax.federation.halves import SKETCH_SIZE, measure
 from pilot_jax.federation.phases import PLAIN_RULE, peak_rates, phase_spec
 from pilot_jax.federation.roles import Tree
 from pilot_jax.federation.shortlist import Nearest, most_pairs
@@ -100,7 +101,7 @@ def _generation(shapes: Shapes, mesh: Mesh, width: int) -> Program:
 def _server(shapes: Shapes, mesh: Mesh, cohort: int) -> dict[str, Program]:
     """Returns the server's programs for a cohort whose uploads are spread over the mesh.
 
-    They are the mixing and, for ATA, the distances and the weights."""
+    They are the mixing, for ATA the distances and the weights, and for split-half weights their measure."""
     strategy = shapes.run.strategy
     uploads = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(
@@ -120,16 +121,19 @@ def _server(shapes: Shapes, mesh: Mesh, cohort: int) -> dict[str, Program]:
                    "auto_factor": ata.auto_factor}
         number, sizes, room = whole((), jnp.int32), whole((cohort,)), max(cohort * (cohort - 1) // 2, 1)
         weights = Program(mixing.ata_weights, (matrix, sizes, whole((cohort,), jnp.int32)), options)
-        if sketched and cohort > mixing.DENSE:
+        if sketched and cohort > mixing.DENSE and not strategy.splits_halves:
             near, terms = (cohort, ata.neighbors), (cohort, ata.neighbors + 1)
             matrix, room = SparseRows(whole(terms), whole(terms, jnp.int32)), most_pairs(cohort, ata.neighbors)
             weights = Program(mixing.ata_weights_of_nearest, (Nearest(whole(near, jnp.int32), whole(near)), sizes),
                               options)
         pairs = whole((room,), jnp.int32)
-        out = {"weights": weights,
-               "distances": Program(on_parts(pairwise.factor_pairs, (largest,), 3), (largest, pairs, pairs, number))}
+        out = {"distances": Program(on_parts(pairwise.factor_pairs, (largest,), 3), (largest, pairs, pairs, number))}
+        if not strategy.splits_halves:
+            out["weights"] = weights
         if not sketched:
             out["gram"] = Program(on_parts(pairwise.factor_gram, (largest,)), (largest,))
+    if strategy.splits_halves:
+        out["measure"] = Program(measure, (whole((cohort, 2, SKETCH_SIZE)),))
     if strategy.params.combine != "factors":
         out["combine"] = _combine(strategy, shapes, uploads, whole)
     return out | {"mixing": Program(jax.jit(mixing.apply), (matrix, uploads))}

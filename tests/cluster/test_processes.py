@@ -198,7 +198,8 @@ for name, settings in cases:
     uploads = jax.tree.map(lambda x: (x + 0.1 * rng.normal(size=(20, *x.shape))).astype(np.float32), shared)
     who = np.arange(1, 21), np.arange(20) % 3, np.arange(20), 2
     starts = jax.tree.map(lambda x: (x + 0.1 * rng.normal(size=(20, *x.shape))).astype(np.float32), shared)
-    sketches = {"gradient_sketch": {"text_adapter": rng.normal(size=(20, 2, 64)).astype(np.float32)}}
+    sketches = {"gradient_sketch": {name: rng.normal(size=(20, 2, 64)).astype(np.float32)
+                                    for name in its.strategy.measured}}
 
     def aggregated(mesh):
         cohort = Cohort(spread(uploads, mesh), *who)
