@@ -110,8 +110,8 @@ def test_a_cohort_has_the_shapes_on_the_page(written):
     cohort, documented = written[2], names("What a strategy receives")
     assert documented == {*vars(cohort), "ratio"}  # a property
     size, lora = len(cohort), cohort.uploads["text_adapter"]["layers"]
-    assert all(len(getattr(cohort, name)) == size for name in ("sizes", "tasks", "ids")) and set(cohort.uploads) == {
-        "text_adapter", "task"}
+    assert all(len(getattr(cohort, name)) == size for name in ("sizes", "tasks", "ids", "new"))
+    assert set(cohort.uploads) == {"text_adapter", "task"}
     assert set(lora) == {"q", "k", "v", "o", "gate", "up", "down"}
     for pair in lora.values():
         assert pair["a"].shape[:3] == (size, pair["b"].shape[1], 4) and pair["b"].shape[0::3] == (size, 4)
