@@ -105,8 +105,8 @@ def with_phase(evidence: Evidence, sketches: Float[Array, "S 2 d"], ids: Int[np.
 
     Row k of a ratio is about what client k can take from j. It is 0 where no noise was measured on either side.
     Gradients tell two clients apart only where both began from about the same model. So a new client is compared with
-    every earlier one by the first phases of the two, and by no other phase of the round in which it is new. Until it
-    has taken a mixture, others take nothing from it (∞), unless all are new.
+    every earlier one by the first phases of the two, and by no other phase of the round in which it is new. In that
+    round others take nothing from it (∞), unless all are new.
     """
     apart, noise = to_host(measure(sketches))
     alike, at = new[:, None] == new[None], np.ix_(ids, ids)
@@ -130,11 +130,11 @@ def _compare_first_phases(evidence: Evidence, arrived: Mapping[int, Float[np.nda
     if not arrived or not earlier:
         return
     apart, noise = to_host(measure(np.stack([*arrived.values(), *earlier.values()])))
-    clients, several = np.asarray([*arrived, *earlier]), len(arrived)
-    of_both = (np.arange(len(clients)) < several)[:, None] != (np.arange(len(clients)) < several)[None]
-    at = np.ix_(clients, clients)
-    evidence["apart"][at] += np.where(of_both, apart, 0)
-    evidence["noise"][at] += np.where(of_both, noise[:, None], 0)
+    clients = np.asarray([*arrived, *earlier])
+    late = np.arange(len(clients)) < len(arrived)
+    one_is_late, at = late[:, None] != late[None], np.ix_(clients, clients)
+    evidence["apart"][at] += np.where(one_is_late, apart, 0)
+    evidence["noise"][at] += np.where(one_is_late, noise[:, None], 0)
 
 
 def shares(ratio: Real[np.ndarray, "S S"], sizes: Real[np.ndarray, " S"], limit: float) -> Float[np.ndarray, "S S"]:
