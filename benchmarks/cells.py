@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,27 @@ def read(files: str) -> Comparison:
     """Returns the comparison in a file, or of files joined by "+" the first with the rows of all.
 
     Raises:
-        SystemExit: they are not of the same data and seeds.
+        SystemExit: they are not of the same model, data, federation, split and seeds.
     """
     first, *others = (json.loads(Path(file).read_text(encoding="utf-8")) for file in files.split("+"))
     for other in others:
-        data = [one["config"]["data"]["digits"] for one in (first, other)]  # a key may be newer than a file
-        if (other["split"], other["seeds"]) != (first["split"], first["seeds"]) or any(
-                data[0][key] != data[1][key] for key in data[0].keys() & data[1].keys()):
-            sys.exit(f"{files}: not of the same data, split and seeds.")
+        if (other["split"], other["seeds"]) != (first["split"], first["seeds"]):
+            sys.exit(f"{files}: not of the same split and seeds.")
+        if key := next((key for section in ("model", "data", "federation") for key in unlike(
+                first["config"][section], other["config"][section], section)), None):
+            sys.exit(f"{files}: not of the same {key}.")
         first["rows"] |= other["rows"]
     return first
+
+
+def unlike(one: Mapping[str, Any], other: Mapping[str, Any], at: str) -> Iterator[str]:
+    """Yields the keys whose values differ, without those that one config lacks (a key may be newer than a file), and
+    without federation.finetune_steps, which is fedavg_ft's own setting."""
+    for key in one.keys() & other.keys() - {"finetune_steps"}:
+        if isinstance(one[key], dict) and isinstance(other[key], dict) and key != "joins":  # its keys are clients
+            yield from unlike(one[key], other[key], f"{at}.{key}")
+        elif one[key] != other[key]:
+            yield f"{at}.{key}"
 
 
 def scores(row: Mapping[str, Any], kind: str, clients: tuple[str, ...]) -> np.ndarray | None:

@@ -121,11 +121,15 @@ def base(name: Annotated[str, typer.Argument(help="Name of the base model: smoll
          out: Annotated[Path, typer.Argument(help="New folder for the base model, in Hugging Face's LLaVA layout.")],
          side: Annotated[int, typer.Option(
              min=14, help="Height and width of images in pixels, a multiple of 14. An image takes (side / 14)² "
-                          "tokens.")] = 56) -> None:
+                          "tokens.")] = 56,
+         projector_only: Annotated[bool, typer.Option(
+             "--projector-only",
+             help="Leave out the LoRA that was trained with the projector: the language model is as it was published, "
+                  "and has learned no form of answers.")] = False) -> None:
     """Make a base model of a real language model and vision tower, downloaded with pip, and a trained projector."""
     from pilot_jax.real.base import build
 
-    build(name, out, side, typer.echo)
+    build(name, out, side, typer.echo, lora=not projector_only)
     typer.echo(f"Base model: {out}")
 
 

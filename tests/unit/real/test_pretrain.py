@@ -7,6 +7,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -18,9 +19,11 @@ from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 from written_parts import write_gguf, write_onnx, write_wheel
 
 import pilot_jax
+from pilot_jax.models.lora import init_lora
 from pilot_jax.models.vlm import variables
 from pilot_jax.real import base as bases
 from pilot_jax.real import emoji, emoji_tasks, lessons, pretrain, scores
+from pilot_jax.real.trained import write_trained
 
 CONFIG = ("{base: tiny, side: 42, projector_steps: 3, instruction_steps: 4, review_steps: 2, pictures: 2, tokens: 250, "
           "rank: 2}")
@@ -65,6 +68,27 @@ def test_the_conversion_equals_transformers(known, call, tmp_path, monkeypatch):
     with torch.no_grad():
         theirs = reference(input_ids=torch.tensor(ids), pixel_values=torch.tensor(pixels)).logits.numpy()
     np.testing.assert_allclose(model.logits(ids, None, pixels), theirs, atol=1e-4)
+
+
+def test_projector_only(known, call, tmp_path, monkeypatch):
+    """`base --projector-only` takes the trained projector and leaves the language model as it is in its file."""
+    assert call("base", "tiny", tmp_path / "start", "--side", 42)[0] == 0
+    model, trained = pilot_jax.load(tmp_path / "start", dtype="float32"), tmp_path / "trained"
+    trained.mkdir()
+    projector = jax.tree.map(lambda x: x + 0.5, model.base["projector"])
+    adapter = jax.tree.map(jnp.ones_like, init_lora(jax.random.key(0), model.config.text, 2))
+    write_trained(trained, {"projector": projector, "text_adapter": adapter}, 2, 0.01, "tiny")
+    monkeypatch.setattr(bases, "trained_folder", lambda name: trained)
+    assert call("base", "tiny", tmp_path / "whole", "--side", 42)[0] == 0
+    code, _, err = call("base", "tiny", tmp_path / "half", "--side", 42, "--projector-only")
+    assert code == 0 and "which is left out" in (tmp_path / "half" / "README.md").read_text(), err
+    start, whole, half = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "whole", "half"))
+    for name in start:
+        same = name.startswith(("language_model", "vision_tower"))
+        assert (half[name] == start[name]).all() == same, name
+        assert name.startswith("language_model") or (half[name] == whole[name]).all(), name
+    changed = [name for name in start if name.startswith("language_model") and (whole[name] != start[name]).any()]
+    assert len(changed) == 14  # seven matrices in each of two layers
 
 
 @pytest.mark.long
