@@ -52,7 +52,7 @@ def read(files: str) -> Comparison:
 def unlike(one: Mapping[str, Any], other: Mapping[str, Any], at: str) -> Iterator[str]:
     """Yields the keys whose values differ, without those that one config lacks (a key may be newer than a file), and
     without federation.finetune_steps, which is fedavg_ft's own setting."""
-    for key in one.keys() & other.keys() - {"finetune_steps"}:
+    for key in (key for key in one if key in other and key != "finetune_steps"):
         if isinstance(one[key], dict) and isinstance(other[key], dict) and key != "joins":  # its keys are clients
             yield from unlike(one[key], other[key], f"{at}.{key}")
         elif one[key] != other[key]:
