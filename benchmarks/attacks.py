@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from pilot_jax.compare.runner import run_all
+from pilot_jax.compare.together import run_all
 from pilot_jax.config import load_config
 from pilot_jax.data.arrays import ClientData
 from pilot_jax.evaluation.scores import final_scores

@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from pilot_jax.compare.runner import finetune_all, make_field, run_all
+from pilot_jax.compare.runner import make_field
+from pilot_jax.compare.together import finetune_all, run_all
 from pilot_jax.config import load_config
 from pilot_jax.evaluation.scores import final_scores
 from pilot_jax.federation import mixing

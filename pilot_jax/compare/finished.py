@@ -8,20 +8,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pilot_jax.config import Config
 from pilot_jax.files import atomic_write
 
 Record = dict[str, Any]  # a JSON object
 
 
-def once(path: Path, config: Config, given: Sequence[object], make: Callable[[], Record]) -> tuple[Record, bool]:
+def once(path: Path, inputs: Sequence[object], make: Callable[[], Record]) -> tuple[Record, bool]:
     """Returns (record, whether it is new): from a JSON file if that has the same inputs, else from `make`.
 
     Args:
-        given: all inputs of the record except the config.
+        inputs: all that the record depends on, as JSON has it.
     """
-    text = json.dumps([config.model_dump(mode="json"), *given])
-    mark = hashlib.sha256(text.encode()).hexdigest()
+    mark = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
     done = _finished(path, mark)
     if done is not None:
         return done, False

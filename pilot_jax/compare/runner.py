@@ -16,13 +16,15 @@ import jax
 from pilot_jax.compare.differences import check_references, differences
 from pilot_jax.compare.finished import Record, once
 from pilot_jax.compare.page import write_results
+from pilot_jax.compare.progress import VariantProgress
 from pilot_jax.compare.statistics import best_factor, beyond, edge_warnings, summarise
+from pilot_jax.compare.together import captions_of_all, finetune_all, run_all, scores_of_all
 from pilot_jax.compare.variants import Variant
 from pilot_jax.config import Config, apply_overrides
 from pilot_jax.data.arrays import ClientData, Prompts, aligned
 from pilot_jax.data.guesses import GUESSES
 from pilot_jax.errors import InputError
-from pilot_jax.evaluation.finetune import Finetuned, after_finetuning, finetune
+from pilot_jax.evaluation.finetune import Finetuned, after_finetuning
 from pilot_jax.evaluation.personalised import (
     base_prompts,
     evaluate_together,
@@ -30,9 +32,8 @@ from pilot_jax.evaluation.personalised import (
     mean_score,
     score_by_task,
 )
-from pilot_jax.evaluation.scores import Scores, final_scores, guessed_scores, score_record
+from pilot_jax.evaluation.scores import Scores, guessed_scores, score_record
 from pilot_jax.federation.observer import RunObserver
-from pilot_jax.federation.rounds import run_round
 from pilot_jax.federation.state import State
 from pilot_jax.files import path_part
 from pilot_jax.models.pretrained import PretrainedModel
@@ -40,7 +41,6 @@ from pilot_jax.planning.server import server_costs
 from pilot_jax.runs.events import CompileClock, MetricsFile
 from pilot_jax.runs.prepare import (
     Setup,
-    initial_state,
     load_samples,
     prepare,
     rate_changes,
@@ -87,85 +87,45 @@ def setups_of(field: Field, variant: Variant, changes: Sequence[str]) -> list[Se
     return [with_overrides(setup, [*variant.overrides, *changes]) for setup in field.setups]
 
 
-def run_all(setups: Sequence[Setup], observers: Sequence[RunObserver] | None = None) -> list[State | None]:
-    """Trains all rounds of several setups of the same program together.
-
-    Returns the final state of each setup, or None if it diverged."""
-    feds = [setup.federation for setup in setups]
-    observers = observers or [RunObserver() for _ in feds]
-    states: list[State | None] = [initial_state(fed) for fed in feds]
-    for _ in range(feds[0].settings.rounds):
-        alive = {i: state for i, state in enumerate(states) if state is not None}
-        if alive:
-            after = run_round([feds[i] for i in alive], list(alive.values()), setups[0].executor,
-                              [observers[i] for i in alive], survive=True)
-            for i, state in zip(alive, after, strict=True):
-                states[i] = state
-    return states
-
-
-def finetune_all(setups: Sequence[Setup], states: Sequence[State | None],
-                 observers: Sequence[RunObserver]) -> list[Finetuned | None]:
-    """Fine-tunes the clients of several setups together, after their last round; None for a setup without it, and for
-    one that diverged."""
-    alive = {i: state for i, state in enumerate(states) if state is not None}
-    found = finetune([setups[i].federation for i in alive], list(alive.values()), setups[0].executor,
-                     [observers[i] for i in alive])
-    by_setup = dict(zip(alive, found, strict=True))
-    return [by_setup.get(i) for i in range(len(setups))]
-
-
-def _scores(setups: Sequence[Setup], states: Sequence[State | None], tuned: Sequence[Finetuned | None],
-            split: str) -> list[Scores]:
-    """Returns each setup's scores; without any client for a setup that diverged."""
-    alive = {i: state for i, state in enumerate(states) if state is not None}
-    found = final_scores([setups[i].evaluation for i in alive], list(alive.values()), [tuned[i] for i in alive], split)
-    by_setup = dict(zip(alive, found, strict=True))
-    return [by_setup.get(i, Scores(None, {}, None)) for i in range(len(setups))]
-
-
-def _captions(setups: Sequence[Setup], states: Sequence[State | None],
-              prompts: Sequence[Prompts]) -> list[list[float]]:
-    """Returns each setup's scores by client on the base model's pretraining captions.
-
-    The list is empty for a setup that diverged, and if there are no `prompts`."""
-    alive = {i: state.population for i, state in enumerate(states) if state is not None and prompts}
-    found = forgetting([setups[i].evaluation for i in alive], list(alive.values()),
-                       [prompts[i] for i in alive]) if alive else []
-    by_setup = dict(zip(alive, found, strict=True))
-    return [by_setup.get(i, []) for i in range(len(setups))]
-
-
-def tune(field: Field, variant: Variant, factors: Sequence[float], config: Config) -> Record:
+def tune(field: Field, variant: Variant, factors: Sequence[float], config: Config,
+         progress: VariantProgress | None = None) -> Record:
     """Trains a variant with each factor on the config's learning rates, all together.
 
     Returns the mean validation score of each factor, and the best factor."""
+    progress = progress or VariantProgress(None)
     setups, factor_of = list[Setup](), list[float]()
     for factor in factors:
         setups += setups_of(field, variant, rate_changes(config, factor))
         factor_of += [factor] * len(field.setups)
-    states, tuned = run_all(setups), list[Finetuned | None]([None] * len(setups))
-    if setups[0].federation.strategy.finetunes:
-        tuned = finetune_all(setups, states, [RunObserver() for _ in setups])
+    with progress.training(f"tuning {variant.name}", [setup.federation for setup in setups]):
+        states, tuned = run_all(setups, progress=progress), list[Finetuned | None]([None] * len(setups))
+        if setups[0].federation.strategy.finetunes:
+            tuned = finetune_all(setups, states, [RunObserver() for _ in setups], progress)
+        progress.scoring()
+        found = scores_of_all(setups, states, tuned, "validation")
     total = dict.fromkeys(factors, 0.0)  # a seed that diverged adds 0
-    for factor, scores in zip(factor_of, _scores(setups, states, tuned, "validation"), strict=True):
+    for factor, scores in zip(factor_of, found, strict=True):
         total[factor] += mean_score(list(scores.own.values())) or 0.0
     score = {f"{factor:g}": value / len(field.setups) for factor, value in total.items()}
     return {"factor": best_factor(score), "validation": score}
 
 
-def run_variant(field: Field, variant: Variant, changes: Sequence[str] = (), split: str = "test") -> Record:
+def run_variant(field: Field, variant: Variant, changes: Sequence[str] = (), split: str = "test",
+                progress: VariantProgress | None = None) -> Record:
     """Trains and scores one variant with all seeds; returns its results as a JSON object."""
+    progress = progress or VariantProgress(None)
     began, clock = time.perf_counter(), CompileClock()
     setups = setups_of(field, variant, changes)
     logs = [MetricsFile(None) for _ in setups]
-    states = run_all(setups, logs)
-    tuned = finetune_all(setups, states, logs)
-    trained, train_compile = time.perf_counter() - began, clock.seconds
-    scores = _scores(setups, states, tuned, split)
-    ended = [None if state is None else after_finetuning(setup.federation, state, done)
-             for setup, state, done in zip(setups, states, tuned, strict=True)]
-    captions = _captions(setups, ended, field.base_prompts)
+    with progress.training(variant.name, [setup.federation for setup in setups]):
+        states = run_all(setups, logs, progress)
+        tuned = finetune_all(setups, states, logs, progress)
+        trained, train_compile = time.perf_counter() - began, clock.seconds
+        progress.scoring()
+        scores = scores_of_all(setups, states, tuned, split)
+        ended = [None if state is None else after_finetuning(setup.federation, state, done)
+                 for setup, state, done in zip(setups, states, tuned, strict=True)]
+        captions = captions_of_all(setups, ended, field.base_prompts)
     clock.stop()
     seeds = [_seed_record(*one) for one in zip(
         setups, ended, scores, captions, [log.records for log in logs], strict=True)]
@@ -234,6 +194,7 @@ class Comparison:
 
     def __init__(self, config: Config, options: Options, out: Path, say: Callable[[str], None]) -> None:
         self.config, self.options, self.out, self.say = config, options, out, say
+        self.progress = VariantProgress(say)
         self._fields: dict[str, Field] = {}
 
     def _field(self, kind: str) -> Field:
@@ -251,7 +212,13 @@ class Comparison:
         return self._fields[kind]
 
     def _once(self, name: str, given: Sequence[object], make: Callable[[], Record]) -> tuple[Record, bool]:
-        return once(self.out / f"{name}.json", self.config, given, make)
+        return once(self.out / f"{name}.json", [self.config.model_dump(mode="json"), *given], make)
+
+    def _once_for_all(self, name: str, given: Sequence[object], make: Callable[[], Record]) -> Record:
+        """Returns a record for which no training matters: it holds for all strategies, rates and numbers of rounds."""
+        config = self.config.model_dump(mode="json", exclude={"strategy", "train"})
+        config["federation"] = {"clients": config["federation"]["clients"]}  # among whom the data are divided
+        return once(self.out / f"{name}.json", [config, *given], make)[0]
 
     def rates(self, family: str) -> Record:
         """Returns the result of `tune` for a strategy, with its best factor on the learning rates.
@@ -278,7 +245,7 @@ class Comparison:
 
         def make() -> Record:
             clock = time.perf_counter()
-            tuned = tune(self._field("tune"), variant, factors, self.config)
+            tuned = tune(self._field("tune"), variant, factors, self.config, self.progress)
             return tuned | {"wall_seconds": time.perf_counter() - clock}
 
         beside = "" if factors == self.options.factors else f"_{factors[0]:g}"
@@ -291,18 +258,19 @@ class Comparison:
         done, _ = self._once(
             f"variants/{path_part(variant.name)}",
             [dataclasses.astuple(variant), changes, split, self.options.seeds, self.options.base_samples],
-            lambda: {"rate_factor": factor} | run_variant(self._field("compare"), variant, changes, split))
+            lambda: {"rate_factor": factor} | run_variant(self._field("compare"), variant, changes, split,
+                                                          self.progress))
         return done
 
     def base(self) -> Record:
         """Returns the scores of the base model without training."""
         given = ["base", self.options.split, self.options.seeds, self.options.base_samples]
-        return self._once("base", given, lambda: _score_base(self._field("compare"), self.options.split))[0]
+        return self._once_for_all("base", given, lambda: _score_base(self._field("compare"), self.options.split))
 
     def guesses(self) -> Record:
         """Returns the scores of answers that look at no picture and ask no model."""
         given = ["guesses", self.options.split, self.options.seeds]
-        return self._once("guesses", given, lambda: _score_guesses(self._field("compare"), self.options.split))[0]
+        return self._once_for_all("guesses", given, lambda: _score_guesses(self._field("compare"), self.options.split))
 
     def rows(self, variants: Sequence[Variant], rates: dict[str, Record]) -> dict[str, Record]:
         """Returns the results of every variant, by name, and reports each score as soon as it is known."""

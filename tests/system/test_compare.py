@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 
 import jax
 import numpy as np
 import pytest
 from conftest import Records, slow_except, small_config, tree_max_difference
+from rich.console import Console
 
-from pilot_jax.compare import runner, statistics, variants
+from pilot_jax.compare import runner, statistics, together, variants
+from pilot_jax.compare.progress import VariantProgress
 from pilot_jax.config import apply_overrides
 from pilot_jax.embedded.scenarios import client_style, scenario_clients, scene_samples
 from pilot_jax.errors import InputError
@@ -35,8 +38,8 @@ def test_seeds_trained_together_equal_separate_runs(field, name):
     """Pilot and SCAFFOLD are the strategies whose clients receive subtrees that differ from seed to seed."""
     [variant] = variants.read_variants(name)
     setups = runner.setups_of(field, variant, [])
-    together = runner.run_all(setups)
-    for seed, state in enumerate(together):
+    states = together.run_all(setups)
+    for seed, state in enumerate(states):
         setup = prepare.prepare(prepare.seeded(small_config(train=SGD, strategy={"name": name}), seed))
         fed = setup.federation
         alone = prepare.initial_state(fed)
@@ -47,9 +50,9 @@ def test_seeds_trained_together_equal_separate_runs(field, name):
             assert tree_max_difference(a.adapters, b.adapters) <= 1e-5
         assert (alone.client_steps, alone.bytes_up, alone.bytes_down) == (
             state.client_steps, state.bytes_up, state.bytes_down)
-    moved = tree_max_difference(together[0].population[0].adapters, together[1].population[0].adapters)
+    moved = tree_max_difference(states[0].population[0].adapters, states[1].population[0].adapters)
     assert moved > 1e-3  # the seeds differ
-    scores = personalised.evaluate_together([s.evaluation for s in setups], [s.population for s in together])
+    scores = personalised.evaluate_together([s.evaluation for s in setups], [s.population for s in states])
     assert scores[1] == personalised.evaluate(setup.evaluation, alone.population)
 
 
@@ -132,6 +135,40 @@ def test_compare_writes_its_table_and_goes_on_where_it_stopped(tmp_path, call, m
         assert code == 2 and bad[0] in error and not (tmp_path / "no").exists()
 
 
+def test_the_base_is_scored_again_only_where_what_it_depends_on_differs(tmp_path, monkeypatch):
+    scored = []
+    monkeypatch.setattr(runner.Comparison, "_field", lambda self, kind: None)
+    monkeypatch.setattr(runner, "_score_base", lambda field, split: scored.append(split) or {"score": 0.5})
+    options = runner.Options(seeds=1)
+
+    def base(changed=options, **sections):
+        runner.Comparison(small_config(**sections), changed, tmp_path, print).base()
+        return len(scored)
+
+    assert base() == 1
+    assert base(train={"lr_connector": 0.3}, federation={"rounds": 7}, strategy={"name": "fedavg"}) == 1
+    assert base(data={"digits": {"seed": 4}}) == 2
+    assert base(eval={"batch_size": 5}) == 3
+    assert base(dataclasses.replace(options, split="validation"), eval={"batch_size": 5}) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fedavg_ft", "centralised"])
+def test_progress_ends_at_the_whole_of_training(field, name):
+    """Its total has the steps of all seeds, of fine-tuning too, also where the data are pooled."""
+    [variant] = variants.read_variants(name)
+    lines = []
+    runner.run_variant(field, variant, progress=VariantProgress(lines.append, every=0))
+    *training, scoring = lines
+    shares = [int(line.removeprefix(f"{name}: ").split("%")[0]) for line in training]
+    assert shares == sorted(shares) and 0 < shares[0] < 100 == shares[-1] and "left" in training[0]
+    assert scoring.startswith(f"{name}: trained in ") and scoring.endswith("scoring …")
+    shown, silent = io.StringIO(), []
+    console = Console(file=shown, force_terminal=True, width=100)
+    runner.run_variant(field, variant, progress=VariantProgress(silent.append, console, every=0))
+    assert "compiling" in shown.getvalue() and "scoring" in shown.getvalue() and silent == []
+
+
 @pytest.mark.slow
 def test_vary_compares_at_each_value(tmp_path, call):
     config, out = tmp_path / "c.yaml", tmp_path / "out"
@@ -163,7 +200,7 @@ def test_a_seed_that_diverges_is_reported_and_the_others_go_on(field):
               for c in feds[0].clients]
     feds[0] = dataclasses.replace(feds[0], clients=tuple(broken))
     feds[1] = dataclasses.replace(feds[1], clients=(broken[0], *feds[1].clients[1:]))
-    states = runner.run_all([dataclasses.replace(s, federation=f) for s, f in zip(setups, feds, strict=True)])
+    states = together.run_all([dataclasses.replace(s, federation=f) for s, f in zip(setups, feds, strict=True)])
     assert states[0] is None and states[1].client_steps > 0 and states[1].quarantined == 1
 
 
@@ -172,7 +209,7 @@ def test_evaluation_matrix(field):
     """The diagonal has the usual scores, and every model is scored on the pretraining captions."""
     [variant] = variants.read_variants("fedavg")
     setup = runner.setups_of(field, variant, [])[0]
-    state = runner.run_all([setup])[0]
+    state = together.run_all([setup])[0]
     whole = personalised.evaluation_matrix(setup.evaluation, state.population)
     own = personalised.evaluate(setup.evaluation, state.population)
     assert np.diag(whole["scores"]).tolist() == [own[name] for name in whole["clients"]]
