@@ -1,15 +1,17 @@
 """Prints several comparisons side by side, and whether a strategy is anywhere below another, with Holm over them.
 
-usage: python benchmarks/cells.py NAME=RESULTS … [--of split_half] [--against local] [--margin 0.02] [--clients A,B]
-                                   [--models own] [--also NAME=MEAN,LOW,HIGH,SEEDS …] [--figure FILE.png]
+usage: python benchmarks/cells.py NAME=RESULTS … [--of split_half] [--against local,fedavg_ft] [--margin 0.02]
+                                   [--clients A,B] [--models own] [--also NAME=MEAN,LOW,HIGH,SEEDS …]
+                                   [--figure FILE.png]
 
 RESULTS is the `results.json` in the folder of a `pilot-jax compare`, or several of the same data and seeds, joined by
-"+": of a strategy that is in two, the last counts. --clients restricts all scores to some clients, and `--models
+"+": of a strategy that is in two, the last counts. --of and --against may name several, separated by commas: each of
+the former is compared with each of the latter. --clients restricts all scores to some clients, and `--models
 fine-tuned` makes the differences those of fine-tuned models. --also adds a difference of which only the mean and the
 two-sided 95 % interval are known. First the scores, mean over seeds ± standard error, also of fine-tuned models. Then
 the difference of the two strategies in each comparison, its two-sided 95 % interval (Student's t over seeds), the lower
-end of the one-sided one, and p values by Holm over the comparisons: of "not above" and of "below by the margin".
---figure draws every strategy's difference to --against, with its interval.
+end of the one-sided one, and p values by Holm over all rows: of "not above", of "below by the margin" and of "above by
+the margin". --figure draws every strategy's difference to the first of --against, with its interval.
 """
 
 from __future__ import annotations
@@ -94,6 +96,28 @@ def differences(found: Mapping[str, Comparison], of: str, against: str, clients:
     return out
 
 
+def of_all_pairs(found: Mapping[str, Comparison], args: argparse.Namespace) -> dict[str, Estimate]:
+    """Returns the differences of each of --of to each of --against, by comparison and, if there are several, pair."""
+    pairs = [(of, against) for of in args.of for against in args.against if of != against]
+    out = {}
+    for of, against in pairs:
+        for name, one in differences(found, of, against, args.clients, args.models).items():
+            out[name if len(pairs) == 1 else f"{name}: {of} − {against}"] = one
+    return out
+
+
+def check_names(found: Mapping[str, Comparison], args: argparse.Namespace) -> None:
+    """Ends the program if a strategy is in no comparison, or a client not in each."""
+    strategies = list(dict.fromkeys(name for results in found.values() for name in results["rows"]))
+    for key in ("of", "against"):
+        if unknown := [name for name in getattr(args, key) if name not in strategies]:
+            sys.exit(f"--{key}: {', '.join(unknown)} is in no comparison. Its strategies: {', '.join(strategies)}.")
+    for name, results in found.items() if args.clients else ():
+        here = next(iter(results["rows"].values()))["seeds"][0]["score_by_client"]
+        if unknown := [client for client in args.clients if client not in here]:
+            sys.exit(f"--clients: {', '.join(unknown)} is not in {name}. Its clients: {', '.join(here)}.")
+
+
 def draw(found: Mapping[str, Comparison], against: str, clients: tuple[str, ...], file: Path) -> None:
     """Draws, for each comparison, the difference of every strategy to `against` with its 95 % interval."""
     strategies = [s for s in dict.fromkeys(name for one in found.values() for name in one["rows"]) if s != against]
@@ -132,34 +156,41 @@ def print_scores(found: Mapping[str, Comparison], clients: tuple[str, ...]) -> N
               + " | ".join(cell(scores(row, kind, clients)) for row in rows for kind in KINDS) + " |")
 
 
+def print_differences(known: Mapping[str, Estimate], head: str, margin: float) -> None:
+    """Prints a row for each difference: mean, intervals, and p values by Holm over all rows."""
+    above, below = ([*holm([one.p_below(bound) for one in known.values()])] for bound in (0.0, -margin))
+    over = [*holm([one.p_above(margin) for one in known.values()])]
+    print(f"\n| | {head} | one-sided lower end | p, not above | p, below by {margin:g} | p, above by {margin:g} |\n"
+          "|---|---:|---:|---:|---:|---:|")
+    for (name, one), p, q, r in zip(known.items(), above, below, over, strict=True):
+        low, high = one.interval()
+        print(f"| {name} | {one.mean:+.3f} [{low:+.3f}, {high:+.3f}] | {one.interval(0.9)[0]:+.3f} | {p:.3f} | {q:.3f} "
+              f"| {r:.3f} |")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparisons", nargs="+", metavar="NAME=RESULTS")
-    parser.add_argument("--of", default="split_half")
-    parser.add_argument("--against", default="local")
+    parser.add_argument("--of", type=_names, default=("split_half",), metavar="STRATEGY,STRATEGY")
+    parser.add_argument("--against", type=_names, default=("local",), metavar="STRATEGY,STRATEGY")
     parser.add_argument("--margin", type=float, default=0.02)
-    parser.add_argument("--clients", type=lambda text: tuple(text.split(",")), default=(), metavar="NAME,NAME")
+    parser.add_argument("--clients", type=_names, default=(), metavar="NAME,NAME")
     parser.add_argument("--models", choices=tuple(KINDS), default="own")
     parser.add_argument("--also", nargs="*", default=[], metavar="NAME=MEAN,LOW,HIGH,SEEDS")
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     found = {name: read(files) for name, files in (one.split("=", 1) for one in args.comparisons)}
-    for name, results in found.items() if args.clients else ():
-        here = next(iter(results["rows"].values()))["seeds"][0]["score_by_client"]
-        if unknown := [client for client in args.clients if client not in here]:
-            sys.exit(f"--clients: {', '.join(unknown)} is not in {name}. Its clients: {', '.join(here)}.")
+    check_names(found, args)
     print_scores(found, args.clients)
-    known = differences(found, args.of, args.against, args.clients, args.models)
-    known |= {name: told(numbers) for name, numbers in (one.split("=", 1) for one in args.also)}
-    above, below = ([*holm([one.p_below(bound) for one in known.values()])] for bound in (0.0, -args.margin))
-    print(f"\n| | {args.of} − {args.against} | one-sided lower end | p, not above | p, below by {args.margin:g} |\n"
-          "|---|---:|---:|---:|---:|")
-    for (name, one), p, q in zip(known.items(), above, below, strict=True):
-        low, high = one.interval()
-        one_sided = one.interval(0.9)[0]
-        print(f"| {name} | {one.mean:+.3f} [{low:+.3f}, {high:+.3f}] | {one_sided:+.3f} | {p:.3f} | {q:.3f} |")
+    also = {name: told(numbers) for name, numbers in (one.split("=", 1) for one in args.also)}
+    head = f"{args.of[0]} − {args.against[0]}" if len(args.of) == len(args.against) == 1 else "difference"
+    print_differences(of_all_pairs(found, args) | also, head, args.margin)
     if args.figure:
-        draw(found, args.against, args.clients, args.figure)
+        draw(found, args.against[0], args.clients, args.figure)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
+from scipy import stats
 
 BENCHMARKS = ROOT / "benchmarks"
 TINY = [str(ROOT / "configs" / "benchmark" / "digits.yaml"), *(
@@ -96,6 +97,27 @@ def test_cells_of_unlike_runs(other, key):
     files = "+".join(str(ROOT / "docs" / "results" / "cells" / f"{name}.json") for name in ("known_same", other))
     done = subprocess.run([sys.executable, BENCHMARKS / "cells.py", f"same={files}"], capture_output=True, text=True)
     assert done.returncode == 1 and f"not of the same {key}" in done.stderr
+
+
+def test_cells_of_several_strategies():
+    """Each strategy of the one list against each of the other, with Holm over all of them."""
+    file = ROOT / "docs" / "results" / "cells" / "known_same.json"
+    command = [sys.executable, BENCHMARKS / "cells.py", f"same={file}", "--of", "split_half,fedavg", "--against"]
+    done = subprocess.run([*command, "local,pilot"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.split("\n\n")[1].splitlines()[2:]]
+    assert [row[0] for row in rows] == [f"same: {of} − {against}" for of in ("split_half", "fedavg")
+                                        for against in ("local", "pilot")]
+    scores = {name: np.asarray([seed["score_mean"] for seed in row["seeds"]])
+              for name, row in json.loads(file.read_text())["rows"].items()}
+    apart = [scores[of] - scores[against] for of in ("split_half", "fedavg") for against in ("local", "pilot")]
+    for column, popmean, alternative in ((3, 0.0, "greater"), (4, -0.02, "greater"), (5, 0.02, "less")):
+        p = [stats.ttest_1samp(one, popmean, alternative=alternative).pvalue for one in apart]
+        ordered = np.argsort(p)
+        holm = np.minimum(1, np.maximum.accumulate(np.asarray(p)[ordered] * np.arange(4, 0, -1)))[np.argsort(ordered)]
+        assert [float(row[column]) for row in rows] == pytest.approx(holm, abs=6e-4)
+    done = subprocess.run([*command, "nobody"], capture_output=True, text=True)
+    assert done.returncode == 1 and "--against: nobody is in no comparison" in done.stderr
 
 
 def test_cells_of_some_clients(tmp_path):
