@@ -86,11 +86,11 @@ def measure(sketches: Float[Array, "S 2 d"]) -> tuple[Float[Array, "S S"], Float
 
 
 class Evidence(TypedDict):
-    """What the server knows of K clients: sums over phases, by pair of clients, and each one's first sketches."""
+    """What the server knows of K clients: sums over phases, by pair of clients, and the first sketches of each."""
 
     apart: Float[np.ndarray, "K K"]  # sums of δ²_kj
     noise: Float[np.ndarray, "K K"]  # sums of σ²_k, of the same phases
-    first: dict[int, Float[np.ndarray, "2 d"]]  # those of a client's first phase
+    first: dict[int, Float[np.ndarray, "2 d"] | None]  # of a client's first phase; None as soon as nobody can be new
 
 
 def no_evidence(clients: int) -> Evidence:
@@ -118,6 +118,8 @@ def with_phase(evidence: Evidence, sketches: Float[Array, "S 2 d"], ids: Int[np.
     arrived = {int(c): rows[k] for k, c in enumerate(ids) if new[k] and int(c) not in out["first"]}
     _compare_first_phases(out, arrived)
     out["first"] = out["first"] | arrived
+    if len(out["first"]) == len(out["apart"]):
+        out["first"] = dict.fromkeys(out["first"])
     above, below = out["apart"][at], out["noise"][at]
     ratio = np.where(below > 0, above / np.where(below > 0, below, 1), np.where(above > 0, np.inf, 0))
     ratio[:, new & ~np.all(new)] = np.inf
@@ -126,7 +128,7 @@ def with_phase(evidence: Evidence, sketches: Float[Array, "S 2 d"], ids: Int[np.
 
 def _compare_first_phases(evidence: Evidence, arrived: Mapping[int, Float[np.ndarray, "2 d"]]) -> None:
     """Adds the first phases of clients that have `arrived`, each beside that of every earlier one."""
-    earlier = evidence["first"]
+    earlier = {c: sketches for c, sketches in evidence["first"].items() if sketches is not None}
     if not arrived or not earlier:
         return
     apart, noise = to_host(measure(np.stack([*arrived.values(), *earlier.values()])))

@@ -16,7 +16,7 @@ from pilot_jax.data.arrays import halved_order
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.personalised import evaluate
 from pilot_jax.federation.cohort import Cohort
-from pilot_jax.federation.halves import SKETCH, measure, no_evidence, shares, sketch, with_phase
+from pilot_jax.federation.halves import SKETCH, SKETCH_SIZE, measure, no_evidence, shares, sketch, with_phase
 from pilot_jax.federation.observer import RunObserver
 from pilot_jax.federation.strategies import make_strategy
 from pilot_jax.federation.strategies.pilot import AtaConfig
@@ -214,6 +214,19 @@ def test_a_new_client_is_compared_by_first_phases():
     np.testing.assert_allclose(ratio[1, [0, 2]], kept["apart"][2, [0, 1]] / kept["noise"][2, [0, 1]], rtol=1e-5)
     assert np.isinf(ratio[[0, 2], 1]).all()  # until the new client has taken a mixture, others take nothing from it
     assert (ended["apart"][2] == kept["apart"][2]).all()  # of its first phase alone, in the round in which it is new
+    assert [known["first"][k].shape for k in (0, 1)] == [(2, 30)] * 2
+    assert kept["first"] == ended["first"] == dict.fromkeys((0, 1, 2))  # nobody else can be new
+
+
+def test_first_sketches_are_kept_only_until_every_client_is_known():
+    """They are most of the server's state in a snapshot; a client that takes part in round 1 is known from then on."""
+    strategy = make_strategy("split_half")
+    clients = toy_clients((8, 8, 8), ("t0",) * 3)
+    for joins, known in (({}, [None] * 3), ({"c2": 3}, [(2, SKETCH_SIZE)] * 2)):
+        settings = FederationConfig(rounds=2, local_epochs=1, joins=joins)
+        state = run_toy(toy_federation(strategy, clients, settings=settings))
+        for evidence in state.server["evidence"].values():
+            assert [None if one is None else one.shape for one in evidence["first"].values()] == known
 
 
 def test_a_new_client_takes_models_and_others_changes():
