@@ -31,6 +31,7 @@ from pilot_jax.compare.intervals import Estimate, holm, mean_of
 from pilot_jax.compare.statistics import standard_error
 
 Comparison = dict[str, Any]  # a results.json
+Difference = Estimate | float  # without an error if all seeds have the same difference, or there is one seed
 KINDS = {"own": ("score_mean", "score_by_client"), "fine-tuned": ("score_finetuned", "score_finetuned_by_client")}
 
 
@@ -85,18 +86,18 @@ def told(numbers: str) -> Estimate:
 
 
 def differences(found: Mapping[str, Comparison], of: str, against: str, clients: tuple[str, ...],
-                models: str = "own") -> dict[str, Estimate]:
+                models: str = "own") -> dict[str, Difference]:
     """Returns the mean difference of two strategies, paired by seed, in each comparison that has both."""
     out = {}
     for name, results in found.items():
         if {of, against} <= set(results["rows"]):
             one, other = (scores(results["rows"][strategy], models, clients) for strategy in (of, against))
-            if one is not None and other is not None and (estimate := mean_of(one - other)) is not None:
-                out[name] = estimate
+            if one is not None and other is not None:
+                out[name] = mean_of(one - other) or float(np.mean(one - other))
     return out
 
 
-def of_all_pairs(found: Mapping[str, Comparison], args: argparse.Namespace) -> dict[str, Estimate]:
+def of_all_pairs(found: Mapping[str, Comparison], args: argparse.Namespace) -> dict[str, Difference]:
     """Returns the differences of each of --of to each of --against, by comparison and, if there are several, pair."""
     pairs = [(of, against) for of in args.of for against in args.against if of != against]
     out = {}
@@ -121,7 +122,8 @@ def check_names(found: Mapping[str, Comparison], args: argparse.Namespace) -> No
 def draw(found: Mapping[str, Comparison], against: str, clients: tuple[str, ...], file: Path) -> None:
     """Draws, for each comparison, the difference of every strategy to `against` with its 95 % interval."""
     strategies = [s for s in dict.fromkeys(name for one in found.values() for name in one["rows"]) if s != against]
-    known_of = {strategy: differences(found, strategy, against, clients) for strategy in strategies}
+    known_of = {strategy: {name: one for name, one in differences(found, strategy, against, clients).items()
+                           if isinstance(one, Estimate)} for strategy in strategies}
     at_of, rows = dict[tuple[str, str], int](), 0
     for name in found:  # a row for each difference, and one between comparisons
         for strategy in (s for s in strategies if name in known_of[s]):
@@ -156,16 +158,22 @@ def print_scores(found: Mapping[str, Comparison], clients: tuple[str, ...]) -> N
               + " | ".join(cell(scores(row, kind, clients)) for row in rows for kind in KINDS) + " |")
 
 
-def print_differences(known: Mapping[str, Estimate], head: str, margin: float) -> None:
-    """Prints a row for each difference: mean, intervals, and p values by Holm over all rows."""
-    above, below = ([*holm([one.p_below(bound) for one in known.values()])] for bound in (0.0, -margin))
-    over = [*holm([one.p_above(margin) for one in known.values()])]
+def print_differences(found: Mapping[str, Difference], head: str, margin: float) -> None:
+    """Prints a row for each difference: mean, intervals, and p values by Holm over all rows that have an error."""
+    known = {name: one for name, one in found.items() if isinstance(one, Estimate)}
+    adjusted = [dict(zip(known, holm(p), strict=True)) for p in (
+        [one.p_below(0.0) for one in known.values()], [one.p_below(-margin) for one in known.values()],
+        [one.p_above(margin) for one in known.values()])]
     print(f"\n| | {head} | one-sided lower end | p, not above | p, below by {margin:g} | p, above by {margin:g} |\n"
           "|---|---:|---:|---:|---:|---:|")
-    for (name, one), p, q, r in zip(known.items(), above, below, over, strict=True):
-        low, high = one.interval()
-        print(f"| {name} | {one.mean:+.3f} [{low:+.3f}, {high:+.3f}] | {one.interval(0.9)[0]:+.3f} | {p:.3f} | {q:.3f} "
-              f"| {r:.3f} |")
+    for name, one in found.items():
+        if isinstance(one, Estimate):
+            low, high = one.interval()
+            cells = [f"{one.mean:+.3f} [{low:+.3f}, {high:+.3f}]", f"{one.interval(0.9)[0]:+.3f}",
+                     *(f"{p[name]:.3f}" for p in adjusted)]
+        else:
+            cells = [f"{one:+.3f}, no error known", "–", "–", "–", "–"]
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 def _names(text: str) -> tuple[str, ...]:

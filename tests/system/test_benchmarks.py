@@ -99,7 +99,7 @@ def test_cells_of_unlike_runs(other, key):
     assert done.returncode == 1 and f"not of the same {key}" in done.stderr
 
 
-def test_cells_of_several_strategies():
+def test_cells_of_several_strategies(tmp_path):
     """Each strategy of the one list against each of the other, with Holm over all of them."""
     file = ROOT / "docs" / "results" / "cells" / "known_same.json"
     command = [sys.executable, BENCHMARKS / "cells.py", f"same={file}", "--of", "split_half,fedavg", "--against"]
@@ -116,6 +116,12 @@ def test_cells_of_several_strategies():
         ordered = np.argsort(p)
         holm = np.minimum(1, np.maximum.accumulate(np.asarray(p)[ordered] * np.arange(4, 0, -1)))[np.argsort(ordered)]
         assert [float(row[column]) for row in rows] == pytest.approx(holm, abs=6e-4)
+    again = json.loads(file.read_text())
+    again["rows"]["twin"] = again["rows"]["fedavg"]
+    (tmp_path / "again.json").write_text(json.dumps(again))
+    command[2] = f"same={tmp_path / 'again.json'}"
+    done = subprocess.run([*command, "twin,pilot"], capture_output=True, text=True)
+    assert "| same: fedavg − twin | +0.000, no error known | – | – | – | – |" in done.stdout
     done = subprocess.run([*command, "nobody"], capture_output=True, text=True)
     assert done.returncode == 1 and "--against: nobody is in no comparison" in done.stderr
 
