@@ -6,8 +6,12 @@ import errno
 import hashlib
 import json
 import logging
+import os
+import re
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ from pilot_jax.federation.roles import Roles
 from pilot_jax.federation.state import AnyState, ClientState, Population
 from pilot_jax.federation.uploads import misfit, not_finite
 from pilot_jax.files import atomic_write, path_part
+
+WILDCARDS = re.compile(r"[*?[]")  # in a path; orbax looks for files by patterns, of which the whole path is a part
 
 
 def over_processes(tree: Any) -> bool:
@@ -62,12 +68,35 @@ def _save(path: Path, tree: dict[str, Any], processes: Any) -> None:
     """Writes a checkpoint to a path that does not exist; `processes` are orbax's options for several processes."""
     import orbax.checkpoint as ocp
 
-    try:
-        with ocp.StandardCheckpointer(multiprocessing_options=processes) as checkpointer:
-            checkpointer.save(path.absolute(), tree | {"%": np.zeros(1)})  # orbax refuses an empty tree
-            checkpointer.wait_until_finished()
-    except (ValueError, RuntimeError) as error:  # tensorstore raises these when the disk is full
-        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
+    with _plain_path(path.parent) as parent:
+        named = parent / path.name
+        plain = parent / f"{WILDCARDS.sub('_', path.name)}.plain" if WILDCARDS.search(path.name) else named
+        if plain != named and plain.exists():  # of a process that was killed
+            shutil.rmtree(plain)
+        try:
+            with ocp.StandardCheckpointer(multiprocessing_options=processes) as checkpointer:
+                checkpointer.save(plain, tree | {"%": np.zeros(1)})  # orbax refuses an empty tree
+                checkpointer.wait_until_finished()
+        except (ValueError, RuntimeError) as error:  # tensorstore raises these when the disk is full
+            raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
+        if plain != named:
+            os.rename(plain, named)
+
+
+@contextmanager
+def _plain_path(folder: Path) -> Iterator[Path]:
+    """Yields an absolute path to a folder without wildcards in it: through a link, if the folder's own path has some.
+
+    Otherwise orbax would find no file in a folder named `[a]`, and in one named `a*` also those of a folder `ab`."""
+    folder = folder.absolute()
+    if not WILDCARDS.search(str(folder)):
+        yield folder
+        return
+    usual = tempfile.gettempdir()  # has brackets too in array jobs of some clusters
+    with tempfile.TemporaryDirectory(dir="/tmp" if WILDCARDS.search(usual) else usual) as place:
+        link = Path(place) / "folder"
+        link.symlink_to(folder, target_is_directory=True)
+        yield link
 
 
 def read_arrays(path: Path) -> dict[str, Any]:
@@ -81,11 +110,11 @@ def read_arrays(path: Path) -> dict[str, Any]:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     if not path.is_dir():
         raise InputError(f"{path}: no such checkpoint. The run has not been saved yet, or is not a run directory.")
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _plain_path(path) as plain, ocp.PyTreeCheckpointer() as checkpointer:
         try:
-            there = checkpointer.metadata(path.absolute()).item_metadata.tree
-            plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), there)
-            tree = checkpointer.restore(path.absolute(), restore_args=plain)
+            there = checkpointer.metadata(plain).item_metadata.tree
+            tree = checkpointer.restore(plain, restore_args=jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), there))
         except Exception as error:  # orbax and tensorstore raise many kinds
             why = " ".join(str(error).split())[:300]
             raise InputError(f"{path}: damaged, or not a checkpoint of a run ({why}).") from None

@@ -114,7 +114,7 @@ def test_two_processes_are_interrupted_and_one_goes_on(one, tmp_path):
     """After SIGTERM following their first phase, both processes stop at the same chunk and save. One process on one
     device then continues to the results of an uninterrupted run."""
     config, folder_of_one, alone = one
-    port, folder = free_port(), tmp_path / "interrupted"
+    port, folder = free_port(), tmp_path / "interrupted [1]"
     both = [command(config, folder, "--set", "system.mesh.clients=2", "--coordinator", f"127.0.0.1:{port}",
                     "--num-processes", 2, "--process-id", i) for i in range(2)]
     metrics = folder / "metrics.jsonl"

@@ -75,9 +75,9 @@ for key in ("train.lr_connector", "train.weight_decay", "data.max_length", "fede
 
 for text, says in {
         "": "section.key=value", "=1": "section.key=value", "train": "section.key=value", "train=3": "train",
-        "train.lr=1": "unknown key", "train.lr_connector.x=1": "is not a section", "train..x=1": "unknown key",
-        "a=b: c: d": "not valid YAML", "train.lr_connector=[": "not valid YAML",
-        "train.lr_connector={a: 1, a: 2}": "twice",
+        "train.lr=1": "unknown key", "train.lr_connector.x=1": "Did you mean 'train.lr_connector'",
+        "train..x=1": "unknown key", "a=b: c: d": "unknown key", "train.lr_connector=b: c: d": "not valid YAML",
+        "train.lr_connector=[": "not valid YAML", "train.lr_connector={a: 1, a: 2}": "twice",
         "strategy.name=none": "none", "strategy.name=no.module:Class": "no.module", "strategy.name=os:nothing": "os",
         "strategy.name=json:JSONDecoder": "JSONDecoder", "federation.joins={nobody: 2}": "nobody",
         "data.path=/nowhere/at/all": "/nowhere/at/all", "model.path=/nowhere": "/nowhere",
