@@ -36,13 +36,14 @@ def roles(config: ConfigPath, overrides: Overrides = None, strategy: StrategyNam
         typer.echo(json.dumps(rows, indent=1))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title="Who owns which parameter (per client; bytes as float32)")
     for column in rows[0]:
         table.add_column(column, justify="right" if column in ("parameters", "bytes") else "left")
     for entry in rows:
-        table.add_row(*(f"{v:,}" if isinstance(v, int) else v for v in entry.values()))
+        table.add_row(*(f"{v:,}" if isinstance(v, int) else escape(v) for v in entry.values()))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
@@ -104,6 +105,7 @@ def runs(folder: Annotated[Path, typer.Argument(help="Folder with run directorie
          as_json: AsJson = False) -> None:
     """List the runs in a folder, newest first: strategy, score, state and age."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from pilot_jax.runs.listing import list_runs
@@ -119,8 +121,8 @@ def runs(folder: Annotated[Path, typer.Argument(help="Folder with run directorie
     for column in ("run", "strategy", "score", "state", "age"):
         table.add_column(column, overflow="fold", justify="right" if column in ("score", "age") else "left")
     for run in found:
-        table.add_row(printable(run.folder), run.strategy, "–" if run.score is None else f"{run.score:.3f}", run.state,
-                      _age(run.seconds))
+        table.add_row(escape(printable(run.folder)), escape(run.strategy),
+                      "–" if run.score is None else f"{run.score:.3f}", run.state, _age(run.seconds))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 

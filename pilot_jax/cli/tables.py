@@ -50,7 +50,7 @@ def _print_score_table(summary: dict) -> None:
     others = [(title, key) for title, key in (("common", "score_common"), ("fine-tuned", "score_finetuned"))
               if summary.get(f"{key}_by_client") not in (None, own)]
     for column in ("base", summary["strategy"], *(title for title, _ in others)):
-        table.add_column(column, justify="right")
+        table.add_column(escape(column), justify="right")
 
     def shown(value: float | None) -> str:
         return "–" if value is None else f"{value:.3f}"

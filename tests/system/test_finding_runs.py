@@ -50,6 +50,16 @@ def test_runs_are_listed_newest_first(folder, call):
     assert code == 2 and "no such folder" in err
 
 
+def test_names_that_are_markup_are_listed_as_they_are(tmp_path, call, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "[a]" / "[bold]"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("strategy: {name: '[/x]'}\n")
+    (run / "manifest.json").write_text("{}")
+    code, out, err = call("runs", "[a]")
+    assert code == 0 and "[a]/[bold]" in out and "[/x]" in out, err
+
+
 def test_help_and_version(call):
     for arguments in ((), ("data",)):
         code, out, _ = call(*arguments)
