@@ -234,7 +234,7 @@ def test_a_strategy_goes_on_beyond_the_grid(tmp_path, monkeypatch):
     """Up to three factors beyond the last, as long as each is the best so far; what is known is not tried again."""
     tried = []
 
-    def tune(field, variant, factors, config):
+    def tune(field, variant, factors, config, progress):
         tried.append(tuple(factors))
         best = {"far": 100.0, "near": 4.5, "inside": 1.5, "low": 0.3}[variant.name]
         validation = {f"{factor:g}": -abs(np.log(factor / best)) for factor in factors}
