@@ -283,6 +283,21 @@ class Comparison:
                      f"({done['wall_seconds']:.0f} s)")
         return rows
 
+    def results(self, rows: dict[str, Record], rates: dict[str, Record]) -> Record:
+        """Returns all that is known of the comparison, from the results of every variant and of tuning, by name."""
+        options = self.options
+        apart = differences(rows, options.against, options.margin)
+        tried = (float(factor) for rate in rates.values() for factor in rate["validation"])
+        return {
+            "config": self.config.model_dump(mode="json"), "split": options.split, "seeds": options.seeds,
+            "factors": sorted({*options.factors, *tried}), "base": self.base(), "guesses": self.guesses(),
+            "device": jax.devices()[0].device_kind, "devices": jax.device_count(), "rates": rates,
+            "margin": options.margin, "warnings": edge_warnings(rates),
+            "variants": [summarise(name, row) | {"rate_factor": row["rate_factor"], "differences": apart[name]}
+                         for name, row in rows.items()],
+            "rows": rows, "seconds_of_all": sum(r["wall_seconds"] for r in rows.values()),
+            "seconds_of_tuning": sum(r["wall_seconds"] for r in rates.values())}
+
 
 def compare(config: Config, variants: Sequence[Variant], options: Options, out: Path,
             say: Callable[[str], None] = print) -> Record:
@@ -294,18 +309,7 @@ def compare(config: Config, variants: Sequence[Variant], options: Options, out: 
     families = dict.fromkeys(v.family for v in variants) if options.factors else {}
     rates = {family: comparison.rates(family) for family in families}
     rows = comparison.rows(variants, rates)
-    apart = differences(rows, options.against, options.margin)
-    results = {
-        "config": config.model_dump(mode="json"), "split": options.split, "seeds": options.seeds,
-        "factors": sorted({*options.factors, *(float(f) for rate in rates.values() for f in rate["validation"])}),
-        "base": comparison.base(), "guesses": comparison.guesses(),
-        "device": jax.devices()[0].device_kind, "devices": jax.device_count(), "rates": rates,
-        "margin": options.margin, "warnings": edge_warnings(rates),
-        "variants": [summarise(name, row) | {"rate_factor": row["rate_factor"], "differences": apart[name]}
-                     for name, row in rows.items()],
-        "rows": rows, "seconds_of_this_call": time.perf_counter() - began,
-        "seconds_of_all": sum(r["wall_seconds"] for r in rows.values()),
-        "seconds_of_tuning": sum(r["wall_seconds"] for r in rates.values())}
+    results = comparison.results(rows, rates) | {"seconds_of_this_call": time.perf_counter() - began}
     for warning in results["warnings"]:
         say(f"Warning: {warning}")
     write_results(results, out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -144,6 +145,34 @@ def _lengths(samples: list[Sample], data: DataConfig, model: PretrainedModel | N
     return [len(encode(tokenizer, sample.turns, data.template, count).input_ids) for sample in samples]
 
 
+def _read(path: str | Path, data: DataConfig, model: PretrainedModel | None,
+          takes_images: bool) -> tuple[list[Sample], list[Entry], list[str]]:
+    """Returns the samples that can be read, with their images; all entries; and why each of the others cannot be.
+
+    Of what an entry says, the task alone is kept."""
+    root = find_image_root(path, data.image_root)
+    has_tower = model is None or model.config.vision is not None
+    side = 336 if model is None or not has_tower else model.config.tower.image_size
+    samples, entries, errors = list[Sample](), list[Entry](), list[str]()
+    for entry in read_entries(path, data.file_names, data.limits):
+        try:
+            samples.append(_sample(entry, root, data, side, takes_images and has_tower))
+        except InputError as error:
+            errors.append(str(error))
+        entries.append(dataclasses.replace(entry, value={"task": entry.value.get("task")})
+                       if isinstance(entry.value, dict) else entry)
+    return samples, entries, errors
+
+
+def _too_long(samples: Sequence[Sample], lengths: Sequence[int], limit: int) -> list[str]:
+    """Returns a warning about the samples of more than `limit` tokens; none if there are no lengths."""
+    cut = [s.source for s, length in zip(samples, lengths, strict=False) if length > limit]
+    if not cut:
+        return []
+    return [f"{agree(len(cut), 'sample', 'is', 'are')} longer than data.max_length ({limit}) and "
+            f"{'loses the end of its answer' if len(cut) == 1 else 'lose the end of their answers'} (first: {cut[0]})"]
+
+
 def check_data(path: str | Path, data: DataConfig, model: PretrainedModel | None = None,
                settings: Settings = Settings()) -> Report:
     """Reads a data set as a run would, images included, and returns a report of its problems.
@@ -160,17 +189,7 @@ def check_data(path: str | Path, data: DataConfig, model: PretrainedModel | None
         raise InputError(f"data.template: {data.template!r} is not known. Use one of "
                          f"{', '.join([*TEMPLATES, TOKENIZER])}.")
     check_image_fit(data.image_fit)
-    root = find_image_root(path, data.image_root)
-    has_tower = model is None or model.config.vision is not None
-    side = 336 if model is None or not has_tower else model.config.tower.image_size
-    samples, entries, errors = list[Sample](), list[Entry](), list[str]()
-    for entry in read_entries(path, data.file_names, data.limits):
-        try:
-            samples.append(_sample(entry, root, data, side, settings.takes_images and has_tower))
-        except InputError as error:
-            errors.append(str(error))
-        entries.append(dataclasses.replace(entry, value={"task": entry.value.get("task")})
-                       if isinstance(entry.value, dict) else entry)
+    samples, entries, errors = _read(path, data, model, settings.takes_images)
     if not entries:
         errors.append(f"{path}: holds no sample.")
     warnings = _oddities(entries, samples)
@@ -182,10 +201,8 @@ def check_data(path: str | Path, data: DataConfig, model: PretrainedModel | None
     faults = client_faults([s for s in samples if s.client])
     unencodable = [] if model is None else _encoding_errors(samples, data, model)
     lengths = [] if unencodable else _lengths(samples, data, model)
-    if model is not None and (cut := [s.source for s, n in zip(samples, lengths, strict=False) if n > data.max_length]):
-        warnings.append(f"{agree(len(cut), 'sample', 'is', 'are')} longer than data.max_length ({data.max_length}) and "
-                        f"{'loses the end of its answer' if len(cut) == 1 else 'lose the end of their answers'} "
-                        f"(first: {cut[0]})")
+    if model is not None:
+        warnings += _too_long(samples, lengths, data.max_length)
     warnings += _duplicates(samples, data.limits) + missing_splits(splits_of(samples), settings.every)
     counts = Counter((s.task, s.client, s.split) for s in samples)
     return Report(dict(sorted(counts.items())), "characters" if model is None else "tokens", _histogram(lengths),
