@@ -60,3 +60,9 @@ def size(count: float) -> str:
         if count >= 0.9995 * of:
             return f"{count / of:.3g} {unit}" if count < 999.5 * of else f"{count / of:,.0f} {unit}"
     return f"{count:,.0f} B"
+
+
+def toml_text(text: str) -> str:
+    """Returns a text as a value in TOML that has no quotes inside, which Flower's `--node-config` cannot read, nor in
+    it anything that a shell changes between single quotes."""
+    return '"' + "".join(c if c.isprintable() and c not in "\"'\\" else f"\\U{ord(c):08X}" for c in text) + '"'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,12 @@ from typing import Any
 import numpy as np
 import yaml
 
+from pilot_jax.config import parse_yaml
 from pilot_jax.data.arrays import ClientData
-from pilot_jax.data.llava.sample import Sample
+from pilot_jax.data.llava.sample import Sample, checked_name
 from pilot_jax.errors import InputError
+
+MOST_BYTES = 100_000_000  # largest size of a roster's file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,18 +97,56 @@ def read_roster(path: Path, own: str | None = None) -> Roster:
     """
     remedy = "Write for each client `NAME: {task: TASK, samples: N}`, and its node's public key as `key`."
     try:
-        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-        members = {name: Member(**entry) for name, entry in raw.items()}
-        for name, m in members.items():
-            if not (isinstance(name, str) and isinstance(m.task, str) and isinstance(m.key, str)
-                    and all(isinstance(n, int) and n >= 0 for n in (m.samples, m.tokens, m.answer_tokens))
-                    and m.samples):
-                raise ValueError(f"{name}: a task, a number of samples above 0, numbers of tokens and a key are "
-                                 "expected")
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a list of clients ({' '.join(str(error).split())}). {remedy}") from None
+        members = _members(parse_yaml(_content(path), path), str(path))
+    except (OSError, ValueError, TypeError, AttributeError, InputError) as error:
+        why = " ".join(str(error).removeprefix(f"{path}: ").split())
+        raise InputError(f"{path}: not a list of clients ({why}). {remedy}") from None
     if not members:
         raise InputError(f"{path}: no clients. {remedy}")
     if own is not None and own not in members:
         raise InputError(f"client: {own!r} is not in {path.name}. Known: {', '.join(sorted(members))}.")
     return Roster(members, own)
+
+
+def _content(path: Path) -> bytes:
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)  # no more, since a device such as /dev/zero has no end
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"more than {MOST_BYTES} bytes")
+    return content
+
+
+def _members(raw: Any, source: str) -> dict[str, Member]:
+    """Returns the members of a roster, from its YAML.
+
+    Raises:
+        ValueError, TypeError, AttributeError, InputError: it is none.
+    """
+    members = {name: Member(**entry) for name, entry in raw.items()}
+    for name, m in members.items():
+        if not (isinstance(name, str) and name and isinstance(m.task, str) and isinstance(m.key, str)
+                and all(type(n) is int and n >= 0 for n in (m.samples, m.tokens, m.answer_tokens)) and m.samples):
+            raise ValueError(f"{name}: a task, a number of samples above 0, numbers of tokens and a key are expected")
+        checked_name(source, "client", name)
+        checked_name(f"{source}: {name}", "task", m.task)
+    _check_keys({name: m.key for name, m in members.items() if m.key}, len(members))
+    return members
+
+
+def _check_keys(keys: Mapping[str, str], clients: int) -> None:
+    """Raises a ValueError for a key that cannot be one, and unless all clients have keys of their own or none has."""
+    if keys and len(keys) < clients:
+        raise ValueError(f"{len(keys)} of {clients} clients have keys, and then no other can take part: give all one, "
+                         "or none")
+    owner: dict[str, str] = {}
+    for name, key in keys.items():
+        kind, text, *_ = [*key.strip().split(" "), ""]  # and a comment, with which the same key may differ
+        try:
+            known = bool(kind and base64.b64decode(text, validate=True)) and key.strip().isprintable()
+        except ValueError:
+            known = False
+        if not known:
+            raise ValueError(f"{name}: key: expected the line of a file `*.pub` of OpenSSH, such as "
+                             "ecdsa-sha2-nistp384 AAAA…")
+        if (other := owner.setdefault(text, name)) != name:
+            raise ValueError(f"{name}: key: it is that of {other}")

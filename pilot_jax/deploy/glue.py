@@ -24,6 +24,7 @@ from pilot_jax.federation.state import Federation
 from pilot_jax.files import atomic_write, new_folder, path_part
 from pilot_jax.runs.prepare import configure, deployed_stages, initial_state, prepare
 from pilot_jax.storage import read_tree, write_tree
+from pilot_jax.words import counted, toml_text
 
 FLOWER = "flwr>=1.42,<1.43"  # its API moves between minor versions; tests/system/test_deployment.py says where to look
 OVERRIDES = ("data.", "model.path", "model.parts.", "system.")  # config keys that a node may set for itself
@@ -142,12 +143,11 @@ def write_app(out: Path, config: Config, roster: Roster) -> None:
         InputError: the strategy cannot be deployed.
         OSError: the folder exists, or cannot be written.
     """
-    values = {"flower": FLOWER, "clients": ", ".join(roster.names), "first": roster.names[0],
+    values = {"flower": FLOWER, "clients": counted(len(roster.names), "client"), "first": toml_text(roster.names[0]),
               "name": re.sub("[^a-z0-9]+", "-", out.name.lower()).strip("-") or "federation",
               "stages": ",".join(deployed_stages(config))}
     with new_folder(out) as folder:
         for file in (Path(__file__).parent / "app").iterdir():
-            text = file.read_text(encoding="utf-8")
-            atomic_write(folder / file.stem, Template(text).substitute(values))
+            atomic_write(folder / file.stem, Template(file.read_text(encoding="utf-8")).substitute(values))
         atomic_write(folder / "config.yaml", config.to_yaml())
         atomic_write(folder / "clients.yaml", roster.text())

@@ -27,6 +27,8 @@ assert Array("uint8", (3,), "bytes", b"abc").data == b"abc"
 from flwr.supercore.task_identity import TaskIdentity
 TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # as in a server app
 message = Message(RecordDict({"a": ConfigRecord({"names": ["x"]})}), 7, "train.stage1", ttl=5.0)
+from flwr.common.config import parse_config_args  # reads --node-config
+assert parse_config_args(['client="a\\\\U00000027 = b" state="s"']) == {"client": "a' = b", "state": "s"}
 assert message.metadata.dst_node_id == 7 and message.metadata.message_type == "train.stage1"
 print(".".join(flwr.__version__.split(".")[:2]))
 """

@@ -1,6 +1,7 @@
 """The app folder that `pilot-jax deploy` writes, the roster of clients, and a node's settings. Needs no Flower."""
 
 import ast
+import shlex
 import tomllib
 
 import numpy as np
@@ -16,7 +17,8 @@ from pilot_jax.runs.prepare import prepare
 from pilot_jax.runs.roster import roster_here
 from tests.conftest import ROOT, small_config
 
-ROSTER = Roster({"b": Member("t1", 3), "a": Member("t0", 2, 64, 8, "ecdsa-sha2-nistp384 AAAA")})
+ROSTER = Roster({"b": Member("t1", 3, key="ecdsa-sha2-nistp384 BBBB anna@home"),
+                 "a": Member("t0", 2, 64, 8, "ecdsa-sha2-nistp384 AAAA")})
 
 
 def test_the_folder_is_an_app_of_flower(tmp_path):
@@ -36,6 +38,19 @@ def test_the_folder_is_an_app_of_flower(tmp_path):
     assert "$" not in (folder / "README.md").read_text().replace("$ ", "")
     with pytest.raises(FileExistsError):
         glue.write_app(folder, small_config(), ROSTER)
+
+
+@pytest.mark.parametrize("name", ["caption_0", "O'Hara", 'the "north" one', "a $HOME `id` \\ $(id)", "x = 1 # y.toml",
+                                  "日本"])
+def test_any_name_of_a_client_is_read_from_the_commands_as_it_is(tmp_path, name):
+    """Flower reads `--node-config` as TOML, a value of which ends at the next quote."""
+    glue.write_app(tmp_path / "app", small_config(), Roster({name: Member("t", 3)}))
+    tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text())
+    command = (tmp_path / "app" / "README.md").read_text().rpartition("--node-config ")[2].partition("```")[0]
+    (given,) = shlex.split(command)
+    value = given.removeprefix("client=").removesuffix(' state="state" data.path="data.json"')
+    assert tomllib.loads(f"client = {value}") == {"client": name}
+    assert not set(value[1:-1]) & {'"', "'"}
 
 
 def test_the_extra_and_the_app_ask_for_the_same_flower():
@@ -58,6 +73,19 @@ def test_a_wrong_roster_is_refused(tmp_path, text):
     file = tmp_path / "clients.yaml"
     file.write_text(text)
     with pytest.raises(errors.InputError, match=r"clients.yaml: no.* Write for each client"):
+        read_roster(file)
+
+
+@pytest.mark.parametrize(("keys", "why"), [
+    (("ecdsa-sha2-nistp384 AAAA", ""), "1 of 2 clients have keys"),
+    (("ecdsa-sha2-nistp384 AAAA x@y", "ecdsa-sha2-nistp384 AAAA"), "b: key: it is that of a"),
+    (("anna.pub", "ecdsa-sha2-nistp384 AAAA"), r"a: key: expected the line of a file `\*.pub`"),
+    (("ecdsa-sha2-nistp384 AAAA\nssh-rsa BBBB", "ecdsa-sha2-nistp384 BBBB"), "a: key: expected the line"),
+    (("-----BEGIN OPENSSH PRIVATE KEY-----", "ecdsa-sha2-nistp384 AAAA"), "a: key: expected the line")])
+def test_keys_with_which_somebody_could_never_take_part_are_refused(tmp_path, keys, why):
+    file = tmp_path / "clients.yaml"
+    file.write_text(Roster({name: Member("t", 3, key=key) for name, key in zip("ab", keys, strict=True)}).text())
+    with pytest.raises(errors.InputError, match=rf"clients.yaml: not a list of clients \({why}"):
         read_roster(file)
 
 
