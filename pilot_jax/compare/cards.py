@@ -97,8 +97,9 @@ def client_gains(results: Record, name: str) -> dict[str, np.ndarray] | None:
     rows = results.get("rows", {})
     if name not in rows or LOCAL not in rows or name == LOCAL:
         return None
-    pairs = [(a.get("score_by_client") or {}, b.get("score_by_client") or {})
-             for a, b in zip(rows[name]["seeds"], rows[LOCAL]["seeds"], strict=False)]
+    scores = [(a.get("score_by_client"), b.get("score_by_client"))
+              for a, b in zip(rows[name]["seeds"], rows[LOCAL]["seeds"], strict=False)]
+    pairs = [(a, b) for a, b in scores if a and b]
     clients = [c for c in (pairs[0][0] if pairs else {}) if all(c in a and c in b for a, b in pairs)]
     return {c: np.asarray([a[c] - b[c] for a, b in pairs]) for c in clients} or None
 
@@ -118,7 +119,7 @@ def gain_card(results: Record) -> Card | None:
         return None
     key, means = Key(name, 1, 0), {c: float(v.mean()) for c, v in found.items()}
     errors = {c: None if len(v) < 2 else float(v.std(ddof=1) / math.sqrt(len(v))) for c, v in found.items()}
-    axis = Axis("gain over training alone", [0.0], 0.0)
+    axis, seeds = Axis("gain over training alone", [0.0], 0.0), len(next(iter(found.values())))
     task_of = _task_of(list(found), tasks_of(results))
     if len(found) <= MOST_ROWS:
         rows = []
@@ -134,8 +135,7 @@ def gain_card(results: Record) -> Card | None:
                         for task, clients in by_task(list(found), task_of).items()}, axis)
     return Card("gains", f"Whom {name} helps: gain of each client over training alone",
                 f"Gains of {counted(len(found), 'client')} over training alone.", drawn,
-                about=f"Mean over {counted(results['seeds'], 'seed')}"
-                      + (" with its standard error." if results["seeds"] > 1 else "."),
+                about=f"Mean over {counted(seeds, 'seed')}{' with its standard error' if seeds > 1 else ''}.",
                 table=Table(["client", "gain", "standard error"],
                             [[c, change(means[c], 3), decimal(errors[c])] for c in found]))
 

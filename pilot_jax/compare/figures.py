@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 INK, COLOURS = "#1b1f24", ("#2a78d6", "#d9622b")
 WIDTH = 4.4  # width of a figure in inches
+MARKERS = "osD^v<>pPX*hd"  # of the tasks; more tasks begin again
+MOST_INSIDE = 5  # largest number of tasks whose legend is inside the figure
 ROW = 0.2  # height of a variant's row in inches; a figure is 0.7 inches higher than its rows, and 1.5 at least
 
 
@@ -62,6 +65,17 @@ def label(line: Record) -> str:
     return name if len(name) <= 34 else f"{name[:15]}…{name[-18:]}"
 
 
+def _legend_label(name: str) -> str:
+    """Returns a name, shortened as by `label`, for a legend, from which matplotlib leaves out what begins with an
+    underscore."""
+    return f" {short}" if (short := label({"name": name})).startswith("_") else short
+
+
+def _legend_columns(names: Sequence[str]) -> int:
+    """Returns how many columns a legend as wide as the figure has room for."""
+    return max(1, min(6, 150 // (8 + max(map(len, names)))))
+
+
 def _draw_scores(axes: Axes, results: Record, lines: Sequence[Record]) -> None:
     """Draws the mean score of each variant with its standard error, and a line at the base model's score."""
     rows = np.arange(len(lines))
@@ -70,7 +84,6 @@ def _draw_scores(axes: Axes, results: Record, lines: Sequence[Record]) -> None:
               error_kw={"ecolor": INK, "lw": 0.8})
     if results["base"]["score"] is not None:
         axes.axvline(results["base"]["score"], color=INK, lw=0.8, ls=":", label="base model")
-        axes.legend(loc="lower right")
     axes.set_yticks(rows, [label(line) for line in lines])
     axes.set_xlim(0, 1)
     axes.set_xlabel("score: mean over clients and seeds")
@@ -78,10 +91,9 @@ def _draw_scores(axes: Axes, results: Record, lines: Sequence[Record]) -> None:
 
 def _draw_tasks(axes: Axes, results: Record, lines: Sequence[Record]) -> None:
     """Draws a mark at each variant's score on each task."""
-    for task, marker in zip(tasks_of(results), "osD^v<>", strict=False):
+    for task, marker in zip(tasks_of(results), itertools.cycle(MARKERS)):
         axes.scatter([line["by_task"].get(task, np.nan) for line in lines], range(len(lines)), marker=marker, s=12,
-                     zorder=3, facecolor="white", edgecolor=INK, lw=0.7, label=task)
-    axes.legend(loc="lower right")
+                     zorder=3, facecolor="white", edgecolor=INK, lw=0.7, label=_legend_label(task))
 
 
 def _draw_differences(axes: Axes, lines: Sequence[Record], reference: str) -> None:
@@ -102,12 +114,18 @@ def _draw_differences(axes: Axes, lines: Sequence[Record], reference: str) -> No
 
 def overview(results: Record) -> Figure:
     """Draws the scores, with a mark for each task, and the differences to the first reference side by side."""
-    lines = by_score(results)
+    lines, tasks = by_score(results), tasks_of(results)
+    columns = _legend_columns(["base model", *map(_legend_label, tasks)])
+    below = 0 if len(tasks) <= MOST_INSIDE else -(-(len(tasks) + 1) // columns)  # lines of a legend below the figure
     figure, (left, right) = pyplot().subplots(
-        1, 2, figsize=(2 * WIDTH, max(1.5, 0.7 + ROW * len(lines))), sharey=True, layout="constrained",
+        1, 2, figsize=(2 * WIDTH, max(1.5, 0.7 + ROW * len(lines)) + ROW * below), sharey=True, layout="constrained",
         width_ratios=(3, 2))
     _draw_scores(left, results, lines)
     _draw_tasks(left, results, lines)
+    if below:
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=columns)
+    else:
+        left.legend(loc="lower right")
     _draw_differences(right, lines, next(iter(references_of(results)), "pilot"))
     return figure
 
@@ -118,8 +136,8 @@ def sweep(key: str, values: Sequence[str], compared: Sequence[Record]) -> Figure
     for name in (line["name"] for line in compared[0]["variants"]):
         lines = of_variant(name, compared)
         axes.errorbar(range(len(values)), [one["score"] for one in lines],
-                      yerr=[one["standard_error"] or 0 for one in lines], marker="o", ms=4, capsize=2, label=name,
-                      lw=2.2 if name == "pilot" else 1.2)
+                      yerr=[one["standard_error"] or 0 for one in lines], marker="o", ms=4, capsize=2,
+                      label=_legend_label(name), lw=2.2 if name == "pilot" else 1.2)
     axes.set_xticks(range(len(values)), values)
     axes.set_xlabel(key)
     axes.set_ylabel("score: mean over clients and seeds")

@@ -158,7 +158,8 @@ def tuning_rows(results: Record) -> list[list[str]]:
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     rule = ["---", *["---:"] * (len(rows[0]) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:]))
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+                     for row in (rows[0], rule, *rows[1:]))
 
 
 def table(results: Record) -> str:
