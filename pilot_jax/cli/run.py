@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -102,5 +103,6 @@ def _how_to_go_on(config: Config, folder: Path, use: list[str] | None) -> str:
     if not (folder / "config.yaml").is_file():
         return "Nothing was written."
     name = strategy_name(config)
-    own = (f" --strategy {name}" if ":" in name else "") + "".join(f" --use {module}" for module in use or [])
-    return f"To go on: pilot-jax run {folder / 'config.yaml'} --out {folder} --resume{own}"
+    own = (["--strategy", name] if ":" in name else []) + [part for module in use or [] for part in ("--use", module)]
+    return "To go on: " + shlex.join(["pilot-jax", "run", str(folder / "config.yaml"), "--out", str(folder), "--resume",
+                                      *own])

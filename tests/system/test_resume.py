@@ -190,7 +190,7 @@ def test_a_full_disk_leaves_what_was_saved(undisturbed, tmp_path, call):
     that limit it goes on from the first snapshot."""
     import resource
 
-    config, folder = tmp_path / "config.yaml", tmp_path / "run"
+    config, folder = tmp_path / "config.yaml", tmp_path / "a run"
     config.write_text(small_config(**SECTIONS).to_yaml())
     before, real = resource.getrlimit(resource.RLIMIT_FSIZE), resume.Snapshots.save
 
@@ -206,7 +206,7 @@ def test_a_full_disk_leaves_what_was_saved(undisturbed, tmp_path, call):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 1 and "cannot be written" in err and "Traceback" not in err
-    assert f"To go on: pilot-jax run {folder / 'config.yaml'} --out {folder} --resume" in err
+    assert f"To go on: pilot-jax run '{folder / 'config.yaml'}' --out '{folder}' --resume" in err
     assert (folder / "checkpoints" / "resume" / "000001" / "manifest.json").is_file()
     code, out, err = call("run", folder / "config.yaml", "--out", folder, "--resume")
     assert code == 0, err
