@@ -1,4 +1,4 @@
-"""Says numbers in words: counts with their plurals, scores, changes, and lists of names."""
+"""Says numbers in words: counts with their plurals, scores, changes, and lists of names; and reads such lists."""
 
 from __future__ import annotations
 
@@ -35,6 +35,19 @@ def listed(names: Sequence[str], most: int = 4) -> str:
     if len(names) > most:
         return f"{', '.join(names[:most - 1])} and {counted(len(names) - most + 1, 'other')}"
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1]))) if names else "none"
+
+
+def separated(text: str) -> list[str]:
+    """Returns the parts of a text between commas, without space around them; brackets, as of lists in YAML, are left
+    whole."""
+    parts, depth = [""], 0
+    for c in text:
+        depth += (c in "[{") - (c in "]}")
+        if c == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return [part.strip() for part in parts]
 
 
 def duration(seconds: float) -> str:

@@ -22,6 +22,7 @@ from pilot_jax.cli.options import (
 )
 from pilot_jax.errors import InputError
 from pilot_jax.files import path_part
+from pilot_jax.words import separated
 
 if TYPE_CHECKING:
     from pilot_jax.compare.runner import Options
@@ -66,7 +67,7 @@ def compare(config: ConfigPath,
     check_choice("--split", split, "test", "validation")
     if not 0 < margin < math.inf:
         raise InputError(f"--margin: {margin:g}, expected a number above 0.")
-    listed = tuple(dict.fromkeys(name.strip() for name in against.split(",") if name.strip()))
+    listed = tuple(dict.fromkeys(name for name in separated(against) if name))
     options = Options(seeds, _read_factors(rates), split, margin=margin, against=listed)
     split_cpu_for(settings)
     folder = out or Path("runs") / f"compare-{config.stem}"
@@ -109,9 +110,11 @@ def _compare_each(comparisons: Sequence[tuple[str, Config, Path]], variants: Seq
 def _read_values(vary: str) -> tuple[str, list[str]]:
     """Returns the key and the values of --vary; no values if it is empty."""
     key, _, listed = vary.partition("=")
-    values = [value.strip() for value in listed.split(",") if value.strip()]
+    values = [value for value in separated(listed) if value]
     if vary and not values:
         raise InputError(f"--vary: {vary!r}, expected section.key=v1,v2,… such as data.digits.train=60,240.")
+    if key.strip() == "strategy.name":
+        raise InputError("--vary: strategy.name is what --strategies chooses. List the strategies there.")
     return key, values
 
 
@@ -121,8 +124,8 @@ def _read_factors(rates: str) -> tuple[float, ...]:
         factors = tuple(float(x) for x in rates.split(",") if x.strip())
     except ValueError:
         raise InputError(f"--rates: {rates!r}, expected numbers such as 0.1,0.3,1.") from None
-    if any(not f > 0 for f in factors):
-        raise InputError(f"--rates: {rates!r}, factors must be above 0.")
+    if any(not 0 < f < math.inf for f in factors):
+        raise InputError(f"--rates: {rates!r}, factors must be above 0, and finite.")
     return factors
 
 

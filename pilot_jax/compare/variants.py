@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from pilot_jax.errors import InputError
 from pilot_jax.federation.strategies import STRATEGIES, use
+from pilot_jax.words import separated
 
 # Overrides that remove or change one part of Pilot.
 ABLATIONS: dict[str, tuple[str, ...]] = {
@@ -49,18 +51,21 @@ class Variant:
     overrides: tuple[str, ...]
 
 
+CHANGES = re.compile(r"\+(?![0-9])")  # not the sign of an exponent, as in 1e+3
+
+
 def read_variants(text: str) -> list[Variant]:
     """Returns the variants that a text such as "fedavg,ablations,pilot+train.lambda_d=0" names.
 
     A name is a strategy, "pilot-<ablation>", a group (all, ablations, ata) or "module:Class", a strategy class whose
-    module is then imported. "+key=value" after a name changes the config of that variant.
+    module is then imported. "+key=value" after a name changes the config of that variant, as --set does.
 
     Raises:
         InputError: a name is not known.
     """
     out: dict[str, Variant] = {}
-    for item in (name for part in text.split(",") for name in GROUPS.get(part.strip(), (part.strip(),))):
-        name, *changes = item.split("+")
+    for item in (name for part in separated(text) for name in GROUPS.get(part, (part,))):
+        name, *changes = CHANGES.split(item)
         family, _, ablation = name.partition("-")
         known = ABLATIONS | ATA_SWEEP
         if ":" in family:

@@ -16,6 +16,7 @@ from pilot_jax.config import parse_yaml
 from pilot_jax.data.arrays import ClientData
 from pilot_jax.data.llava.sample import Sample, checked_name
 from pilot_jax.errors import InputError
+from pilot_jax.words import counted
 
 MOST_BYTES = 100_000_000  # largest size of a roster's file
 
@@ -136,8 +137,8 @@ def _members(raw: Any, source: str) -> dict[str, Member]:
 def _check_keys(keys: Mapping[str, str], clients: int) -> None:
     """Raises a ValueError for a key that cannot be one, and unless all clients have keys of their own or none has."""
     if keys and len(keys) < clients:
-        raise ValueError(f"{len(keys)} of {clients} clients have keys, and then no other can take part: give all one, "
-                         "or none")
+        raise ValueError(f"{counted(clients, 'client')}, of which {len(keys)} with a key, and then no other can take "
+                         "part: give all one, or none")
     owner: dict[str, str] = {}
     for name, key in keys.items():
         kind, text, *_ = [*key.strip().split(" "), ""]  # and a comment, with which the same key may differ

@@ -300,6 +300,8 @@ for name, arguments, says in (
         ("an ablation of another", ["--strategies", "fedavg-text_mean"], "--strategies"),
         ("rates of texts", ["--strategies", "pilot", "--rates", "a,b"], "--rates"),
         ("a rate of 0", ["--strategies", "pilot", "--rates", "0"], "--rates"),
+        ("an endless rate", ["--strategies", "pilot", "--rates", "1,inf"], "--rates"),
+        ("vary the strategy", ["--strategies", "pilot", "--vary", "strategy.name=pilot,local"], "--strategies"),
         ("a margin of 0", ["--strategies", "pilot", "--margin", "0"], "--margin"),
         ("a margin that is none", ["--strategies", "pilot", "--margin", "nan"], "--margin"),
         ("against what is not compared", ["--strategies", "pilot,local", "--against", "fedavg"], "--against"),

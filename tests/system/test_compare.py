@@ -89,6 +89,9 @@ def test_variants_are_read():
     [own] = variants.read_variants("pilot+strategy.ata.neighbors=1+train.lambda_d=0.5")
     changed = apply_overrides(small_config(), list(own.overrides))
     assert (changed.strategy.ata.neighbors, changed.train.lambda_d) == (1, 0.5) and own.family == "pilot"
+    first, second = variants.read_variants("local+model.lora.targets=[q, v]+train.lr_connector=1e+2, fedavg")
+    changed = apply_overrides(small_config(), list(first.overrides))
+    assert (changed.model.lora.targets, changed.train.lr_connector) == (("q", "v"), 100) and second.name == "fedavg"
     for variant in variants.read_variants("all,ablations,ata"):
         apply_overrides(small_config(), list(variant.overrides))  # raises if an override is not a key of the config
     for bad in ("fedsgd", "pilot-no_such", "fedavg-no_difference_loss"):

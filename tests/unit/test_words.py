@@ -93,3 +93,11 @@ def test_a_client_without_data_has_no_column_of_scores(capsys):
     row = {"wall_seconds": 1.0, "seeds": [{"diverged": False, "score_mean": 0.5, "score_by_task": {"t": 0.5, "u": None},
                                            "base_captions": None, "effective_neighbors": [1.0]}]}
     assert summarise("x", row)["by_task"] == {"t": 0.5}
+
+
+@pytest.mark.parametrize(("text", "parts"), [
+    ("", [""]), ("a, b", ["a", "b"]), ("[1, 2],[3]", ["[1, 2]", "[3]"]),
+    ("{a: [1, 2], b: 3}, x", ["{a: [1, 2], b: 3}", "x"]),
+    ("a],b", ["a]", "b"]), ("[a,b", ["[a,b"])])
+def test_lists_are_separated_outside_of_brackets(text, parts):
+    assert words.separated(text) == parts

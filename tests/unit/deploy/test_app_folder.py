@@ -77,7 +77,7 @@ def test_a_wrong_roster_is_refused(tmp_path, text):
 
 
 @pytest.mark.parametrize(("keys", "why"), [
-    (("ecdsa-sha2-nistp384 AAAA", ""), "1 of 2 clients have keys"),
+    (("ecdsa-sha2-nistp384 AAAA", ""), "2 clients, of which 1 with a key"),
     (("ecdsa-sha2-nistp384 AAAA x@y", "ecdsa-sha2-nistp384 AAAA"), "b: key: it is that of a"),
     (("anna.pub", "ecdsa-sha2-nistp384 AAAA"), r"a: key: expected the line of a file `\*.pub`"),
     (("ecdsa-sha2-nistp384 AAAA\nssh-rsa BBBB", "ecdsa-sha2-nistp384 BBBB"), "a: key: expected the line"),
