@@ -29,8 +29,8 @@ def atomic_write(path: Path, data: str | bytes | Callable[[Path], object], *, du
 
     Args:
         path: the file; its folder must exist.
-        data: a text (written as UTF-8), bytes, or a function that writes the file at the path it is given, which is
-            `<name>.partial` in the same folder.
+        data: a text, bytes, or a function that writes the file at the path it is given, which is `<name>.partial` in
+            the same folder. A text is written as UTF-8, with escapes for the bytes of a path that is not UTF-8.
         durable: whether to wait until the disk has the content before the file gets its name. False for files that
             need not outlive the machine.
 
@@ -42,7 +42,7 @@ def atomic_write(path: Path, data: str | bytes | Callable[[Path], object], *, du
         if callable(data):
             data(partial)
         else:
-            partial.write_bytes(data.encode() if isinstance(data, str) else data)
+            partial.write_bytes(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
         if durable:
             with partial.open("r+b") as file:
                 os.fsync(file.fileno())

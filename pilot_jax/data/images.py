@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pilot_jax.config import LimitsConfig
 from pilot_jax.data.llava.image_field import LIMITS, DrawnImage
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pilot_jax.models.pretrained import PretrainedModel
 
 # Other formats are refused: Pillow passes some of them to other programs, and some decoders are little reviewed.
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "MPO")
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # MPO, of some cameras, is read as JPEG
 ORIENTATION = 0x0112  # the EXIF tag
 Fit = Callable[[Image.Image], Image.Image]
 FITS: dict[str, Fit] = {}  # a user's own values of `data.image_fit`
@@ -99,6 +99,9 @@ def read_image(sample: Sample, limits: LimitsConfig = LIMITS) -> Image.Image:
     except Image.DecompressionBombError:
         raise InputError(f"{sample.source}: image: {name} has more pixels than data.limits.image_pixels, "
                          f"{limits.image_pixels}. Shrink the image or raise the limit.") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{sample.source}: image: {name} cannot be decoded (not a file of {', '.join(FORMATS)}). "
+                         "Convert the file or remove the entry.") from None
     except Exception as error:  # Pillow's decoders raise whatever their formats' parsers do
         why = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{sample.source}: image: {name} cannot be decoded ({why}). "

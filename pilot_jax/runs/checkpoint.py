@@ -24,7 +24,8 @@ from pilot_jax.federation.state import AnyState, ClientState, Population
 from pilot_jax.federation.uploads import misfit, not_finite
 from pilot_jax.files import atomic_write, path_part
 
-WILDCARDS = re.compile(r"[*?[]")  # in a path; orbax looks for files by patterns, of which the whole path is a part
+# What orbax cannot have in a path: it looks for files by patterns, of which the whole path is a part, and in UTF-8.
+UNUSABLE = re.compile("[*?[\ud800-\udfff]")
 
 
 def over_processes(tree: Any) -> bool:
@@ -70,7 +71,7 @@ def _save(path: Path, tree: dict[str, Any], processes: Any) -> None:
 
     with _plain_path(path.parent) as parent:
         named = parent / path.name
-        plain = parent / f"{WILDCARDS.sub('_', path.name)}.plain" if WILDCARDS.search(path.name) else named
+        plain = parent / f"{UNUSABLE.sub('_', path.name)}.plain" if UNUSABLE.search(path.name) else named
         if plain != named and plain.exists():  # of a process that was killed
             shutil.rmtree(plain)
         try:
@@ -85,15 +86,16 @@ def _save(path: Path, tree: dict[str, Any], processes: Any) -> None:
 
 @contextmanager
 def _plain_path(folder: Path) -> Iterator[Path]:
-    """Yields an absolute path to a folder without wildcards in it: through a link, if the folder's own path has some.
+    """Yields an absolute path to a folder that orbax can use: through a link, if it cannot use the folder's own path.
 
-    Otherwise orbax would find no file in a folder named `[a]`, and in one named `a*` also those of a folder `ab`."""
+    It would find no file in a folder named `[a]`, in one named `a*` also those of a folder `ab`, and it cannot write to
+    a folder whose name is not UTF-8."""
     folder = folder.absolute()
-    if not WILDCARDS.search(str(folder)):
+    if not UNUSABLE.search(str(folder)):
         yield folder
         return
     usual = tempfile.gettempdir()  # has brackets too in array jobs of some clusters
-    with tempfile.TemporaryDirectory(dir="/tmp" if WILDCARDS.search(usual) else usual) as place:
+    with tempfile.TemporaryDirectory(dir="/tmp" if UNUSABLE.search(usual) else usual) as place:
         link = Path(place) / "folder"
         link.symlink_to(folder, target_is_directory=True)
         yield link

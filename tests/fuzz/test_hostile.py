@@ -180,7 +180,7 @@ def encoded(tmp_path, image, suffix, **options):
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
 IMAGES = {
     "empty": lambda d: (b"", ["cannot be decoded"]),
-    "a text": lambda d: (b"hello", ["cannot be decoded"]),
+    "a text": lambda d: (b"hello", ["cannot be decoded (not a file of JPEG, PNG, "]),
     "bomb": lambda d: (png(30_000, 30_000), ["more pixels than data.limits.image_pixels"]),
     "larger bomb": lambda d: (png(2**31 - 1, 2**31 - 1), ["more pixels than data.limits.image_pixels"]),
     "no pixels": lambda d: (png(0, 0), ["cannot be decoded"]),
@@ -221,6 +221,8 @@ def test_unusual_images_are_read_for_what_they_show(tmp_path):
     assert (read(tmp_path / "two.gif") == [255, 0, 0]).all()
     red.save(tmp_path / "two.webp", save_all=True, append_images=[blue], lossless=True)
     assert (read(tmp_path / "two.webp") == [255, 0, 0]).all()
+    red.save(tmp_path / "two.jpg", "MPO", save_all=True, append_images=[blue])
+    assert np.abs(read(tmp_path / "two.jpg").astype(int) - [255, 0, 0]).max() < 8
     red.convert("CMYK").save(tmp_path / "four.jpg")
     assert np.abs(read(tmp_path / "four.jpg").astype(int) - [255, 0, 0]).max() < 8
     for mode in ("1", "L", "LA", "P", "RGBA"):

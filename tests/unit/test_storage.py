@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -107,6 +108,11 @@ def test_atomic_write(tmp_path, durable):
     assert file.read_bytes() == b"c" and [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
     with pytest.raises(FileNotFoundError):
         atomic_write(tmp_path / "no such folder" / "file", "text", durable=durable)
+
+
+def test_a_text_with_a_path_that_is_not_utf_8_is_written(tmp_path):
+    atomic_write(tmp_path / "file", f"run {os.fsdecode(b'caf' + bytes([0xe9]))}")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "run caf\\udce9"
 
 
 def test_new_folder(tmp_path):

@@ -16,8 +16,10 @@ def arrays(value: float) -> dict:
     return {"adapter": {"w": np.full((2, 3), value, np.float32)}, "router": np.arange(4.0)}
 
 
-# Names with characters that mean something in patterns or URLs, each with another that it would match as a pattern.
-NAMES = {"[a]": "a", "a*": "ab", "what?": "what1", "1234[5].server": "12345.server", "a {x} %20 #ü": "a"}
+# Names with characters that mean something in patterns or URLs, each with another that it would match as a pattern; and
+# one that is not UTF-8, as from an older system.
+NAMES = {"[a]": "a", "a*": "ab", "what?": "what1", "1234[5].server": "12345.server", "a {x} %20 #ü": "a",
+         "old \udce9": "old"}
 
 
 @pytest.mark.parametrize("name", NAMES)
