@@ -52,8 +52,8 @@ def compare(config: ConfigPath,
                      "before the scores are known.")] = 0.02,
             overrides: Overrides = None,
             out: Annotated[Path | None, typer.Option(
-                help="Folder for results; finished variants in it are not run again, and those of other settings are kept "
-                     "in folders `earlier`. Default: a folder in runs/, named after the config.")] = None,
+                help="Folder for results; finished variants in it are not run again, and those of other settings are "
+                     "kept in folders `earlier`. Default: a folder in runs/, named after the config.")] = None,
             use: Use = None, as_json: AsJson = False) -> None:
     """Compare strategies and ablations over several seeds, on the same data, with paired differences to references."""
     from pilot_jax.cli.tables import print_comparison
