@@ -156,6 +156,8 @@ def report(runs: Annotated[list[Path], typer.Argument(
     comparisons = sum(map(is_comparison, runs))
     if comparisons and len(runs) > 1:
         raise InputError("report: a comparison has a page of its own. Give one comparison alone, or only runs.")
+    if out is not None and (out.suffix.lower() not in (".html", ".htm") or out.is_dir()):
+        raise InputError(f"--out: {out}, expected a file that ends in .html. Nothing was written.")
     split_cpu(SystemConfig())
     if strategy is not None:
         use_strategy(strategy)

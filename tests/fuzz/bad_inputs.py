@@ -104,6 +104,8 @@ for name, says, make in (
         ("export nothing", "not a run directory", lambda d: ["export", d, "--client", "a", "--out", d / "x"]),
         ("generate nothing", "not a run directory", lambda d: ["generate", d, "--client", "a", "--prompt", "b"]),
         ("report nothing", "not a run directory", lambda d: ["report", d]),
+        ("report over a config", "ends in .html", lambda d: ["report", d, "--out", file(d, "config.yaml", "a: 1")]),
+        ("report over a folder", "ends in .html", lambda d: ["report", d, "--out", d]),
         ("report of 5,000", "", lambda d: ["report", "x" * 5000]),
         ("digits into a folder that exists", "exists already", lambda d: ["data", "digits", d]),
         ("digits below a file", "", lambda d: ["data", "digits", file(d, "f", "") / "x"]),
