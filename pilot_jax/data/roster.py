@@ -142,12 +142,25 @@ def _check_keys(keys: Mapping[str, str], clients: int) -> None:
     owner: dict[str, str] = {}
     for name, key in keys.items():
         kind, text, *_ = [*key.strip().split(" "), ""]  # and a comment, with which the same key may differ
-        try:
-            known = bool(kind and base64.b64decode(text, validate=True)) and key.strip().isprintable()
-        except ValueError:
-            known = False
-        if not known:
+        if not key.strip().isprintable() or not _is_public_key(kind, text):
             raise ValueError(f"{name}: key: expected the line of a file `*.pub` of OpenSSH, such as "
                              "ecdsa-sha2-nistp384 AAAA…")
         if (other := owner.setdefault(text, name)) != name:
             raise ValueError(f"{name}: key: it is that of {other}")
+
+
+def _is_public_key(kind: str, text: str) -> bool:
+    """Whether a text is that of a public key of this kind: base64 of parts, each after its length, of which the first
+    is the kind (RFC 4253, section 6.6)."""
+    try:
+        rest = base64.b64decode(text, validate=True)
+    except ValueError:
+        return False
+    parts = list[bytes]()
+    while rest:
+        end = 4 + int.from_bytes(rest[:4], "big")
+        if end > len(rest):
+            return False
+        parts.append(rest[4:end])
+        rest = rest[end:]
+    return len(parts) > 1 and parts[0] == kind.encode()

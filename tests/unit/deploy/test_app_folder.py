@@ -1,6 +1,7 @@
 """The app folder that `pilot-jax deploy` writes, the roster of clients, and a node's settings. Needs no Flower."""
 
 import ast
+import base64
 import shlex
 import tomllib
 
@@ -17,8 +18,15 @@ from pilot_jax.runs.prepare import prepare
 from pilot_jax.runs.roster import roster_here
 from tests.conftest import ROOT, small_config
 
-ROSTER = Roster({"b": Member("t1", 3, key="ecdsa-sha2-nistp384 BBBB anna@home"),
-                 "a": Member("t0", 2, 64, 8, "ecdsa-sha2-nistp384 AAAA")})
+
+def public_key(content: bytes, kind: bytes = b"ecdsa-sha2-nistp384") -> str:
+    """Returns the line of a file `*.pub` of OpenSSH."""
+    parts = b"".join(len(part).to_bytes(4, "big") + part for part in (kind, content))
+    return f"{kind.decode()} {base64.b64encode(parts).decode()}"
+
+
+ROSTER = Roster({"b": Member("t1", 3, key=public_key(b"b") + " anna@home"),
+                 "a": Member("t0", 2, 64, 8, public_key(b"a"))})
 
 
 def test_the_folder_is_an_app_of_flower(tmp_path):
@@ -77,11 +85,14 @@ def test_a_wrong_roster_is_refused(tmp_path, text):
 
 
 @pytest.mark.parametrize(("keys", "why"), [
-    (("ecdsa-sha2-nistp384 AAAA", ""), "2 clients, of which 1 with a key"),
-    (("ecdsa-sha2-nistp384 AAAA x@y", "ecdsa-sha2-nistp384 AAAA"), "b: key: it is that of a"),
-    (("anna.pub", "ecdsa-sha2-nistp384 AAAA"), r"a: key: expected the line of a file `\*.pub`"),
-    (("ecdsa-sha2-nistp384 AAAA\nssh-rsa BBBB", "ecdsa-sha2-nistp384 BBBB"), "a: key: expected the line"),
-    (("-----BEGIN OPENSSH PRIVATE KEY-----", "ecdsa-sha2-nistp384 AAAA"), "a: key: expected the line")])
+    ((public_key(b"a"), ""), "2 clients, of which 1 with a key"),
+    ((public_key(b"a") + " x@y", public_key(b"a")), "b: key: it is that of a"),
+    (("anna.pub", public_key(b"b")), r"a: key: expected the line of a file `\*.pub`"),
+    ((f"{public_key(b'a')}\n{public_key(b'c')}", public_key(b"b")), "a: key: expected the line"),
+    ((public_key(b"a").replace("p384", "p256"), public_key(b"b")), "a: key: expected the line"),
+    ((public_key(b"a" * 99)[:-4], public_key(b"b")), "a: key: expected the line"),
+    ((public_key(b"a").split()[1], public_key(b"b")), "a: key: expected the line"),
+    (("-----BEGIN OPENSSH PRIVATE KEY-----", public_key(b"b")), "a: key: expected the line")])
 def test_keys_with_which_somebody_could_never_take_part_are_refused(tmp_path, keys, why):
     file = tmp_path / "clients.yaml"
     file.write_text(Roster({name: Member("t", 3, key=key) for name, key in zip("ab", keys, strict=True)}).text())
