@@ -1,7 +1,10 @@
-"""Says numbers in words: counts with their plurals, scores, changes, and lists of names; and reads such lists."""
+"""Says numbers in words: counts with their plurals, scores, changes, and lists of names. Reads such lists, and quotes
+texts."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -79,3 +82,11 @@ def toml_text(text: str) -> str:
     """Returns a text as a value in TOML that has no quotes inside, which Flower's `--node-config` cannot read, nor in
     it anything that a shell changes between single quotes."""
     return '"' + "".join(c if c.isprintable() and c not in "\"'\\" else f"\\U{ord(c):08X}" for c in text) + '"'
+
+
+def yaml_text(value: object) -> str:
+    """Returns a JSON value as YAML, in one line of ASCII.
+
+    That is JSON but for characters beyond 16 bits, whose two escapes in JSON are two halves of a character in YAML."""
+    return re.sub(r"\\u(d[89ab]..)\\u(d[c-f]..)", lambda found: (
+        f"\\U{0x10000 + ((int(found[1], 16) - 0xD800) << 10) + int(found[2], 16) - 0xDC00:08X}"), json.dumps(value))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +10,7 @@ import typer
 from pilot_jax.cli.options import Overrides
 from pilot_jax.cli.tables import printable
 from pilot_jax.errors import InputError
-from pilot_jax.words import counted
+from pilot_jax.words import counted, yaml_text
 
 
 def digits(out: Annotated[Path, typer.Argument(help="New folder for data.json and the images.")],
@@ -100,7 +99,7 @@ def check(path: Annotated[Path, typer.Argument(help="Data file or folder of data
     given = {"image_root": None if image_root is None else str(image_root), "template": template,
              "max_length": max_length, "file_names": file_names}
     settings = parse_config({}) if config_file is None else load_config(config_file)
-    settings = apply_overrides(settings, [*(f"data.{key}={json.dumps(value)}" for key, value in given.items()
+    settings = apply_overrides(settings, [*(f"data.{key}={yaml_text(value)}" for key, value in given.items()
                                             if value is not None), *(overrides or [])])
     loaded = None
     if model is not None:

@@ -1,4 +1,5 @@
-"""The configuration: its schema, and the functions that read and check config files. Imports only `errors`."""
+"""The configuration: its schema, and the functions that read and check config files. Imports only `errors` and
+`words`."""
 
 from pilot_jax.config.lora import LoraConfig, client_ranks, combine_field
 from pilot_jax.config.model import BOTH_OR_NEITHER, ModelConfig, PartsConfig
@@ -11,9 +12,7 @@ from pilot_jax.config.reading import (
     load_config,
     parse_config,
     parse_strategy,
-    parse_yaml,
     read_settings,
-    read_yaml,
 )
 from pilot_jax.config.schema import (
     STRATEGY_PARAMS,
@@ -28,6 +27,7 @@ from pilot_jax.config.schema import (
     SystemConfig,
 )
 from pilot_jax.config.sections import DataConfig, DigitsConfig, EmojiConfig, HoldOutConfig, LimitsConfig, Section
+from pilot_jax.config.strict_yaml import parse_yaml, read_yaml
 from pilot_jax.config.training import ClientTrainConfig, TrainConfig, scaled_rates, with_scaled_rates
 
 __all__ = [

@@ -13,12 +13,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pilot_jax.config.schema import STRATEGY_PARAMS, Config, StrategyParams, strategies
+from pilot_jax.config.strict_yaml import parse_value, read_yaml
 from pilot_jax.errors import InputError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-MOST_BYTES = 1_000_000  # largest size of a config file
 # The keys that are meant by names that other tools have for them.
 MEANT = dict.fromkeys(("learning_rate", "lr"), "train.lr_connector, train.lr_lora_stage1 or train.lr_lora_stage2") | {
     "epochs": "federation.local_epochs", "num_epochs": "federation.local_epochs",
@@ -141,18 +141,6 @@ def parse_config(raw: Any, source: str = "config") -> Config:
     return config
 
 
-class _Loader(yaml.SafeLoader):
-    """A loader that refuses a key that occurs twice, of which YAML would take the last value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"):
-            if key in seen:
-                raise ValueError(f"the key {key!r} occurs twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def _with_base(raw: Any, path: Path, chain: tuple[Path, ...] = ()) -> Any:
     """Returns a config's raw sections with those of the file that its key `base` names below them.
 
@@ -182,36 +170,6 @@ def _merged(below: Any, above: Any) -> Any:
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
     return {**below, **{key: _merged(below[key], value) if key in below else value for key, value in above.items()}}
-
-
-def read_yaml(path: str | Path) -> Any:
-    """Returns the content of a YAML file; of an empty one, {}.
-
-    Raises:
-        InputError: the file cannot be read, is larger than a megabyte, is not YAML, or has a key twice.
-    """
-    try:
-        with Path(path).open("rb") as file:
-            content = file.read(MOST_BYTES + 1)  # no more, since a device such as /dev/zero has no end
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML config.") from None
-    if len(content) > MOST_BYTES:
-        raise InputError(f"{path}: more than {MOST_BYTES} bytes are too many for a config. Give the path of a YAML "
-                         "config.")
-    return parse_yaml(content, path)
-
-
-def parse_yaml(content: bytes, source: str | Path) -> Any:
-    """Returns the content of a YAML text; of an empty one, {}. `source` is the file, for messages.
-
-    Raises:
-        InputError: the text is not YAML, or has a key twice.
-    """
-    try:
-        raw = yaml.load(content.decode(), _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an impossible date
-        raise InputError(f"{source}: not valid YAML ({error}).") from None
-    return {} if raw is None else raw
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -261,7 +219,7 @@ def _overridden(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
                 raise InputError(f"--set {override}: {parent} is not a section.")
             node = node[parent]
         try:
-            node[leaf] = yaml.load(value, _Loader)
+            node[leaf] = parse_value(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise InputError(f"--set {override}: the value is not valid YAML ({error}).") from None
         if key == "strategy.name" and ":" in value:  # the user named the module, not a file: it may be imported

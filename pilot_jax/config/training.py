@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from pilot_jax.config.sections import Section
+from pilot_jax.words import yaml_text
 
 
 class ClientTrainConfig(Section):
@@ -103,4 +103,4 @@ def scaled_rates(train: TrainConfig, factor: float) -> list[str]:
     own = {name: section.model_dump(exclude_none=True) | _scaled(section, factor)
            for name, section in train.clients.items()}
     return [*(f"train.{name}={value!r}" for name, value in _scaled(train, factor).items()),
-            *([f"train.clients={json.dumps(own)}"] if own else [])]
+            *([f"train.clients={yaml_text(own)}"] if own else [])]

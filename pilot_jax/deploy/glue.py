@@ -24,7 +24,7 @@ from pilot_jax.federation.state import Federation
 from pilot_jax.files import atomic_write, new_folder, path_part
 from pilot_jax.runs.prepare import configure, deployed_stages, initial_state, prepare
 from pilot_jax.storage import read_tree, write_tree
-from pilot_jax.words import counted, toml_text
+from pilot_jax.words import counted, toml_text, yaml_text
 
 FLOWER = "flwr>=1.42,<1.43"  # its API moves between minor versions; tests/system/test_deployment.py says where to look
 OVERRIDES = ("data.", "model.path", "model.parts.", "system.")  # config keys that a node may set for itself
@@ -127,7 +127,7 @@ def node_of(app: Path, node: Mapping[str, Any], run: Mapping[str, Any]) -> Itera
         hashlib.sha256(agreed.to_yaml().encode()).hexdigest()[:12])
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        config = apply_overrides(agreed, [f"{k}={v}" for k, v in node.items() if k.startswith(OVERRIDES)])
+        config = apply_overrides(agreed, [f"{k}={yaml_text(v)}" for k, v in node.items() if k.startswith(OVERRIDES)])
         configure(config)
         setup = prepare(config, roster=read_roster(app / "clients.yaml", str(node["client"])))
         client, executor = setup.federation.names.index(node["client"]), dataclasses.replace(

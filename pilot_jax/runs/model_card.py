@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from pilot_jax import __version__
 from pilot_jax.models.connector import connector_stage
 from pilot_jax.runs.restore import Run
-from pilot_jax.words import counted
+from pilot_jax.words import counted, yaml_text
 
 
 def base_name(run: Run, given: str | None = None) -> str:
@@ -67,7 +66,7 @@ def card(run: Run, client: str, text: str, *, library: str, more: Sequence[tuple
     front = {"library_name": library, **({} if base is None else {"base_model": base}), "license": licence or "unknown",
              "pipeline_tag": "image-text-to-text" if images else "text-generation",
              "tags": ["lora", *(["llava"] if images else []), "federated"]}
-    head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
+    head = "\n".join(f"{key}: {yaml_text(value)}" for key, value in front.items())
     rows = [("base model", base_name(run, base)), *facts(run, client), *more,
             ("licence", licence or "unknown: that of the base model and of the data apply")]
     table = "\n".join(f"| {name} | {str(value).replace('|', ' ')} |" for name, value in rows)

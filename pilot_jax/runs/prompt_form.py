@@ -23,6 +23,12 @@ TEXT_OF = ("{% macro text_of(content) %}{% if content is string %}{{ content }}{
            "{% for part in content if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}{% endmacro %}")
 
 
+def _quoted(text: str) -> str:
+    """Returns a text as one in Jinja: as in JSON, but for the escapes of characters beyond 16 bits, which Jinja reads
+    as two halves."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def chat_template(template: str, tokenizer: Any) -> str | None:
     """Returns a template as Jinja text for `apply_chat_template`; None for the tokenizer's own.
 
@@ -32,7 +38,7 @@ def chat_template(template: str, tokenizer: Any) -> str | None:
     """
     if template == TOKENIZER:
         return None
-    form, quoted = TEMPLATES[template], json.dumps  # a JSON text is a Jinja text
+    form, quoted = TEMPLATES[template], _quoted
     before, after = form.human.split("{}")
     lead, tail = form.answer.split("{}")
     starts_with_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -60,7 +66,7 @@ def chat_template(template: str, tokenizer: Any) -> str | None:
 def _system(template: str) -> str:
     """Returns the Jinja text that writes a system message, and sets `turns`, the other messages, and `inside`, what
     the first of them begins with."""
-    form, quoted = TEMPLATES[template], json.dumps
+    form, quoted = TEMPLATES[template], _quoted
     default = f"{{{{ {quoted(form.system)} }}}}{{% set turns, inside = messages, '' %}}"
     if not form.system_turn:
         return default

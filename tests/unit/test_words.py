@@ -7,6 +7,7 @@ import itertools
 import re
 
 import pytest
+import yaml
 from conftest import ROOT
 
 from pilot_jax import words
@@ -101,3 +102,11 @@ def test_a_client_without_data_has_no_column_of_scores(capsys):
     ("a],b", ["a]", "b"]), ("[a,b", ["[a,b"])])
 def test_lists_are_separated_outside_of_brackets(text, parts):
     assert words.separated(text) == parts
+
+
+@pytest.mark.parametrize("value", [
+    "", "plain", "a: b # c", "'\"\\", "\U0001f600 \U00010000\U0010ffff é \u2028\x7f\x85\ufeff", r"\ud83d\ude00",
+    "\n\t\0", "yes", 3, None, [True, 1.5e-7, "1e3"], {"\U0001f3e5 a": {"lr": 0.1}, "": []}])
+def test_json_values_are_the_same_in_yaml(value):
+    text = words.yaml_text(value)
+    assert yaml.safe_load(text) == value and text.isascii() and "\n" not in text

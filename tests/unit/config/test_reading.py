@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import pilot_jax
-from pilot_jax.config import apply_overrides, json_schema, load_config
+from pilot_jax.config import apply_overrides, json_schema, load_config, parse_config, scaled_rates
 from pilot_jax.config.reading import MEANT, known_keys
 from pilot_jax.errors import InputError
 
@@ -95,3 +95,24 @@ def test_names_of_other_tools_point_to_keys_that_exist():
     known = known_keys()
     for meant in MEANT.values():
         assert "--out" in meant or all(key in known for key in meant.replace(" or ", ", ").split(", "))
+
+
+@pytest.mark.parametrize(("given", "path"), [
+    ("/data #1/a.json", "/data #1/a.json"), ("  /data/[1] ", "/data/[1]"), ("#1", "#1"), ("'/data #1'", "/data #1"),
+    ('"\\u00e9"', "é"), ("it's", "it's"), ("C:\\data", "C:\\data")])
+def test_a_path_is_taken_as_it_stands(given, path):
+    """To YAML alone, " #" begins a comment."""
+    assert apply_overrides(pilot_jax.Config(), [f"data.path={given}"]).data.path == path
+
+
+def test_values_are_yaml_with_a_comment_or_without():
+    config = apply_overrides(pilot_jax.Config(), ["federation.rounds=3 # few", "data.emoji.tasks=[kind, colour] # two",
+                                                  "federation.local_steps=null # none"])
+    assert (config.federation.rounds, config.federation.local_steps) == (3, None)
+    assert config.data.emoji.tasks == ("kind", "colour")
+
+
+def test_rates_of_a_client_with_any_name_are_scaled():
+    config = parse_config({"train": {"clients": {"\U0001f3e5 a": {"lr_connector": 0.5}}}})
+    again = apply_overrides(config, scaled_rates(config.train, 0.5))
+    assert {name: own.lr_connector for name, own in again.train.clients.items()} == {"\U0001f3e5 a": 0.25}
