@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import sys
 import tempfile
@@ -80,6 +81,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "0" if pushes else "1")
     library.leave_out_torch()
     use_one_arena()
+    _print_any_text()
     try:
         app()
     except SystemExit as end:
@@ -98,6 +100,14 @@ def main() -> None:
     except Exception as error:
         _fail(f"Failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}. This is an error of pilot_jax. "
               f"Please report it{_where_the_traceback_is()}.", 1)
+
+
+def _print_any_text() -> None:
+    """Sees to it that no character ends a command: where the encoding of the output lacks it, a question mark stands in
+    its place, and a path that is not UTF-8 is printed byte by byte. The error output has Python's escapes already."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        utf_8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+        sys.stdout.reconfigure(errors="surrogateescape" if utf_8 else "replace")
 
 
 def _where_the_traceback_is() -> str:

@@ -308,3 +308,16 @@ def test_events_as_lines_of_json(capsys):
         out, err = capsys.readouterr()
         assert [json.loads(line) for line in out.splitlines()] == (events if mode == "json" else [])
         assert err == ("" if mode == "json" else "warning: 1\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii:strict", "latin-1:strict", "utf-8:strict"])
+def test_no_character_ends_a_command(tmp_path, encoding):
+    """`plan` prints a dash, and `runs` a folder's name with an e acute that is not UTF-8."""
+    folder = os.fsdecode(b"caf\xe9 \xf0\x9f\x98\x80")
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "config.yaml").write_text(small_config().to_yaml())
+    (tmp_path / folder / "manifest.json").write_text("{}")
+    for arguments, shown in ((["plan", f"{folder}/config.yaml"], "FLOP"), (["runs", "."], "caf")):
+        done = subprocess.run([Path(sys.executable).parent / "pilot-jax", *arguments], capture_output=True,
+                              cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": encoding})
+        assert done.returncode == 0 and shown in done.stdout.decode(errors="replace"), done.stderr
