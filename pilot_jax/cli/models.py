@@ -64,7 +64,7 @@ def generate(run_dir: RunPath, client: Annotated[str, typer.Option(
 
     check_client(run_dir, client)
     if image is not None and not image.is_file():
-        raise InputError(f"--image: {image} is not a file.")
+        raise InputError(f"--image: {image} {'is a folder' if image.is_dir() else 'does not exist'}.")
     done = restore(run_dir, strategy=strategy)
     settings = done.setup.eval.model_copy(
         update={"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p})

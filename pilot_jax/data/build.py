@@ -41,16 +41,19 @@ logger = logging.getLogger("pilot_jax")
 
 
 def refuse_images(samples: Sequence[Sample], takes_images: bool) -> None:
-    """Refuses samples with an image unless the model takes images, which a language model alone does not.
+    """Refuses samples with an image unless the model takes images, which a language model alone does not, and samples
+    with `<image>` in their text but without an image.
 
     Raises:
         InputError: there is one; the message names the first.
     """
-    if not takes_images:
-        for sample in samples:
-            if sample.image is not None or any(IMAGE in text for _, text in sample.turns):
-                raise InputError(f"{sample.source}: image: the model is a language model alone, which takes no images. "
-                                 "Leave samples with images out, or give model.parts.vision and model.parts.projector.")
+    for sample in samples:
+        marked = any(IMAGE in text for _, text in sample.turns)
+        if not takes_images and (marked or sample.image is not None):
+            raise InputError(f"{sample.source}: image: the model is a language model alone, which takes no images. "
+                             "Leave samples with images out, or give model.parts.vision and model.parts.projector.")
+        if marked and sample.image is None:
+            raise InputError(f"{sample.source} has {IMAGE}, but there is no image. Give one, or remove {IMAGE}.")
 
 
 def encode_prompt(model: PretrainedModel, tokenizer: PreTrainedTokenizerFast, sample: Sample,

@@ -13,7 +13,7 @@ from pilot_jax.data.conversations import TOKENIZER
 from pilot_jax.data.features import image_features
 from pilot_jax.data.llava.image_field import LIMITS
 from pilot_jax.data.llava.sample import Sample
-from pilot_jax.data.llava.turns import IMAGE, checked_text
+from pilot_jax.data.llava.turns import checked_text
 from pilot_jax.errors import InputError
 from pilot_jax.evaluation.answers import answers, base_examinee, make_decoder
 from pilot_jax.models import pretrained
@@ -26,16 +26,13 @@ def question_sample(image: Picture, question: str, task: str = "", client: str =
     """Returns a question about an image, or without one, as a sample whose answer is empty.
 
     Raises:
-        InputError: the image's file does not exist, or the question is too long, not in UTF-8, or about an image that
-            is not given.
+        InputError: the image's file does not exist, or the question is too long or not in UTF-8.
     """
     if isinstance(image, str):
         image = Path(image)
     if isinstance(image, Path) and not image.is_file():
         raise InputError(f"image: {image} does not exist. Give an image file, a picture of Pillow's, or None.")
     source = str(image) if isinstance(image, Path) else "the question"
-    if image is None and IMAGE in question:
-        raise InputError(f"the question has {IMAGE}, but no image is given. Give one, or remove {IMAGE}.")
     question = checked_text("the question", "text", question, LIMITS)
     turns = (("human", question if image is None else f"<image>\n{question}"), ("gpt", ""))
     return Sample("question", image, turns, task, client, "test", source)

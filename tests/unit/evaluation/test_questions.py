@@ -68,7 +68,7 @@ def test_wrong_questions(checkpoint):
         model.ask(folder / "gone.png", "what is it?")
     with pytest.raises(InputError, match="cannot be decoded"):
         model.ask(folder / "base" / "config.json", "what is it?")
-    with pytest.raises(InputError, match="the question has <image>, but no image"):
+    with pytest.raises(InputError, match="the question has <image>, but there is no image"):
         model.ask(None, "<image>\nwhat is it?")
     with pytest.raises(InputError, match="a lone surrogate"):
         model.ask(None, "caf\udce9?")
