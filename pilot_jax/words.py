@@ -79,14 +79,19 @@ def size(count: float) -> str:
 
 
 def toml_text(text: str) -> str:
-    """Returns a text as a value in TOML that has no quotes inside, which Flower's `--node-config` cannot read, nor in
-    it anything that a shell changes between single quotes."""
+    """Returns a text as a value in TOML, with escapes for all quotes in it and for backslashes.
+
+    Flower's `--node-config` cannot read a value with quotes inside, and a shell changes nothing else between single
+    quotes."""
     return '"' + "".join(c if c.isprintable() and c not in "\"'\\" else f"\\U{ord(c):08X}" for c in text) + '"'
 
 
 def yaml_text(value: object) -> str:
     """Returns a JSON value as YAML, in one line of ASCII.
 
-    That is JSON but for characters beyond 16 bits, whose two escapes in JSON are two halves of a character in YAML."""
-    return re.sub(r"\\u(d[89ab]..)\\u(d[c-f]..)", lambda found: (
-        f"\\U{0x10000 + ((int(found[1], 16) - 0xD800) << 10) + int(found[2], 16) - 0xDC00:08X}"), json.dumps(value))
+    That is JSON but for characters beyond 16 bits: JSON escapes their two halves, which YAML would not join."""
+    def joined(halves: re.Match[str]) -> str:
+        character = json.loads(f'"{halves[0]}"')
+        return f"\\U{ord(character):08X}"
+
+    return re.sub(r"\\ud[89ab]..\\ud[c-f]..", joined, json.dumps(value))

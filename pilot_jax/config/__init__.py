@@ -1,5 +1,4 @@
-"""The configuration: its schema, and the functions that read and check config files. Imports only `errors` and
-`words`."""
+"""The configuration: its schema, and the functions that read and check files. Imports only `errors` and `words`."""
 
 from pilot_jax.config.lora import LoraConfig, client_ranks, combine_field
 from pilot_jax.config.model import BOTH_OR_NEITHER, ModelConfig, PartsConfig

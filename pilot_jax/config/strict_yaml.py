@@ -24,20 +24,23 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: str | Path) -> Any:
+def read_yaml(path: str | Path, what: str = "config", most: int = MOST_BYTES) -> Any:
     """Returns the content of a YAML file; of an empty one, {}.
 
+    Args:
+        what: what the file is, for messages.
+        most: largest number of its bytes.
+
     Raises:
-        InputError: the file cannot be read, is larger than a megabyte, is not YAML, or has a key twice.
+        InputError: the file cannot be read, is too large, is not YAML, or has a key twice.
     """
     try:
         with Path(path).open("rb") as file:
-            content = file.read(MOST_BYTES + 1)  # no more, since a device such as /dev/zero has no end
+            content = file.read(most + 1)  # no more, since a device such as /dev/zero has no end
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML config.") from None
-    if len(content) > MOST_BYTES:
-        raise InputError(f"{path}: more than {MOST_BYTES} bytes are too many for a config. Give the path of a YAML "
-                         "config.")
+        raise InputError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML {what}.") from None
+    if len(content) > most:
+        raise InputError(f"{path}: more than {most} bytes are too many for a {what}. Give the path of a YAML {what}.")
     return parse_yaml(content, path)
 
 
@@ -63,5 +66,6 @@ def parse_value(text: str) -> Any:
         yaml.YAMLError, ValueError, RecursionError: the value is not YAML, or has a key twice.
     """
     value, text = yaml.load(text, _Loader), text.strip()
-    as_it_is = (isinstance(value, str) and text[0] not in "\"'|>&!*") or (value is None and text.startswith("#"))
-    return text if as_it_is else value
+    if text.startswith("#") or (isinstance(value, str) and text[0] not in "\"'|>&!*"):
+        return text
+    return value

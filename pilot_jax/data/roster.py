@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pilot_jax.config import parse_yaml
+from pilot_jax.config import read_yaml
 from pilot_jax.data.arrays import ClientData
 from pilot_jax.data.llava.sample import Sample, checked_name
 from pilot_jax.errors import InputError
@@ -98,8 +98,8 @@ def read_roster(path: Path, own: str | None = None) -> Roster:
     """
     remedy = "Write for each client `NAME: {task: TASK, samples: N}`, and its node's public key as `key`."
     try:
-        members = _members(parse_yaml(_content(path), path), str(path))
-    except (OSError, ValueError, TypeError, AttributeError, InputError) as error:
+        members = _members(read_yaml(path, "list of clients", MOST_BYTES), str(path))
+    except (ValueError, TypeError, AttributeError, InputError) as error:
         why = " ".join(str(error).removeprefix(f"{path}: ").split())
         raise InputError(f"{path}: not a list of clients ({why}). {remedy}") from None
     if not members:
@@ -109,19 +109,11 @@ def read_roster(path: Path, own: str | None = None) -> Roster:
     return Roster(members, own)
 
 
-def _content(path: Path) -> bytes:
-    with path.open("rb") as file:
-        content = file.read(MOST_BYTES + 1)  # no more, since a device such as /dev/zero has no end
-    if len(content) > MOST_BYTES:
-        raise ValueError(f"more than {MOST_BYTES} bytes")
-    return content
-
-
 def _members(raw: Any, source: str) -> dict[str, Member]:
     """Returns the members of a roster, from its YAML.
 
     Raises:
-        ValueError, TypeError, AttributeError, InputError: it is none.
+        ValueError, TypeError, AttributeError, InputError: it is not that of a roster.
     """
     members = {name: Member(**entry) for name, entry in raw.items()}
     for name, m in members.items():

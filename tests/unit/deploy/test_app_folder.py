@@ -76,7 +76,10 @@ def test_what_cannot_be_deployed_is_refused(tmp_path, strategy, federation):
 @pytest.mark.parametrize("text", [
     "a: {task: t, samples: 1, tokens: -8}", "a: {task: t, samples: 1, tokens: many}",
     "", "[]", "a: 3", "a: {task: t}", "a: {task: t, samples: 0}", "a: {task: 1, samples: 2}",
-    "a: {task: t, samples: 1, extra: 2}", "a: [", "3: {task: t, samples: 1}"])
+    "a: {task: t, samples: 1, extra: 2}", "a: [", "3: {task: t, samples: 1}",
+    "a: {task: t, samples: true}", '"": {task: t, samples: 1}', "a: {task: t, samples: 1}\na: {task: t, samples: 2}",
+    '"a\\e[2J": {task: t, samples: 1}', 'a: {task: "t\\n", samples: 1}', f"{'n' * 81}: {{task: t, samples: 1}}",
+    "[" * 9999, "a: {task: t, samples: 1, key: 3}", "{[a]: {task: t, samples: 1}}"])
 def test_a_wrong_roster_is_refused(tmp_path, text):
     file = tmp_path / "clients.yaml"
     file.write_text(text)
